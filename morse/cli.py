@@ -1,0 +1,112 @@
+"""The `morse` command, and command lines built from configuration dataclasses."""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from importlib import import_module
+from typing import Literal, TypeVar
+
+Config = TypeVar("Config")
+
+# command -> (module, config class, function); a module is imported only when its command runs.
+COMMANDS = {
+    "demo": ("morse.evaluation.demo", "DemoConfig", "run_demo"),
+    "bench": ("morse.evaluation.benchmark", "BenchmarkConfig", "run_benchmark"),
+    "train-dash": ("morse.training.dash", "TrainDashConfig", "train_dash"),
+    "train-dot": ("morse.training.loop", "TrainDotConfig", "train_dot"),
+    "train-features": ("morse.evaluation.features", "TrainFeaturesConfig", "train_features"),
+}
+
+
+def _argument(hint: object) -> dict[str, object]:
+    """Translate a field's type into the keywords of `add_argument`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return _argument(inner)
+    if origin is Literal:
+        return {"choices": list(args), "type": type(args[0])}
+    if origin is tuple:
+        return {"nargs": "+", "type": args[0]}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": hint}
+
+
+def parse_config(
+    config_class: type[Config], argv: list[str] | None = None, prog: str | None = None
+) -> Config:
+    """Build a command line from a dataclass and parse it into an instance.
+
+    Fields become `--field_name` options (dashes work too) with the field's default and its
+    `metadata["help"]`; a field without a default is required. Supported types are str, int, float,
+    bool, Path, `Literal`, `tuple[X, ...]` and `X | None`. A `ValueError` raised by the dataclass's
+    own checks ends the program with exit status 2 and the message.
+
+    Args:
+        config_class: A dataclass.
+        argv: The arguments; `sys.argv[1:]` when None.
+        prog: The program's name in messages.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=(config_class.__doc__ or "").strip().split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+        parser.add_argument(
+            *names,
+            dest=field.name,
+            required=required,
+            default=argparse.SUPPRESS,
+            help=_help_text(field, required),
+            **_argument(hints[field.name]),
+        )
+    values = vars(parser.parse_args(argv))
+    try:
+        return config_class(
+            **{key: tuple(value) if isinstance(value, list) else value
+               for key, value in values.items()}
+        )
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _help_text(field: dataclasses.Field, required: bool) -> str:
+    text = str(field.metadata.get("help", "")).replace("%", "%%")
+    return text if required else f"{text} (default: {field.default})"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `morse COMMAND [options]`; user errors end with one line and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in COMMANDS:
+        usage = "usage: morse {" + " | ".join(COMMANDS) + "} [options]; --help after a command"
+        wanted_help = bool(argv) and argv[0] in ("-h", "--help")
+        print(usage, file=sys.stdout if wanted_help else sys.stderr)
+        raise SystemExit(0 if wanted_help else 2)
+    module_name, config_name, function_name = COMMANDS[argv[0]]
+    module = import_module(module_name)
+    run_command(getattr(module, config_name), getattr(module, function_name), argv[1:], argv[0])
+
+
+def run_command(
+    config_class: type[Config],
+    function: typing.Callable[[Config], object],
+    argv: list[str] | None = None,
+    name: str | None = None,
+) -> None:
+    """Parse `config_class` from `argv`, call `function` with it, and show user errors as one line."""
+    config = parse_config(config_class, argv, prog=name and f"morse {name}")
+    try:
+        function(config)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

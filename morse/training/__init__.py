@@ -1,0 +1,1 @@
+"""Training Dash and Dot."""
