@@ -13,7 +13,7 @@ _HOMES = {
     "disable_morse": "morse.attach",
     "MorsePipeline": "morse.pipeline",
 }
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:

@@ -16,7 +16,7 @@ COMMANDS = {
     "bench": ("morse.evaluation.benchmark", "BenchmarkConfig", "run_benchmark"),
     "train-dash": ("morse.training.dash", "TrainDashConfig", "train_dash"),
     "train-dot": ("morse.training.loop", "TrainDotConfig", "train_dot"),
-    "train-features": ("morse.evaluation.features", "TrainFeaturesConfig", "train_features"),
+    "train-features": ("morse.evaluation.train_features", "TrainFeaturesConfig", "train_features"),
 }
 
 
@@ -72,8 +72,10 @@ def parse_config(
     values = vars(parser.parse_args(argv))
     try:
         return config_class(
-            **{key: tuple(value) if isinstance(value, list) else value
-               for key, value in values.items()}
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in values.items()
+            }
         )
     except ValueError as error:
         parser.error(str(error))
@@ -103,7 +105,7 @@ def run_command(
     argv: list[str] | None = None,
     name: str | None = None,
 ) -> None:
-    """Parse `config_class` from `argv`, call `function` with it, and show user errors as one line."""
+    """Parse `config_class` from `argv`, call `function`, show user errors as one line."""
     config = parse_config(config_class, argv, prog=name and f"morse {name}")
     try:
         function(config)

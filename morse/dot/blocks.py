@@ -1,0 +1,75 @@
+"""Dot's own blocks: m down-sampling ones before Dash's layers and m up-sampling ones after.
+
+They are made of diffusers' ResNet blocks, the kind that UNets consist of, without self-attention
+(Morse, section 3.3), and narrow, since they run at the higher resolutions.
+"""
+
+import torch
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def num_groups(channels: int) -> int:
+    """GroupNorm groups for a narrow layer: four channels a group, at most 32 groups."""
+    return max(1, min(32, channels // 4))
+
+
+def _resnet(in_channels: int, out_channels: int, time_embed_dim: int) -> ResnetBlock2D:
+    return ResnetBlock2D(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        temb_channels=time_embed_dim,
+        groups=num_groups(in_channels),
+        groups_out=num_groups(out_channels),
+    )
+
+
+class DotDownBlock(nn.Module):
+    """ResNet blocks, then half the resolution: (B, C, H, W) -> (B, C_out, H/2, W/2)."""
+
+    def __init__(
+        self, channels: int, out_channels: int, time_embed_dim: int, num_layers: int
+    ) -> None:
+        """Create `num_layers` ResNet blocks and a strided convolution."""
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            _resnet(channels, channels, time_embed_dim) for _ in range(num_layers)
+        )
+        # Under its default name the layer would register its convolution twice.
+        self.downsampler = Downsample2D(
+            channels, use_conv=True, out_channels=out_channels, name="op"
+        )
+
+    def forward(self, hidden: Tensor, time_embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the halved features and, as the skip connection, those before halving."""
+        for resnet in self.resnets:
+            hidden = resnet(hidden, time_embedding)
+        return self.downsampler(hidden), hidden
+
+
+class DotUpBlock(nn.Module):
+    """Double the resolution, join the skip connection, ResNet blocks; (B, C, 2H, 2W) out.
+
+    Channels are reduced before up-sampling, so that nothing wide runs at the higher resolution.
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, time_embed_dim: int, num_layers: int
+    ) -> None:
+        """Create a 1x1 convolution and `num_layers` ResNet blocks."""
+        super().__init__()
+        self.reduce = nn.Conv2d(in_channels, channels, kernel_size=1)
+        self.resnets = nn.ModuleList(
+            _resnet(2 * channels if index == 0 else channels, channels, time_embed_dim)
+            for index in range(num_layers)
+        )
+
+    def forward(self, hidden: Tensor, skip: Tensor, time_embedding: Tensor) -> Tensor:
+        """Join `hidden` (B, C_in, H, W) and `skip` (B, C, 2H, 2W)."""
+        hidden = functional.interpolate(self.reduce(hidden), scale_factor=2.0, mode="nearest")
+        hidden = torch.cat([hidden, skip], dim=1)
+        for resnet in self.resnets:
+            hidden = resnet(hidden, time_embedding)
+        return hidden

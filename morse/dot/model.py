@@ -1,0 +1,271 @@
+"""MorseDot: the network between two Dash evaluations (Morse, ICML 2025, section 3.3)."""
+
+from itertools import pairwise
+from typing import Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from morse.dot.blocks import DotDownBlock, DotUpBlock, num_groups
+from morse.dot.lora import LowRank
+from morse.dot.view import (
+    check_fingerprint,
+    embed_time,
+    find_ports,
+    fingerprint,
+    lora_targets,
+    make_shared_tree,
+    merge_shared_tree,
+    run_body,
+    tree_state,
+)
+from morse.sampling import JumpPoint
+
+
+class MorseDot(ModelMixin, ConfigMixin):
+    """Predicts what to add to Dash's latest estimate, from both points of the trajectory.
+
+    The sample, the jump point's sample and the jump point's estimate go through
+    `num_down_blocks` extra down-sampling blocks, Dash's own frozen layers with LoRA (at
+    4^num_down_blocks times fewer positions), and as many up-sampling blocks with skip connections.
+    The last layer starts at zero: an untrained Dot is exactly reuse of Dash's latest estimate.
+
+    Create it with `from_dash`. Saved, it holds only its own weights; `from_pretrained` gives a Dot
+    that must be bound to its Dash (`bind`, which `enable_morse` calls) before it can run.
+
+    Args:
+        dash_fingerprint: Identifies the Dash that it belongs to.
+        lora_specs: Shape of every adapted layer of Dash, by name.
+        sample_channels: Channels of a sample and of Dash's estimate.
+        feature_channels: Channels that enter and leave Dash's shared layers.
+        time_embed_dim: Size of Dash's time embedding.
+        size_multiple: Height and width of a sample must be multiples of this.
+        num_down_blocks: m, from 1 to 3.
+        block_out_channels: Channels of the extra blocks, from full resolution inwards, m of them.
+        layers_per_block: ResNet blocks in each extra block.
+        lora_rank: Rank of the LoRA; 0 for none.
+        lora_alpha: The LoRA is scaled by lora_alpha / lora_rank; None for 1.
+        independent: Estimate from the sample alone, not as a correction: a control for experiments.
+        speed_ratio: N on the machine named in the model card; plans for `lsd=` are made with it.
+        plan_ratio: Evaluations per LSD that suit this Dot, by scheduler class name or "default".
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        dash_fingerprint: dict[str, object],
+        lora_specs: dict[str, dict[str, object]],
+        sample_channels: int,
+        feature_channels: int,
+        time_embed_dim: int,
+        size_multiple: int,
+        num_down_blocks: int = 2,
+        block_out_channels: tuple[int, ...] = (16, 32),
+        layers_per_block: int = 1,
+        lora_rank: int = 16,
+        lora_alpha: float | None = None,
+        independent: bool = False,
+        speed_ratio: float | None = None,
+        plan_ratio: dict[str, float] | None = None,
+    ) -> None:
+        """Create the layers that are Dot's own."""
+        super().__init__()
+        _check_shape_options(num_down_blocks, block_out_channels, layers_per_block, lora_rank)
+        self.independent = independent
+        alpha = lora_rank if lora_alpha is None else lora_alpha
+        self.lora = nn.ModuleDict()
+        self.adapters: dict[str, LowRank] = {}
+        for name, spec in lora_specs.items() if lora_rank else ():
+            self.adapters[name] = _nest(self.lora, name, LowRank(spec, lora_rank, alpha))
+        first = block_out_channels[0]
+        levels = [*block_out_channels, feature_channels]
+        self.jump_time = None if independent else nn.Linear(time_embed_dim, time_embed_dim)
+        self.conv_in = nn.Conv2d(sample_channels * (1 if independent else 3), first, 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DotDownBlock(channels, deeper, time_embed_dim, layers_per_block)
+            for channels, deeper in pairwise(levels)
+        )
+        self.up_blocks = nn.ModuleList(
+            DotUpBlock(deeper, channels, time_embed_dim, layers_per_block)
+            for channels, deeper in reversed(list(pairwise(levels)))
+        )
+        self.norm_out = nn.GroupNorm(num_groups(first), first)
+        self.conv_out = nn.Conv2d(first, sample_channels, 3, padding=1)
+        for layer in filter(None, (self.jump_time, self.conv_out)):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self._merged = False
+        self._unbind()
+
+    def _unbind(self) -> None:
+        # In tuples, so that neither becomes a child of Dot.
+        self._dash: tuple[nn.Module, ...] = ()
+        self._tree: tuple[nn.Module, ...] = ()
+        self._tree_state: tuple[object, ...] = ()
+
+    @classmethod
+    def from_dash(
+        cls,
+        dash: nn.Module,
+        num_down_blocks: int = 2,
+        block_out_channels: tuple[int, ...] | None = None,
+        lora_rank: int = 16,
+        **options: object,
+    ) -> Self:
+        """Create an untrained Dot for a pretrained denoiser, bound to it.
+
+        Args:
+            dash: The denoiser; it is not changed. Supported classes: see `morse.dot.view.PORTS`.
+            num_down_blocks: m, from 1 to 3; Dash's layers see 4^m times fewer positions.
+            block_out_channels: m widths, from full resolution inwards; None for 16, 32, 64.
+            lora_rank: Rank of the LoRA on every Linear and Conv2d of Dash; 0 for none.
+            options: The other options of the class: `layers_per_block`, `lora_alpha`, ...
+
+        Raises:
+            ValueError: If the denoiser's class is not supported or an option is out of range.
+        """
+        ports = find_ports(dash)
+        entry, last = getattr(dash, ports.entry), getattr(dash, ports.exit)
+        dot = cls(
+            dash_fingerprint=fingerprint(dash),
+            lora_specs=lora_targets(dash) if lora_rank else {},
+            sample_channels=last.out_channels,
+            feature_channels=entry.out_channels,
+            time_embed_dim=getattr(dash, ports.time_embedding).linear_2.out_features,
+            size_multiple=2 ** (num_down_blocks + len(dash.config.block_out_channels) - 1),
+            num_down_blocks=num_down_blocks,
+            block_out_channels=tuple(block_out_channels or (16, 32, 64)[:num_down_blocks]),
+            lora_rank=lora_rank,
+            **options,
+        )
+        return dot.to(device=dash.device, dtype=dash.dtype).bind(dash)
+
+    def bind(self, dash: nn.Module) -> Self:
+        """Share the layers of `dash` from now on.
+
+        Raises:
+            ValueError: If `dash` is not the model that this Dot was made for.
+        """
+        if not self._dash or self._dash[0] is not dash:
+            check_fingerprint(dash, self.config.dash_fingerprint)
+            self._unbind()
+            self._dash = (dash,)
+        # Layers may have been replaced, moved or given other attention processors since.
+        state = tree_state(dash)
+        if not self._tree or state != self._tree_state:
+            self._build_tree(state)
+        return self
+
+    def _build_tree(self, state: tuple[object, ...]) -> None:
+        build = merge_shared_tree if self._merged else make_shared_tree
+        self._tree, self._tree_state = (build(self._dash[0], self.adapters),), state
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the LoRA is merged into a copy of Dash's weights."""
+        return self._merged
+
+    def merge_lora(self) -> Self:
+        """Run with the LoRA added to a copy of Dash's weights: faster, more memory, no training.
+
+        Call it again after changing the LoRA's weights.
+        """
+        self._merged = bool(self.adapters)
+        self._tree = ()
+        return self
+
+    def unmerge_lora(self) -> Self:
+        """Run with the LoRA beside Dash's own weights again: slower, least memory, trainable."""
+        self._merged = False
+        self._tree = ()
+        return self
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, jump: JumpPoint, **dash_kwargs: object
+    ) -> Tensor:
+        """Predict the residual at `timestep`.
+
+        Args:
+            sample: x_ti, (B, C, H, W).
+            timestep: t_i, () or (B,).
+            jump: The latest Dash evaluation, of the same batch.
+            dash_kwargs: Conditions (class labels, ...), as Dash's forward method takes them.
+
+        Returns:
+            eta(x_ts, x_ti, z_ts, t_s, t_i) of Equation 5, (B, C, H, W).
+
+        Raises:
+            ValueError: If height or width do not fit, or no Dash is bound.
+        """
+        self._check_size(sample)
+        if not self._tree:
+            self.bind(self._bound_dash())
+        tree = self._tree[0]
+        time_embedding = embed_time(tree, timestep, sample.shape[0])
+        inputs = sample
+        if not self.independent:
+            inputs = torch.cat([sample, jump.sample, jump.model_output], dim=1)
+            since = embed_time(tree, jump.timestep, sample.shape[0])
+            time_embedding = time_embedding + self.jump_time(since)
+        hidden, skips = self.conv_in(inputs), []
+        for block in self.down_blocks:
+            hidden, skip = block(hidden, time_embedding)
+            skips.append(skip)
+        hidden = run_body(tree, hidden, timestep, time_embedding, **dash_kwargs)
+        for block in self.up_blocks:
+            hidden = block(hidden, skips.pop(), time_embedding)
+        return self.conv_out(nn.functional.silu(self.norm_out(hidden)))
+
+    @classmethod
+    def from_pretrained(cls, path: str, **kwargs: object) -> Self:
+        """Load a saved Dot as `ModelMixin.from_pretrained` does, from safetensors only."""
+        return super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
+
+    def _bound_dash(self) -> nn.Module:
+        if not self._dash:
+            raise ValueError("dot has no Dash yet: call dot.bind(dash) or enable_morse(pipe, dot).")
+        return self._dash[0]
+
+    def _check_size(self, sample: Tensor) -> None:
+        multiple = self.config.size_multiple
+        height, width = sample.shape[-2:]
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"sample is {height}x{width}, but this Dot (num_down_blocks="
+                f"{self.config.num_down_blocks}) needs multiples of {multiple}: "
+                "use such a size, or train a Dot with fewer down blocks."
+            )
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles leave Dash behind; bind them again."""
+        return {**super().__getstate__(), "_dash": (), "_tree": (), "_tree_state": ()}
+
+
+def _check_shape_options(
+    num_down_blocks: int, block_out_channels: tuple[int, ...], layers: int, lora_rank: int
+) -> None:
+    if num_down_blocks not in (1, 2, 3):
+        raise ValueError(f"num_down_blocks must be 1, 2 or 3, got {num_down_blocks!r}.")
+    widths_fit = all(width > 0 and width % 4 == 0 for width in block_out_channels)
+    if len(block_out_channels) != num_down_blocks or not widths_fit:
+        raise ValueError(
+            f"block_out_channels must be num_down_blocks={num_down_blocks} positive multiples of "
+            f"4, got {tuple(block_out_channels)!r}."
+        )
+    if layers < 1:
+        raise ValueError(f"layers_per_block must be at least 1, got {layers!r}.")
+    if lora_rank < 0:
+        raise ValueError(f"lora_rank must be 0 (no LoRA) or more, got {lora_rank!r}.")
+
+
+def _nest(root: nn.ModuleDict, name: str, module: LowRank) -> LowRank:
+    """Put `module` under a dotted name, so that state-dict keys read as PEFT's do."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        if parent not in root:
+            root[parent] = nn.ModuleDict()
+        root = root[parent]
+    root[last] = module
+    return module

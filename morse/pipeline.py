@@ -1,0 +1,132 @@
+"""MorsePipeline: any diffusers pipeline together with its Dot, loaded and saved as one."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+from morse.attach import enable_morse
+from morse.dot import MorseDot
+
+EMBEDDED = {"fashion-mnist": "fashion_mnist"}
+
+# Short names for `scheduler=`, with the settings that make a class the method of that name.
+SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "sde-dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+
+def make_scheduler(name: str, config: dict[str, object]) -> object:
+    """Make a scheduler from its short name or diffusers class name and a scheduler's config.
+
+    Raises:
+        ValueError: If the name is unknown; the message lists the known ones.
+    """
+    class_name, options = SCHEDULERS.get(name.lower(), (name, {}))
+    if not (class_name.endswith("Scheduler") and hasattr(diffusers, class_name)):
+        raise ValueError(
+            f"scheduler={name!r} is unknown; use one of {sorted(SCHEDULERS)} or the name of a "
+            "diffusers scheduler class."
+        )
+    return getattr(diffusers, class_name).from_config(config, **options)
+
+
+class MorsePipeline:
+    """Loads pipelines with their Dots; what it returns is the diffusers pipeline, sped up.
+
+    The pipeline keeps its class's name and everything that its call takes; `morse.attach.MorseCalls`
+    says what is new. `save_pretrained` writes a folder that plain diffusers opens too, without the
+    Dot.
+    """
+
+    def __new__(cls, *args: object, **kwargs: object) -> object:
+        """Refuse: a MorsePipeline is always made from another pipeline."""
+        raise TypeError("use MorsePipeline.from_pretrained(path) or MorsePipeline.from_pipe(pipe).")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        dot: MorseDot | str | os.PathLike | None = None,
+        scheduler: str | object | None = None,
+        merge_lora: bool = True,
+        **kwargs: object,
+    ) -> DiffusionPipeline:
+        """Load a pipeline and its Dot.
+
+        Args:
+            pretrained_model_name_or_path: "fashion-mnist" (comes with the package), a folder, or
+                the id of a pipeline on the hub.
+            dot: A Dot, or where one is saved; None for the one saved with the pipeline, if any.
+            scheduler: A scheduler, or the name of one (`morse.pipeline.SCHEDULERS`), made with
+                the pipeline's own scheduler's config.
+            merge_lora: See `enable_morse`.
+            kwargs: As for `DiffusionPipeline.from_pretrained`; only safetensors are read.
+
+        Raises:
+            ValueError: If the Dot belongs to another Dash, or the scheduler is unknown.
+        """
+        path = _resolve(pretrained_model_name_or_path)
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError("use_safetensors must be True: Morse never reads pickled weights.")
+        config = DiffusionPipeline.load_config(path, **_hub_options(kwargs))
+        pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
+        if dot is None and config.get("dot", (None, None))[1] is not None:
+            dot = MorseDot.from_pretrained(path, subfolder="dot", **_hub_options(kwargs))
+        elif isinstance(dot, (str, os.PathLike)):
+            dot = load_dot(dot, **_hub_options(kwargs))
+        return cls.from_pipe(pipe, dot, scheduler, merge_lora)
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipe: DiffusionPipeline,
+        dot: MorseDot | None = None,
+        scheduler: str | object | None = None,
+        merge_lora: bool = True,
+    ) -> DiffusionPipeline:
+        """Equip a pipeline in memory, as `enable_morse` does, and change its scheduler if asked."""
+        if isinstance(scheduler, str):
+            scheduler = make_scheduler(scheduler, pipe.scheduler.config)
+        if scheduler is not None:
+            pipe.scheduler = scheduler
+        if isinstance(dot, MorseDot):
+            dot.to(device=pipe.device, dtype=pipe.dtype)
+        return enable_morse(pipe, dot, merge_lora)
+
+
+def load_dot(path: str | os.PathLike, **kwargs: object) -> MorseDot:
+    """Load a Dot from its own folder or from the `dot` folder of a saved pipeline."""
+    has_subfolder = (Path(path) / "dot").is_dir()
+    return MorseDot.from_pretrained(path, subfolder="dot" if has_subfolder else None, **kwargs)
+
+
+def _resolve(path: str | os.PathLike) -> str | os.PathLike:
+    if path in EMBEDDED:
+        return str(files("morse") / "assets" / EMBEDDED[path])
+    return path
+
+
+def _hub_options(kwargs: dict[str, object]) -> dict[str, object]:
+    names = (
+        "cache_dir",
+        "force_download",
+        "proxies",
+        "local_files_only",
+        "token",
+        "revision",
+        "torch_dtype",
+    )
+    return {name: kwargs[name] for name in names if name in kwargs}

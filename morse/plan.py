@@ -1,0 +1,166 @@
+"""Which evaluations of a run Dash makes and which Dot makes, and what that costs.
+
+**Dash** is the pretrained denoiser, **Dot** the fast network that corrects Dash's latest estimate
+between two Dash evaluations. **LSD** (Latency per Step of Dash) is the unit of cost: a Dash
+evaluation costs 1 LSD, a Dot evaluation 1/N, where the speed ratio N says how many times faster Dot
+is on the device, dtype and batch in use (Morse, ICML 2025, section 3.2).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+ModelName = Literal["dash", "dot"]
+_LETTERS: dict[str, ModelName] = {"D": "dash", "o": "dot"}
+
+
+def _check_count(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+
+
+def _check_speed_ratio(speed_ratio: float) -> None:
+    if not (speed_ratio > 0 and math.isfinite(speed_ratio)):
+        raise ValueError(
+            f"speed_ratio (N, how many times faster Dot is than Dash) must be a positive number, "
+            f"got {speed_ratio!r}."
+        )
+
+
+@dataclass(frozen=True)
+class MorsePlan:
+    """An ordered list of model evaluations, "dash" or "dot"; the first is always "dash".
+
+    Attributes:
+        models: The model of each evaluation, in sampling order.
+
+    Raises:
+        ValueError: If the plan is empty, names another model, or starts with "dot".
+    """
+
+    models: tuple[ModelName, ...]
+
+    def __post_init__(self) -> None:
+        """Check the models."""
+        unknown = sorted(set(self.models) - {"dash", "dot"})
+        if unknown:
+            raise ValueError(f'models may hold "dash" and "dot" only, got {unknown}.')
+        if not self.models or self.models[0] != "dash":
+            raise ValueError(
+                'models must start with "dash" (Dot corrects an earlier Dash estimate), '
+                f"got {self.models!r}."
+            )
+
+    @classmethod
+    def uniform(cls, num_dash: int, num_dot: int) -> "MorsePlan":
+        """Start with Dash and spread the Dash evaluations uniformly (Morse, section 3.2).
+
+        2 Dash and 4 Dot evaluations give Dash Dot Dot Dash Dot Dot.
+
+        Raises:
+            ValueError: If `num_dash` < 1 or `num_dot` < 0.
+        """
+        _check_count("num_dash", num_dash, 1)
+        _check_count("num_dot", num_dot, 0)
+        total = num_dash + num_dot
+        dash_steps = {index * total // num_dash for index in range(num_dash)}
+        return cls(tuple("dash" if step in dash_steps else "dot" for step in range(total)))
+
+    @classmethod
+    def from_steps(cls, num_inference_steps: int, num_dash_steps: int) -> "MorsePlan":
+        """Make `num_dash_steps` of `num_inference_steps` evaluations with Dash, the rest with Dot.
+
+        Raises:
+            ValueError: If there would be more Dash steps than steps.
+        """
+        _check_count("num_dash_steps", num_dash_steps, 1)
+        if num_dash_steps > num_inference_steps:
+            raise ValueError(
+                f"num_dash_steps={num_dash_steps} is more than "
+                f"num_inference_steps={num_inference_steps}; lower the one or raise the other."
+            )
+        return cls.uniform(num_dash_steps, num_inference_steps - num_dash_steps)
+
+    @classmethod
+    def from_budget(cls, lsd: float, speed_ratio: float, ratio: float = 2.0) -> "MorsePlan":
+        """Spend a budget: fewer Dash evaluations, and as many Dot ones as that pays for.
+
+        With n LSD, k of them are traded for N*k Dot evaluations such that the number of
+        evaluations is about `ratio` times n: (n - k + N*k) / n = ratio (Morse, section 3.2, which
+        advises 2 to 3). Where nothing can be traded (N <= 1, or a budget too small) the plan is
+        all Dash.
+
+        Args:
+            lsd: Budget in LSD, at least 1; the plan's cost never exceeds it.
+            speed_ratio: N, the latency of a Dash evaluation over that of a Dot evaluation.
+            ratio: Evaluations per LSD to aim at, at least 1.
+
+        Raises:
+            ValueError: If `lsd` < 1, `speed_ratio` <= 0 or `ratio` < 1.
+        """
+        if not (lsd >= 1 and math.isfinite(lsd)):
+            raise ValueError(
+                f"lsd must be at least 1 (the first evaluation is Dash's), got {lsd!r}."
+            )
+        _check_speed_ratio(speed_ratio)
+        if not (ratio >= 1 and math.isfinite(ratio)):
+            raise ValueError(f"ratio (evaluations per LSD) must be at least 1, got {ratio!r}.")
+        all_dash = cls.uniform(math.floor(lsd), 0)
+        if speed_ratio <= 1:
+            return all_dash
+        traded = lsd * (ratio - 1) / (speed_ratio - 1)
+        num_dash = min(max(1, round(lsd - traded)), math.floor(lsd))
+        num_dot = math.floor((lsd - num_dash) * speed_ratio + 1e-9)
+        return cls.uniform(num_dash, num_dot) if num_dash + num_dot > len(all_dash) else all_dash
+
+    @classmethod
+    def from_string(cls, letters: str) -> "MorsePlan":
+        """Read a plan written with D for Dash and o for Dot, such as "DooDoo"; the inverse of str.
+
+        Raises:
+            ValueError: If another letter occurs.
+        """
+        wrong = sorted(set(letters) - set(_LETTERS))
+        if wrong:
+            raise ValueError(f"a plan is written with D (Dash) and o (Dot) only, got {wrong}.")
+        return cls(tuple(_LETTERS[letter] for letter in letters))
+
+    @classmethod
+    def from_mask(cls, is_dash: Sequence[bool]) -> "MorsePlan":
+        """Read a plan from one boolean an evaluation: True for Dash, False for Dot."""
+        return cls(tuple("dash" if dash else "dot" for dash in is_dash))
+
+    @classmethod
+    def parse(cls, plan: "MorsePlan | str | Sequence[bool]") -> "MorsePlan":
+        """Read a plan in any of its forms: itself, a string, or a mask."""
+        if isinstance(plan, cls):
+            return plan
+        return cls.from_string(plan) if isinstance(plan, str) else cls.from_mask(plan)
+
+    @property
+    def num_dash(self) -> int:
+        """Number of Dash evaluations."""
+        return self.models.count("dash")
+
+    @property
+    def num_dot(self) -> int:
+        """Number of Dot evaluations."""
+        return self.models.count("dot")
+
+    def cost(self, speed_ratio: float) -> float:
+        """The plan's cost in LSD when Dot is `speed_ratio` times as fast as Dash."""
+        _check_speed_ratio(speed_ratio)
+        return self.num_dash + self.num_dot / speed_ratio
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def __iter__(self) -> Iterator[ModelName]:
+        return iter(self.models)
+
+    def __getitem__(self, index: int) -> ModelName:
+        return self.models[index]
+
+    def __str__(self) -> str:
+        return "".join("D" if model == "dash" else "o" for model in self.models)

@@ -1,0 +1,117 @@
+"""The Morse sampler and its training loss, over plain callables (Morse, ICML 2025).
+
+A solver moves a sample along decreasing timesteps using a network's estimate z. Morse changes only
+where z comes from (Equation 5): at jump points t_s from the pretrained network, Dash; at all other
+steps t_i from Dash's latest estimate plus a learned residual, Dot:
+
+    z_ti = dash(x_ti, t_i)                                              at a jump point
+    z_ti = z_ts + dot(x_ti, t_i, jump)  with  jump = (x_ts, t_s, z_ts)  otherwise
+
+`estimate` is that switch. It serves `morse_sample` below and any diffusers pipeline
+(`morse.attach`), whose own scheduler then makes the steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from morse.plan import ModelName, MorsePlan
+from morse.spaces import PredictionType, ddim_step, signal_and_noise, to_noise_pred
+
+
+@dataclass(frozen=True)
+class JumpPoint:
+    """The latest Dash evaluation: `sample` x_ts (B, ...), `timestep` t_s, `model_output` z_ts."""
+
+    sample: Tensor
+    timestep: Tensor
+    model_output: Tensor
+
+
+Dash = Callable[[Tensor, Tensor], Tensor]  # (sample, timestep) -> model_output
+Dot = Callable[[Tensor, Tensor, JumpPoint], Tensor]  # (sample, timestep, jump) -> residual
+SolverStep = Callable[[Tensor, Tensor, int, int], Tensor]
+
+
+def dot_estimate(dot: Dot, sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+    """Add Dot's residual to Dash's latest estimate (Equation 5, second line).
+
+    A Dot with a true attribute `independent` (a control for experiments) estimates alone.
+    """
+    residual = dot(sample, timestep, jump)
+    return residual if getattr(dot, "independent", False) else jump.model_output + residual
+
+
+def estimate(
+    model: ModelName, sample: Tensor, timestep: Tensor, jump: JumpPoint | None, dash: Dash, dot: Dot
+) -> tuple[Tensor, JumpPoint]:
+    """Evaluate Dash or Dot (Equation 5); returns the estimate and the jump point to go on with."""
+    if model == "dot":
+        return dot_estimate(dot, sample, timestep, jump), jump
+    model_output = dash(sample, timestep)
+    # Cloned: some pipelines step in place, and compiled models reuse their output buffers.
+    return model_output, JumpPoint(sample.clone(), timestep, model_output.clone())
+
+
+@torch.no_grad()
+def morse_sample(
+    dash: Dash,
+    dot: Dot,
+    solver_step: SolverStep,
+    sample: Tensor,
+    timesteps: Sequence[int],
+    plan: MorsePlan,
+) -> Tensor:
+    """Sample from noise `sample` (B, ...) along decreasing `timesteps`: the reference loop.
+
+    Evaluation i is made by `plan[i]`, then `solver_step(model_output, sample, timestep,
+    prev_timestep)` moves the sample; the last `prev_timestep` is -1, the clean end.
+
+    Raises:
+        ValueError: If `timesteps` and `plan` differ in length.
+    """
+    if len(timesteps) != len(plan):
+        raise ValueError(f"plan has {len(plan)} evaluations but timesteps has {len(timesteps)}.")
+    jump = None
+    for model, step, prev_step in zip(plan, timesteps, [*timesteps[1:], -1], strict=True):
+        timestep = torch.as_tensor(step, device=sample.device)
+        model_output, jump = estimate(model, sample, timestep, jump, dash, dot)
+        sample = solver_step(model_output, sample, int(step), int(prev_step))
+    return sample
+
+
+@torch.no_grad()
+def make_pair(
+    dash: Dash,
+    clean: Tensor,
+    noise: Tensor,
+    timesteps: tuple[Tensor, Tensor],
+    alphas_cumprod: Tensor,
+    prediction_type: PredictionType = "epsilon",
+) -> tuple[JumpPoint, Tensor, Tensor]:
+    """Noise `clean` (B, ...) to t_s, take one DDIM jump to t_o, evaluate Dash at both.
+
+    `timesteps` are (t_s, t_o), integers (B,) with t_s > t_o. Returns the jump point, x_to, z_to.
+    """
+    if not bool((timesteps[1] < timesteps[0]).all()):
+        raise ValueError(f"timesteps (t_s, t_o) need t_s > t_o for every image, got {timesteps}.")
+    start, end = (signal_and_noise(alphas_cumprod, timestep, clean) for timestep in timesteps)
+    sample = start[0] * clean + start[1] * noise
+    jump = JumpPoint(sample, timesteps[0], dash(sample, timesteps[0]))
+    noise_pred = to_noise_pred(jump.model_output, sample, *start, prediction_type)
+    sample = ddim_step(noise_pred, sample, start, end)
+    return jump, sample, dash(sample, timesteps[1])
+
+
+def dot_loss(
+    dash: Dash, dot: Dot, clean: Tensor, noise: Tensor, **pair_arguments: object
+) -> Tensor:
+    """Mean squared error of Dot's estimate after one jump from noised data (Algorithm 1).
+
+    The keyword arguments are `make_pair`'s: `timesteps`, `alphas_cumprod`, `prediction_type`.
+    """
+    jump, sample, target = make_pair(dash, clean, noise, **pair_arguments)
+    prediction = dot_estimate(dot, sample, pair_arguments["timesteps"][1], jump)
+    return torch.nn.functional.mse_loss(prediction, target)

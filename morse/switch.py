@@ -1,0 +1,189 @@
+"""The switch at the denoiser: inside a planned run Dash or Dot, otherwise plain Dash.
+
+It sits in `nn.Module`'s private slot `_compiled_call_impl`, which a call consults first and which
+copies and saved files leave out. Unlike a replaced forward method, a proxy module or a hook it
+survives saving, loading, offloading and `from_pipe`. The name is used in this file only, and the
+switch is looked after at every pipeline call (`morse.attach`).
+
+Which run is going on is said by a context variable. So an interrupted run leaves nothing behind,
+the denoiser called outside the pipeline is plain Dash, and threads do not disturb each other.
+"""
+
+import inspect
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from morse.clock import scheduler_index
+from morse.plan import ModelName, MorsePlan
+from morse.sampling import Dot, JumpPoint, estimate
+
+CURRENT_RUN: ContextVar["MorseRun | None"] = ContextVar("morse_run", default=None)
+_SAMPLE_NAMES = ("sample", "hidden_states")
+
+
+@dataclass
+class MorseRun:
+    """What was planned for one pipeline call and what happened (`pipe.last_run`).
+
+    Attributes:
+        plan: What was planned.
+        speed_ratio: N, with which the cost is counted.
+        num_dash: Dash evaluations made.
+        num_dot: Dot evaluations made.
+        fallbacks: Why evaluations planned for Dot were made by Dash -> how many.
+        seconds: Wall time of the call.
+        timings: (model, seconds) of each evaluation, where the call was timed.
+    """
+
+    plan: MorsePlan
+    speed_ratio: float
+    num_dash: int = 0
+    num_dot: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    timings: list[tuple[ModelName, float]] | None = None
+    denoiser: nn.Module | None = field(default=None, repr=False)
+    dot: Dot | None = field(default=None, repr=False)
+    scheduler: object = field(default=None, repr=False)
+    _jumps: dict[int, JumpPoint] = field(default_factory=dict, repr=False)
+    _container: Callable[[Tensor], object] = field(default=lambda tensor: (tensor,), repr=False)
+    _step: int = field(default=-1, repr=False)
+    _branch: int = field(default=-1, repr=False)
+
+    @property
+    def lsd(self) -> float:
+        """Cost of the evaluations made: a Dash evaluation costs 1, a Dot evaluation 1/N."""
+        return self.num_dash + self.num_dot / self.speed_ratio
+
+    def finish(self, seconds: float) -> None:
+        """Note the wall time and let go of models and samples."""
+        self.seconds = seconds
+        self.denoiser = self.dot = self.scheduler = None
+        self._jumps.clear()
+
+    def evaluate(self, plain: Callable[..., object], args: tuple, kwargs: dict) -> object:
+        """Answer one call of the denoiser as planned (Equation 5).
+
+        Args:
+            plain: Calls Dash itself.
+            args: The call's arguments.
+            kwargs: The call's keyword arguments.
+
+        Returns:
+            What Dash would return: its own output, or Dot's estimate in the same container.
+        """
+        sample, timestep, conditions = _take_apart(self.denoiser, args, kwargs)
+        model = self._choose(sample, timestep)
+        started = self._now(sample)
+        timestep = torch.as_tensor(timestep, device=getattr(sample, "device", None))
+        output = None
+
+        def dash(sample: Tensor, timestep: Tensor) -> Tensor:
+            nonlocal output
+            output = plain(*args, **kwargs)
+            return output[0]
+
+        def dot(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+            return self.dot(sample, timestep, jump, **conditions)
+
+        dot.independent = getattr(self.dot, "independent", False)
+        model_output, self._jumps[self._branch] = estimate(
+            model, sample, timestep, self._jumps.get(self._branch), dash, dot
+        )
+        if model == "dot":
+            self.num_dot += 1
+            output = self._container(model_output)
+        else:
+            self.num_dash += 1
+            self._container = _container_of(output)
+        if self.timings is not None:
+            self.timings.append((model, self._now(sample) - started))
+        return output
+
+    def _choose(self, sample: object, timestep: object) -> ModelName:
+        obstacle = self._advance(sample, timestep)
+        planned = self.plan[self._step] if 0 <= self._step < len(self.plan) else "dash"
+        if planned == "dot" and obstacle is not None:
+            self.fallbacks[obstacle] += 1
+            return "dash"
+        return planned
+
+    def _advance(self, sample: object, timestep: object) -> str | None:
+        """Follow the scheduler by one evaluation; returns why Dot can't make it, or None."""
+        index = scheduler_index(self.scheduler, timestep)
+        if index is None:
+            self.fallbacks["the scheduler does not tell its step"] += 1
+            self._step = -1
+            return None
+        if index < self._step:  # another pass over the timesteps
+            self._jumps.clear()
+        # A step may evaluate several branches, such as separate guidance, one after the other.
+        self._branch = self._branch + 1 if index == self._step else 0
+        self._step = index
+        jump = self._jumps.get(self._branch)
+        if jump is None:
+            return "no earlier Dash evaluation"
+        if jump.sample.shape != getattr(sample, "shape", None):
+            return "the sample changed its shape"
+        return None
+
+    def _now(self, sample: Tensor) -> float:
+        if self.timings is not None and sample.device.type != "cpu":
+            torch.accelerator.synchronize(sample.device)
+        return time.perf_counter()
+
+
+@cache
+def _signature(denoiser_class: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(denoiser_class.forward)
+
+
+def _take_apart(
+    denoiser: nn.Module, args: tuple, kwargs: dict
+) -> tuple[Tensor, Tensor | float, dict[str, object]]:
+    """Split a denoiser's arguments into sample, timestep and the conditions that remain."""
+    given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
+    given.pop("self", None)
+    given.pop("return_dict", None)
+    given |= given.pop("kwargs", {})
+    sample_name = next(name for name in _SAMPLE_NAMES if name in given)
+    return given.pop(sample_name), given.pop("timestep"), given
+
+
+def _container_of(output: object) -> Callable[[Tensor], object]:
+    """Give the constructor of a denoiser's kind of output: a tuple, or a class of one field."""
+    if isinstance(output, tuple):
+        return lambda tensor: (tensor,)
+    return lambda tensor: type(output)(**{next(iter(output.keys())): tensor})
+
+
+class _Switch:
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+        self.compiled = denoiser._compiled_call_impl  # what `denoiser.compile()` left there
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        plain = self.compiled or self.denoiser._call_impl
+        run = CURRENT_RUN.get()
+        if run is None or run.denoiser is not self.denoiser:
+            return plain(*args, **kwargs)
+        return run.evaluate(plain, args, kwargs)
+
+
+def install_switch(denoiser: nn.Module) -> None:
+    """Put the switch in place, on top of a compiled call where there is one; twice is safe."""
+    if not isinstance(denoiser._compiled_call_impl, _Switch):
+        denoiser._compiled_call_impl = _Switch(denoiser)
+
+
+def remove_switch(denoiser: nn.Module) -> None:
+    """Take the switch out and leave what was there before."""
+    if isinstance(denoiser._compiled_call_impl, _Switch):
+        denoiser._compiled_call_impl = denoiser._compiled_call_impl.compiled

@@ -1,0 +1,247 @@
+"""Checkpoints that are either complete or absent, in safetensors and JSON only."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
+MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+EMA_FILE, STATE_FILE = "ema.safetensors", "state.json"
+# How the update is computed belongs to the device at hand, not to the checkpoint.
+DEVICE_OPTIONS = {"fused", "foreach", "capturable", "differentiable"}
+
+
+def _sync(path: Path) -> None:
+    """Make the system write a file, or on POSIX the entries of a folder, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def atomic_save_file(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors; a reader sees the old file or the whole new one."""
+    temporary = _temporary(path)
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata)
+    _replace(temporary, path)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON; a reader sees the old file or the whole new one."""
+    temporary = _temporary(path)
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    _replace(temporary, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU; a broken one is named in a `ValueError`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; delete its folder and resume another") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete its folder and resume from another checkpoint"
+        ) from error
+
+
+def prepare_output_dir(output_dir: Path, resume: bool) -> None:
+    """Create `output_dir`, and refuse to write into another run's results.
+
+    Raises:
+        FileExistsError: The folder isn't empty and `resume` is False.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"output_dir is {output_dir}, a file; give another --output_dir")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not resume and any(output_dir.iterdir()):
+        raise FileExistsError(
+            f"output_dir is {output_dir}, which is not empty; continue its run with "
+            "--resume_from_checkpoint latest or give another --output_dir"
+        )
+
+
+def _list_checkpoints(output_dir: Path) -> list[Path]:
+    """List complete checkpoints, oldest first; unfinished ones bear another name."""
+    found = {}
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found)]
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+    """Find the checkpoint to resume.
+
+    Args:
+        output_dir: The run's folder.
+        resume_from_checkpoint: "latest" (None is returned when there is none yet), the path of a
+            checkpoint, its name inside `output_dir`, or None for a fresh start.
+
+    Raises:
+        FileNotFoundError: The named checkpoint doesn't exist.
+    """
+    if resume_from_checkpoint is None:
+        return None
+    checkpoints = _list_checkpoints(output_dir)
+    if resume_from_checkpoint == "latest":
+        return checkpoints[-1] if checkpoints else None
+    for path in (Path(resume_from_checkpoint), output_dir / resume_from_checkpoint):
+        if (path / STATE_FILE).is_file():
+            return path
+    raise FileNotFoundError(
+        f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no checkpoint; use "
+        f"latest or one of {[path.name for path in checkpoints]} in {output_dir}"
+    )
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    model_state: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    ema: "EMAModel | None",
+    scaler: "torch.amp.GradScaler | None",
+    extra: dict[str, object],
+    total_limit: int | None,
+) -> Path:
+    """Write `output_dir/checkpoint-{step}` and then remove the oldest beyond `total_limit`.
+
+    The folder is filled under a temporary name and renamed last, so that a run killed at any
+    moment leaves only complete checkpoints.
+
+    Args:
+        output_dir: The run's folder.
+        step: The number of updates done.
+        model_state: The trained network's state dict.
+        optimizer: The optimizer, also one prepared by accelerate.
+        ema: The moving average of the weights, if there is one.
+        scaler: The gradient scaler of fp16 training, if there is one.
+        extra: Anything else that JSON can hold.
+        total_limit: How many checkpoints to keep; None keeps all.
+    """
+    final = output_dir / f"checkpoint-{step}"
+    for leftover in output_dir.glob(".checkpoint-*.tmp-*"):
+        shutil.rmtree(leftover)
+    temporary = _temporary(final)
+    temporary.mkdir(parents=True)
+    tensors, scalars = _flatten(optimizer.state_dict()["state"])
+    state = {
+        "step": step,
+        "optimizer_scalars": scalars,
+        "param_groups": optimizer.state_dict()["param_groups"],
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "ema": None,
+        "extra": extra,
+    }
+    atomic_save_file(model_state, temporary / MODEL_FILE)
+    atomic_save_file(tensors, temporary / OPTIMIZER_FILE)
+    if ema is not None:
+        state["ema"] = {k: v for k, v in ema.state_dict().items() if k != "shadow_params"}
+        shadow = {str(index): tensor for index, tensor in enumerate(ema.shadow_params)}
+        atomic_save_file(shadow, temporary / EMA_FILE)
+    write_json(temporary / STATE_FILE, state)
+    if final.exists():  # saved before this run went back to an earlier one
+        final.rename(output_dir / f".{final.name}.tmp-old")
+    _replace(temporary, final)
+    outdated = _list_checkpoints(output_dir)[: -total_limit if total_limit else 0]
+    for path in (*output_dir.glob(".checkpoint-*.tmp-*"), *outdated):
+        shutil.rmtree(path)
+    return final
+
+
+def _flatten(
+    state: dict[int, dict[str, object]],
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Split an optimizer's state into tensors and other values, named `state.{index}.{name}`."""
+    flat = {f"state.{i}.{name}": value for i, item in state.items() for name, value in item.items()}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in flat.items() if name not in tensors}
+
+
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: "EMAModel | None" = None,
+    scaler: "torch.amp.GradScaler | None" = None,
+) -> tuple[int, dict[str, object]]:
+    """Restore what `save_checkpoint` wrote, bit by bit, and return `step` and `extra`.
+
+    Raises:
+        ValueError: A file is missing or damaged, or belongs to another network.
+    """
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path / STATE_FILE} cannot be read: {error}") from error
+    for name, part in (("ema", ema), ("scaler", scaler)):
+        if (part is None) != (state[name] is None):
+            raise ValueError(
+                f"{path} was saved {'without' if state[name] is None else 'with'} {name} state; "
+                "resume with the use_ema and mixed_precision of the first run"
+            )
+    try:
+        model.load_state_dict(read_tensors(path / MODEL_FILE))
+    except RuntimeError as error:
+        raise ValueError(f"{path / MODEL_FILE} is from another network: {error}") from error
+    _load_optimizer(optimizer, read_tensors(path / OPTIMIZER_FILE), state, path)
+    if ema is not None:
+        shadow = read_tensors(path / EMA_FILE)
+        for index, parameter in enumerate(ema.shadow_params):
+            parameter.copy_(shadow[str(index)])
+        ema.load_state_dict(state["ema"])
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"])
+    return state["step"], state["extra"]
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict, path: Path
+) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, object]] = {}
+    for key, value in (tensors | saved["optimizer_scalars"]).items():
+        _, index, name = key.split(".", 2)
+        parameter = parameters[int(index)]
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            # Fused updates want the parameter's memory format, which safetensors doesn't keep.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    if [g["params"] for g in groups] != [g["params"] for g in saved["param_groups"]]:
+        raise ValueError(f"{path} was saved by an optimizer over other parameters")
+    for group, old in zip(groups, saved["param_groups"], strict=True):
+        group |= {
+            key: tuple(value) if isinstance(value, list) and key != "params" else value
+            for key, value in old.items()
+            if key not in DEVICE_OPTIONS
+        }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,209 @@
+"""What every training command shares: its settings, optimizer, randomness and checks."""
+
+import hashlib
+import importlib.util
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise a `ValueError` that names the argument, what came and what is allowed."""
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings that all training commands share, named as in diffusers' training examples."""
+
+    output_dir: Path = field(
+        metadata={"help": "folder for the result, the checkpoints and the logs"}
+    )
+    train_data_dir: Path | None = field(
+        default=None,
+        metadata={
+            "help": "folder of images, or IDX files such as /usr/share/datasets/fashion-mnist"
+        },
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "dataset on the Hugging Face hub, instead of a folder"}
+    )
+    image_column: str = field(
+        default="image", metadata={"help": "column of a hub dataset that holds the images"}
+    )
+    train_batch_size: int = field(
+        default=64, metadata={"help": "images per process in one forward pass"}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "forward passes summed into one update"}
+    )
+    max_train_steps: int = field(
+        default=10_000, metadata={"help": "optimizer updates in all, resumed ones included"}
+    )
+    max_train_seconds: float | None = field(
+        default=None, metadata={"help": "stop this run after so many seconds, saving as at the end"}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "highest learning rate"})
+    lr_scheduler: Literal["cosine", "constant"] = field(
+        default="cosine", metadata={"help": "course after the warm-up"}
+    )
+    lr_warmup_steps: int = field(
+        default=500, metadata={"help": "updates over which the rate rises from zero"}
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2"})
+    adam_weight_decay: float = field(default=1e-6, metadata={"help": "AdamW's weight decay"})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "gradients are clipped to this norm"}
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = field(
+        default="no", metadata={"help": "autocast precision"}
+    )
+    compile: bool = field(
+        default=False, metadata={"help": "compile the trained network with torch.compile"}
+    )
+    use_ema: bool = field(
+        default=True,
+        metadata={"help": "keep and save an exponential moving average of the weights"},
+    )
+    ema_max_decay: float = field(default=0.9999, metadata={"help": "highest decay of that average"})
+    checkpointing_steps: int = field(default=1000, metadata={"help": "updates between checkpoints"})
+    checkpoints_total_limit: int | None = field(
+        default=2, metadata={"help": "keep only so many newest checkpoints"}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": '"latest" or a checkpoint folder'}
+    )
+    report_to: Literal["none", "tensorboard"] = field(
+        default="none", metadata={"help": "tracker for losses"}
+    )
+    logging_steps: int = field(default=50, metadata={"help": "updates between two logged losses"})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "extra processes that read images"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of weights, order of images, and noise"})
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations."""
+        positive = (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "checkpointing_steps",
+            "logging_steps",
+            "learning_rate",
+            "max_grad_norm",
+            "adam_epsilon",
+            "max_train_seconds",
+            "checkpoints_total_limit",
+        )
+        for name in positive:
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "more than 0")
+        for name in ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "at least 0")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+            value = getattr(self, name)
+            require(0 <= value < 1, name, value, "in [0, 1)")
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            raise ValueError(
+                f"train_data_dir is {self.train_data_dir} and dataset_name is "
+                f"{self.dataset_name}; give exactly one of the two"
+            )
+
+
+def derive_seed(*parts: int) -> int:
+    """Hash integers, such as (seed, step, rank), into one 63-bit seed."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def step_generator(
+    seed: int, step: int, rank: int, device: torch.device | str, micro_step: int = 0
+) -> torch.Generator:
+    """Give the source of all random numbers of one forward pass.
+
+    It depends on its arguments only, so that a resumed run draws what the uninterrupted one would
+    have drawn, and no state of a random number generator is ever saved.
+    """
+    generator = torch.Generator(device)
+    generator.manual_seed(derive_seed(seed, step, micro_step, rank))
+    return generator
+
+
+def learning_rate_at(config: TrainingConfig, step: int) -> float:
+    """Give the rate of update `step` (from 0): linear warm-up, then constant or half a cosine.
+
+    Equals diffusers' `get_scheduler("cosine")` and `("constant_with_warmup")` at that step.
+    """
+    warmup = config.lr_warmup_steps
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    if config.lr_scheduler == "constant":
+        return config.learning_rate
+    progress = (step - warmup) / max(1, config.max_train_steps - warmup)
+    return config.learning_rate * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    """Build AdamW over `parameters`; on CUDA its fused form, which is one kernel an update."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True if parameters[0].is_cuda else None,
+    )
+
+
+def make_ema(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> "EMAModel | None":
+    """Build the moving average with the warm-up of diffusers' examples; None without `use_ema`."""
+    if not config.use_ema:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(
+        parameters, decay=config.ema_max_decay, use_ema_warmup=True, power=0.75, foreach=True
+    )
+
+
+def make_accelerator(config: TrainingConfig) -> "Accelerator":
+    """Build the accelerator, and on CUDA allow TF32 and the search for fast convolutions."""
+    from accelerate import Accelerator
+
+    if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "report_to is 'tensorboard', which is not installed; "
+            'run `pip install "morse-diffusion[tracking]"` or use --report_to none'
+        )
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+    )
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return accelerator

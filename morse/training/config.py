@@ -1,0 +1,83 @@
+"""Settings of train_dot."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from morse.training.common import TrainingConfig, require
+from morse.training.windows import TimestepSampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDotConfig(TrainingConfig):
+    """Train a Dot for a pretrained diffusion pipeline and save it as a MorseDot."""
+
+    pretrained_model_name_or_path: str = field(
+        metadata={"help": "folder or hub id of the pipeline whose denoiser is the Dash"}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "height and width; the denoiser's sample size if not given"}
+    )
+    num_down_blocks: Literal[1, 2, 3] = field(
+        default=2, metadata={"help": "m: Dash's layers see 4^m times fewer positions"}
+    )
+    block_out_channels: tuple[int, ...] | None = field(
+        default=None, metadata={"help": "channels of the m extra blocks; 16 32 64 if not given"}
+    )
+    layers_per_block: int = field(default=1, metadata={"help": "ResNet blocks in an extra block"})
+    lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on Dash's layers"})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "scale of the LoRA times its rank; the rank if not given"}
+    )
+    independent: bool = field(
+        default=False, metadata={"help": "train the control that estimates from the sample alone"}
+    )
+    timestep_sampling: TimestepSampling = field(
+        default="uniform",
+        metadata={"help": "uniform as in Algorithm 1, or neighbours on the grids of real plans"},
+    )
+    window_steps: int = field(
+        default=1,
+        metadata={"help": "solver steps from the noised image on; 1 is Algorithm 1"},
+    )
+    pairs_per_window: int = field(
+        default=1, metadata={"help": "training pairs taken from each window in one update"}
+    )
+    on_policy: bool = field(
+        default=False,
+        metadata={"help": "make a window's steps with Dot's own estimates; needs fresh windows"},
+    )
+    cache_pairs: int | None = field(
+        default=None,
+        metadata={"help": "evaluate Dash once, for so many windows, and train on these"},
+    )
+    cache_dir: Path | None = field(
+        default=None, metadata={"help": "where the cache lies; output_dir/pairs if not given"}
+    )
+    init_from: Path | None = field(
+        default=None, metadata={"help": "a saved Dot whose weights to start from"}
+    )
+    validation_steps: int = field(
+        default=1000, metadata={"help": "updates between two validations; 0 for none"}
+    )
+    validation_images: int = field(
+        default=256, metadata={"help": "held-out images (the test split) to validate on"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations."""
+        super().__post_init__()
+        for name in ("window_steps", "pairs_per_window", "layers_per_block", "validation_images"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
+        require(self.validation_steps >= 0, "validation_steps", self.validation_steps, "0 or more")
+        require(
+            self.cache_pairs is None or self.cache_pairs > 0,
+            "cache_pairs",
+            self.cache_pairs,
+            "at least 1",
+        )
+        if self.on_policy and (self.cache_pairs or self.window_steps == 1):
+            raise ValueError(
+                f"on_policy needs fresh windows of several steps, but cache_pairs is "
+                f"{self.cache_pairs} and window_steps is {self.window_steps}"
+            )

@@ -1,0 +1,244 @@
+"""Training images behind one interface, and batches that depend on the step alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from morse.training.common import derive_seed
+from morse.training.idx import IDX_IMAGES, IDX_LABELS, fit_images, read_idx
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IDX_PREFIXES = {"train": "train", "test": "t10k"}
+
+
+class ImageDataset(Dataset):
+    """Images of one size as unsigned bytes.
+
+    Args:
+        fetch: Turns a list of n indices into images, (n, C, H, W) uint8.
+        length: The number of images.
+        labels: Class numbers, (length,) int64, where the source has them.
+    """
+
+    def __init__(
+        self, fetch: Callable[[list[int]], Tensor], length: int, labels: Tensor | None = None
+    ) -> None:
+        """Keep the source; nothing is read yet."""
+        self.fetch = fetch
+        self.length = length
+        self.labels = labels
+
+    def __len__(self) -> int:
+        """Give the number of images."""
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Give one image, (C, H, W) uint8."""
+        return self.fetch([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        """Give many images at once, (len(indices), C, H, W) uint8."""
+        return self.fetch(list(indices))
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """Map bytes in [0, 255] to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def open_images(
+    train_data_dir: Path | None,
+    dataset_name: str | None,
+    resolution: int,
+    channels: int,
+    split: Literal["train", "test"] = "train",
+    image_column: str = "image",
+) -> ImageDataset:
+    """Open images from exactly one source and give all of them the same size.
+
+    Args:
+        train_data_dir: An IDX file, a folder of IDX files (`train-images-idx3-ubyte[.gz]`,
+            `t10k-...`), or a folder of images, searched recursively. When that folder has both
+            a `train` and a `test` folder, `split` chooses between them.
+        dataset_name: A dataset on the hub, for `datasets.load_dataset`.
+        resolution: Height and width. IDX images that are smaller by an even number get a black
+            border; all others are resized by their shorter side and cropped at the centre.
+        channels: 1 for grey, 3 for colour.
+        split: Which part of the data.
+        image_column: The column of a hub dataset that holds the images.
+
+    Raises:
+        FileNotFoundError: `train_data_dir` doesn't exist.
+        ValueError: No or broken images; the message names the file.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (colour)")
+    if split not in IDX_PREFIXES:
+        raise ValueError(f"split is {split!r}; it must be one of {list(IDX_PREFIXES)}")
+    if (train_data_dir is None) == (dataset_name is None):
+        raise ValueError(
+            f"train_data_dir is {train_data_dir} and dataset_name is {dataset_name}; "
+            "give exactly one of the two"
+        )
+    if dataset_name is not None:
+        return _open_hub(dataset_name, resolution, channels, split, image_column)
+    path = Path(train_data_dir)
+    if not path.exists():
+        raise FileNotFoundError(f"train_data_dir is {path}, which does not exist")
+    if path.is_file():
+        return _open_idx(path, resolution, channels)
+    if any(path.glob("*-images-idx3-ubyte*")):
+        prefix = IDX_PREFIXES[split]
+        return _open_idx(_find_idx(path, f"{prefix}-images-idx3-ubyte"), resolution, channels)
+    return _open_folder(path, resolution, channels, split)
+
+
+def _find_idx(folder: Path, name: str) -> Path:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"{folder} has IDX files, but neither {name} nor {name}.gz")
+
+
+def _open_idx(path: Path, resolution: int, channels: int) -> ImageDataset:
+    array = read_idx(path, IDX_IMAGES)
+    if array.size == 0:
+        raise ValueError(f"{path} holds no images (its shape is {array.shape})")
+    images = fit_images(torch.from_numpy(array)[:, None], resolution)
+    labels_name = path.name.replace("-images-idx3-ubyte", "-labels-idx1-ubyte").removesuffix(".gz")
+    labels = None
+    for candidate in (path.with_name(labels_name), path.with_name(f"{labels_name}.gz")):
+        if candidate != path and candidate.is_file():
+            labels = torch.from_numpy(read_idx(candidate, IDX_LABELS)).long()
+            if len(labels) != len(images):
+                raise ValueError(f"{candidate} has {len(labels)} labels for {len(images)} images")
+            break
+    return ImageDataset(partial(_gather, images, channels), len(images), labels)
+
+
+def _gather(images: Tensor, channels: int, indices: list[int]) -> Tensor:
+    chosen = images[torch.tensor(indices)]
+    return chosen if channels == 1 else chosen.repeat(1, channels, 1, 1)
+
+
+def _open_folder(path: Path, resolution: int, channels: int, split: str) -> ImageDataset:
+    if all((path / name).is_dir() for name in IDX_PREFIXES):
+        path = path / split
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"train_data_dir is {path}, which has no images: expected files ending in "
+            f"{sorted(IMAGE_SUFFIXES)} or IDX files like train-images-idx3-ubyte.gz"
+        )
+    return ImageDataset(partial(_read_files, files, resolution, channels), len(files))
+
+
+def _read_files(files: list[Path], resolution: int, channels: int, indices: list[int]) -> Tensor:
+    images = []
+    for path in (files[index] for index in indices):
+        try:
+            with Image.open(path) as image:
+                images.append(_to_bytes(image, resolution, channels))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}; remove it") from error
+    return torch.stack(images)
+
+
+def _to_bytes(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    """Crop the centre square and resize it, (C, resolution, resolution)."""
+    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    array = np.array(image, dtype=np.uint8).reshape(resolution, resolution, channels)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def _open_hub(name: str, resolution: int, channels: int, split: str, column: str) -> ImageDataset:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"dataset_name is {name!r}, which needs the `datasets` package; "
+            'run `pip install "morse-diffusion[hub]"` or give train_data_dir instead'
+        ) from error
+    rows = load_dataset(name, split=split)
+    if column not in rows.column_names:
+        raise ValueError(f"image_column is {column!r}; {name} has columns {rows.column_names}")
+    labels = torch.tensor(rows["label"][:]) if "label" in rows.column_names else None
+    return ImageDataset(partial(_read_rows, rows, column, resolution, channels), len(rows), labels)
+
+
+def _read_rows(
+    rows: Dataset, column: str, resolution: int, channels: int, indices: list[int]
+) -> Tensor:
+    images = rows[indices][column]
+    return torch.stack([_to_bytes(image, resolution, channels) for image in images])
+
+
+class StepBatches:
+    """Lists of indices for successive steps; a batch is a function of (seed, step, rank) only.
+
+    Every epoch is a new permutation of all images; a batch may continue over its border. The
+    global batch of `world_size * batch_size` images is cut into one piece per rank. So a resumed
+    run needs only the number of its next step.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        num_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Describe the batches; see the class for their order."""
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start_step, self.num_steps = start_step, num_steps
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        """Give the number of batches."""
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the batches of steps `start_step` to `start_step + num_steps - 1`."""
+        epoch, order = -1, torch.empty(0)
+        for step in range(self.start_step, self.start_step + self.num_steps):
+            position = (step * self.world_size + self.rank) * self.batch_size
+            batch: list[int] = []
+            while len(batch) < self.batch_size:
+                needed_epoch, offset = divmod(position + len(batch), self.length)
+                if needed_epoch != epoch:
+                    epoch, order = needed_epoch, self._permutation(needed_epoch)
+                batch += order[offset : offset + self.batch_size - len(batch)].tolist()
+            yield batch
+
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        return torch.randperm(self.length, generator=generator)
+
+
+def step_loader(
+    dataset: ImageDataset, batches: StepBatches, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    """Load the batches in order, (B, C, H, W) uint8 each, gathered by `__getitems__`."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_is,
+        persistent_workers=False,
+    )
+
+
+def _as_is(batch: Tensor) -> Tensor:
+    return batch

@@ -1,0 +1,58 @@
+"""IDX files, the format of MNIST and Fashion-MNIST."""
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IDX_IMAGES, IDX_LABELS = 0x00000803, 0x00000801  # unsigned bytes in three, in one dimension
+
+
+def read_idx(path: Path, magic: int) -> np.ndarray:
+    """Read an IDX file of unsigned bytes (Y. LeCun's format for MNIST), plain or gzipped.
+
+    Args:
+        path: The file.
+        magic: Its first four bytes: `IDX_IMAGES` or `IDX_LABELS`. The last one counts dimensions.
+    """
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}; download it again") from error
+    found = int.from_bytes(content[:4], "big")
+    if len(content) < 4 or found != magic:
+        raise ValueError(
+            f"{path} is not the expected IDX file: its magic number is 0x{found:08x}, "
+            f"but must be 0x{magic:08x}"
+        )
+    header = 4 + 4 * (magic & 0xFF)
+    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
+    expected = header + int(np.prod(shape, dtype=np.int64))
+    if len(content) != expected:
+        raise ValueError(
+            f"{path} is damaged: shape {shape} needs {expected} bytes, but it has "
+            f"{len(content)}; download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+
+
+def fit_images(images: Tensor, resolution: int) -> Tensor:
+    """Give (N, 1, H, W) bytes the shape (N, 1, resolution, resolution)."""
+    height, width = images.shape[2:]
+    rows, columns = resolution - height, resolution - width
+    if min(rows, columns) >= 0 and rows % 2 == 0 and columns % 2 == 0:
+        return F.pad(images, (columns // 2, columns // 2, rows // 2, rows // 2))
+    scale = resolution / min(height, width)
+    size = (max(resolution, round(height * scale)), max(resolution, round(width * scale)))
+    top, left = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    parts = []
+    for part in images.split(4096):
+        resized = F.interpolate(part.float(), size, mode="bilinear", antialias=True)
+        parts.append(resized.round().clamp(0, 255).byte())
+    return torch.cat(parts)[:, :, top : top + resolution, left : left + resolution].contiguous()

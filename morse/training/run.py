@@ -1,0 +1,209 @@
+"""The loop that every training command runs; what is learnt comes in as a loss function."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from morse.training.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    prepare_output_dir,
+    save_checkpoint,
+    write_json,
+)
+from morse.training.common import (
+    TrainingConfig,
+    learning_rate_at,
+    make_accelerator,
+    make_ema,
+    make_optimizer,
+    set_learning_rate,
+    step_generator,
+)
+from morse.training.data import ImageDataset, StepBatches, step_loader
+from morse.training.log import TrainingLog
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+# (model, images, generator) -> loss; images are (B, C, H, W) uint8 on the model's device.
+LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+
+
+def begin_run(config: TrainingConfig) -> "Accelerator":
+    """Claim the output folder, start accelerate and its trackers, and save the settings."""
+    accelerator = make_accelerator(config)
+    prepare_output_dir(config.output_dir, config.resume_from_checkpoint is not None)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        settings = {k: _plain(v) for k, v in dataclasses.asdict(config).items()}
+        write_json(config.output_dir / "train_config.json", settings)
+        if config.report_to != "none":
+            accelerator.init_trackers("logs", {k: str(v) for k, v in settings.items()})
+    return accelerator
+
+
+def _plain(value: object) -> object:
+    return value if value is None or isinstance(value, (int, float, str, tuple)) else str(value)
+
+
+class TrainingRun:
+    """A network in training: its optimizer, moving average, checkpoints and loop.
+
+    Args:
+        config: The settings.
+        accelerator: From `begin_run`.
+        model: The network; only parameters that require gradients are trained, and only its own
+            state dict is saved.
+        dataset: Images; `model` may be trained on several passes over them.
+        compute_loss: Gives the mean loss of one batch, under autocast. All randomness must come
+            from the generator it gets.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: "Accelerator",
+        model: nn.Module,
+        dataset: ImageDataset,
+        compute_loss: LossFunction,
+    ) -> None:
+        """Prepare everything and, if asked to, resume from a checkpoint."""
+        self.config, self.accelerator, self.dataset = config, accelerator, dataset
+        self.compute_loss = compute_loss
+        self.started = time.monotonic()
+        memory_format = (
+            torch.channels_last if accelerator.device.type == "cuda" else torch.contiguous_format
+        )
+        self.model = model.to(accelerator.device, memory_format=memory_format).train()
+        if config.compile:
+            self.model.compile()
+        self.wrapped, self.optimizer = accelerator.prepare(
+            self.model, make_optimizer(self.model.parameters(), config)
+        )
+        self.ema: EMAModel | None = make_ema(self.model.parameters(), config)
+        self.step = self.saved_step = 0
+        self._resume()
+
+    def _resume(self) -> None:
+        path = find_checkpoint(self.config.output_dir, self.config.resume_from_checkpoint)
+        if path is None:
+            return
+        self.step, settings = load_checkpoint(
+            path, self.model, self.optimizer, self.ema, self.accelerator.scaler
+        )
+        self.saved_step = self.step
+        self.accelerator.print(f"resumed {path} at step {self.step}")
+        for name, value in self._exactness().items():
+            if settings.get(name) != value:
+                self.accelerator.print(
+                    f"warning: {name} was {settings.get(name)} and is now {value}; "
+                    "the result will differ from that of an uninterrupted run"
+                )
+
+    def _exactness(self) -> dict[str, object]:
+        """Give the settings that decide what a step draws."""
+        names = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
+        settings = {name: getattr(self.config, name) for name in names}
+        return settings | {"num_processes": self.accelerator.num_processes}
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one."""
+        if self.saved_step == self.step:
+            return
+        self.saved_step = self.step
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.config.output_dir,
+                self.step,
+                self.model.state_dict(),
+                self.optimizer,
+                self.ema,
+                self.accelerator.scaler,
+                self._exactness(),
+                self.config.checkpoints_total_limit,
+            )
+
+    def copy_weights_to(self, target: nn.Module) -> None:
+        """Copy the averaged weights, or without `use_ema` the present ones, into a like network."""
+        target.load_state_dict(self.model.state_dict())
+        if self.ema is not None:
+            self.ema.copy_to(target.parameters())
+
+    def train(self, after_step: Callable[[int], None] | None = None) -> int:
+        """Train up to `max_train_steps` or `max_train_seconds`, and save a checkpoint.
+
+        Args:
+            after_step: Called in the main process with the number of updates done.
+
+        Returns:
+            The number of updates done.
+        """
+        config, accelerator = self.config, self.accelerator
+        batches = self._batches()
+        with closing(TrainingLog(config, accelerator, self.step)) as log:
+            while self.step < config.max_train_steps and not self._out_of_time():
+                set_learning_rate(self.optimizer, learning_rate_at(config, self.step))
+                for micro_step in range(config.gradient_accumulation_steps):
+                    log.add(self._forward_backward(next(batches), micro_step))
+                self.step += 1
+                log.after_step(self.step, self.optimizer)
+                if self.step % config.checkpointing_steps == 0:
+                    self.save()
+                if after_step is not None and accelerator.is_main_process:
+                    after_step(self.step)
+        self.save()
+        accelerator.wait_for_everyone()
+        return self.step
+
+    def _batches(self) -> Iterator[Tensor]:
+        config, accelerator = self.config, self.accelerator
+        micro_steps = config.gradient_accumulation_steps
+        batches = StepBatches(
+            len(self.dataset),
+            config.train_batch_size,
+            config.seed,
+            self.step * micro_steps,
+            max(0, config.max_train_steps - self.step) * micro_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        pin = accelerator.device.type == "cuda"
+        return iter(step_loader(self.dataset, batches, config.dataloader_num_workers, pin))
+
+    def _forward_backward(self, images: Tensor, micro_step: int) -> Tensor:
+        """Do one forward and backward pass, with the update after the last of a step."""
+        config, accelerator = self.config, self.accelerator
+        generator = step_generator(
+            config.seed, self.step, accelerator.process_index, accelerator.device, micro_step
+        )
+        images = images.to(accelerator.device, non_blocking=True)
+        with accelerator.accumulate(self.wrapped):
+            with accelerator.autocast():
+                loss = self.compute_loss(self.wrapped, images, generator)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if accelerator.sync_gradients and self.ema is not None:
+                self.ema.step(self.model.parameters())
+        return loss.detach()
+
+    def _out_of_time(self) -> bool:
+        limit, accelerator = self.config.max_train_seconds, self.accelerator
+        if limit is None:
+            return False
+        late = time.monotonic() - self.started > limit
+        if accelerator.num_processes == 1:
+            return late
+        if self.step % self.config.logging_steps:
+            return False  # processes must agree, and asking costs a synchronisation
+        votes = torch.tensor(float(late), device=accelerator.device)
+        return accelerator.reduce(votes).item() > 0

@@ -1,0 +1,28 @@
+"""A tiny random pipeline with a Dot, saved as `MorsePipeline` saves one."""
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from morse.dot import MorseDot
+from morse.pipeline import MorsePipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    pipe = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(clip_sample=False))
+    dot = MorseDot.from_dash(unet, num_down_blocks=1, block_out_channels=(8,), lora_rank=2)
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    MorsePipeline.from_pipe(pipe, dot).save_pretrained(folder)
+    return folder

@@ -1,0 +1,162 @@
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from morse.training import checkpoint
+from morse.training.checkpoint import (
+    atomic_save_file,
+    find_checkpoint,
+    load_checkpoint,
+    prepare_output_dir,
+    read_tensors,
+    save_checkpoint,
+    write_json,
+)
+
+diffusers_training = pytest.importorskip("diffusers.training_utils")
+
+
+class Training:
+    """A small network, channels last, with everything a checkpoint holds."""
+
+    def __init__(self, seed, width=4, fused=False):
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Conv2d(3, width, 3), nn.GroupNorm(2, width))
+        self.model.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=fused)
+        self.ema = diffusers_training.EMAModel(self.model.parameters(), use_ema_warmup=True)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def step(self, seed):
+        images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        self.scaler.scale(self.model(images).square().mean()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.ema.step(self.model.parameters())
+
+    def save(self, folder, step, total_limit=None):
+        parts = (self.model.state_dict(), self.optimizer, self.ema, self.scaler)
+        return save_checkpoint(folder, step, *parts, {"note": [1, "x"]}, total_limit)
+
+    def load(self, path):
+        return load_checkpoint(path, self.model, self.optimizer, self.ema, self.scaler)
+
+    def state(self):
+        ema = self.ema.state_dict()
+        optimizer = self.optimizer.state_dict()["state"]
+        return deepcopy((self.model.state_dict(), optimizer, ema, self.scaler.state_dict()))
+
+
+def assert_same_bits(one, two):
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_round_trip_and_further_steps_are_bit_exact(tmp_path, fused):
+    first, second = Training(0, fused=fused), Training(1, fused=fused)
+    first.step(0)
+    first.step(1)
+
+    step, extra = second.load(first.save(tmp_path, 2))
+
+    assert (step, extra) == (2, {"note": [1, "x"]})
+    assert_same_bits(first.state(), second.state())
+    for group, old in zip(second.optimizer.param_groups, first.optimizer.param_groups, strict=True):
+        assert {k: v for k, v in group.items() if k != "params"} == {
+            k: v for k, v in old.items() if k != "params"
+        }
+    moments = second.optimizer.state[second.model[0].weight]["exp_avg"]
+    assert moments.stride() == second.model[0].weight.stride()
+    first.step(2)
+    second.step(2)
+    assert_same_bits(first.state(), second.state())
+
+
+def test_no_pickle_and_no_leftovers(tmp_path):
+    path = Training(0).save(tmp_path, 1)
+    assert {f.suffix for f in path.iterdir()} == {".safetensors", ".json"}
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
+    training = Training(0)
+    for step in (8, 9, 10):
+        training.save(tmp_path, step, total_limit=2)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+    def interrupt(path, data):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            training.save(tmp_path, 11, total_limit=2)
+    names = sorted(f.name for f in tmp_path.iterdir())
+    assert names[1:] == ["checkpoint-10", "checkpoint-9"] and names[0].startswith(".checkpoint-11")
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
+
+    training.step(0)
+    training.save(tmp_path, 10, total_limit=2)  # again, over the old one, and tidies up
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+    Training(1).load(tmp_path / "checkpoint-10")
+
+
+def test_find_checkpoint(tmp_path):
+    assert find_checkpoint(tmp_path, "latest") is None
+    path = Training(0).save(tmp_path, 3)
+    assert find_checkpoint(tmp_path, None) is None
+    for name in ("latest", "checkpoint-3", str(path)):
+        assert find_checkpoint(tmp_path, name) == path
+    with pytest.raises(FileNotFoundError, match=r"'checkpoint-4'.*\['checkpoint-3'\]"):
+        find_checkpoint(tmp_path, "checkpoint-4")
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "ema"])
+@pytest.mark.parametrize("size", [0, 5, 300])
+def test_truncated_file_is_named(tmp_path, name, size):
+    path = Training(0).save(tmp_path, 1)
+    file = path / f"{name}.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    if name == "optimizer":  # an unused optimizer's file is short itself
+        file.write_bytes(b"\x10")
+    with pytest.raises(ValueError, match=rf"{name}\.safetensors is damaged.*another checkpoint"):
+        Training(1).load(path)
+
+
+def test_other_damage_is_explained(tmp_path):
+    path = Training(0).save(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"model\.safetensors is from another network"):
+        Training(0, width=6).load(path)
+    with pytest.raises(ValueError, match=r"saved with ema state.*use_ema"):
+        load_checkpoint(path, Training(0).model, Training(0).optimizer)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        Training(0).load(path)
+    (path / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"state\.json cannot be read"):
+        Training(0).load(path)
+
+
+def test_output_dir_with_results_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    prepare_output_dir(folder, resume=False)
+    prepare_output_dir(folder, resume=False)
+    write_json(folder / "train_config.json", {"a": 1})
+    assert json.loads((folder / "train_config.json").read_text()) == {"a": 1}
+    with pytest.raises(FileExistsError, match=r"--resume_from_checkpoint latest.*--output_dir"):
+        prepare_output_dir(folder, resume=False)
+    prepare_output_dir(folder, resume=True)
+    with pytest.raises(FileExistsError, match="a file"):
+        prepare_output_dir(folder / "train_config.json", resume=False)
+
+
+def test_atomic_save_file_keeps_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "x.safetensors"
+    atomic_save_file({"a": torch.arange(6).view(2, 3).T}, path)
+    with pytest.raises(AttributeError):
+        atomic_save_file({"a": None}, path)
+    assert_same_bits(read_tensors(path), {"a": torch.arange(6).view(2, 3).T.contiguous()})

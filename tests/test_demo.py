@@ -1,0 +1,75 @@
+import json
+
+import pytest
+import torch
+from evaluation_fixtures import tiny_folder  # noqa: F401
+from PIL import Image
+
+from morse.evaluation.demo import DemoConfig, run_demo
+from morse.evaluation.runs import load_pipelines, sample_images
+from morse.plan import MorsePlan
+
+
+def test_the_demo_writes_pictures_and_figures(tiny_folder, tmp_path, capsys):  # noqa: F811
+    config = DemoConfig(
+        pipeline=str(tiny_folder),
+        output_dir=tmp_path / "with space",
+        json=tmp_path / "new" / "demo.json",
+        lsd=(4, 8),
+        num_images=3,
+        device="cpu",
+    )
+    rows = run_demo(config)
+    assert len(rows) == 2 * 4
+    for row in rows:
+        assert row.lsd <= row.budget
+        assert row.num_dot == 0 or row.kind == "morse"
+    assert Image.open(config.output_dir / "grid.png").height > 9 * 64
+    assert (config.output_dir / "quality.png").stat().st_size > 10_000
+    facts = json.loads(config.json.read_text())
+    assert facts["num_images"] == 3 and len(facts["rows"]) == len(rows)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "biased" in printed and "grid.png" in printed and "FID" not in printed
+    run_demo(config)  # twice into one folder
+
+
+@pytest.mark.parametrize("steps", [3, MorsePlan.from_string("Doo")])
+def test_batch_size_never_changes_a_picture(tiny_folder, steps):  # noqa: F811
+    pipe = load_pipelines(str(tiny_folder), None, ("ddim",), "cpu")["ddim"]
+    together = sample_images(pipe, steps, range(5, 9), batch_size=4)
+    apart = sample_images(pipe, steps, range(5, 9), batch_size=3)
+    # Convolutions of other batch sizes may sum in another order.
+    torch.testing.assert_close(together.images, apart.images, rtol=0, atol=1e-5)
+    assert together.images.shape == (4, 1, 32, 32)
+    assert not torch.equal(together.images[0], together.images[1])
+
+
+def test_steps_are_reported(tiny_folder):  # noqa: F811
+    pipe = load_pipelines(str(tiny_folder), None, ("dpmsolver++",), "cpu")["dpmsolver++"]
+    ticks = []
+    samples = sample_images(
+        pipe, MorsePlan.from_string("Doo"), range(2), 1, on_step=lambda: ticks.append(1)
+    )
+    assert len(ticks) == 2 * 3
+    assert (samples.num_dash, samples.num_dot, samples.plan) == (1, 2, "Doo")
+    assert samples.fallbacks == {}
+    assert "progress_bar" not in vars(pipe)
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="num_images is 1"):
+        DemoConfig(num_images=1)
+    with pytest.raises(ValueError, match="each budget"):
+        DemoConfig(lsd=(1, 5))
+
+
+def test_an_unknown_device_is_named(tiny_folder):  # noqa: F811
+    with pytest.raises(ValueError, match="use auto, cpu"):
+        load_pipelines(str(tiny_folder), None, ("ddim",), "toaster")
+
+
+@pytest.mark.slow
+def test_the_embedded_default_runs_quickly(tmp_path):
+    rows = run_demo(DemoConfig(quick=True, num_images=4, output_dir=tmp_path))
+    best = {row.budget: row.psnr for row in rows if row.solver == "dpmsolver++"}
+    assert best[10] > best[5] > 10

@@ -1,0 +1,192 @@
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from morse.cli import parse_config
+from morse.training import run
+from morse.training.common import derive_seed, learning_rate_at, make_optimizer, step_generator
+from morse.training.dash import TrainDashConfig, train_dash
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = """--resolution 8 --block_out_channels 8 8 --train_batch_size 3 --max_train_steps 5
+    --lr_warmup_steps 2 --learning_rate 1e-2 --checkpointing_steps 2 --logging_steps 2
+    --save_images_steps 0 --seed 3 --horizontal_flip --gradient_accumulation_steps 2"""
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("data") / "images-idx3-ubyte"
+    header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
+    path.write_bytes(header + images.tobytes())
+    return path
+
+
+def make_config(data_file, output_dir, *options):
+    arguments = ["--train_data_dir", str(data_file), "--output_dir", str(output_dir)]
+    return parse_config(TrainDashConfig, [*arguments, *OPTIONS.split(), *options])
+
+
+@pytest.fixture(scope="module")
+def whole_run(data_file, tmp_path_factory):
+    return train_dash(make_config(data_file, tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_run(folder, other):
+    torch.testing.assert_close(weights(folder), weights(other), rtol=0, atol=0)
+    for name in ("model", "optimizer", "ema"):
+        file = f"checkpoint-5/{name}.safetensors"
+        assert (folder / file).read_bytes() == (other / file).read_bytes()
+
+
+def test_result_is_a_diffusers_pipeline(whole_run):
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(whole_run)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert not pipeline.scheduler.config.clip_sample
+    images = pipeline(2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 8, 8, 1)
+    ema = load_file(whole_run / "checkpoint-5" / "ema.safetensors")
+    for index, parameter in enumerate(pipeline.unet.parameters()):
+        torch.testing.assert_close(parameter.data, ema[str(index)], rtol=0, atol=0)
+    names = {path.name for path in whole_run.iterdir()}
+    assert {"checkpoint-4", "checkpoint-5", "train_config.json"} <= names
+    assert "checkpoint-2" not in names
+
+
+def test_a_full_output_dir_is_refused(data_file, whole_run):
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
+        train_dash(make_config(data_file, whole_run))
+
+
+def test_time_limit_saves_and_resumes(data_file, tmp_path, whole_run, monkeypatch):
+    config = make_config(data_file, tmp_path / "run", "--max_train_seconds", "10")
+    with monkeypatch.context() as patch:
+        clock = iter([0.0, 1.0, 9.0, 9.5, 10.5])  # construction, then before each step
+        patch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        train_dash(config)
+    assert (tmp_path / "run" / "model_index.json").is_file()
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    train_dash(replace(config, max_train_seconds=None, resume_from_checkpoint="latest"))
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+def test_another_path_through_the_options(data_file, tmp_path):
+    from PIL import Image
+
+    config = make_config(
+        data_file, tmp_path / "run", "--no-use_ema", "--save_images_steps", "2",
+        "--prediction_type", "v_prediction", "--channels", "3", "--report_to", "tensorboard",
+        "--max_train_steps", "2", "--block_out_channels", "8", "--lr_scheduler", "constant",
+    )  # fmt: skip
+    folder = train_dash(config)
+    assert Image.open(folder / "samples" / "step-0000002.png").size == (32, 32)
+    assert any((folder / "logs").rglob("events.out.tfevents.*"))
+    assert not (folder / "checkpoint-2" / "ema.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_killed_in_a_step_and_resumed_gives_the_same_bits(data_file, tmp_path, whole_run):
+    config = make_config(data_file, tmp_path / "run")
+    program = """
+import os, signal, sys
+from morse.cli import parse_config
+from morse.training.dash import TrainDashConfig, train_dash
+from morse.training.run import TrainingRun
+one_pass = TrainingRun._forward_backward
+def die_in_the_fourth_step(run, images, micro_step):
+    loss = one_pass(run, images, micro_step)
+    if (run.step, micro_step) == (3, 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+TrainingRun._forward_backward = die_in_the_fourth_step
+train_dash(parse_config(TrainDashConfig, sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", program, "--train_data_dir", str(config.train_data_dir),
+               "--output_dir", str(config.output_dir), *OPTIONS.split()]  # fmt: skip
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+    train_dash(replace(config, resume_from_checkpoint="latest"))
+
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+@pytest.mark.slow
+def test_two_processes_through_accelerate(data_file, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "training/train_dash.py", "--train_data_dir", str(data_file),
+               "--output_dir", str(tmp_path / "run"), "--max_train_seconds", "1000",
+               *OPTIONS.split()]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 4/5") == 1
+    assert (tmp_path / "run" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["cosine", "constant"])
+def test_learning_rate_is_that_of_diffusers(tmp_path, name):
+    from diffusers.optimization import get_scheduler
+
+    config = TrainDashConfig(
+        output_dir=tmp_path, train_data_dir=tmp_path, lr_scheduler=name, lr_warmup_steps=3,
+        max_train_steps=9, learning_rate=0.5,
+    )  # fmt: skip
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
+    theirs = get_scheduler(
+        name if name == "cosine" else "constant_with_warmup",
+        optimizer,
+        num_warmup_steps=3,
+        num_training_steps=9,
+    )
+    for step in range(9):
+        torch.testing.assert_close(learning_rate_at(config, step), theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+def test_each_pass_has_its_own_random_numbers():
+    draws = {
+        torch.rand((), generator=step_generator(seed, step, rank, "cpu", micro_step)).item()
+        for seed in (0, 1) for step in (0, 1) for rank in (0, 1) for micro_step in (0, 1)
+    }  # fmt: skip
+    assert len(draws) == 16
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+    assert 0 <= derive_seed(0) < 2**63
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 30, "block_out_channels": (8, 8, 8)}, "resolution is 30.*multiple of 4"),
+        ({"block_out_channels": (8, 12)}, "multiple of 8"),
+        ({"train_batch_size": 0}, "train_batch_size is 0.*more than 0"),
+        ({"adam_beta2": 1.0}, r"adam_beta2 is 1.0.*\[0, 1\)"),
+        ({"dataset_name": "someone/pictures"}, "exactly one"),
+    ],
+)
+def test_wrong_settings(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainDashConfig(output_dir=tmp_path, train_data_dir=tmp_path, **changes)
