@@ -210,8 +210,15 @@ def find_denoiser(pipe: DiffusionPipeline) -> nn.Module:
     raise ValueError(f"{type(pipe).__name__} has no unet or transformer to speed up.")
 
 
+def _register_dot(pipe: DiffusionPipeline, dot: Dot | None) -> None:
+    pipe.register_modules(dot=dot)
+    if isinstance(dot, MorseDot):
+        # What model_index.json will say; diffusers would write the inner module's name.
+        pipe.register_to_config(dot=("morse", "MorseDot"))
+
+
 @cache
-def _morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
+def morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
     """Subclass a pipeline class under its own name, with an optional component `dot` if asked."""
     members: dict[str, object] = {"__module__": base.__module__, "_morse_base": base}
     if dot_is_component:
@@ -220,7 +227,7 @@ def _morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
 
         def __init__(self: object, *args: object, dot: Dot | None = None, **kwargs: object) -> None:
             base.__init__(self, *args, **kwargs)
-            self.register_modules(dot=dot)
+            _register_dot(self, dot)
 
         __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), dot])
         members["__init__"] = __init__
@@ -249,9 +256,9 @@ def enable_morse(
         if merge_lora:
             dot.merge_lora()
     is_component = isinstance(dot, ModelMixin)
-    pipe.__class__ = _morse_class(type(pipe), is_component)
+    pipe.__class__ = morse_class(type(pipe), is_component)
     if is_component:
-        pipe.register_modules(dot=dot)
+        _register_dot(pipe, dot)
     else:
         pipe.dot = dot
     pipe.speed_ratio = dot.config.speed_ratio if isinstance(dot, MorseDot) else None
@@ -268,7 +275,7 @@ def disable_morse(pipe: DiffusionPipeline) -> DiffusionPipeline:
     remove_switch(find_denoiser(pipe))
     pipe.__class__ = base
     for name in ("dot", "speed_ratio", "last_run"):
-        delattr(pipe, name)
+        vars(pipe).pop(name, None)
     config = {name: value for name, value in pipe.config.items() if name != "dot"}
     pipe._internal_dict = FrozenDict(config)
     return pipe

@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 from diffusers import DiffusionPipeline
 
-from morse.attach import enable_morse
+from morse.attach import enable_morse, morse_class
 from morse.dot import MorseDot
 
 EMBEDDED = {"fashion-mnist": "fashion_mnist"}
@@ -43,12 +43,23 @@ def make_scheduler(name: str, config: dict[str, object]) -> object:
     return getattr(diffusers, class_name).from_config(config, **options)
 
 
+_HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "local_files_only",
+    "token",
+    "revision",
+    "torch_dtype",
+)
+
+
 class MorsePipeline:
     """Loads pipelines with their Dots; what it returns is the diffusers pipeline, sped up.
 
-    The pipeline keeps its class's name and everything that its call takes; `morse.attach.MorseCalls`
-    says what is new. `save_pretrained` writes a folder that plain diffusers opens too, without the
-    Dot.
+    The pipeline keeps its class's name and everything that its call takes; what is new is described
+    in `morse.attach.MorseCalls`. `save_pretrained` writes a folder that plain diffusers opens too,
+    without the Dot.
     """
 
     def __new__(cls, *args: object, **kwargs: object) -> object:
@@ -81,13 +92,19 @@ class MorsePipeline:
         path = _resolve(pretrained_model_name_or_path)
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors must be True: Morse never reads pickled weights.")
-        config = DiffusionPipeline.load_config(path, **_hub_options(kwargs))
-        pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
-        if dot is None and config.get("dot", (None, None))[1] is not None:
-            dot = MorseDot.from_pretrained(path, subfolder="dot", **_hub_options(kwargs))
+        hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        config = DiffusionPipeline.load_config(path, **hub_options)
+        has_dot = config.get("dot", (None, None))[1] is not None
+        if dot is None and has_dot:
+            dot = MorseDot.from_pretrained(path, subfolder="dot", **hub_options)
         elif isinstance(dot, (str, os.PathLike)):
-            dot = load_dot(dot, **_hub_options(kwargs))
-        return cls.from_pipe(pipe, dot, scheduler, merge_lora)
+            dot = load_dot(dot, **hub_options)
+        loader = DiffusionPipeline
+        if has_dot and hasattr(diffusers, config["_class_name"]):
+            # Plain diffusers would load the folder too, with warnings about its `dot`.
+            loader = morse_class(getattr(diffusers, config["_class_name"]), True)
+            kwargs["dot"] = None
+        return cls.from_pipe(loader.from_pretrained(path, **kwargs), dot, scheduler, merge_lora)
 
     @classmethod
     def from_pipe(
@@ -117,16 +134,3 @@ def _resolve(path: str | os.PathLike) -> str | os.PathLike:
     if path in EMBEDDED:
         return str(files("morse") / "assets" / EMBEDDED[path])
     return path
-
-
-def _hub_options(kwargs: dict[str, object]) -> dict[str, object]:
-    names = (
-        "cache_dir",
-        "force_download",
-        "proxies",
-        "local_files_only",
-        "token",
-        "revision",
-        "torch_dtype",
-    )
-    return {name: kwargs[name] for name in names if name in kwargs}

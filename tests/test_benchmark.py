@@ -172,3 +172,11 @@ def test_bad_settings_are_named(tmp_path):
     other.write_text(json.dumps({"schema_version": 99}))
     with pytest.raises(ValueError, match="schema_version 99"):
         run_benchmark(BenchmarkConfig(from_json=other, output_dir=tmp_path))
+
+
+def test_the_reference_is_no_point_of_its_own_fidelity_curve():
+    solver = Method("dpmsolver++")
+    cells = list(quality_cells(lambda m, n: 1 / n, [solver], {"baseline": (50, 100)}))
+    rows = {row["budget"]: row for row in summarize(cells)["rows"]}
+    assert rows[100]["psnr"] is None and rows[100]["frechet_to_reference"] is None
+    assert rows[100]["frechet"] == 0.01 and rows[50]["psnr"] == -0.02

@@ -20,7 +20,7 @@ def test_the_table_shows_every_row_and_names_the_metric():
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(results_table(ROWS, "a title"))
     text = console.export_text()
-    for wanted in ("a title", "Morse-DDIM r2", "4.75", "0.300", "Fréchet distance (Fashion-MNIST"):
+    for wanted in ("a title", "Morse-DDIM r2", "4.75", "0.30", "Fréchet distance (Fashion-MNIST"):
         assert wanted in text
     assert "…" not in text  # nothing cut off at 80 columns
     assert text.count("DDIM") == len(ROWS)

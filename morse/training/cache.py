@@ -126,8 +126,8 @@ def prepare_cache(
     missing = [number for number in mine if not paths[number].exists()]
     for number in _with_progress(missing, accelerator):
         size = min(SHARD_WINDOWS, config.cache_pairs - number * SHARD_WINDOWS)
-        with accelerator.autocast():
-            atomic_save_file(_make_shard(dash, dataset, config, number, size), paths[number])
+        # In full precision, whatever the training's: residuals are small differences.
+        atomic_save_file(_make_shard(dash, dataset, config, number, size), paths[number])
     accelerator.wait_for_everyone()
     return WindowCache(paths, accelerator.device)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from morse.training.common import TrainingConfig, require
-from morse.training.windows import TimestepSampling
+from morse.training.windows import LossWeighting, TimestepSampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,13 @@ class TrainDotConfig(TrainingConfig):
     )
     pairs_per_window: int = field(
         default=1, metadata={"help": "training pairs taken from each window in one update"}
+    )
+    loss_weighting: LossWeighting = field(
+        default="none",
+        metadata={
+            "help": "none as in Algorithm 1, gap: by 1 / (t_s - t_i)^2, relative: by 1 / the error "
+            "of reusing Dash's estimate"
+        },
     )
     on_policy: bool = field(
         default=False,

@@ -15,6 +15,7 @@ from morse.training.common import derive_seed
 from morse.training.idx import IDX_IMAGES, IDX_LABELS, fit_images, read_idx
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+HELD_OUT_EVERY = 20
 IDX_PREFIXES = {"train": "train", "test": "t10k"}
 
 
@@ -66,7 +67,8 @@ def open_images(
     Args:
         train_data_dir: An IDX file, a folder of IDX files (`train-images-idx3-ubyte[.gz]`,
             `t10k-...`), or a folder of images, searched recursively. When that folder has both
-            a `train` and a `test` folder, `split` chooses between them.
+            a `train` and a `test` folder, `split` chooses between them; a source without a
+            test part holds out every 20th image.
         dataset_name: A dataset on the hub, for `datasets.load_dataset`.
         resolution: Height and width. IDX images that are smaller by an even number get a black
             border; all others are resized by their shorter side and cropped at the centre.
@@ -129,15 +131,29 @@ def _gather(images: Tensor, channels: int, indices: list[int]) -> Tensor:
 
 
 def _open_folder(path: Path, resolution: int, channels: int, split: str) -> ImageDataset:
-    if all((path / name).is_dir() for name in IDX_PREFIXES):
-        path = path / split
+    has_splits = all((path / name).is_dir() for name in IDX_PREFIXES)
+    path = path / split if has_splits else path
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(
             f"train_data_dir is {path}, which has no images: expected files ending in "
             f"{sorted(IMAGE_SUFFIXES)} or IDX files like train-images-idx3-ubyte.gz"
         )
+    if not has_splits:
+        files = [files[index] for index in held_out_rows(len(files), split)]
     return ImageDataset(partial(_read_files, files, resolution, channels), len(files))
+
+
+def held_out_rows(length: int, split: str) -> range | list[int]:
+    """Divide a source that has no test part: every 20th row is for testing, the rest for training.
+
+    A source of fewer than 20 images serves as both.
+    """
+    if length < HELD_OUT_EVERY:
+        return range(length)
+    if split == "test":
+        return range(HELD_OUT_EVERY - 1, length, HELD_OUT_EVERY)
+    return [row for row in range(length) if row % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
 
 
 def _read_files(files: list[Path], resolution: int, channels: int, indices: list[int]) -> Tensor:
@@ -161,13 +177,16 @@ def _to_bytes(image: Image.Image, resolution: int, channels: int) -> Tensor:
 
 def _open_hub(name: str, resolution: int, channels: int, split: str, column: str) -> ImageDataset:
     try:
-        from datasets import load_dataset
+        from datasets import get_dataset_split_names, load_dataset
     except ImportError as error:
         raise ValueError(
             f"dataset_name is {name!r}, which needs the `datasets` package; "
             'run `pip install "morse-diffusion[hub]"` or give train_data_dir instead'
         ) from error
-    rows = load_dataset(name, split=split)
+    has_split = split in get_dataset_split_names(name)
+    rows = load_dataset(name, split=split if has_split else "train")
+    if "test" not in get_dataset_split_names(name):
+        rows = rows.select(held_out_rows(len(rows), split))
     if column not in rows.column_names:
         raise ValueError(f"image_column is {column!r}; {name} has columns {rows.column_names}")
     labels = torch.tensor(rows["label"][:]) if "label" in rows.column_names else None

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from morse.dot import MorseDot
 from morse.sampling import dot_estimate
@@ -16,7 +15,7 @@ from morse.training.data import open_images, to_model_range
 from morse.training.frozen import FrozenDash, load_frozen_dash
 from morse.training.run import LossFunction, TrainingRun, begin_run
 from morse.training.validation import make_validator
-from morse.training.windows import Window, fresh_window, pick_pairs
+from morse.training.windows import Window, fresh_window, pick_pairs, weighted_loss
 
 __all__ = ["TrainDotConfig", "train_dot"]
 
@@ -62,7 +61,7 @@ def window_loss(
         pairs = pick_pairs(window, config.pairs_per_window, generator, first=config.on_policy)
         # The wrapped module is called, so that several processes share their gradients.
         estimate = dot_estimate(_with_kind(dot, config), pairs.sample, pairs.timestep, pairs.jump)
-        return F.mse_loss(estimate.float(), pairs.target)
+        return weighted_loss(estimate, pairs, config.loss_weighting)
 
     return compute_loss
 

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from morse.sampling import Dash, JumpPoint, dot_estimate
 from morse.spaces import PredictionType, signal_and_noise, to_noise_pred
 
+LossWeighting = Literal["none", "gap", "relative"]
 TimestepSampling = Literal["uniform", "plans"]
 # Numbers of evaluations of the plans that people run: from 5 LSD to 30 LSD at ratio 2.
 PLAN_EVALUATIONS = (6, 60)
+# About the square of the rounding error of half-precision estimates.
+_REUSE_FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,23 @@ def pick_pairs(window: Window, num_pairs: int, generator: torch.Generator, first
     jump = JumpPoint(take(window.samples, start), take_time(start), take(window.outputs, start))
     end = start + gap
     return Pairs(jump, take(window.samples, end), take_time(end), take(window.outputs, end))
+
+
+def weighted_loss(estimate: Tensor, pairs: Pairs, weighting: LossWeighting) -> Tensor:
+    """Mean squared error of estimates for `pairs`, weighted so that no range of gaps dominates.
+
+    Unweighted errors (Algorithm 1) come mostly from the widest gaps t_s - t_i, over which Dash's
+    estimate changes most, while plans with many evaluations have narrow ones.
+    """
+    errors = (estimate.float() - pairs.target).square().flatten(1).mean(1)
+    if weighting == "none":
+        return errors.mean()
+    if weighting == "gap":
+        weights = (pairs.jump.timestep - pairs.timestep).float() ** -2
+    else:
+        reuse = (pairs.jump.model_output - pairs.target).square().flatten(1).mean(1)
+        weights = 1 / (reuse + _REUSE_FLOOR)
+    return (errors * weights).sum() / weights.sum()
 
 
 def fresh_window(

@@ -1,0 +1,35 @@
+# Every target sets up what it needs in .venv; once that is done, nothing goes to the network.
+#   make demo   ARGS="--quick --json demo.json --output-dir demo_output"
+#   make test   ARGS="-m 'not slow'"
+#   make lint
+PYTHON ?= python3
+ARGS ?=
+VENV_PYTHON := .venv/bin/python
+# Paths are relative to the checkout, so that it may lie in a folder with spaces.
+STAMP := .venv/.setup-done
+
+# Waiting OpenMP threads sleep instead of spinning: as fast on a quiet machine, and several times
+# faster on a busy one.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: setup demo test lint
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed: make setup PYTHON=python3.12" >&2; exit 1; }
+	test -x $(VENV_PYTHON) || "$(PYTHON)" -m venv .venv
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check "torch==2.13.0"
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check --editable ".[dev,notebook]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(VENV_PYTHON) -m morse demo $(ARGS)
+
+test: $(STAMP)
+	$(VENV_PYTHON) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .

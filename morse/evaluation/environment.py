@@ -1,0 +1,62 @@
+"""What a figure was measured with."""
+
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def command_line() -> str:
+    """Return the running command, such as "morse bench --num_images 64", without its folder."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(
+        (["python", "-m", "morse"] if name == "__main__.py" else [name]) + sys.argv[1:]
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device; "auto" takes CUDA, else MPS, else the CPU.
+
+    Raises:
+        ValueError: If torch knows no such device.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; use auto, cpu, cuda or cuda:0") from error
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device in words: the GPU's name, or the CPU's and how many threads are in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else f"{platform.machine()} CPU"
+
+
+def environment(device: torch.device, mixed_precision: str = "no") -> dict[str, object]:
+    """Return the device, the precision and the versions, ready for JSON."""
+    return {
+        "device": device_name(device),
+        "dtype": {"no": "float32", "fp16": "float16 autocast", "bf16": "bfloat16 autocast"}[
+            mixed_precision
+        ],
+        "cudnn_allows_tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("diffusers", "morse-diffusion")},
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,74 @@
+import pytest
+
+from morse.plan import MorsePlan
+
+
+def test_dash_is_first_and_spread_uniformly():
+    assert str(MorsePlan.uniform(2, 4)) == "DooDoo"
+    assert str(MorsePlan.uniform(3, 4)) == "DoDoDoo"
+    assert str(MorsePlan.uniform(4, 0)) == "DDDD"
+    for num_dash in range(1, 12):
+        for num_dot in range(0, 40):
+            plan = MorsePlan.uniform(num_dash, num_dot)
+            assert (plan.num_dash, plan.num_dot) == (num_dash, num_dot)
+            runs = [len(run) for run in str(plan).split("D")[1:]]
+            assert plan[0] == "dash" and max(runs) - min(runs) <= 1
+
+
+@pytest.mark.parametrize("speed_ratio", [1.5, 4, 6, 8.6])
+@pytest.mark.parametrize("ratio", [1.0, 1.5, 2.0, 3.0])
+def test_a_budget_is_never_exceeded_and_never_buys_fewer_evaluations(speed_ratio, ratio):
+    for lsd in [1, 1.33, 2, 3.5, 5, 8, 12, 20, 50]:
+        plan = MorsePlan.from_budget(lsd, speed_ratio, ratio)
+        assert plan.cost(speed_ratio) <= lsd + 1e-9
+        assert len(plan) >= int(lsd)
+
+
+def test_the_ratio_of_the_paper():
+    # (n - k + N k) / n = 2 with n = 10 and N = 6 gives k = 2: 8 Dash and 12 Dot evaluations.
+    plan = MorsePlan.from_budget(10, 6, ratio=2)
+    assert (plan.num_dash, plan.num_dot) == (8, 12)
+    assert plan.cost(6) == pytest.approx(10)
+
+
+def test_all_dash_where_nothing_can_be_traded():
+    assert str(MorsePlan.from_budget(1, 6)) == "D"
+    assert str(MorsePlan.from_budget(7.9, 0.8)) == "D" * 7
+    assert str(MorsePlan.from_budget(5, 6, ratio=1)) == "DDDDD"
+
+
+def test_a_fraction_of_lsd_is_spent_on_dot():
+    plan = MorsePlan.from_budget(1.5, 6)
+    assert str(plan) == "Dooo"
+
+
+def test_forms_of_a_plan_are_equal():
+    plan = MorsePlan.uniform(2, 4)
+    assert MorsePlan.from_string(str(plan)) == plan
+    assert MorsePlan.from_mask([model == "dash" for model in plan]) == plan
+    assert MorsePlan.parse(plan) is plan
+    assert MorsePlan.parse("DooDoo") == plan == MorsePlan.parse([True, False, False] * 2)
+    assert MorsePlan.from_steps(6, 2) == plan
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MorsePlan.from_budget(0.9, 6), "lsd must be at least 1"),
+        (lambda: MorsePlan.from_budget(float("nan"), 6), "lsd must be at least 1"),
+        (lambda: MorsePlan.from_budget(5, 0), "speed_ratio"),
+        (lambda: MorsePlan.from_budget(5, -1), "speed_ratio"),
+        (lambda: MorsePlan.from_budget(5, 6, ratio=0.5), "ratio"),
+        (lambda: MorsePlan.from_steps(4, 5), "num_dash_steps=5 is more than"),
+        (lambda: MorsePlan.uniform(0, 4), "num_dash"),
+        (lambda: MorsePlan.uniform(2, -1), "num_dot"),
+        (lambda: MorsePlan.uniform(2.5, 1), "num_dash"),
+        (lambda: MorsePlan.from_string("oD"), "must start with"),
+        (lambda: MorsePlan.from_string("DxD"), "x"),
+        (lambda: MorsePlan(()), "must start with"),
+        (lambda: MorsePlan.uniform(2, 2).cost(0), "speed_ratio"),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
