@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from morse.attach import enable_morse, morse_class
 from morse.dot import MorseDot
+from morse.dot.model import safetensors_only
 
 EMBEDDED = {"fashion-mnist": "fashion_mnist"}
 
@@ -51,6 +52,7 @@ _HUB_OPTIONS = (
     "token",
     "revision",
     "torch_dtype",
+    "dtype",
 )
 
 
@@ -90,8 +92,7 @@ class MorsePipeline:
             ValueError: If the Dot belongs to another Dash, or the scheduler is unknown.
         """
         path = _resolve(pretrained_model_name_or_path)
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError("use_safetensors must be True: Morse never reads pickled weights.")
+        kwargs = safetensors_only(kwargs)
         hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         config = DiffusionPipeline.load_config(path, **hub_options)
         has_dot = config.get("dot", (None, None))[1] is not None
@@ -120,7 +121,9 @@ class MorsePipeline:
         if scheduler is not None:
             pipe.scheduler = scheduler
         if isinstance(dot, MorseDot):
-            dot.to(device=pipe.device, dtype=pipe.dtype)
+            dot.to(pipe.device)
+            if dot.dtype != pipe.dtype:
+                dot.to(dtype=pipe.dtype)
         return enable_morse(pipe, dot, merge_lora)
 
 

@@ -140,7 +140,9 @@ class MorseDot(ModelMixin, ConfigMixin):
             lora_rank=lora_rank,
             **options,
         )
-        return dot.to(device=dash.device, dtype=dash.dtype).bind(dash)
+        if dot.dtype != dash.dtype:
+            dot = dot.to(dtype=dash.dtype)
+        return dot.to(dash.device).bind(dash)
 
     def bind(self, dash: nn.Module) -> Self:
         """Share the layers of `dash` from now on.
@@ -221,7 +223,7 @@ class MorseDot(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, path: str, **kwargs: object) -> Self:
         """Load a saved Dot as `ModelMixin.from_pretrained` does, from safetensors only."""
-        return super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
+        return super().from_pretrained(path, **safetensors_only(kwargs))
 
     def _bound_dash(self) -> nn.Module:
         if not self._dash:
@@ -241,6 +243,17 @@ class MorseDot(ModelMixin, ConfigMixin):
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave Dash behind; bind them again."""
         return {**super().__getstate__(), "_dash": (), "_tree": (), "_tree_state": ()}
+
+
+def safetensors_only(kwargs: dict[str, object]) -> dict[str, object]:
+    """Complete the keywords of a diffusers `from_pretrained` such that no pickle is ever read.
+
+    Raises:
+        ValueError: If `use_safetensors` says otherwise.
+    """
+    if kwargs.get("use_safetensors", True) is not True:
+        raise ValueError("use_safetensors must be True: Morse never reads pickled weights.")
+    return {**kwargs, "use_safetensors": True}
 
 
 def _check_shape_options(

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@pytest.fixture(scope="session")
+def build_unet():
+    """A function that builds small seeded UNet2DModels."""
+    from diffusers import UNet2DModel
+
+    def build(seed=0, channels=(32, 32), in_channels=1, sample_size=16, **options):
+        torch.manual_seed(seed)
+        levels = len(channels)
+        return UNet2DModel(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=in_channels,
+            layers_per_block=1,
+            block_out_channels=channels,
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+            **options,
+        ).eval()
+
+    return build
+
+
+@pytest.fixture
+def dash(build_unet):
+    return build_unet()
+
+
+@pytest.fixture
+def make_pipe(build_unet):
+    """A function that builds a small DDPMPipeline with a named scheduler."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    from morse.pipeline import make_scheduler
+
+    def make(scheduler="ddim", unet=None):
+        config = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
+        pipe = DDPMPipeline(unet or build_unet(), make_scheduler(scheduler, config))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def make_dot():
+    """A function that makes a Dot whose output is not zero, as after some training."""
+    from morse.dot import MorseDot
+
+    def make(dash, scale=0.05, **options):
+        torch.manual_seed(1)
+        dot = MorseDot.from_dash(dash, **{"block_out_channels": None, "lora_rank": 4, **options})
+        with torch.no_grad():
+            for name, parameter in dot.named_parameters():
+                if "lora_B" in name or name.startswith(("conv_out", "jump_time")):
+                    parameter.normal_(0, scale)
+        return dot.eval()
+
+    return make

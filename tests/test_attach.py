@@ -1,0 +1,338 @@
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+
+from morse import MorseDot, disable_morse, enable_morse
+from morse.plan import MorsePlan
+from morse.switch import CURRENT_RUN
+
+
+def sample(pipe, batch_size=2, seed=0, **kwargs):
+    generator = [torch.Generator().manual_seed(seed + index) for index in range(batch_size)]
+    return pipe(batch_size=batch_size, generator=generator, output_type="pt", **kwargs).images
+
+
+@pytest.fixture
+def pipe(make_pipe):
+    return make_pipe()
+
+
+@pytest.fixture
+def dot(pipe, make_dot):
+    return make_dot(pipe.unet)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++", "sde-dpmsolver++"])
+def test_without_a_plan_and_all_dash_are_bit_identical_to_the_bare_pipeline(
+    make_pipe, make_dot, scheduler
+):
+    pipe = make_pipe(scheduler)
+    expected = sample(pipe, num_inference_steps=6)
+    enable_morse(pipe, make_dot(pipe.unet))
+    assert torch.equal(sample(pipe, num_inference_steps=6), expected)
+    assert pipe.last_run is None
+    assert torch.equal(sample(pipe, plan="DDDDDD"), expected)
+    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (6, 0)
+    with_dot = sample(pipe, plan="DooDoo")
+    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, 4)
+    assert pipe.last_run.fallbacks == {}
+    assert with_dot.isfinite().all() and not torch.equal(with_dot, expected)
+    assert torch.equal(sample(pipe, plan="DooDoo"), with_dot)
+
+
+def test_enable_twice_and_disable_restore_the_pipeline(pipe, dot):
+    classes, config = type(pipe), dict(pipe.config)
+    expected = sample(pipe, num_inference_steps=4)
+    enable_morse(enable_morse(pipe, dot), dot)
+    with_dot = sample(pipe, plan="DoDo")
+    assert isinstance(pipe, classes) and type(pipe).__name__ == classes.__name__
+    disable_morse(disable_morse(pipe))
+    assert type(pipe) is classes and dict(pipe.config) == config
+    assert not hasattr(pipe, "dot") and "_compiled_call_impl" not in {
+        key for key, value in vars(pipe.unet).items() if value is not None
+    }
+    assert torch.equal(sample(pipe, num_inference_steps=4), expected)
+    assert torch.equal(sample(enable_morse(pipe, dot), plan="DoDo"), with_dot)
+
+
+def test_matches_the_reference_loop(pipe, dot):
+    """The attached pipeline does what `morse_sample` does with the same solver."""
+    from morse import morse_sample
+    from morse.spaces import ddim_step, signal_and_noise
+
+    enable_morse(pipe, dot)
+    found = sample(pipe, batch_size=1, plan="DooDoo")
+
+    def step(model_output, x, timestep, prev_timestep):
+        rates = [
+            signal_and_noise(pipe.scheduler.alphas_cumprod, torch.tensor(t), x)
+            for t in (timestep, prev_timestep)
+        ]
+        return ddim_step(model_output, x, *rates)
+
+    disable_morse(pipe)
+    noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    pipe.scheduler.set_timesteps(6)
+    timesteps = pipe.scheduler.timesteps.tolist()
+    # DDIMScheduler.step guesses where a trailing step lands; ours is told, and by the same rule.
+    stride = 1000 // 6
+    ends = [t - stride for t in timesteps]
+    landing = dict(zip(timesteps, [max(t, -1) for t in ends], strict=True))
+    expected = morse_sample(
+        lambda x, t: pipe.unet(x, t).sample,
+        dot,
+        lambda z, x, t, _: step(z, x, t, landing[t]),
+        noise,
+        timesteps,
+        MorsePlan.from_string("DooDoo"),
+    )
+    torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-3)
+
+
+def test_pictures_do_not_depend_on_the_batch(pipe, dot):
+    enable_morse(pipe, dot)
+    batch = sample(pipe, batch_size=3, plan="DooDo")
+    single = sample(pipe, batch_size=1, seed=2, plan="DooDo")
+    torch.testing.assert_close(batch[2:], single, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_starts_afresh(pipe, dot):
+    enable_morse(pipe, dot)
+    first = sample(pipe, plan="DooDoo")
+    sample(pipe, batch_size=1, seed=9, plan="DoDoDoDo")
+    assert torch.equal(sample(pipe, plan="DooDoo"), first)
+
+
+def test_an_interrupted_run_leaves_nothing_behind(pipe, dot):
+    enable_morse(pipe, dot)
+    first = sample(pipe, plan="DooDoo")
+    step, calls = pipe.scheduler.step, []
+
+    def breaking(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = breaking
+    with pytest.raises(KeyboardInterrupt):
+        sample(pipe, plan="DooDoo")
+    del pipe.scheduler.step
+    assert CURRENT_RUN.get() is None
+    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (1, 2)
+    assert torch.equal(sample(pipe, plan="DooDoo"), first)
+
+
+def test_the_denoiser_outside_the_pipeline_is_plain_dash(pipe, dot):
+    x, t = torch.randn(1, 1, 16, 16), torch.tensor(500)
+    expected = pipe.unet(x, t).sample
+    enable_morse(pipe, dot)
+    sample(pipe, plan="DooDoo")
+    assert torch.equal(pipe.unet(x, t).sample, expected)
+
+
+def test_two_pipelines_share_one_denoiser(make_pipe, pipe, dot):
+    other = make_pipe("dpmsolver++", unet=pipe.unet)
+    bare = sample(other, num_inference_steps=4)
+    enable_morse(pipe, dot)
+    first = sample(pipe, plan="DoDo")
+    assert torch.equal(sample(other, num_inference_steps=4), bare)
+    enable_morse(other, dot)
+    second = sample(other, plan="DoDo")
+    disable_morse(pipe)
+    assert torch.equal(sample(other, plan="DoDo"), second)
+    assert torch.equal(sample(enable_morse(pipe, dot), plan="DoDo"), first)
+
+
+def test_two_threads_on_one_denoiser(make_pipe, pipe, dot):
+    pipes = [enable_morse(pipe, dot), enable_morse(make_pipe(unet=pipe.unet), dot)]
+    plans = ["DooDooDoo", "DoDoDoDo"]
+    expected = [sample(p, plan=plan) for p, plan in zip(pipes, plans, strict=True)]
+    found = [None, None]
+
+    def work(index):
+        for _ in range(3):
+            found[index] = sample(pipes[index], plan=plans[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_copies_and_compiled_denoisers(pipe, dot):
+    enable_morse(pipe, dot)
+    expected = sample(pipe, plan="DoDo")
+    twin = copy.deepcopy(pipe)
+    assert torch.equal(sample(twin, plan="DoDo"), expected) and twin.last_run.num_dot == 2
+    calls = []
+
+    def compiled(*args, **kwargs):
+        calls.append(1)
+        return pipe.unet._call_impl(*args, **kwargs)
+
+    pipe.unet._compiled_call_impl = compiled  # what `unet.compile()` does
+    assert torch.equal(sample(pipe, plan="DoDo"), expected)
+    assert len(calls) == 2
+    disable_morse(pipe)
+    assert pipe.unet._compiled_call_impl is compiled
+
+
+class TestOwnDot:
+    """Any callable can be the Dot."""
+
+    def test_zeros_are_reuse(self, pipe):
+        enable_morse(pipe, lambda x, t, jump: torch.zeros_like(x))
+        sample(pipe, plan="DoooDo")
+        assert pipe.last_run.num_dot == 4
+
+    def test_dash_itself_as_an_independent_dot_changes_nothing(self, pipe):
+        expected = sample(pipe, num_inference_steps=5)
+
+        def dot(x, t, jump):
+            return pipe.unet._call_impl(x, t, return_dict=False)[0]
+
+        dot.independent = True
+        enable_morse(pipe, dot)
+        assert torch.equal(sample(pipe, plan="DooDo"), expected)
+
+
+class TestBudgets:
+    def test_lsd_is_spent(self, pipe, dot):
+        enable_morse(pipe, dot)
+        pipe.speed_ratio = 5.0
+        sample(pipe, lsd=6)
+        run = pipe.last_run
+        assert run.plan == MorsePlan.from_budget(6, 5.0, 2.0)
+        assert run.lsd == pytest.approx(run.num_dash + run.num_dot / 5) and run.lsd <= 6
+        assert run.seconds > 0
+
+    def test_counts(self, pipe, dot):
+        enable_morse(pipe, dot)
+        sample(pipe, num_dash_steps=2, num_dot_steps=4)
+        assert str(pipe.last_run.plan) == "DooDoo"
+        sample(pipe, num_dash_steps=2, num_inference_steps=5)
+        assert str(pipe.last_run.plan) == "DoDoo"
+        sample(pipe, plan=[True, False, True])
+        assert str(pipe.last_run.plan) == "DoD"
+
+    def test_speed_ratio_comes_from_the_config_else_is_measured(self, pipe, dot):
+        enable_morse(pipe, dot)
+        assert pipe.speed_ratio is None
+        sample(pipe, lsd=4)
+        assert pipe.speed_ratio > 0
+        measured = pipe.measure_speed_ratio(batch_size=1, repeats=3)
+        assert measured.speed_ratio == pipe.speed_ratio
+        assert measured.dash_seconds[0] <= measured.dash_seconds[1] <= measured.dash_seconds[2]
+        dot.register_to_config(speed_ratio=7.0, plan_ratio={"default": 3.0, "DDIMScheduler": 1.5})
+        enable_morse(pipe, dot)
+        assert (pipe.speed_ratio, pipe.plan_ratio) == (7.0, 1.5)
+
+    def test_without_a_dot_everything_is_dash(self, pipe):
+        expected = sample(pipe, num_inference_steps=5)
+        enable_morse(pipe, None)
+        with pytest.warns(UserWarning, match="no dot"):
+            assert torch.equal(sample(pipe, lsd=5), expected)
+        with pytest.raises(ValueError, match="has no dot"):
+            sample(pipe, plan="DoD")
+        with pytest.raises(ValueError, match="no dot"):
+            pipe.measure_speed_ratio()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"lsd": 0.5}, "lsd must be at least 1"),
+            ({"lsd": 5, "plan": "Do"}, "only one of"),
+            ({"lsd": 5, "num_dash_steps": 3}, "only one of"),
+            ({"num_dash_steps": 3}, "give both"),
+            ({"num_dash_steps": 7, "num_inference_steps": 5}, "more than"),
+            ({"plan": "DoDo", "num_inference_steps": 5}, "plan has 4 evaluations"),
+            ({"plan": "oD"}, "must start with"),
+        ],
+    )
+    def test_contradictions(self, pipe, dot, arguments, message):
+        enable_morse(pipe, dot)
+        pipe.speed_ratio = 5.0
+        with pytest.raises(ValueError, match=message):
+            sample(pipe, **arguments)
+
+
+class TestFallbacks:
+    def test_a_scheduler_that_does_not_tell_its_step_runs_dash_and_warns(
+        self, pipe, dot, monkeypatch
+    ):
+        expected = sample(pipe, num_inference_steps=4)
+        enable_morse(pipe, dot)
+        monkeypatch.setattr("morse.switch.scheduler_index", lambda scheduler, timestep: None)
+        with pytest.warns(UserWarning, match="made none"):
+            assert torch.equal(sample(pipe, plan="DoDo"), expected)
+        assert pipe.last_run.fallbacks["the scheduler does not tell its step"] == 4
+
+    def test_no_warning_when_dot_ran(self, pipe, dot):
+        enable_morse(pipe, dot)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sample(pipe, plan="DoDo")
+
+    def test_another_shape_falls_back(self, pipe, dot):
+        from morse.switch import MorseRun
+
+        run = MorseRun(MorsePlan.from_string("Doo"), 5.0)
+        run.denoiser, run.dot, run.scheduler = pipe.unet, dot, pipe.scheduler
+        pipe.scheduler.set_timesteps(3)
+        for index, size in enumerate((16, 16, 8)):
+            x = torch.randn(1, 1, size, size)
+            run.evaluate(pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
+        assert (run.num_dash, run.num_dot) == (2, 1)
+        assert run.fallbacks == {"the sample changed its shape": 1}
+
+    def test_a_second_pass_over_the_timesteps_starts_anew(self, pipe, dot):
+        from morse.switch import MorseRun
+
+        run = MorseRun(MorsePlan.from_string("Do"), 5.0)
+        run.denoiser, run.dot, run.scheduler = pipe.unet, dot, pipe.scheduler
+        pipe.scheduler.set_timesteps(2)
+        x = torch.randn(1, 1, 16, 16)
+        for index in (0, 1, 0, 1):
+            run.evaluate(pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
+        assert (run.num_dash, run.num_dot) == (2, 2)
+
+    def test_separate_branches_of_a_step_have_their_own_jump_points(self, pipe, dot):
+        from morse.switch import MorseRun
+
+        run = MorseRun(MorsePlan.from_string("Do"), 5.0)
+        seen = []
+
+        def own(x, t, jump):
+            seen.append(jump.sample)
+            return torch.zeros_like(x)
+
+        run.denoiser, run.dot, run.scheduler = pipe.unet, own, pipe.scheduler
+        pipe.scheduler.set_timesteps(2)
+        branches = torch.randn(2, 1, 1, 16, 16)
+        for index in range(2):
+            for x in branches:
+                run.evaluate(pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
+        assert torch.equal(torch.stack(seen), branches)
+
+
+def test_a_pipeline_without_denoiser_is_refused():
+    from diffusers import DiffusionPipeline
+
+    class Empty(DiffusionPipeline):
+        def __init__(self):
+            super().__init__()
+
+    with pytest.raises(ValueError, match="Empty has no unet or transformer"):
+        enable_morse(Empty(), None)
+
+
+def test_a_dot_for_another_dash_is_refused(pipe, build_unet):
+    with pytest.raises(ValueError, match="another Dash"):
+        enable_morse(pipe, MorseDot.from_dash(build_unet(seed=3)))
+    assert sample(pipe, num_inference_steps=2).isfinite().all()

@@ -1,0 +1,41 @@
+import diffusers
+import pytest
+import torch
+
+from morse.clock import scheduler_index
+from morse.pipeline import SCHEDULERS, make_scheduler
+
+CONFIG = diffusers.DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEDULERS if n not in ("heun", "pndm", "lcm")])
+def test_index_is_followed_through_a_run(name):
+    scheduler = make_scheduler(name, CONFIG)
+    scheduler.set_timesteps(7)
+    sample = torch.randn(1, 1, 4, 4)
+    for index, timestep in enumerate(scheduler.timesteps):
+        assert scheduler_index(scheduler, timestep) == index
+        assert scheduler_index(scheduler, timestep.expand(2)) == index
+        model_input = scheduler.scale_model_input(sample, timestep)
+        sample = scheduler.step(model_input * 0.1, timestep, sample).prev_sample
+
+
+def test_values_are_looked_up_where_the_timestep_is_a_copy():
+    scheduler = make_scheduler("ddim", CONFIG)
+    scheduler.set_timesteps(5)
+    assert scheduler_index(scheduler, scheduler.timesteps[3].clone()) == 3
+    assert scheduler_index(scheduler, int(scheduler.timesteps[2])) == 2
+    assert scheduler_index(scheduler, scheduler.timesteps[2].repeat(4)) == 2
+    assert scheduler_index(scheduler, 12345) is None
+
+
+def test_repeated_values_are_told_apart_by_their_place():
+    scheduler = make_scheduler("ddim", CONFIG)
+    scheduler.set_timesteps(4)
+    scheduler.timesteps = torch.tensor([900, 500, 500, 100])
+    found = [scheduler_index(scheduler, timestep) for timestep in scheduler.timesteps]
+    assert found == [0, 1, 2, 3]
+
+
+def test_a_scheduler_without_a_run_tells_nothing():
+    assert scheduler_index(make_scheduler("ddim", CONFIG), torch.tensor(5)) is None

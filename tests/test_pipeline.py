@@ -1,0 +1,108 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline
+
+from morse import MorseDot, MorsePipeline, enable_morse
+from morse.pipeline import make_scheduler
+
+
+def sample(pipe, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    return pipe(batch_size=2, generator=generator, output_type="pt", **kwargs).images
+
+
+@pytest.fixture
+def saved(make_pipe, make_dot, tmp_path):
+    """A saved pipeline with its Dot, and an image of it."""
+    pipe = make_pipe()
+    enable_morse(pipe, make_dot(pipe.unet))
+    pipe.save_pretrained(tmp_path / "pipe")
+    return tmp_path / "pipe", sample(pipe, plan="DooDo")
+
+
+def test_save_and_load(saved):
+    path, expected = saved
+    pipe = MorsePipeline.from_pretrained(path)
+    assert isinstance(pipe, DDPMPipeline) and isinstance(pipe.dot, MorseDot)
+    assert torch.equal(sample(pipe, plan="DooDo"), expected)
+    assert pipe.last_run.num_dot == 3
+
+
+def test_plain_diffusers_opens_the_folder_without_the_dot(saved):
+    path, _ = saved
+    index = json.loads((path / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline" and index["dot"] == ["morse", "MorseDot"]
+    code = (
+        "import sys; from diffusers import DiffusionPipeline;"
+        f"p = DiffusionPipeline.from_pretrained({str(path)!r});"
+        "assert type(p).__name__ == 'DDPMPipeline' and not hasattr(p, 'dot');"
+        "assert 'morse' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_components_of_an_enabled_pipeline(saved):
+    path, _ = saved
+    pipe = MorsePipeline.from_pretrained(path)
+    assert set(pipe.components) == {"unet", "scheduler", "dot"}
+    pipe.to(dtype=torch.float64)
+    assert pipe.dot.dtype == pipe.unet.dtype == torch.float64
+    assert sample(pipe, plan="DoD").dtype == torch.float64
+
+
+def test_a_separate_dot_and_a_named_scheduler(make_pipe, make_dot, tmp_path):
+    bare = make_pipe()
+    bare.save_pretrained(tmp_path / "base")
+    make_dot(bare.unet).save_pretrained(tmp_path / "dot")
+    pipe = MorsePipeline.from_pretrained(
+        tmp_path / "base", dot=tmp_path / "dot", scheduler="dpmsolver++"
+    )
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    sample(pipe, plan="DoDo")
+    assert pipe.last_run.num_dot == 2
+    without = MorsePipeline.from_pretrained(tmp_path / "base")
+    assert without.dot is None
+    assert torch.equal(sample(without, num_inference_steps=3), sample(bare, num_inference_steps=3))
+
+
+def test_half_precision(saved):
+    pipe = MorsePipeline.from_pretrained(saved[0], torch_dtype=torch.bfloat16)
+    assert pipe.unet.dtype == pipe.dot.dtype == torch.bfloat16
+    assert sample(pipe, plan="DoD").isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["ddim", "DDIMScheduler", "dpmsolver++", "DPM", "k-lms"])
+def test_scheduler_names(make_pipe, name):
+    config = make_pipe().scheduler.config
+    if name in ("DPM", "k-lms"):
+        with pytest.raises(ValueError, match=f"scheduler='{name}' is unknown; use one of .*ddim"):
+            make_scheduler(name, config)
+    else:
+        assert make_scheduler(name, config).config.timestep_spacing == "trailing"
+
+
+def test_errors(saved, build_unet, tmp_path):
+    path, _ = saved
+    with pytest.raises(ValueError, match="use_safetensors must be True"):
+        MorsePipeline.from_pretrained(path, use_safetensors=False)
+    with pytest.raises(TypeError, match="from_pretrained"):
+        MorsePipeline()
+    MorseDot.from_dash(build_unet(seed=7)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="another Dash"):
+        MorsePipeline.from_pretrained(path, dot=tmp_path / "other")
+    weights = path / "dot" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises((ValueError, OSError), match="diffusion_pytorch_model.safetensors"):
+        MorsePipeline.from_pretrained(path)
+
+
+def test_from_pipe_takes_a_pipeline_in_memory(make_pipe, make_dot):
+    pipe = make_pipe()
+    same = MorsePipeline.from_pipe(pipe, make_dot(pipe.unet), scheduler="dpmsolver++")
+    assert same is pipe and isinstance(pipe, DiffusionPipeline)
+    sample(pipe, plan="Do")
+    assert pipe.last_run.num_dot == 1
