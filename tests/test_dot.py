@@ -31,8 +31,10 @@ def test_an_untrained_dot_is_exactly_reuse(dash, num_down_blocks):
 def test_dash_layers_run_at_fewer_positions(dash, make_dot, num_down_blocks):
     dot = make_dot(dash, num_down_blocks=num_down_blocks)
     seen = []
-    hook = dash.down_blocks[0].resnets[0].conv1.register_forward_hook(
-        lambda module, args, output: seen.append(output.shape[-1])
+    hook = (
+        dash.down_blocks[0]
+        .resnets[0]
+        .conv1.register_forward_hook(lambda module, args, output: seen.append(output.shape[-1]))
     )
     dot.bind(dash)(*inputs())
     hook.remove()
@@ -164,7 +166,7 @@ class TestSaving:
         MorseDot.from_dash(dash).save_pretrained(tmp_path)
         path = tmp_path / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises((ValueError, OSError), match="diffusion_pytorch_model.safetensors"):
+        with pytest.raises((ValueError, OSError), match=r"diffusion_pytorch_model\.safetensors"):
             MorseDot.from_pretrained(tmp_path)
 
     def test_pickles_are_not_read(self, dash, tmp_path):

@@ -146,7 +146,9 @@ class TestLoss:
     def test_zero_residual_costs_the_change_of_dash(self, scheduler, denoiser):
         arguments = {"timesteps": self.timesteps, "alphas_cumprod": scheduler.alphas_cumprod}
         clean = noise() / 3
-        loss = dot_loss(denoiser, lambda x, t, jump: torch.zeros_like(x), clean, noise(), **arguments)
+        loss = dot_loss(
+            denoiser, lambda x, t, jump: torch.zeros_like(x), clean, noise(), **arguments
+        )
         alphas = scheduler.alphas_cumprod.double()
         total = []
         for index in range(3):
@@ -197,8 +199,12 @@ class TestSpaces:
         alpha, sigma = signal_and_noise(scheduler.alphas_cumprod, timestep, clean)
         sample = scheduler.add_noise(clean, eps, timestep)
         velocity = scheduler.get_velocity(clean, eps, timestep)
-        assert_close(from_noise_pred(eps, sample, alpha, sigma, "v_prediction"), velocity,
-                     rtol=1e-3, atol=1e-4)  # the small alpha at 900 magnifies rounding
+        assert_close(
+            from_noise_pred(eps, sample, alpha, sigma, "v_prediction"),
+            velocity,
+            rtol=1e-3,
+            atol=1e-4,
+        )  # the small alpha at 900 magnifies rounding
 
     def test_the_clean_end(self, scheduler):
         alpha, sigma = signal_and_noise(scheduler.alphas_cumprod, torch.tensor(-1), noise())

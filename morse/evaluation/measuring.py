@@ -53,9 +53,15 @@ class Bench:
             if config.independent_dot:
                 self.dots[solver, "independent"] = load_dot(config.independent_dot).to(pipe.device)
 
-    def speed_pipeline(self) -> "MorsePipeline":
-        """Return the pipeline that N is measured on, with its own Dot."""
-        return self._prepare(REFERENCE_SOLVER, "morse")
+    def speed(self, batch_size: int) -> dict[str, object]:
+        """Measure N at `batch_size` in the precision that is sampled in."""
+        with self._autocast():
+            return measure_speed(self._prepare(REFERENCE_SOLVER, "morse"), batch_size)
+
+    def speed_table(self, batch_sizes: list[int]) -> list[dict[str, object]]:
+        """Measure N at each batch size, LoRA merged and not, in that precision."""
+        with self._autocast():
+            return measure_speed_table(self._prepare(REFERENCE_SOLVER, "morse"), batch_sizes)
 
     def sample(self, method: Method, steps: int | MorsePlan, seeds: range) -> Samples:
         """Sample with the method's Dot in place, after one batch of two steps to warm up."""
@@ -106,12 +112,12 @@ def measure_cells(config: "BenchmarkConfig", store: CellStore) -> dict[str, obje
 def _speed(config: "BenchmarkConfig", bench: Bench) -> dict[str, object]:
     if config.speed_ratio is not None:
         return {"speed_ratio": config.speed_ratio, "how": "given by --speed_ratio"}
-    return measure_speed(bench.speed_pipeline(), config.batch_size)
+    return bench.speed(config.batch_size)
 
 
 def _speed_table(config: "BenchmarkConfig", bench: Bench) -> list[dict[str, object]]:
     batch_sizes = [size for size in config.latency_batch_sizes if size > 0]
-    return measure_speed_table(bench.speed_pipeline(), batch_sizes)
+    return bench.speed_table(batch_sizes)
 
 
 def _measure_seed(

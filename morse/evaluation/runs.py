@@ -155,15 +155,32 @@ def load_pipelines(
 
     pipelines, torch_device = {}, resolve_device(device)
     for solver in solvers:
-        pipe = MorsePipeline.from_pretrained(pipeline, dot=dot, scheduler=solver)
+        with _quiet_loading():
+            pipe = MorsePipeline.from_pretrained(pipeline, dot=dot, scheduler=solver)
+            pipe.to(torch_device)
         if pipe.dot is None:
             raise ValueError(
                 f"pipeline {pipeline!r} has no Dot; give one with --dot, or train one with "
                 "`morse train-dot`"
             )
         pipe.set_progress_bar_config(disable=True)
-        pipelines[solver] = pipe.to(torch_device)
+        pipelines[solver] = pipe
     return pipelines
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep diffusers' notes and bars out of our own progress display."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
 
 
 def check_solvers(solvers: tuple[str, ...]) -> None:

@@ -45,10 +45,7 @@ class TrainDotConfig(TrainingConfig):
     )
     loss_weighting: LossWeighting = field(
         default="none",
-        metadata={
-            "help": "none as in Algorithm 1, gap: by 1 / (t_s - t_i)^2, relative: by 1 / the error "
-            "of reusing Dash's estimate"
-        },
+        metadata={"help": "none as in Algorithm 1; gap: by 1 / (t_s - t_i)"},
     )
     on_policy: bool = field(
         default=False,
@@ -60,6 +57,10 @@ class TrainDotConfig(TrainingConfig):
     )
     cache_dir: Path | None = field(
         default=None, metadata={"help": "where the cache lies; output_dir/pairs if not given"}
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "replay Dot's kernels as CUDA graphs; for one process on one GPU"},
     )
     init_from: Path | None = field(
         default=None, metadata={"help": "a saved Dot whose weights to start from"}
@@ -83,6 +84,8 @@ class TrainDotConfig(TrainingConfig):
             self.cache_pairs,
             "at least 1",
         )
+        if self.cuda_graphs and (self.compile or self.on_policy):
+            raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
         if self.on_policy and (self.cache_pairs or self.window_steps == 1):
             raise ValueError(
                 f"on_policy needs fresh windows of several steps, but cache_pairs is "

@@ -1,18 +1,17 @@
 """Train a Dot for a pretrained denoiser (Morse, ICML 2025, Algorithm 1)."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from morse.dot import MorseDot
-from morse.sampling import dot_estimate
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
 from morse.training.data import open_images, to_model_range
 from morse.training.frozen import FrozenDash, load_frozen_dash
+from morse.training.graphs import GraphedDot
 from morse.training.run import LossFunction, TrainingRun, begin_run
 from morse.training.validation import make_validator
 from morse.training.windows import Window, fresh_window, pick_pairs, weighted_loss
@@ -44,6 +43,8 @@ def window_loss(
 ) -> LossFunction:
     """Give Algorithm 1's loss over pairs from fresh windows, or from cached ones."""
 
+    graphed: list[GraphedDot] = []
+
     def compute_loss(dot: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         if cache is not None:
             window: Window = cache.gather(batch)
@@ -59,21 +60,18 @@ def window_loss(
                 dot if config.on_policy else None,
             )
         pairs = pick_pairs(window, config.pairs_per_window, generator, first=config.on_policy)
+        if config.cuda_graphs and not graphed:
+            graphed.append(GraphedDot(dot))
         # The wrapped module is called, so that several processes share their gradients.
-        estimate = dot_estimate(_with_kind(dot, config), pairs.sample, pairs.timestep, pairs.jump)
+        residual = (
+            graphed[0].residual(pairs)
+            if config.cuda_graphs
+            else dot(pairs.sample, pairs.timestep, pairs.jump)
+        )
+        estimate = residual if config.independent else pairs.jump.model_output + residual
         return weighted_loss(estimate, pairs, config.loss_weighting)
 
     return compute_loss
-
-
-def _with_kind(dot: nn.Module, config: TrainDotConfig) -> Callable[..., Tensor]:
-    """Call a wrapped Dot, which hides `independent`, by a function that has it."""
-
-    def call(sample: Tensor, timestep: Tensor, jump: object) -> Tensor:
-        return dot(sample, timestep, jump)
-
-    call.independent = config.independent
-    return call
 
 
 def train_dot(config: TrainDotConfig) -> Path:

@@ -1,0 +1,63 @@
+"""CUDA graphs for training: kernels of a small network are replayed, not launched one by one."""
+
+import torch
+from torch import Tensor, nn
+
+from morse.dot import MorseDot
+from morse.sampling import JumpPoint
+from morse.training.windows import Pairs
+
+
+class _OnPairs(nn.Module):
+    """A Dot whose arguments are all tensors, as graphs need them."""
+
+    def __init__(self, dot: MorseDot) -> None:
+        super().__init__()
+        self.dot = dot
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        jump_sample: Tensor,
+        jump_timestep: Tensor,
+        jump_output: Tensor,
+    ) -> Tensor:
+        # Not `self.dot(...)`, which accelerate wraps in an autocast that caches weights.
+        jump = JumpPoint(jump_sample, jump_timestep, jump_output)
+        return MorseDot.forward(self.dot, sample, timestep, jump)
+
+
+def _tensors(pairs: Pairs) -> tuple[Tensor, ...]:
+    jump = pairs.jump
+    return pairs.sample, pairs.timestep, jump.sample, jump.timestep, jump.model_output
+
+
+class GraphedDot:
+    """Dot's forward and backward passes as CUDA graphs, captured at the first call.
+
+    Later calls must bring pairs of the same shape; gradients arrive at Dot's parameters as ever.
+
+    Args:
+        dot: The network, on a CUDA device.
+
+    Raises:
+        ValueError: If it is on another device.
+    """
+
+    def __init__(self, dot: MorseDot) -> None:
+        """Remember the network."""
+        if dot.device.type != "cuda":
+            raise ValueError(f"cuda_graphs needs a CUDA device, and training runs on {dot.device}")
+        self.dot = dot
+        self._graphed: nn.Module | None = None
+
+    def residual(self, pairs: Pairs) -> Tensor:
+        """Predict the residuals of `pairs`, (B, C, H, W)."""
+        if self._graphed is None:
+            dtype = torch.get_autocast_dtype("cuda")
+            enabled = torch.is_autocast_enabled("cuda")
+            with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
+                example = tuple(tensor.clone() for tensor in _tensors(pairs))
+                self._graphed = torch.cuda.make_graphed_callables(_OnPairs(self.dot), example)
+        return self._graphed(*_tensors(pairs))

@@ -1,0 +1,289 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file
+
+from morse import MorseDot, MorsePipeline
+from morse.cli import parse_config
+from morse.training.cache import SHARD_WINDOWS
+from morse.training.loop import TrainDotConfig, train_dot
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = """--train_batch_size 3 --max_train_steps 5 --lr_warmup_steps 2 --learning_rate 1e-2
+    --checkpointing_steps 2 --logging_steps 2 --validation_steps 0 --validation_images 4 --seed 3
+    --num_down_blocks 1 --block_out_channels 4 --lora_rank 2"""
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("train", 10), ("t10k", 6)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 8, 8), dtype=np.uint8)
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(build_unet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    unet = build_unet(channels=(8, 8), sample_size=8)
+    scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
+    DDPMPipeline(unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+def arguments(base, data_dir, output_dir, *options):
+    return ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(data_dir),
+            "--output_dir", str(output_dir), *OPTIONS.split(), *options]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(base, data_dir, tmp_path_factory):
+    """A function that trains into a new folder."""
+
+    def train(*options):
+        AcceleratorState._reset_state(reset_partial_state=True)  # else precisions can't differ
+        output_dir = tmp_path_factory.mktemp("runs") / "run"
+        config = parse_config(TrainDotConfig, arguments(base, data_dir, output_dir, *options))
+        return train_dot(config)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def whole_run(run):
+    return run()
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_run(folder, other):
+    torch.testing.assert_close(weights(folder), weights(other), rtol=0, atol=0)
+    for name in ("model", "optimizer", "ema"):
+        file = f"checkpoint-5/{name}.safetensors"
+        assert (folder / file).read_bytes() == (other / file).read_bytes()
+
+
+def test_the_result_works_in_a_pipeline(whole_run, base):
+    dot = MorseDot.from_pretrained(whole_run)
+    assert any(value.abs().max() > 0 for name, value in weights(whole_run).items()
+               if name.startswith("conv_out"))  # fmt: skip
+    pipe = MorsePipeline.from_pretrained(base, dot=dot, scheduler="ddim")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(plan="DoDo", output_type="pt").images.isfinite().all()
+    assert pipe.last_run.num_dot == 2
+
+
+def test_dash_on_disk_is_untouched_and_not_in_the_result(whole_run, base):
+    before = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in
+               DDPMPipeline.from_pretrained(base).unet.state_dict().items())  # fmt: skip
+    size = sum(value.numel() for value in weights(whole_run).values())
+    assert size == sum(parameter.numel() for parameter in MorseDot.from_pretrained(
+        whole_run).parameters())  # fmt: skip
+
+
+def test_training_lowers_the_held_out_error(run):
+    folder = run(
+        "--max_train_steps",
+        "80",
+        "--timestep_sampling",
+        "plans",
+        "--window_steps",
+        "3",
+        "--pairs_per_window",
+        "4",
+        "--validation_steps",
+        "40",
+        "--ema_max_decay",
+        "0.9",
+    )
+    ratios = [
+        json.loads(path.read_text())["residual_ratio"]
+        for path in sorted((folder / "validation").glob("*.json"))
+    ]
+    # A random Dash is nearly constant in time: small tests need only show that errors shrink.
+    assert ratios[-1] < 1 and ratios[-1] < ratios[0]
+    assert (folder / "validation" / "step-0000080.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"),
+        ("--on_policy", "--window_steps", "2", "--pairs_per_window", "2"),
+        ("--loss_weighting", "gap", "--no-use_ema", "--lora_rank", "0"),
+        ("--independent", "--lr_scheduler", "constant", "--report_to", "tensorboard"),
+    ],
+)
+def test_options_run(run, options):
+    folder = run(*options)
+    assert MorseDot.from_pretrained(folder).config.independent == ("--independent" in options)
+    if "tensorboard" in options:
+        assert any((folder / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_init_from_starts_with_those_weights(run, whole_run):
+    folder = run("--init_from", str(whole_run), "--max_train_steps", "1", "--lr_warmup_steps", "1",
+                 "--learning_rate", "1e-12")  # fmt: skip
+    torch.testing.assert_close(weights(folder), weights(whole_run))
+
+
+class TestCache:
+    options = ("--cache_pairs", "7", "--window_steps", "2", "--timestep_sampling", "plans")
+
+    def test_dash_is_evaluated_once(self, run, tmp_path):
+        folder = tmp_path / "pairs"
+        first = run(*self.options, "--cache_dir", str(folder))
+        shard = folder / "windows-00000.safetensors"
+        stamp, content = shard.stat().st_mtime_ns, load_file(shard)
+        assert content["samples"].shape == (7, 3, 1, 8, 8)
+        assert content["samples"].dtype == torch.float16
+        second = run(*self.options, "--cache_dir", str(folder))
+        assert shard.stat().st_mtime_ns == stamp
+        assert_same_run(first, second)
+
+    def test_missing_shards_alone_are_made(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr("morse.training.cache.SHARD_WINDOWS", 512)
+        options = ("--cache_pairs", "1100", "--window_steps", "1", "--max_train_steps", "1")
+        folder = tmp_path / "pairs"
+        run(*options, "--cache_dir", str(folder))
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        assert len(names) == 3
+        before = {name: (folder / name).read_bytes() for name in names}
+        (folder / names[1]).unlink()
+        run(*options, "--cache_dir", str(folder))
+        assert {name: (folder / name).read_bytes() for name in names} == before
+
+    def test_gather_reads_across_shards(self, tmp_path):
+        from safetensors.torch import save_file
+
+        from morse.training.cache import WindowCache
+
+        paths, total = [], 0
+        for number, count in enumerate((3, 2, 4)):
+            rows = torch.arange(total, total + count)
+            total += count
+            paths.append(tmp_path / f"{number}.safetensors")
+            points = rows.reshape(-1, 1, 1, 1, 1).half()
+            tensors = {"timesteps": rows[:, None], "samples": points, "outputs": -points}
+            save_file(tensors, paths[-1])
+        cache = WindowCache(paths, torch.device("cpu"))
+        window = cache.gather(torch.tensor([8, 0, 4, 3, 3, 2]))
+        assert len(cache) == 9
+        assert window.timesteps.flatten().tolist() == [8, 0, 4, 3, 3, 2]
+        assert window.outputs.flatten().tolist() == [-8, 0, -4, -3, -3, -2]
+
+    def test_other_settings_are_refused(self, run, tmp_path):
+        folder = tmp_path / "pairs"
+        run(*self.options, "--cache_dir", str(folder))
+        with pytest.raises(ValueError, match=r"made with other \['window_steps'\]"):
+            run(*self.options, "--cache_dir", str(folder), "--window_steps", "3")
+
+    def test_a_truncated_shard_is_named(self, run, tmp_path):
+        folder = tmp_path / "pairs"
+        run(*self.options, "--cache_dir", str(folder))
+        shard = folder / "windows-00000.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-10])
+        with pytest.raises(ValueError, match=r"windows-00000.safetensors is damaged"):
+            run(*self.options, "--cache_dir", str(folder))
+
+    def test_shards_hold_whole_batches(self):
+        from morse.training.cache import _BATCH_SIZE
+
+        assert SHARD_WINDOWS % _BATCH_SIZE == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_killed_in_a_step_and_resumed_gives_the_same_bits(base, data_dir, tmp_path, whole_run):
+    program = """
+import os, signal, sys
+from morse.cli import parse_config
+from morse.training.loop import TrainDotConfig, train_dot
+from morse.training.run import TrainingRun
+one_pass = TrainingRun._forward_backward
+def die_in_the_fourth_step(run, batch, micro_step):
+    loss = one_pass(run, batch, micro_step)
+    if run.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+TrainingRun._forward_backward = die_in_the_fourth_step
+train_dot(parse_config(TrainDotConfig, sys.argv[1:]))
+"""
+    given = arguments(base, data_dir, tmp_path / "run")
+    command = [sys.executable, "-c", program, *given]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
+    config = parse_config(TrainDotConfig, given)
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
+        train_dot(config)
+    train_dot(replace(config, resume_from_checkpoint="latest"))
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_cache(base, data_dir, tmp_path):
+    given = arguments(base, data_dir, tmp_path / "run", "--cache_pairs", "9", "--window_steps", "2")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "training/train_dot.py", *given]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 4/5") == 1
+    assert MorseDot.from_pretrained(tmp_path / "run").config.lora_rank == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--on_policy",), "on_policy needs fresh windows of several steps"),
+        (("--cuda_graphs", "--compile"), "cuda_graphs is True and so is"),
+        (("--window_steps", "0"), "window_steps is 0"),
+        (("--cache_pairs", "0"), "cache_pairs is 0"),
+        (("--validation_steps", "-1"), "validation_steps is -1"),
+    ],
+)
+def test_settings_are_checked(base, data_dir, tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(TrainDotConfig, arguments(base, data_dir, tmp_path, *options))
+    assert message in capsys.readouterr().err
+
+
+def test_graphs_need_cuda(run):
+    with pytest.raises(ValueError, match="cuda_graphs needs a CUDA device"):
+        run("--cuda_graphs")
+
+
+@pytest.mark.gpu
+def test_graphs_change_nothing_but_speed(run):
+    options = ("--cache_pairs", "9", "--mixed_precision", "no")
+    torch.testing.assert_close(weights(run(*options, "--cuda_graphs")), weights(run(*options)),
+                               rtol=1e-3, atol=1e-4)  # fmt: skip
+
+
+def test_a_size_that_m_does_not_divide(base, data_dir, tmp_path):
+    config = parse_config(
+        TrainDotConfig,
+        arguments(base, data_dir, tmp_path / "run", "--num_down_blocks", "3",
+                  "--block_out_channels", "4", "4", "4"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"8x8.*multiples of 16"):
+        train_dot(config)
