@@ -70,7 +70,7 @@ def test_a_separate_dot_and_a_named_scheduler(make_pipe, make_dot, tmp_path):
 
 
 def test_half_precision(saved):
-    pipe = MorsePipeline.from_pretrained(saved[0], torch_dtype=torch.bfloat16)
+    pipe = MorsePipeline.from_pretrained(saved[0], dtype=torch.bfloat16)
     assert pipe.unet.dtype == pipe.dot.dtype == torch.bfloat16
     assert sample(pipe, plan="DoD").isfinite().all()
 

@@ -16,7 +16,7 @@ from morse.evaluation.store import CellStore
 from morse.evaluation.summary import rounded, summarize
 
 SCHEMA_VERSION = 1
-UNTOLD = ("output_dir", "json", "from_json", "resume")  # settings that change no figure
+UNTOLD = ("output_dir", "json", "from_json", "resume", "max_seconds")  # settings that change no figure
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,12 @@ class BenchmarkConfig:
     num_replicates: int = field(
         default=100, metadata={"help": "bootstrap replicates for standard errors; 0 for none"}
     )
+    max_seconds: float | None = field(
+        default=None, metadata={"help": "begin no measurement after so long; --resume goes on"}
+    )
+    latency_only: bool = field(
+        default=False, metadata={"help": "only measure N, at latency_batch_sizes; no sampling"}
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
         default="no", metadata={"help": "autocast of the networks"}
     )
@@ -109,8 +115,20 @@ class BenchmarkConfig:
                 f"num_images = {self.num_images} apart, or repetitions share images"
             )
 
-    def tasks(self) -> Iterator[tuple[Method, int]]:
-        """Yield every method with every budget it is measured at."""
+    def tasks(self) -> list[tuple[Method, int]]:
+        """List every method with every budget it is measured at, what matters most first."""
+        order = {solver: 2 * index for index, solver in enumerate(self.solvers)}
+
+        def stage(task: tuple[Method, int]) -> int:
+            method, budget = task
+            early = {"morse": 1, "reuse": 2, "independent": 3 + order[method.solver]}
+            if method.kind == "baseline":
+                return 0 if budget in self.lsd else 4 + order[method.solver]
+            return early[method.kind]
+
+        return sorted(self._all_tasks(), key=stage)
+
+    def _all_tasks(self) -> Iterator[tuple[Method, int]]:
         kinds = ["morse", *["reuse"] * self.controls]
         kinds += ["independent"] * (self.independent_dot is not None)
         for solver in self.solvers:
@@ -148,13 +166,16 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     else:
         store = CellStore(config.output_dir, config.identity(), config.resume)
         facts = measure_cells(config, store)
-        cells = [store.get(*task, seed) for task in config.tasks() for seed in config.seeds]
+        asked = [(*task, seed) for task in config.tasks() for seed in config.seeds]
+        missing = [cell for cell in asked if not store.has(*cell)]
+        cells = [store.get(*cell) for cell in asked if cell not in missing]
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         result = {
             "schema_version": SCHEMA_VERSION,
             "command": command_line(),
             **facts,
             "settings": {name: settings[name] for name in settings if name not in UNTOLD},
+            "not_measured": [f"{method.label}, {lsd} LSD" for method, lsd, _ in missing],
             **rounded(summarize(cells)),
         }
         target = config.json or config.output_dir / "benchmark.json"

@@ -18,6 +18,9 @@ def render(result: Result, folder: Path) -> list[Path]:
     rows = [Row(**{name: entry[name] for name in names}) for entry in result["rows"]]
     num_images = result["settings"]["num_images"]
     title = f"{num_images} images, {result['device']}, N = {_speed_ratio(result):.2f}"
+    if not rows:
+        (folder / "benchmark.md").write_text(markdown(result))
+        return [folder / "benchmark.md"]
     # The independent control runs off the scale of the others.
     shown = [row for row in rows if row.kind != "independent"]
     plot_quality(shown, folder / "benchmark.png", title)
@@ -42,6 +45,7 @@ def markdown(result: Result) -> str:
                 *_points(result),
                 *_speedups(result, "seconds", "cost in wall seconds"),
                 *_costs(result),
+                *_not_measured(result),
                 *_speed_ratios(result),
             ]
         )
@@ -162,6 +166,11 @@ def _points(result: Result) -> list[str]:
         lines.append([name, *(texts.get(budget, "") for budget in asked)])
     title = "### Matched-quality speed-up at each budget, cost in LSD"
     return [title, _table(["LSD", *asked], lines)] if lines else []
+
+
+def _not_measured(result: Result) -> list[str]:
+    missing = result["not_measured"]
+    return ["### Asked for and not measured", "; ".join(missing)] if missing else []
 
 
 def _speed_ratios(result: Result) -> list[str]:

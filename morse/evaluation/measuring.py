@@ -1,5 +1,7 @@
 """The benchmark's sampling: fills a store with one cell a method, budget and seed."""
 
+import math
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -93,9 +95,10 @@ def measure_cells(config: "BenchmarkConfig", store: CellStore) -> dict[str, obje
         What the figures were measured with: device, versions, N, extractor, reference.
     """
     bench = Bench(config)
+    deadline = time.monotonic() + (config.max_seconds or math.inf)
     speed = store.once("speed", lambda: _speed(config, bench))
-    for seed in config.seeds:
-        _measure_seed(config, store, bench, speed["speed_ratio"], seed)
+    for seed in config.seeds if not config.latency_only else ():
+        _measure_seed(config, store, bench, speed["speed_ratio"], seed, deadline)
     speeds = store.once("speed_table", lambda: _speed_table(config, bench))
     return {
         **environment(bench.device, config.mixed_precision),
@@ -121,7 +124,12 @@ def _speed_table(config: "BenchmarkConfig", bench: Bench) -> list[dict[str, obje
 
 
 def _measure_seed(
-    config: "BenchmarkConfig", store: CellStore, bench: Bench, speed_ratio: float, seed: int
+    config: "BenchmarkConfig",
+    store: CellStore,
+    bench: Bench,
+    speed_ratio: float,
+    seed: int,
+    deadline: float,
 ) -> None:
     """Sample and score what is missing of one repetition."""
     from rich.progress import track
@@ -137,6 +145,9 @@ def _measure_seed(
     classifier = load_features().to(bench.device)
     scorer = Scorer(classifier, load_reference(), reference, config.num_replicates, seed)
     for method, lsd in track(missing, f"seed {seed}"):
+        if time.monotonic() > deadline:
+            print("max_seconds is over; --resume measures what is missing")
+            return
         samples = bench.sample(method, method.plan(lsd, speed_ratio) or lsd, seeds)
         scores = scorer.score(samples.images)
         cell = Cell(

@@ -158,6 +158,9 @@ def load_pipelines(
         with _quiet_loading():
             pipe = MorsePipeline.from_pretrained(pipeline, dot=dot, scheduler=solver)
             pipe.to(torch_device)
+        if torch_device.type == "cuda":  # the layout that its convolutions want
+            for model in filter(None, (pipe.unet, pipe.dot)):
+                model.to(memory_format=torch.channels_last)
         if pipe.dot is None:
             raise ValueError(
                 f"pipeline {pipeline!r} has no Dot; give one with --dot, or train one with "
