@@ -16,7 +16,13 @@ from morse.evaluation.store import CellStore
 from morse.evaluation.summary import rounded, summarize
 
 SCHEMA_VERSION = 1
-UNTOLD = ("output_dir", "json", "from_json", "resume", "max_seconds")  # settings that change no figure
+UNTOLD = (
+    "output_dir",
+    "json",
+    "from_json",
+    "resume",
+    "max_seconds",
+)  # settings that change no figure
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class BenchmarkConfig:
                 return 0 if budget in self.lsd else 4 + order[method.solver]
             return early[method.kind]
 
-        return sorted(self._all_tasks(), key=stage)
+        return [] if self.latency_only else sorted(self._all_tasks(), key=stage)
 
     def _all_tasks(self) -> Iterator[tuple[Method, int]]:
         kinds = ["morse", *["reuse"] * self.controls]

@@ -30,6 +30,10 @@ def render(result: Result, folder: Path) -> list[Path]:
 
 def markdown(result: Result) -> str:
     """Return conditions, quality, matched-quality speed-ups, costs and N as Markdown."""
+    if not result["rows"]:
+        conditions = f"{result['device']}, {result['dtype']}, torch {result['torch']}."
+        made_by = f"Made by `{result['command']}`."
+        return "\n\n".join([conditions, made_by, *_speed_ratios(result)]) + "\n"
     return (
         "\n\n".join(
             [
