@@ -1,0 +1,49 @@
+"""The pipeline that comes with the package does what README says."""
+
+import pytest
+import torch
+
+from morse import MorsePipeline, disable_morse
+from morse.evaluation.metrics import psnr
+from morse.plan import MorsePlan
+
+
+def sample(pipe, count=4, **kwargs):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    return pipe(batch_size=count, generator=generators, output_type="pt", **kwargs).images
+
+
+@pytest.fixture(scope="module", params=["ddim", "dpmsolver++"])
+def pipe(request):
+    pipe = MorsePipeline.from_pretrained("fashion-mnist", scheduler=request.param)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_plans_come_from_the_config(pipe):
+    sample(pipe, count=1, lsd=5)
+    ratio = {"DDIMScheduler": 2.0, "DPMSolverMultistepScheduler": 1.75}[
+        type(pipe.scheduler).__name__
+    ]
+    assert pipe.last_run.plan == MorsePlan.from_budget(5, 6.0, ratio)
+    assert pipe.last_run.fallbacks == {} and pipe.last_run.lsd <= 5
+
+
+@pytest.mark.slow
+def test_morse_is_nearer_to_many_steps_than_the_bare_solver(pipe):
+    many = MorsePipeline.from_pretrained("fashion-mnist", scheduler="dpmsolver++")
+    many.set_progress_bar_config(disable=True)
+    reference = sample(many, num_inference_steps=50)
+    bare, with_dot = (
+        psnr(sample(pipe, **budget), reference).mean()
+        for budget in ({"num_inference_steps": 8}, {"lsd": 8})
+    )
+    assert with_dot > bare + 1
+
+
+def test_disabling_gives_the_bare_pipeline_back(pipe):
+    expected = sample(pipe, count=1, num_inference_steps=3)
+    dot = pipe.dot
+    disable_morse(pipe)
+    assert torch.equal(sample(pipe, count=1, num_inference_steps=3), expected)
+    MorsePipeline.from_pipe(pipe, dot)
