@@ -60,7 +60,7 @@ class MorsePipeline:
     """Loads pipelines with their Dots; what it returns is the diffusers pipeline, sped up.
 
     The pipeline keeps its class's name and everything that its call takes; what is new is described
-    in `morse.attach.MorseCalls`. `save_pretrained` writes a folder that plain diffusers opens too,
+    in `morse.calls.MorseCalls`. `save_pretrained` writes a folder that plain diffusers opens too,
     without the Dot.
     """
 

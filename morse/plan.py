@@ -83,21 +83,25 @@ class MorsePlan:
         return cls.uniform(num_dash_steps, num_inference_steps - num_dash_steps)
 
     @classmethod
-    def from_budget(cls, lsd: float, speed_ratio: float, ratio: float = 2.0) -> "MorsePlan":
+    def from_budget(
+        cls, lsd: float, speed_ratio: float, ratio: float = 2.0, max_dot_share: float = 0.3
+    ) -> "MorsePlan":
         """Spend a budget: fewer Dash evaluations, and as many Dot ones as that pays for.
 
         With n LSD, k of them are traded for N*k Dot evaluations such that the number of
         evaluations is about `ratio` times n: (n - k + N*k) / n = ratio (Morse, section 3.2, which
-        advises 2 to 3). Where nothing can be traded (N <= 1, or a budget too small) the plan is
-        all Dash.
+        advises 2 to 3). A slow Dot would need most of the budget for that, which costs quality
+        (below Dash alone from about 70 % on; Morse, Figure 13), so its share is limited. Where
+        nothing can be traded (N <= 1, or a budget too small) the plan is all Dash.
 
         Args:
             lsd: Budget in LSD, at least 1; the plan's cost never exceeds it.
             speed_ratio: N, the latency of a Dash evaluation over that of a Dot evaluation.
             ratio: Evaluations per LSD to aim at, at least 1.
+            max_dot_share: At most this share of the budget goes to Dot, in [0, 1].
 
         Raises:
-            ValueError: If `lsd` < 1, `speed_ratio` <= 0 or `ratio` < 1.
+            ValueError: If an argument is outside its range.
         """
         if not (lsd >= 1 and math.isfinite(lsd)):
             raise ValueError(
@@ -106,10 +110,12 @@ class MorsePlan:
         _check_speed_ratio(speed_ratio)
         if not (ratio >= 1 and math.isfinite(ratio)):
             raise ValueError(f"ratio (evaluations per LSD) must be at least 1, got {ratio!r}.")
+        if not 0 <= max_dot_share <= 1:
+            raise ValueError(f"max_dot_share must be in [0, 1], got {max_dot_share!r}.")
         all_dash = cls.uniform(math.floor(lsd), 0)
         if speed_ratio <= 1:
             return all_dash
-        traded = lsd * (ratio - 1) / (speed_ratio - 1)
+        traded = lsd * min((ratio - 1) / (speed_ratio - 1), max_dot_share)
         num_dash = min(max(1, round(lsd - traded)), math.floor(lsd))
         num_dot = math.floor((lsd - num_dash) * speed_ratio + 1e-9)
         return cls.uniform(num_dash, num_dot) if num_dash + num_dot > len(all_dash) else all_dash

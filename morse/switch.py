@@ -3,7 +3,7 @@
 It sits in `nn.Module`'s private slot `_compiled_call_impl`, which a call consults first and which
 copies and saved files leave out. Unlike a replaced forward method, a proxy module or a hook it
 survives saving, loading, offloading and `from_pipe`. The name is used in this file only, and the
-switch is looked after at every pipeline call (`morse.attach`).
+switch is looked after at every pipeline call (`morse.calls`).
 
 Which run is going on is said by a context variable. So an interrupted run leaves nothing behind,
 the denoiser called outside the pipeline is plain Dash, and threads do not disturb each other.

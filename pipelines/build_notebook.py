@@ -109,12 +109,13 @@ def build() -> None:
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, timeout=600, kernel_name="python3", cwd=str(HERE)).execute()
     for cell in notebook.cells:
-        outputs = cell.get("outputs", [])
-        # Loading bars and warnings say nothing about Morse and name local paths.
-        cell["outputs"] = [out for out in outputs if out.get("name") != "stderr"] if outputs else []
         if cell.cell_type == "code":
+            # Loading bars and warnings say nothing about Morse and name local paths.
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
             cell.metadata = {}
-    notebook.metadata = {"kernelspec": notebook.metadata.get("kernelspec", {})}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata = {"kernelspec": kernel}
+    nbformat.validate(notebook)
     nbformat.write(notebook, HERE / "fashion_mnist.ipynb")
 
 

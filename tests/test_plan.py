@@ -31,6 +31,14 @@ def test_the_ratio_of_the_paper():
     assert plan.cost(6) == pytest.approx(10)
 
 
+def test_a_slow_dot_gets_a_limited_share():
+    # Unlimited, ratio 2 with N = 2.2 would leave Dash 2 of 10 evaluations.
+    plan = MorsePlan.from_budget(10, 2.2)
+    assert (plan.num_dash, plan.num_dot) == (7, 6)
+    assert MorsePlan.from_budget(10, 2.2, max_dot_share=1).num_dash == 2
+    assert str(MorsePlan.from_budget(10, 2.2, max_dot_share=0)) == "D" * 10
+
+
 def test_all_dash_where_nothing_can_be_traded():
     assert str(MorsePlan.from_budget(1, 6)) == "D"
     assert str(MorsePlan.from_budget(7.9, 0.8)) == "D" * 7
@@ -59,6 +67,7 @@ def test_forms_of_a_plan_are_equal():
         (lambda: MorsePlan.from_budget(5, 0), "speed_ratio"),
         (lambda: MorsePlan.from_budget(5, -1), "speed_ratio"),
         (lambda: MorsePlan.from_budget(5, 6, ratio=0.5), "ratio"),
+        (lambda: MorsePlan.from_budget(5, 6, max_dot_share=2), "max_dot_share"),
         (lambda: MorsePlan.from_steps(4, 5), "num_dash_steps=5 is more than"),
         (lambda: MorsePlan.uniform(0, 4), "num_dash"),
         (lambda: MorsePlan.uniform(2, -1), "num_dot"),
