@@ -80,7 +80,7 @@ class MorseCalls:
         if isinstance(self.dot, MorseDot):
             self.dot.bind(denoiser)
         install_switch(denoiser)
-        run = MorseRun(plan, self.speed_ratio or 1.0, timings=[] if timed else None)
+        run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None)
         run.denoiser, run.dot, run.scheduler = denoiser, self.dot, self.scheduler
         self.last_run, started = run, time.perf_counter()
         token = CURRENT_RUN.set(run)

@@ -34,7 +34,7 @@ class MorseRun:
 
     Attributes:
         plan: What was planned.
-        speed_ratio: N, with which the cost is counted.
+        speed_ratio: N, with which the cost is counted; None where it is not known yet.
         num_dash: Dash evaluations made.
         num_dot: Dot evaluations made.
         fallbacks: Why evaluations planned for Dot were made by Dash -> how many.
@@ -43,7 +43,7 @@ class MorseRun:
     """
 
     plan: MorsePlan
-    speed_ratio: float
+    speed_ratio: float | None
     num_dash: int = 0
     num_dot: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -58,8 +58,10 @@ class MorseRun:
     _branch: int = field(default=-1, repr=False)
 
     @property
-    def lsd(self) -> float:
-        """Cost of the evaluations made: a Dash evaluation costs 1, a Dot evaluation 1/N."""
+    def lsd(self) -> float | None:
+        """Cost of the evaluations made: 1 for Dash's, 1/N for Dot's; None where N is not known."""
+        if self.speed_ratio is None:
+            return None if self.num_dot else float(self.num_dash)
         return self.num_dash + self.num_dot / self.speed_ratio
 
     def finish(self, seconds: float) -> None:

@@ -215,6 +215,7 @@ class TestBudgets:
     def test_counts(self, pipe, dot):
         enable_morse(pipe, dot)
         sample(pipe, num_dash_steps=2, num_dot_steps=4)
+        assert pipe.last_run.lsd is None  # N is not known
         assert str(pipe.last_run.plan) == "DooDoo"
         sample(pipe, num_dash_steps=2, num_inference_steps=5)
         assert str(pipe.last_run.plan) == "DoDoo"

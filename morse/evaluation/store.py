@@ -12,6 +12,7 @@ from torch import Tensor
 
 from morse.evaluation.runs import Method
 from morse.evaluation.scoring import Score
+from morse.training.checkpoint import write_json
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class CellStore:
                     f"{before.get(name)!r}; repeat its settings or name another output_dir"
                 )
         (folder / "cells").mkdir(parents=True, exist_ok=True)
-        _write_json(saved, settings)
+        write_json(saved, settings)
 
     def has(self, method: Method, budget: int, seed: int) -> bool:
         """Tell whether this cell is measured."""
@@ -92,7 +93,7 @@ class CellStore:
 
     def add(self, cell: Cell) -> None:
         """Save a cell; it appears whole or not at all."""
-        _write_json(self._file(cell.method, cell.budget, cell.seed), dataclasses.asdict(cell))
+        write_json(self._file(cell.method, cell.budget, cell.seed), dataclasses.asdict(cell))
 
     def get(self, method: Method, budget: int, seed: int) -> Cell:
         """Load a cell."""
@@ -102,7 +103,7 @@ class CellStore:
         """Return what `measure` returned when first asked for under this name (JSON types)."""
         file = self.folder / f"{name}.json"
         if not file.exists():
-            _write_json(file, measure())
+            write_json(file, measure())
         return json.loads(file.read_text())
 
     def images(self, name: str, sample: Callable[[], Tensor]) -> Tensor:
@@ -118,9 +119,3 @@ class CellStore:
         solver = method.solver.replace("+", "p")
         name = f"{method.kind}-{solver}-r{method.ratio:g}-lsd{budget}-seed{seed}.json"
         return self.folder / "cells" / name
-
-
-def _write_json(file: Path, content: object) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, file)
