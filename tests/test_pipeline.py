@@ -106,3 +106,8 @@ def test_from_pipe_takes_a_pipeline_in_memory(make_pipe, make_dot):
     assert same is pipe and isinstance(pipe, DiffusionPipeline)
     sample(pipe, plan="Do")
     assert pipe.last_run.num_dot == 1
+
+
+def test_first_order_dpmsolver_is_ddim_where_the_steps_divide_the_schedule(make_pipe):
+    images = [sample(make_pipe(name), num_inference_steps=8) for name in ("ddim", "dpmsolver++1")]
+    torch.testing.assert_close(*images, rtol=1e-3, atol=1e-3)
