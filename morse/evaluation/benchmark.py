@@ -14,6 +14,7 @@ from morse.evaluation.measuring import measure_cells
 from morse.evaluation.runs import Method, check_solvers
 from morse.evaluation.store import CellStore
 from morse.evaluation.summary import rounded, summarize
+from morse.training.checkpoint import write_json
 
 SCHEMA_VERSION = 1
 UNTOLD = (
@@ -186,7 +187,7 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, object]:
         }
         target = config.json or config.output_dir / "benchmark.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_json(target, result)
         print(f"wrote {target}")
     for file in render(result, config.output_dir):
         print(f"wrote {file}")

@@ -1,7 +1,6 @@
 """The demo: the same noise sampled by the bare pipeline and by Morse, measured and shown."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +16,12 @@ from morse.evaluation.demo_sampling import (
 from morse.evaluation.environment import command_line, device_name, environment
 from morse.evaluation.report import Row, plot_quality, results_table, save_grid
 from morse.evaluation.runs import REFERENCE_SOLVER, Samples, load_pipelines
+from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from morse.attach import SpeedRatio
+    from morse.calls import SpeedRatio
 
 BUSY = 1.5  # third over first quartile of equal evaluations
 NOTE = (
@@ -163,7 +163,7 @@ def _write_json(config: DemoConfig, facts: dict[str, object], rows: list[Row]) -
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     config.json.parent.mkdir(parents=True, exist_ok=True)
-    config.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(config.json, content)
     return config.json
 
 

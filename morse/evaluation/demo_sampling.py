@@ -18,7 +18,7 @@ from morse.plan import MorsePlan
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from morse.attach import SpeedRatio
+    from morse.calls import SpeedRatio
     from morse.pipeline import MorsePipeline
 
 DEMO_SOLVERS = ("ddim", "dpmsolver++")

@@ -1,5 +1,6 @@
 """Train a Dot for a pretrained denoiser (Morse, ICML 2025, Algorithm 1)."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -79,6 +80,7 @@ def train_dot(config: TrainDotConfig) -> Path:
     accelerator = begin_run(config)
     dash = load_frozen_dash(config.pretrained_model_name_or_path, accelerator.device)
     dot = build_dot(dash, config)
+    trained = copy.deepcopy(dot).bind(dash.model).eval()  # takes the averaged weights
     resolution = config.resolution or dash.model.config.sample_size
     train, test = (
         open_images(
@@ -93,7 +95,6 @@ def train_dot(config: TrainDotConfig) -> Path:
     )
     cache = prepare_cache(dash, train, config, accelerator) if config.cache_pairs else None
     run = TrainingRun(config, accelerator, dot, cache or train, window_loss(dash, config, cache))
-    trained = build_dot(dash, config).to(accelerator.device).eval()
     validate = make_validator(
         dash, test, config.validation_images, config.timestep_sampling, config.output_dir
     )
