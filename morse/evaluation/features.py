@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from morse.training.checkpoint import atomic_save_file, write_json
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "fashion_mnist" / "features"
 REFERENCE_SPLITS = ("train", "test")
@@ -108,15 +110,15 @@ def save_features(
         folder: Where to; made if missing. config.json, which loading starts from, comes last.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    (folder / "model.safetensors").write_bytes(save(state))
+    state = {key: value.cpu() for key, value in model.state_dict().items()}
+    atomic_save_file(state, folder / "model.safetensors")
     notes = {
         "reference": "train: the 60,000 training images are the Fréchet reference; test is a check",
         "images": "Fashion-MNIST in [0, 1], padded from 28x28 to 32x32 with zeros",
     }
-    (folder / "reference.safetensors").write_bytes(save(statistics, metadata=notes))
+    atomic_save_file(statistics, folder / "reference.safetensors", notes)
     config = {"model": type(model).__name__, **model.config, **facts}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "config.json", config)
 
 
 def load_features(path: str | Path | None = None) -> FashionFeatures:
