@@ -249,3 +249,35 @@ def test_gradients_are_right(dash, make_dot):
 
     # functional_call swaps Dot's own tensors, which the shared layers' adapters are.
     torch.autograd.gradcheck(loss, parameter.detach().clone().requires_grad_(), fast_mode=True)
+
+
+@pytest.fixture
+def text_dash():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).eval()
+
+
+def test_a_text_conditional_dash_hands_its_text_to_the_shared_layers(text_dash, make_dot):
+    sample, timestep, jump = inputs(channels=4)
+    text = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
+    untrained = MorseDot.from_dash(text_dash, num_down_blocks=2)
+    assert (untrained(sample, timestep, jump, encoder_hidden_states=text) == 0).all()
+    dot = make_dot(text_dash)
+    output = dot(sample, timestep, jump, encoder_hidden_states=text)
+    assert output.shape == sample.shape
+    assert (dot(sample, timestep, jump, encoder_hidden_states=text + 1) - output).abs().max() > 1e-4
+    alone = dot(*(part[:1] for part in (sample, timestep)), JumpPoint(
+        jump.sample[:1], jump.timestep[:1], jump.model_output[:1]
+    ), encoder_hidden_states=text[:1])  # fmt: skip
+    assert_close(alone, output[:1], rtol=1e-4, atol=1e-5)

@@ -34,7 +34,8 @@ class Ports:
     time_embedding: str
 
 
-PORTS = {"UNet2DModel": Ports("conv_in", "conv_out", "time_proj", "time_embedding")}
+_UNET_PORTS = Ports("conv_in", "conv_out", "time_proj", "time_embedding")
+PORTS = {"UNet2DModel": _UNET_PORTS, "UNet2DConditionModel": _UNET_PORTS}
 
 
 def find_ports(dash: nn.Module) -> Ports:
@@ -182,7 +183,8 @@ def fingerprint(dash: nn.Module) -> dict[str, object]:
     shapes = [(name, tuple(value.shape)) for name, value in dash.named_parameters()]
     digest = hashlib.sha256(f"{type(dash).__name__} {shapes}".encode()).hexdigest()[:12]
     weights = [value for _, value in dash.named_parameters() if value.ndim > 1]
-    sampled = weights[:: max(1, len(weights) // 8)][:8]
+    # On "meta", where only shapes count, there are no values to look at.
+    sampled = [w for w in weights[:: max(1, len(weights) // 8)][:8] if not w.is_meta]
     return {
         "class": type(dash).__name__,
         "parameters": sum(math.prod(shape) for _, shape in shapes),

@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import torch
+
+from morse.evaluation import architectures, latency
+from morse.evaluation.architectures import Architecture, find_architecture
+from morse.evaluation.latency import LatencySettings, count_flops, measure_architecture
+from morse.evaluation.latency_report import run_architectures
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_flops_of_stable_diffusion_are_those_counted_by_hand(merged):
+    # 0.80 TFLOPs at 64x64 latents; the blocks at 1/16 of the positions cost 1/17.5 of that, and
+    # Dot's own blocks of 96 and 160 channels the rest.
+    counted = count_flops("sd15", 2, merged)
+    assert counted["dash_flops"] == pytest.approx(0.803e12, rel=1e-3)
+    assert 12 < counted["flop_ratio"] < 15
+    assert counted["flop_ratio"] == counted["dash_flops"] / counted["dot_flops"]
+
+
+def test_merging_the_lora_saves_operations():
+    assert count_flops("sd15", 1, True)["dot_flops"] < count_flops("sd15", 1, False)["dot_flops"]
+
+
+@pytest.mark.parametrize(("num_down_blocks", "ratio"), [(1, 4), (2, 16)])
+def test_a_transformer_without_text_scales_with_its_tokens(num_down_blocks, ratio):
+    counted = count_flops("dit-xl-2", num_down_blocks, True)
+    assert counted["dash_flops"] == pytest.approx(2 * 118.6e9, rel=0.01)  # Peebles and Xie 2023
+    assert counted["flop_ratio"] == pytest.approx(ratio, rel=0.03)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    channels, text = (16, 32), {"encoder_hidden_states": (2, 3, 8)}
+    options = {
+        "block_out_channels": channels,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 8,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+    }
+    unet = Architecture(
+        "UNet2DConditionModel",
+        options,
+        {"layers_per_block": 1},
+        16,
+        4,
+        lambda batch: {name: (batch, *shape[1:]) for name, shape in text.items()},
+    )
+    dit = Architecture(
+        "DiTTransformer2DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "in_channels": 4,
+            "num_layers": 1,
+            "sample_size": 16,
+        },
+        {},
+        16,
+        4,
+        lambda batch: {"class_labels": (batch,)},
+    )
+    monkeypatch.setattr(architectures, "ARCHITECTURES", {"unet": unet, "dit": dit})
+    monkeypatch.setattr(latency, "DOT_CHANNELS", (8, 8))
+
+
+def test_every_combination_is_measured(tiny):
+    settings = LatencySettings(batch_sizes=(1, 2), repeats=2, reduced=True)
+    entries = list(measure_architecture("unet", torch.device("cpu"), settings))
+    combinations = [(e["num_down_blocks"], e["merged"], e["batch_size"]) for e in entries]
+    assert combinations == [
+        (m, merged, b) for m in (1, 2) for merged in (True, False) for b in (1, 2)
+    ]
+    for entry in entries:
+        assert entry["what"] == "Dot" and entry["mode"] == "eager"
+        assert entry["speed_ratio"] == pytest.approx(
+            entry["dash_seconds"][1] / entry["dot_seconds"][1]
+        )
+
+
+def test_a_class_without_a_dot_is_measured_shrunk_and_says_so(tiny):
+    settings = LatencySettings(batch_sizes=(1,), repeats=2)
+    entries = list(measure_architecture("dit", torch.device("cpu"), settings))
+    assert [entry["what"] for entry in entries] == ["shrunk Dash"] * 2
+    # Two pixels a patch: 64 tokens, and 16 or 4 of them.
+    assert [entry["num_down_blocks"] for entry in entries] == [1, 2]
+
+
+@pytest.mark.slow
+def test_compiled_calls_are_measured():
+    weight = torch.randn(8, 8)
+    pair = latency.Pair(lambda: weight @ weight @ weight, lambda: weight + 1, "Dot")
+    entry = latency.measure_pair(pair, "compiled", torch.device("cpu"), repeats=2)
+    assert entry["speed_ratio"] > 0
+
+
+def test_a_table_and_a_file_come_out(tiny, tmp_path, capsys):
+    settings = LatencySettings(batch_sizes=(1,), repeats=2, reduced=True)
+    file = tmp_path / "deep" / "latency.json"
+    result = run_architectures(("unet", "dit"), torch.device("cpu"), settings, file)
+    assert json.loads(file.read_text()) == result
+    assert len(result["entries"]) == 4 + 2
+    assert result["reduced"] is True and result["dtype"] == "float32"
+    printed = capsys.readouterr().out
+    assert "shrunk Dash" in printed and "FLOP ratio" in printed
+
+
+def test_unknown_modes_are_named():
+    with pytest.raises(ValueError, match=r"modes is .*'fast'"):
+        LatencySettings(modes=("fast",))
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_are_measured(tiny):
+    settings = LatencySettings(batch_sizes=(1,), modes=("cuda_graph",), repeats=2)
+    entry = next(measure_architecture("unet", torch.device("cuda"), settings))
+    assert entry["mode"] == "cuda_graph" and entry["speed_ratio"] > 0
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(ValueError, match="arch 'sd99' is unknown, choose from"):
+        find_architecture("sd99")
