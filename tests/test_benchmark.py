@@ -2,96 +2,10 @@ import dataclasses
 import json
 
 import pytest
-import torch
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse.evaluation.benchmark import BenchmarkConfig, run_benchmark
-from morse.evaluation.features import load_features, load_reference
-from morse.evaluation.runs import Method
-from morse.evaluation.scoring import AXES, Score, Scorer, standard_error
 from morse.evaluation.speed import measure_speed_table
-from morse.evaluation.store import Cell, CellStore
-from morse.evaluation.summary import BEST, summarize
-
-
-def quality_cells(make_quality, methods, budgets, seed=0, replicates=()):
-    """Cells whose every axis has the given quality; `make_quality(method, budget)`."""
-    for method in methods:
-        for budget in budgets[method.kind]:
-            value = make_quality(method, budget)
-            scores = {
-                axis: Score(
-                    value if better == "lower" else -value,
-                    tuple((value if better == "lower" else -value) * r for r in replicates),
-                )
-                for axis, better in AXES.items()
-            }
-            seconds = budget / 10
-            yield Cell(method, budget, seed, "", budget, 0, budget, seconds, {}, scores)
-
-
-def test_a_method_twice_as_fast_shows_as_two_on_every_axis_and_cost():
-    ddim, solver, fast = Method("ddim"), Method("dpmsolver++"), Method("ddim", "morse", 2.0)
-    rate = {ddim: 1.0, solver: 1.5, fast: 2.0}
-    budgets = {"baseline": range(2, 101), "morse": (5, 10, 20)}
-    cells = list(
-        quality_cells(lambda method, n: 1 / (rate[method] * n), rate, budgets, replicates=(0.9, 1))
-    )
-    result = summarize(cells)
-    means = {
-        (entry["method"], entry["baseline"], entry["axis"], entry["cost"]): entry
-        for entry in result["speedups"]
-    }
-    for axis in AXES:
-        for cost in ("lsd", "seconds"):
-            entry = means[fast.label, "DDIM", axis, cost]
-            assert entry["mean"]["value"] == pytest.approx(2, rel=5e-3)
-            assert [point["budget"] for point in entry["points"]] == [5, 10, 20]
-        over_best = means[fast.label, BEST, axis, "lsd"]
-        assert over_best["mean"]["value"] == pytest.approx(4 / 3, rel=5e-3)
-        assert means[solver.label, "DDIM", axis, "lsd"]["mean"]["num_points"] == 3
-        # All replicates scale both curves alike, so the speed-up does not spread.
-        assert over_best["mean_standard_error"] == pytest.approx(0, abs=0.01)
-    assert len(result["rows"]) == 2 * 99 + 3
-
-
-def test_seeds_are_averaged():
-    methods, budgets = [Method("ddim")], {"baseline": (5,)}
-    cells = [
-        *quality_cells(lambda m, n: 1.0, methods, budgets, seed=0, replicates=(1.0, 2.0)),
-        *quality_cells(lambda m, n: 3.0, methods, budgets, seed=9, replicates=(1.0, 2.0)),
-    ]
-    (row,) = summarize(cells)["rows"]
-    assert row["frechet"] == 2.0 and row["frechet_by_seed"] == {"0": 1.0, "9": 3.0}
-    assert row["frechet_standard_error"] == pytest.approx(standard_error((2.0, 4.0)))
-
-
-def test_the_scorer_shares_its_draws_between_methods():
-    reference = torch.rand(12, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    scorers = [
-        Scorer(load_features(), load_reference(), reference, num_replicates=3, seed=4)
-        for _ in range(2)
-    ]
-    noisy = (reference + 0.1).clamp(max=1)
-    assert scorers[0].score(noisy) == scorers[1].score(noisy)
-    same = scorers[0].score(reference)
-    assert same["psnr"].value == 100
-    assert same["frechet_to_reference"].value == pytest.approx(0, abs=1e-5)
-    assert same["frechet_to_reference"].replicates == pytest.approx([0, 0, 0], abs=1e-5)
-
-
-def test_a_store_resumes_only_the_same_run(tmp_path):
-    store = CellStore(tmp_path, {"num_images": 8}, resume=False)
-    (cell,) = quality_cells(lambda m, n: 1.0, [Method("dpmsolver++")], {"baseline": (5,)})
-    store.add(cell)
-    assert store.once("answer", lambda: 42) == store.once("answer", lambda: 0) == 42
-    with pytest.raises(FileExistsError, match="--resume"):
-        CellStore(tmp_path, {"num_images": 8}, resume=False)
-    with pytest.raises(ValueError, match="num_images is 9"):
-        CellStore(tmp_path, {"num_images": 9}, resume=True)
-    again = CellStore(tmp_path, {"num_images": 8}, resume=True)
-    assert again.has(cell.method, 5, 0) and not again.has(cell.method, 6, 0)
-    assert again.get(cell.method, 5, 0) == cell
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +86,3 @@ def test_bad_settings_are_named(tmp_path):
     other.write_text(json.dumps({"schema_version": 99}))
     with pytest.raises(ValueError, match="schema_version 99"):
         run_benchmark(BenchmarkConfig(from_json=other, output_dir=tmp_path))
-
-
-def test_the_reference_is_no_point_of_its_own_fidelity_curve():
-    solver = Method("dpmsolver++")
-    cells = list(quality_cells(lambda m, n: 1 / n, [solver], {"baseline": (50, 100)}))
-    rows = {row["budget"]: row for row in summarize(cells)["rows"]}
-    assert rows[100]["psnr"] is None and rows[100]["frechet_to_reference"] is None
-    assert rows[100]["frechet"] == 0.01 and rows[50]["psnr"] == -0.02

@@ -1,81 +1,121 @@
+import numpy as np
 import pytest
+from scipy.optimize import isotonic_regression
 
-from morse.evaluation.curves import (
-    SpeedUp,
-    best_of,
-    cost_of_quality,
-    matched_quality_speedups,
-    mean_speedup,
-)
+from morse.evaluation.curves import UNKNOWN, Curve, Place, isotonic, matched_quality_speedup
 
-# Linear interpolation of 1/n between points 0.1 apart is off by less than 1e-3 in cost.
-DENSE = [(n / 10, 10 / n) for n in range(20, 601)]
+INSIDE, BETTER, FLAT, WORSE = Place
+COSTS = np.arange(2.0, 101.0)
 
 
-def test_a_method_twice_as_fast_has_speedup_two():
-    method = [(cost, 1 / (2 * cost)) for cost in (5, 8, 12, 20, 30)]
-    speedups = matched_quality_speedups(DENSE, method, "lower")
-    assert [point.value for point in speedups] == pytest.approx([2.0] * 5, rel=1e-3)
-    assert all(point.bound is None for point in speedups)
-    assert str(mean_speedup(speedups)) == "2.00x"
+def one_row(costs, errors):
+    return Curve.fit(costs, np.array([errors]))
 
 
-def test_higher_is_better_mirrors_lower_is_better():
-    mirrored = [(cost, -quality) for cost, quality in DENSE]
-    method = [(cost, -1 / (2 * cost)) for cost in (5, 30)]
-    speedups = matched_quality_speedups(mirrored, method, "higher")
-    assert [point.value for point in speedups] == pytest.approx([2.0, 2.0], rel=1e-3)
+def places(curve, *targets):
+    found = [curve.cost_of(np.array([target])) for target in targets]
+    return [(float(cost[0]), Place(place[0])) for cost, place in found]
 
 
-def test_the_baseline_itself_has_speedup_one_in_any_order():
-    speedups = matched_quality_speedups(DENSE[::-1], DENSE, "lower")
-    assert [point.value for point in speedups] == pytest.approx([1.0] * len(DENSE))
-    assert all(point.bound is None for point in speedups)
+def test_isotonic_pools_what_gets_worse():
+    assert isotonic([5.0, 2.0, 4.0, 1.0]).tolist() == [5.0, 3.0, 3.0, 1.0]
+    assert isotonic([1.0, 2.0, 6.0]).tolist() == [3.0, 3.0, 3.0]
+    assert isotonic([3.0, 2.0, 2.0]).tolist() == [3.0, 2.0, 2.0]
+    for seed in range(20):
+        errors = np.random.default_rng(seed).normal(size=15) - np.arange(15) / 8
+        expected = isotonic_regression(errors, increasing=False).x
+        np.testing.assert_allclose(isotonic(errors), expected, rtol=1e-12)
 
 
-def test_interpolation_is_linear():
-    assert cost_of_quality([10, 20], [4.0, 2.0], 3.0, "lower") == (15.0, None)
-    assert cost_of_quality([10, 20], [20.0, 40.0], 25.0, "higher") == (12.5, None)
+def test_each_row_is_made_monotone_by_itself_and_sorted_by_cost():
+    curve = Curve.fit([4.0, 1.0, 2.0], np.array([[1.0, 3.0, 2.0], [2.0, 3.0, 1.0]]))
+    assert curve.costs.tolist() == [1.0, 2.0, 4.0]
+    assert curve.errors.tolist() == [[3.0, 2.0, 1.0], [3.0, 1.5, 1.5]]
 
 
-def test_better_than_the_baseline_ever_was_is_a_lower_bound():
-    (point,) = matched_quality_speedups([(5, 3.0), (50, 1.0)], [(10, 0.5)], "lower")
-    assert point == SpeedUp(10, 5.0, "at least")
-    assert str(point) == ">= 5.00x"
+def test_interpolation_is_linear_in_log_cost_both_ways():
+    curve = one_row([4, 16, 64], [3.0, 2.0, 0.0])
+    assert curve.error_at(8)[0] == pytest.approx(2.5)
+    assert curve.error_at(32)[0] == pytest.approx(1.0)
+    assert [curve.error_at(cost)[0] for cost in (4, 16, 64)] == pytest.approx([3, 2, 0])
+    assert places(curve, 2.5, 1.0) == [(pytest.approx(8), INSIDE), (pytest.approx(32), INSIDE)]
 
 
-def test_worse_than_the_baseline_ever_was_is_an_upper_bound():
-    (point,) = matched_quality_speedups([(5, 3.0), (50, 1.0)], [(10, 4.0)], "lower")
-    assert point == SpeedUp(10, 0.5, "at most")
+def test_the_curve_itself_is_met_where_it_was_measured():
+    curve = one_row([4, 16, 64], [3.0, 2.0, 0.0])
+    assert places(curve, 3.0, 2.0) == [(pytest.approx(4), INSIDE), (pytest.approx(16), INSIDE)]
 
 
-def test_a_curve_that_turns_back_counts_the_cheapest_place():
-    costs, qualities = [1, 2, 3, 4], [4.0, 2.0, 3.0, 1.0]
-    assert cost_of_quality(costs, qualities, 2.5, "lower") == (1.75, None)
-    assert cost_of_quality(costs, qualities, 1.5, "lower") == (3.75, None)
+def test_outside_of_the_improving_range():
+    curve = one_row([4, 16, 64], [3.0, 2.0, 1.0])
+    assert places(curve, 3.1, 1.0, 0.9) == [(0, WORSE), (np.inf, BETTER), (np.inf, BETTER)]
+    flat = one_row([2, 4, 8, 16], [3.0, 2.0, 2.0, 1.0])
+    assert places(flat, 2.0)[0] == (np.inf, FLAT)
+    assert places(flat, 2.1)[0][0] < 4 and places(flat, 1.9)[0][0] > 8
+    level = one_row([2, 4, 8], [3.0, 3.0, 1.0])
+    assert places(level, 3.0, 2.0) == [(np.inf, FLAT), (pytest.approx(32**0.5), INSIDE)]
+    nowhere = one_row([2, 4], [1.0, 2.0])  # gets worse: level at 1.5
+    assert places(nowhere, 1.5, 1.6, 1.4) == [(np.inf, BETTER), (0, WORSE), (np.inf, BETTER)]
 
 
-def test_the_mean_counts_its_bounds_and_shows_their_direction():
-    plain, low, high = SpeedUp(1, 2.0), SpeedUp(1, 4.0, "at least"), SpeedUp(1, 0.5, "at most")
-    assert str(mean_speedup([plain, low])) == ">= 3.00x"
-    assert str(mean_speedup([plain, high])) == "<= 1.25x"
-    mixed = mean_speedup([plain, low, high])
-    assert (mixed.num_points, mixed.num_at_least, mixed.num_at_most) == (3, 1, 1)
-    assert str(mixed) == "~ 2.17x"
+def test_rows_are_inverted_independently():
+    curve = Curve(np.array([1.0, 10.0]), np.array([[2.0, 1.0], [4.0, 3.0], [2.0, 1.0]]))
+    costs, found = curve.cost_of(np.array([1.5, 3.5, 3.5]))
+    np.testing.assert_allclose(costs, [10**0.5, 10**0.5, 0])
+    assert found.tolist() == [INSIDE, INSIDE, WORSE]
 
 
-def test_best_of_takes_the_better_one_at_each_common_cost():
-    first, second = [(5, 3.0), (10, 1.0), (20, 0.5)], [(5, 2.0), (10, 1.5)]
-    assert best_of([first, second], "lower") == [(5, 2.0), (10, 1.0)]
-    assert best_of([first, second], "higher") == [(5, 3.0), (10, 1.5)]
+def test_twice_as_fast_is_two():
+    curve = one_row(COSTS, 1 / COSTS)
+    for cost in (5, 8, 20, 45):
+        entry = matched_quality_speedup(curve, cost, np.array([1 / (2 * cost)]))
+        assert entry["value"] == pytest.approx(2, rel=1e-3)
+        assert (entry["status"], entry["interval"], entry["note"]) == ("measured", None, "")
+    # The same errors against a dearer method: its cost counts, not its budget.
+    assert matched_quality_speedup(curve, 10, np.array([0.05]))["value"] == pytest.approx(2)
+    assert matched_quality_speedup(curve, 20, np.array([0.05]))["value"] == pytest.approx(1)
+
+
+def speedup_at_10(errors):
+    """Of a method that costs 10, over a baseline whose error is 1/cost in each row."""
+    curve = Curve(COSTS, np.tile(1 / COSTS, (len(errors), 1)))
+    return matched_quality_speedup(curve, 10, np.array(errors))
+
+
+def test_the_interval_is_that_of_the_replicates():
+    needed = np.linspace(15, 25, 1000)
+    entry = speedup_at_10([1 / 20, *(1 / needed)])
+    assert entry["value"] == pytest.approx(2) and entry["replicates_outside"] == 0
+    assert entry["interval"] == pytest.approx([1.525, 2.475], abs=3e-3)
+    assert entry["median"] == pytest.approx(2, abs=3e-3)
+
+
+def test_replicates_outside_are_counted_and_too_many_leave_no_interval():
+    entry = speedup_at_10([1 / 20] * 981 + [0.001] * 20)
+    assert entry["replicates_outside"] == 20
+    assert entry["interval"] == pytest.approx([2, 2]) and entry["note"] == ""
+    entry = speedup_at_10([1 / 20] * 971 + [0.001] * 20 + [0.9] * 10)
+    assert entry["value"] == pytest.approx(2) and entry["interval"] is None
+    assert entry["replicates_outside"] == 30 and "3.0% of the replicates" in entry["note"]
+
+
+def test_points_without_a_speedup_keep_their_status_and_say_why():
+    curve = one_row(COSTS, 1 / COSTS)
+    saturated = matched_quality_speedup(curve, 10, np.array([0.001]))
+    assert saturated["status"] == "saturated" and "largest budget" in saturated["note"]
+    worse = matched_quality_speedup(curve, 10, np.array([0.9]))
+    assert worse["status"] == "out of range" and "smallest budget" in worse["note"]
+    flat = matched_quality_speedup(one_row([1, 2, 3, 4], [3.0, 2, 2, 1]), 1, np.array([2.0]))
+    assert flat["status"] == "saturated" and "does not make the baseline better" in flat["note"]
+    for entry in (saturated, worse, flat):
+        assert entry["value"] is entry["interval"] is entry["median"] is None
+        assert set(entry) == set(UNKNOWN)
 
 
 def test_clear_errors():
     with pytest.raises(ValueError, match="more budgets"):
-        cost_of_quality([1], [1.0], 1.0, "lower")
-    with pytest.raises(ValueError, match="increase strictly"):
-        cost_of_quality([2, 1], [1.0, 2.0], 1.0, "lower")
-    with pytest.raises(ValueError, match="more budgets"):
-        matched_quality_speedups([], [(1, 1.0)], "lower")
-    with pytest.raises(ValueError, match="empty"):
-        mean_speedup([])
+        one_row([1], [1.0])
+    with pytest.raises(ValueError, match="positive"):
+        one_row([0, 1], [1.0, 0.5])
+    with pytest.raises(ValueError, match="from 1 to 2"):
+        one_row([1, 2], [1.0, 0.5]).error_at(3)

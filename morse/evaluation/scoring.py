@@ -1,82 +1,119 @@
-"""Scores of one method's images, each with bootstrap replicates that other methods share."""
+"""What is measured of each image, and the axes that the benchmark's figures are given on."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from morse.evaluation.features import FashionFeatures, extract_features
-from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
-
-# axis -> which direction is better
-AXES = {"frechet": "lower", "psnr": "higher", "frechet_to_reference": "lower"}
-# Axes on which the reference is perfect by definition, so that its own point says nothing.
-FIDELITY_AXES = ("psnr", "frechet_to_reference")
+from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance, psnr
 
 
 @dataclass(frozen=True)
-class Score:
-    """One axis: the value on all images, and its values on resampled images.
+class Axis:
+    """One kind of quality.
 
-    Replicate b of any two methods draws the same images, so that differences and speed-ups have
-    their own replicates.
+    Attributes:
+        title: What to print above a column or along a plot's axis.
+        unit: Its unit; "" for none.
+        better: Whether a "lower" or a "higher" value is better.
+        side: "distribution": the set of images is judged; "fidelity": each image against what the
+            reference sampler makes of the same noise.
     """
 
-    value: float
-    replicates: tuple[float, ...]
+    title: str
+    unit: str
+    better: Literal["lower", "higher"]
+    side: Literal["distribution", "fidelity"]
+
+    @property
+    def sign(self) -> float:
+        """What to multiply a value by so that lower is better."""
+        return 1.0 if self.better == "lower" else -1.0
+
+
+AXES = {
+    "frechet": Axis(f"{FRECHET_LABEL} to real images", "", "lower", "distribution"),
+    "frechet_to_reference": Axis(
+        f"{FRECHET_LABEL} to the reference's images", "", "lower", "distribution"
+    ),
+    "psnr": Axis("Same-noise PSNR to the reference", "dB", "higher", "fidelity"),
+    "ssim": Axis("Same-noise SSIM to the reference", "", "higher", "fidelity"),
+}
+# Axes on which the reference is perfect by definition, so that its own point says nothing.
+REFERENCE_AXES = ("frechet_to_reference", "psnr", "ssim")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageScores:
+    """What one method's images are like, image by image; everything else is computed from it.
+
+    Attributes:
+        features: (N, D), float32.
+        psnr: Against the reference's image from the same noise, in dB, (N,), float32.
+        ssim: Likewise, in [-1, 1], (N,), float32.
+    """
+
+    features: Tensor
+    psnr: Tensor
+    ssim: Tensor
 
 
 class Scorer:
     """Scores images against the real data and against the reference sampler's images."""
 
-    def __init__(
-        self,
-        classifier: FashionFeatures,
-        real: tuple[Tensor, Tensor],
-        reference: Tensor,
-        num_replicates: int,
-        seed: int,
-    ):
+    def __init__(self, classifier: FashionFeatures, real: tuple[Tensor, Tensor], reference: Tensor):
         """Prepare the reference.
 
         Args:
             classifier: Gives the features.
             real: Mean (D,) and covariance (D, D) of the real images' features.
             reference: The reference sampler's images, (N, 1, 32, 32) in [0, 1].
-            num_replicates: Bootstrap replicates; 0 for none.
-            seed: Seed of the draws; equal seeds and N give equal draws.
         """
         self.classifier, self.real, self.reference = classifier, real, reference
         self.reference_features = extract_features(classifier, reference)
-        generator = torch.Generator().manual_seed(seed)
-        count = len(reference)
-        self.draws = [
-            torch.randint(count, (count,), generator=generator) for _ in range(num_replicates)
-        ]
 
-    def score(self, images: Tensor) -> dict[str, Score]:
-        """Return a `Score` for each of `AXES`; `images` come from the reference's noise."""
-        features = extract_features(self.classifier, images)
-        ratios = psnr(images, self.reference)  # (N,)
-        everything = torch.arange(len(images))
-        per_draw = [self._values(features, ratios, draw) for draw in (everything, *self.draws)]
-        return {
-            axis: Score(per_draw[0][axis], tuple(values[axis] for values in per_draw[1:]))
-            for axis in AXES
-        }
+    def score(self, images: Tensor) -> ImageScores:
+        """Score images (N, 1, 32, 32) that start from the reference's noise."""
+        return ImageScores(
+            extract_features(self.classifier, images),
+            psnr(images, self.reference).float(),
+            structural_similarity(images, self.reference),
+        )
 
-    def _values(self, features: Tensor, ratios: Tensor, draw: Tensor) -> dict[str, float]:
-        statistics = feature_statistics(features[draw])
-        target = feature_statistics(self.reference_features[draw])
-        return {
-            "frechet": frechet_distance(*statistics, *self.real),
-            "psnr": float(ratios[draw].mean()),
-            "frechet_to_reference": frechet_distance(*statistics, *target),
-        }
+    def frechet(self, scores: ImageScores) -> float:
+        """Return the Fréchet distance to the real images, for a line of progress."""
+        return frechet_distance(*feature_statistics(scores.features), *self.real)
 
 
-def standard_error(replicates: tuple[float, ...]) -> float | None:
-    """Return the standard deviation of bootstrap replicates; None for fewer than two."""
-    if len(replicates) < 2:
-        return None
-    return float(torch.tensor(replicates, dtype=torch.float64).std())
+def structural_similarity(images: Tensor, reference: Tensor, batch_size: int = 500) -> Tensor:
+    """Return each image's mean structural similarity (Wang et al. 2004, Equation 13).
+
+    With the paper's settings: a Gaussian window of 11x11 pixels and standard deviation 1.5, K1 =
+    0.01, K2 = 0.03, dynamic range 1. Images are continued by reflection and all pixels and channels
+    averaged, as torchmetrics' `structural_similarity_index_measure` does.
+
+    Args:
+        images: (N, C, H, W) in [0, 1], H and W at least 6.
+        reference: What they should be; the same shape.
+        batch_size: Images at a time.
+
+    Returns:
+        One value an image, (N,), float32; 1 for equal images.
+    """
+    offsets = torch.arange(11) - 5.0
+    window = torch.exp(-offsets.square() / (2 * 1.5**2))
+    window = (window / window.sum()).outer(window / window.sum())[None, None]  # (1, 1, 11, 11)
+    parts = []
+    for x, y in zip(images.split(batch_size), reference.split(batch_size), strict=True):
+        moments = torch.stack([x, y, x * x, y * y, x * y]).float()  # (5, B, C, H, W)
+        padded = nn.functional.pad(moments.flatten(0, 1), (5, 5, 5, 5), mode="reflect")
+        local = nn.functional.conv2d(padded.flatten(0, 1).unsqueeze(1), window)
+        mean_x, mean_y, *squares = local.unflatten(0, moments.shape[:3]).squeeze(3)
+        var_x, var_y = squares[0] - mean_x**2, squares[1] - mean_y**2
+        covariance = squares[2] - mean_x * mean_y
+        luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+        structure = (2 * covariance + 0.03**2) / (var_x.relu() + var_y.relu() + 0.03**2)
+        parts.append((luminance * structure).flatten(1).mean(dim=1))
+    return torch.cat(parts)

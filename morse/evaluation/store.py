@@ -2,20 +2,21 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from morse.evaluation.runs import Method
-from morse.evaluation.scoring import Score
-from morse.training.checkpoint import write_json
+from morse.evaluation.scoring import ImageScores
+from morse.training.checkpoint import atomic_save_file, write_json
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One method at one budget from one seed, measured.
 
@@ -29,7 +30,10 @@ class Cell:
         lsd: LSD spent.
         seconds: Wall time for all images.
         fallbacks: Why Dash ran in Dot's place, and how often.
-        scores: One `Score` an axis.
+        scores: What the images are like, one by one.
+        engaged: Whether the method did anything that the bare pipeline does not.
+        note: What a reader of its figures should know; "" for nothing.
+        peak_memory_mib: Most memory that the device held while sampling; None if not measured.
     """
 
     method: Method
@@ -41,20 +45,28 @@ class Cell:
     lsd: float
     seconds: float
     fallbacks: dict[str, int]
-    scores: dict[str, Score]
+    scores: ImageScores
+    engaged: bool = True
+    note: str = ""
+    peak_memory_mib: float | None = None
 
-    @classmethod
-    def from_json(cls, entry: dict[str, object]) -> "Cell":
-        """Rebuild a cell from `dataclasses.asdict`'s dictionary."""
-        scores = {
-            axis: Score(score["value"], tuple(score["replicates"]))
-            for axis, score in entry["scores"].items()
-        }
-        return cls(**{**entry, "method": Method(**entry["method"]), "scores": scores})
+    @property
+    def images_per_second(self) -> float:
+        """How many images were sampled in a second."""
+        return len(self.scores.features) / self.seconds
+
+    def facts(self) -> dict[str, object]:
+        """Return everything but the scores, ready for JSON."""
+        facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del facts["scores"]
+        return {**facts, "method": dataclasses.asdict(self.method)}
 
 
 class CellStore:
-    """A folder with one JSON file a cell, and what else a run must not measure twice."""
+    """A folder with two files a cell, and what else a run must not measure twice.
+
+    A cell's tensors are written before its JSON, and only the JSON makes it count as measured.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, object], resume: bool):
         """Open or begin a run.
@@ -93,11 +105,27 @@ class CellStore:
 
     def add(self, cell: Cell) -> None:
         """Save a cell; it appears whole or not at all."""
-        write_json(self._file(cell.method, cell.budget, cell.seed), dataclasses.asdict(cell))
+        file = self._file(cell.method, cell.budget, cell.seed)
+        atomic_save_file(vars(cell.scores), _tensors_of(file))
+        write_json(file, cell.facts())
 
     def get(self, method: Method, budget: int, seed: int) -> Cell:
-        """Load a cell."""
-        return Cell.from_json(json.loads(self._file(method, budget, seed).read_text()))
+        """Load a cell.
+
+        Raises:
+            FileNotFoundError: If it is not measured.
+            ValueError: If its tensors are missing or damaged.
+        """
+        file = self._file(method, budget, seed)
+        facts = json.loads(file.read_text())
+        try:
+            scores = ImageScores(**load_file(_tensors_of(file)))
+        except (FileNotFoundError, SafetensorError, TypeError) as error:
+            raise ValueError(
+                f"{_tensors_of(file)} is missing or damaged ({error}); delete {file.name} beside "
+                "it and measure the cell again by --resume"
+            ) from error
+        return Cell(**{**facts, "method": Method(**facts["method"]), "scores": scores})
 
     def once(self, name: str, measure: Callable[[], object]) -> object:
         """Return what `measure` returned when first asked for under this name (JSON types)."""
@@ -108,14 +136,23 @@ class CellStore:
 
     def images(self, name: str, sample: Callable[[], Tensor]) -> Tensor:
         """Return the images that `sample` returned when first asked for under this name."""
-        file = self.folder / f"{name}.safetensors"
+        return self._tensor(name, "images", sample)
+
+    def features(self, name: str, extract: Callable[[], Tensor]) -> Tensor:
+        """Return the features that `extract` returned when first asked for under this name."""
+        return self._tensor(name, "features", extract)
+
+    def _tensor(self, name: str, kind: str, make: Callable[[], Tensor]) -> Tensor:
+        file = self.folder / f"{name}-{kind}.safetensors"
         if not file.exists():
-            partial = file.with_suffix(".partial")
-            save_file({"images": sample().contiguous()}, partial)
-            os.replace(partial, file)
-        return load_file(file)["images"]
+            atomic_save_file({kind: make()}, file)
+        return load_file(file)[kind]
 
     def _file(self, method: Method, budget: int, seed: int) -> Path:
-        solver = method.solver.replace("+", "p")
-        name = f"{method.kind}-{solver}-r{method.ratio:g}-lsd{budget}-seed{seed}.json"
-        return self.folder / "cells" / name
+        settings = (quote(str(value), safe="") for value in dataclasses.astuple(method))
+        name = "-".join(part for part in settings if part)
+        return self.folder / "cells" / f"{name}-lsd{budget}-seed{seed}.json"
+
+
+def _tensors_of(file: Path) -> Path:
+    return file.with_suffix(".safetensors")

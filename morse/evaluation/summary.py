@@ -1,129 +1,147 @@
-"""From measured cells to the benchmark's figures: means, standard errors and speed-ups."""
+"""From measured cells to the benchmark's figures: rows, curves, speed-ups and lossless tests."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
-from morse.evaluation.curves import SpeedUp, best_of, matched_quality_speedups, mean_speedup
-from morse.evaluation.runs import Method
-from morse.evaluation.scoring import AXES, FIDELITY_AXES, standard_error
+import numpy as np
+from torch import Tensor
+
+from morse.evaluation.bootstrap import Estimate
+from morse.evaluation.curves import UNKNOWN, matched_quality_speedup
+from morse.evaluation.lossless import lossless_test
+from morse.evaluation.points import (
+    Point,
+    Statistics,
+    bare_points,
+    best_points,
+    curve_by_seed,
+    fit_curve,
+    make_points,
+)
+from morse.evaluation.scoring import AXES
 from morse.evaluation.store import Cell
 
-BEST = "best baseline"
-Curve = dict[int, tuple[float, float]]  # budget -> (cost, quality)
-Groups = dict[tuple[Method, int], list[Cell]]
+BEST = "best bare solver"
+COSTS = ("lsd", "seconds")
 
 
-def summarize(cells: Sequence[Cell]) -> dict[str, object]:
-    """Return "rows" (a method at a budget, averaged over seeds) and "speedups".
+def summarize(
+    cells: Sequence[Cell],
+    real: tuple[Tensor, Tensor],
+    references: Mapping[int, Tensor],
+    statistics: Statistics | None = None,
+) -> dict[str, object]:
+    """Return "axes", "rows", "baseline_curves", "speedups" and "lossless".
 
-    Standard errors are those of bootstrap replicates over images, the same draws for every method.
+    Args:
+        cells: What was measured. Repetitions of a method at a budget are averaged.
+        real: Mean (D,) and covariance (D, D) of the real images' features.
+        references: Features of the reference's images, (N, D), of each repetition's seed.
+        statistics: How; the defaults if left out.
     """
-    groups: Groups = {}
-    for cell in cells:
-        groups.setdefault((cell.method, cell.budget), []).append(cell)
+    statistics = statistics or Statistics()
+    points = make_points(cells, real, references, statistics)
     return {
-        "rows": [_row(group) for group in groups.values()],
-        "speedups": [
-            entry
-            for axis in AXES
-            for cost in ("lsd", "seconds")
-            for entry in _speedups(groups, axis, cost)
-        ],
+        "axes": {name: dataclasses.asdict(axis) for name, axis in AXES.items()},
+        "rows": [_row(point) for point in points],
+        "baseline_curves": {axis: _describe(best_points(points, axis), axis) for axis in AXES},
+        "speedups": [entry for axis in AXES for entry in _speedups(points, axis)],
+        "lossless": [entry for axis in AXES for entry in _lossless(points, axis, statistics)],
     }
 
 
-def _row(group: list[Cell]) -> dict[str, object]:
-    first = group[0]
-    row: dict[str, object] = {
-        "label": first.method.label,
-        **dataclasses.asdict(first.method),
-        "budget": first.budget,
-        "lsd": first.lsd,
+def _row(point: Point) -> dict[str, object]:
+    cells, first = point.cells, point.cells[0]
+    fallbacks = sum((Counter(cell.fallbacks) for cell in cells), Counter())
+    memory = [cell.peak_memory_mib for cell in cells if cell.peak_memory_mib is not None]
+    return {
+        "label": point.method.label,
+        "setting": "",
+        **dataclasses.asdict(point.method),
+        "budget": point.budget,
+        "lsd": point.lsd,
         "num_dash": first.num_dash,
         "num_dot": first.num_dot,
         "plan": first.plan,
-        "seconds": sum(cell.seconds for cell in group) / len(group),
-        "fallbacks": first.fallbacks,
+        "fallbacks": dict(fallbacks),
+        "engaged": all(cell.engaged for cell in cells),
+        "note": "; ".join(dict.fromkeys(cell.note for cell in cells if cell.note)),
+        "seconds": point.seconds,
+        "images_per_second": float(np.mean([cell.images_per_second for cell in cells])),
+        "peak_memory_mib": max(memory, default=None),
+        "scores": {axis: _score(point.estimates.get(axis)) for axis in AXES},
     }
-    for axis in AXES:
-        if axis in FIDELITY_AXES and first.method.is_reference(first.budget):
-            row |= {axis: None, f"{axis}_standard_error": None, f"{axis}_by_seed": {}}
-            continue
-        row[axis] = _mean(group, axis)
-        row[f"{axis}_standard_error"] = standard_error(_replicates(group, axis))
-        row[f"{axis}_by_seed"] = {str(cell.seed): cell.scores[axis].value for cell in group}
-    return row
 
 
-def _mean(group: list[Cell], axis: str) -> float:
-    return sum(cell.scores[axis].value for cell in group) / len(group)
-
-
-def _replicates(group: list[Cell], axis: str) -> tuple[float, ...]:
-    """Average replicate b over the seeds, which drew independently."""
-    columns = zip(*(cell.scores[axis].replicates for cell in group), strict=True)
-    return tuple(sum(column) / len(group) for column in columns)
-
-
-def _speedups(groups: Groups, axis: str, cost: str) -> list[dict[str, object]]:
-    """Compare every method with every bare solver, and with the best of them, on one axis.
-
-    The bare solvers are compared with each other where Morse was measured.
-    """
-    asked = [budget for method, budget in groups if method.kind != "baseline"]
-    methods = list(dict.fromkeys(method for method, _ in groups))
-    baselines = [method for method in methods if method.kind == "baseline"]
-    curves = _curves(groups, axis, cost)
-    targets = {
-        solver.label: [list(curve.get(solver, {}).values()) for curve in curves]
-        for solver in baselines
-    }
-    if len(baselines) > 1 and cost == "lsd":
-        targets[BEST] = [
-            best_of([list(curve.get(solver, {}).values()) for solver in baselines], AXES[axis])
-            for curve in curves
-        ]
-    entries = []
-    for name, target in targets.items():
-        for method in methods:
-            budgets = [budget for budget in curves[0].get(method, {}) if budget in asked]
-            own = method.label == name or (name == BEST and method.kind == "baseline")
-            if own or not budgets or len(target[0]) < 2:
-                continue
-            results = [
-                matched_quality_speedups(points, [curve[method][n] for n in budgets], AXES[axis])
-                for points, curve in zip(target, curves, strict=True)
-            ]
-            entry = {"method": method.label, "baseline": name, "axis": axis, "cost": cost}
-            entries.append({**entry, **_describe(budgets, results)})
-    return entries
-
-
-def _curves(groups: Groups, axis: str, cost: str) -> list[dict[Method, Curve]]:
-    """Return each method's points: on all images, then on each replicate."""
-    curves: list[dict[Method, Curve]] = []
-    for (method, budget), group in groups.items():
-        if axis in FIDELITY_AXES and method.is_reference(budget):
-            continue
-        spent = sum(getattr(cell, cost) for cell in group) / len(group)
-        for b, quality in enumerate((_mean(group, axis), *_replicates(group, axis))):
-            if b == len(curves):
-                curves.append({})
-            curves[b].setdefault(method, {})[budget] = (spent, quality)
-    return curves
-
-
-def _describe(budgets: list[int], results: list[list[SpeedUp]]) -> dict[str, object]:
-    """Describe the points on all images (`results[0]`), their mean, and its standard error."""
-    means = [mean_speedup(points) for points in results]
+def _score(estimate: Estimate | None) -> dict[str, object] | None:
+    if estimate is None:
+        return None
     return {
-        "points": [
-            {"budget": budget, **dataclasses.asdict(point), "text": str(point)}
-            for budget, point in zip(budgets, results[0], strict=True)
-        ],
-        "mean": {**dataclasses.asdict(means[0]), "text": str(means[0])},
-        "mean_standard_error": standard_error(tuple(mean.value for mean in means[1:])),
+        "value": estimate.value,
+        "standard_error": estimate.standard_error,
+        "interval": estimate.interval,
+        "seed_deviation": estimate.seed_deviation,
+        "by_seed": {str(seed): value for seed, value in estimate.by_seed.items()},
     }
+
+
+def _describe(points: Sequence[Point], axis: str) -> list[dict[str, object]]:
+    curve = fit_curve(points, axis, "lsd")
+    values = [p.errors(axis)[0] for p in points] if curve is None else curve.errors[0]
+    return [
+        {
+            "budget": point.budget,
+            "cost": point.lsd,
+            "raw": point.estimates[axis].value,
+            "value": AXES[axis].sign * float(value),
+            "label": point.method.label,
+        }
+        for point, value in zip(points, values, strict=True)
+    ]
+
+
+def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]:
+    """Compare every method with the best bare solver and with each, in LSD and in seconds.
+
+    The bare solvers are compared with each other where another method was measured.
+    """
+    asked = {point.budget for point in points if point.method.kind != "baseline"}
+    shown = [point for point in points if point.budget in asked and axis in point.estimates]
+    baselines = {BEST: best_points(points, axis)}
+    for point in bare_points(points, axis):
+        baselines.setdefault(point.method.label, []).append(point)
+    for name, baseline in baselines.items():
+        own = (name,) if name != BEST else tuple(baselines)
+        for cost in COSTS:
+            curve = fit_curve(baseline, axis, cost)
+            for point in shown:
+                if point.method.label in own:
+                    continue
+                spent = getattr(point, cost)
+                head = {"method": point.method.label, "baseline": name, "axis": axis}
+                head |= {"cost": cost, "budget": point.budget, "spent": spent}
+                errors = point.errors(axis)
+                yield head | (matched_quality_speedup(curve, spent, errors) if curve else UNKNOWN)
+
+
+def _lossless(
+    points: Sequence[Point], axis: str, statistics: Statistics
+) -> Iterator[dict[str, object]]:
+    """Test every method against the best bare solver with more LSD, where that was measured."""
+    best = best_points(points, axis)
+    curve, delta = fit_curve(best, axis, "lsd"), statistics.deltas.get(axis)
+    if curve is None:
+        return
+    by_seed = curve_by_seed(best, axis)
+    for point in points:
+        if point.method.kind == "baseline":
+            continue
+        head = {"method": point.method.label, "axis": axis, "budget": point.budget}
+        for factor in statistics.factors:
+            if curve.covers(factor * point.lsd):
+                errors = point.errors(axis)
+                yield head | lossless_test(curve, by_seed, point.lsd, errors, factor, delta)
 
 
 def rounded(value: object, digits: int = 6) -> object:

@@ -1,0 +1,89 @@
+import importlib
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+import torch
+
+from morse.evaluation.features import extract_features, load_features, load_reference
+from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
+from morse.evaluation.scoring import AXES, REFERENCE_AXES, Scorer, structural_similarity
+
+
+def random_images(count, channels=1, size=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, channels, size, size, generator=generator)
+
+
+def torchmetrics_ssim(monkeypatch):
+    """Import torchmetrics where torch-fidelity is installed without torchvision, too."""
+    if find_spec("torchmetrics") is None:
+        pytest.skip("needs torchmetrics")
+    spec = find_spec("torch_fidelity")
+    if spec is not None and find_spec("torchvision") is None:
+        package = ModuleType("torch_fidelity")  # its __init__ needs torchvision, its parts do not
+        package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
+        monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    module = importlib.import_module("torchmetrics.functional.image")
+    return module.structural_similarity_index_measure
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ssim_is_that_of_torchmetrics(monkeypatch, channels):
+    reference_ssim = torchmetrics_ssim(monkeypatch)
+    images = random_images(6, channels, seed=1)
+    images[3] = 0.5  # without structure
+    reference = (images + 0.2 * random_images(6, channels, seed=2)).clamp(max=1)
+    expected = reference_ssim(images, reference, reduction="none", data_range=1.0)
+    ours = structural_similarity(images, reference, batch_size=4)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ssim_has_closed_forms():
+    images = random_images(3)
+    torch.testing.assert_close(structural_similarity(images, images), torch.ones(3))
+    # Without variance only the means count: (2 a b + c) / (a^2 + b^2 + c), c = 1e-4.
+    dark, bright = torch.full((1, 1, 16, 16), 0.2), torch.full((1, 1, 16, 16), 0.6)
+    expected = torch.tensor([(0.24 + 1e-4) / (0.4 + 1e-4)])
+    torch.testing.assert_close(
+        structural_similarity(dark, bright), expected, rtol=1e-3, atol=0
+    )  # variances are differences of float32 squares
+
+
+def test_the_scorer_returns_every_image_for_itself():
+    classifier, real = load_features(), load_reference()
+    reference = random_images(5)
+    images = (reference + 0.1 * random_images(5, seed=3)).clamp(max=1)
+    scorer = Scorer(classifier, real, reference)
+    scores = scorer.score(images)
+    assert {name: value.dtype for name, value in vars(scores).items()} == dict.fromkeys(
+        ("features", "psnr", "ssim"), torch.float32
+    )
+    assert scores.features.shape == (5, 32) and scores.ssim.shape == (5,)
+    torch.testing.assert_close(scores.features, extract_features(classifier, images))
+    torch.testing.assert_close(scores.psnr, psnr(images, reference).float())
+    alone = Scorer(classifier, real, reference[2:3]).score(images[2:3])
+    torch.testing.assert_close(alone.ssim, scores.ssim[2:3])
+    assert scorer.frechet(scores) == pytest.approx(
+        frechet_distance(*feature_statistics(scores.features), *real)
+    )
+    torch.testing.assert_close(scorer.reference_features, extract_features(classifier, reference))
+
+
+def test_the_reference_scores_perfectly_against_itself():
+    reference = random_images(3)
+    scores = Scorer(load_features(), load_reference(), reference).score(reference)
+    assert scores.psnr.tolist() == [100.0] * 3
+    torch.testing.assert_close(scores.ssim, torch.ones(3))
+
+
+def test_an_axis_turns_its_values_so_that_lower_is_better():
+    assert {name: axis.sign for name, axis in AXES.items()} == {
+        "frechet": 1.0,
+        "frechet_to_reference": 1.0,
+        "psnr": -1.0,
+        "ssim": -1.0,
+    }
+    assert set(AXES) - set(REFERENCE_AXES) == {"frechet"}
+    assert "FID" not in "".join(axis.title for axis in AXES.values())

@@ -1,0 +1,249 @@
+import numpy as np
+import pytest
+import torch
+
+from morse.evaluation.metrics import feature_statistics, frechet_distance
+from morse.evaluation.runs import Method
+from morse.evaluation.scoring import AXES, ImageScores
+from morse.evaluation.store import Cell
+from morse.evaluation.summary import BEST, Statistics, rounded, summarize
+
+NUM_IMAGES, SIZE = 64, 2
+REAL = torch.zeros(SIZE), torch.eye(SIZE)
+STATISTICS = Statistics(num_replicates=60)
+DDIM, SOLVER, FAST = Method("ddim"), Method("dpmsolver++"), Method("ddim", "morse", 2.0)
+RATES = {DDIM: 1.0, SOLVER: 1.5, FAST: 3.0}
+
+
+def whitened(seed):
+    """Features with mean 0 and covariance 1 exactly, so that a shift v has distance |v|^2."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(NUM_IMAGES, SIZE, generator=generator, dtype=torch.float64)
+    features = features - features.mean(dim=0)
+    factor = torch.linalg.cholesky(torch.cov(features.T))
+    return torch.linalg.solve_triangular(factor, features.T, upper=False).T
+
+
+def quality_cell(method, budget, error, seed=0, **options):
+    """A cell with the error on each axis: the distances themselves, PSNR and SSIM its negative."""
+    shift = torch.tensor([error**0.5, 0.0])
+    noise = torch.randn(NUM_IMAGES, generator=torch.Generator().manual_seed(seed)) * 1e-3
+    noise -= noise.mean()
+    scores = ImageScores((whitened(seed) + shift).float(), noise - error, noise - error)
+    num_dot = 0 if method.kind == "baseline" else budget
+    rest = {"seconds": budget / 10, "fallbacks": {}, "scores": scores, **options}
+    return Cell(method, budget, seed, "", budget, num_dot, float(budget), **rest)
+
+
+def references(*seeds):
+    return {seed: whitened(seed).float() for seed in seeds}
+
+
+def make_cells(baseline=range(2, 61), fast=(5, 10, 15), seeds=(0,)):
+    return [
+        quality_cell(method, budget, 1 / (rate * budget), seed)
+        for seed in seeds
+        for method, rate in RATES.items()
+        for budget in (baseline if method.kind == "baseline" else fast)
+    ]
+
+
+@pytest.fixture(scope="module")
+def result():
+    return summarize(make_cells(), REAL, references(0), STATISTICS)
+
+
+def select(entries, **wanted):
+    return [e for e in entries if all(e[name] == value for name, value in wanted.items())]
+
+
+def test_a_method_twice_as_fast_shows_as_two_on_every_axis_and_cost(result):
+    for axis in AXES:
+        for cost in ("lsd", "seconds"):
+            found = select(result["speedups"], method=FAST.label, axis=axis, cost=cost)
+            for name, value in ((BEST, 2.0), (SOLVER.label, 2.0), (DDIM.label, 3.0)):
+                points = select(found, baseline=name)
+                assert [point["budget"] for point in points] == [5, 10, 15]
+                assert all(point["status"] == "measured" for point in points)
+                speedups = [point["value"] for point in points]
+                assert speedups == pytest.approx([value] * 3, rel=5e-3)
+                spent = [5, 10, 15] if cost == "lsd" else [0.5, 1, 1.5]
+                assert [point["spent"] for point in points] == pytest.approx(spent)
+    # PSNR's noise is common to all methods here, so the speed-up does not spread.
+    (point,) = select(
+        result["speedups"],
+        method=FAST.label,
+        baseline=BEST,
+        axis="psnr",
+        cost="lsd",
+        budget=10,
+    )
+    assert point["interval"] == pytest.approx([2, 2], rel=5e-3)
+
+
+def test_bare_solvers_are_compared_with_each_other_where_another_method_was_measured(result):
+    points = select(
+        result["speedups"], method=SOLVER.label, baseline=DDIM.label, axis="psnr", cost="lsd"
+    )
+    assert [point["budget"] for point in points] == [5, 10, 15]
+    assert [point["value"] for point in points] == pytest.approx([1.5] * 3, rel=5e-3)
+    assert not select(result["speedups"], method=SOLVER.label, baseline=BEST)
+    assert not select(result["speedups"], method=DDIM.label, baseline=DDIM.label)
+
+
+def test_rows_carry_values_errors_and_intervals(result):
+    (row,) = select(result["rows"], label=FAST.label, budget=5)
+    assert (row["kind"], row["ratio"], row["setting"]) == ("morse", 2.0, "")
+    assert row["images_per_second"] == pytest.approx(NUM_IMAGES / 0.5)
+    assert row["engaged"] and row["note"] == "" and row["peak_memory_mib"] is None
+    for axis, sign in (("frechet", 1), ("psnr", -1), ("ssim", -1), ("frechet_to_reference", 1)):
+        score = row["scores"][axis]
+        assert score["value"] == pytest.approx(sign / 15, rel=1e-5)
+        low, high = score["interval"]
+        assert low <= score["value"] <= high and score["standard_error"] < high - low
+        assert score["by_seed"] == {"0": score["value"]} and score["seed_deviation"] is None
+    deviation = row["scores"]["psnr"]["standard_error"]
+    assert deviation == pytest.approx(1e-3 / NUM_IMAGES**0.5, rel=0.3)
+
+
+def test_the_row_of_measured_features_is_the_plain_distance():
+    features = torch.randn(NUM_IMAGES, SIZE, generator=torch.Generator().manual_seed(5))
+    cell = quality_cell(DDIM, 5, 1.0, scores=ImageScores(features, *torch.zeros(2, NUM_IMAGES)))
+    reference = references(0)
+    (row,) = summarize([cell], REAL, reference, STATISTICS)["rows"]
+    statistics = feature_statistics(features)
+    expected = frechet_distance(*statistics, *feature_statistics(reference[0]))
+    assert row["scores"]["frechet"]["value"] == pytest.approx(frechet_distance(*statistics, *REAL))
+    assert row["scores"]["frechet_to_reference"]["value"] == pytest.approx(expected)
+
+
+def test_seeds_are_averaged():
+    options = [
+        {"note": "slow start", "peak_memory_mib": 5.0, "fallbacks": {"shape": 1}},
+        {"engaged": False, "peak_memory_mib": 7.0, "fallbacks": {"shape": 2}},
+    ]
+    cells = [
+        quality_cell(DDIM, 5, error, seed, **extra)
+        for (seed, error), extra in zip(((0, 1.0), (90, 3.0)), options, strict=True)
+    ]
+    (row,) = summarize(cells, REAL, references(0, 90), STATISTICS)["rows"]
+    score = row["scores"]["psnr"]
+    assert score["value"] == pytest.approx(-2)
+    assert score["by_seed"] == {"0": pytest.approx(-1), "90": pytest.approx(-3)}
+    assert score["seed_deviation"] == pytest.approx(2**0.5)
+    assert (row["note"], row["engaged"]) == ("slow start", False)
+    assert row["fallbacks"] == {"shape": 3} and row["peak_memory_mib"] == 7.0
+    # Repetitions resample independently, so two halve the variance of one.
+    (lone,) = summarize(cells[:1], REAL, references(0), Statistics(num_replicates=2000))["rows"]
+    (both,) = summarize(cells, REAL, references(0, 90), Statistics(num_replicates=2000))["rows"]
+    errors = [row["scores"]["psnr"]["standard_error"] for row in (lone, both)]
+    assert errors[0] / errors[1] == pytest.approx(2**0.5, rel=0.2)
+
+
+def test_the_baseline_curve_is_the_best_at_each_budget_made_monotone():
+    errors = {DDIM: {5: 1.0, 10: 0.5, 20: 0.1}, SOLVER: {5: 0.9, 10: 0.2, 20: 0.3, 40: 0.3}}
+    cells = [
+        quality_cell(method, budget, error)
+        for method, table in errors.items()
+        for budget, error in table.items()
+    ]
+    curves = summarize(cells, REAL, references(0), STATISTICS)["baseline_curves"]
+    for axis, sign in (("frechet", 1), ("psnr", -1)):
+        labels = [point["label"] for point in curves[axis]]
+        assert labels == [SOLVER.label, SOLVER.label, DDIM.label, SOLVER.label]
+        raw = [sign * point["raw"] for point in curves[axis]]
+        value = [sign * point["value"] for point in curves[axis]]
+        assert raw == pytest.approx([0.9, 0.2, 0.1, 0.3], rel=1e-4)
+        assert value == pytest.approx([0.9, 0.2, 0.2, 0.2], rel=1e-4)
+        assert [point["cost"] for point in curves[axis]] == [5, 10, 20, 40]
+
+
+def test_points_without_a_speedup_are_listed():
+    errors = {2: 0.5, 5: 0.2, 10: 0.1, 20: 0.1, 30: 0.05}
+    cells = [quality_cell(DDIM, budget, error) for budget, error in errors.items()]
+    cells += [quality_cell(FAST, n, e) for n, e in ((5, 0.01), (10, 0.1), (20, 0.7), (30, 0.07))]
+    speedups = summarize(cells, REAL, references(0), STATISTICS)["speedups"]
+    points = select(speedups, baseline=BEST, axis="psnr", cost="lsd")
+    assert [point["status"] for point in points] == [
+        "saturated",
+        "saturated",
+        "out of range",
+        "measured",
+    ]
+    assert "largest budget" in points[0]["note"] and "smallest" in points[2]["note"]
+    assert "does not make the baseline better" in points[1]["note"]
+    assert [point["value"] is None for point in points] == [True, True, True, False]
+
+
+def test_a_baseline_of_one_budget_gives_no_speedup_but_the_point_is_listed():
+    cells = [quality_cell(DDIM, 5, 0.5), quality_cell(FAST, 5, 0.4)]
+    result = summarize(cells, REAL, references(0), STATISTICS)
+    for point in result["speedups"]:
+        assert point["status"] == "out of range" and "fewer than two" in point["note"]
+    assert len(result["speedups"]) == 2 * 2 * len(AXES)
+    assert result["lossless"] == []
+    assert result["baseline_curves"]["psnr"][0]["value"] == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 90, 180)])
+def test_equal_to_the_baseline_at_one_and_a_half_is_lossless_there_and_not_beyond(seeds):
+    rng = np.random.default_rng(1)
+    cells = []
+    for seed in seeds:
+        offset = rng.normal(0, 1e-3)
+        for budget in (5, 10, 15, 20, 25, 30):
+            cells.append(quality_cell(DDIM, budget, 1 / budget + offset, seed))
+        cells.append(quality_cell(FAST, 10, 1 / 15 + offset, seed))
+    result = summarize(cells, REAL, references(*seeds), STATISTICS)
+    tests = {test["factor"]: test for test in select(result["lossless"], axis="psnr")}
+    assert tests[1.0]["lossless"] and tests[1.5]["lossless"] and not tests[2.5]["lossless"]
+    assert {test["delta_from"] for test in tests.values()} == {
+        "bootstrap" if len(seeds) == 1 else "seeds"
+    }
+    assert tests[1.5]["difference"] == pytest.approx(0, abs=1e-6)
+    assert tests[2.5]["difference"] == pytest.approx(1 / 15 - 1 / 25, rel=1e-3)
+    assert set(tests) == {1.0, 1.25, 1.5, 2.0, 2.5, 3.0}
+    assert tests[1.5]["method"] == FAST.label and tests[1.5]["budget"] == 10
+    given = Statistics(num_replicates=20, factors=(1.5, 4.0), deltas={"psnr": -1.0})
+    (test,) = select(summarize(cells, REAL, references(*seeds), given)["lossless"], axis="psnr")
+    assert (test["factor"], test["delta_from"], test["lossless"]) == (1.5, "given", False)
+
+
+def test_the_reference_is_no_point_of_its_own_fidelity_curve():
+    cells = [quality_cell(SOLVER, budget, 1 / budget) for budget in (25, 50, 100)]
+    result = summarize(cells, REAL, references(0), STATISTICS)
+    rows = {row["budget"]: row["scores"] for row in result["rows"]}
+    for axis in ("psnr", "ssim", "frechet_to_reference"):
+        assert rows[100][axis] is None and rows[50][axis] is not None
+        assert [point["budget"] for point in result["baseline_curves"][axis]] == [25, 50]
+    assert rows[100]["frechet"]["value"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_without_replicates_there_are_no_errors_and_no_claims():
+    result = summarize(make_cells(), REAL, references(0), Statistics(num_replicates=0))
+    score = result["rows"][0]["scores"]["frechet"]
+    assert score["standard_error"] is score["interval"] is None
+    assert all(point["interval"] is None for point in result["speedups"])
+    assert all(test["lossless"] is None for test in result["lossless"])
+
+
+def test_the_same_cells_give_the_same_figures(result):
+    assert rounded(summarize(make_cells(), REAL, references(0), STATISTICS)) == rounded(result)
+
+
+def test_figures_are_rounded():
+    assert rounded({"a": [1.23456789, (2, None)], "b": True}) == {
+        "a": [1.23457, [2, None]],
+        "b": True,
+    }
+
+
+def test_clear_errors():
+    with pytest.raises(ValueError, match="lacks seed 0"):
+        summarize(make_cells(), REAL, {}, STATISTICS)
+    with pytest.raises(ValueError, match="num_replicates is -1"):
+        Statistics(num_replicates=-1)
+    with pytest.raises(ValueError, match="factors"):
+        Statistics(factors=(0.0,))
+    with pytest.raises(ValueError, match="fid"):
+        Statistics(deltas={"fid": 1.0})
