@@ -94,7 +94,7 @@ def test_the_interval_of_a_frechet_distance_covers_what_so_many_images_give():
     def simulate(rng):
         scores = ImageScores(images(rng), torch.zeros(count), torch.zeros(count))
         reals = draw_real(real, 10**7, 300, rng)
-        return SeedBootstrap(scores.features, reals, 300, rng).draws(scores)["frechet"]
+        return SeedBootstrap(count, scores.features, reals, 300, rng).draws(scores)["frechet"]
 
     assert 0.90 <= coverage(np.mean(many), simulate, 200) <= 0.985
 
@@ -104,7 +104,7 @@ def test_methods_share_their_resamples():
     real = feature_statistics(random_scores(200, seed=3).features)
     reals = draw_real(real, 200, 30, np.random.default_rng(0))
     bootstraps = [
-        SeedBootstrap(reference.features, reals, 30, np.random.default_rng(7)) for _ in range(2)
+        SeedBootstrap(60, reference.features, reals, 30, np.random.default_rng(7)) for _ in range(2)
     ]
     first, second = (bootstrap.draws(scores) for bootstrap in bootstraps)
     for axis in first:
@@ -121,9 +121,26 @@ def test_methods_share_their_resamples():
 
 def test_another_number_of_images_than_the_reference_is_refused():
     real = draw_real((torch.zeros(5), torch.eye(5)), 100, 2, np.random.default_rng(0))
-    bootstrap = SeedBootstrap(random_scores(9).features, real, 2, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="60 images and the reference has 9"):
+    bootstrap = SeedBootstrap(9, random_scores(9).features, real, 2, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="of 60 images, 60 of them paired .* but 9 and 9"):
         bootstrap.draws(random_scores(60))
+
+
+def test_a_reference_of_fewer_images_pairs_with_the_first_ones():
+    reference, scores = random_scores(20, seed=1), random_scores(60, seed=2)
+    real = feature_statistics(random_scores(200, seed=3).features)
+    reals = draw_real(real, 200, 40, np.random.default_rng(0))
+    bootstrap = SeedBootstrap(60, reference.features, reals, 40, np.random.default_rng(7))
+    paired = ImageScores(scores.features, scores.psnr[:20], scores.ssim[:20])
+    draws = bootstrap.draws(paired)
+    assert draws["psnr"][0] == pytest.approx(float(scores.psnr[:20].mean()), rel=1e-6)
+    statistics = [feature_statistics(f) for f in (scores.features[:20], reference.features)]
+    expected = frechet_distance(*statistics[0], *statistics[1])
+    assert draws["frechet_to_reference"][0] == pytest.approx(expected, rel=1e-9)
+    # The other axis still counts all 60 images.
+    assert draws["frechet"][0] == pytest.approx(
+        frechet_distance(*feature_statistics(scores.features), *real), rel=1e-9
+    )
 
 
 def test_an_estimate_without_replicates_or_seeds_claims_no_error():

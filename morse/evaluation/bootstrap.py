@@ -66,18 +66,19 @@ def resample(features: np.ndarray, counts: np.ndarray) -> Gaussians:
 
     Args:
         features: (N, D).
-        counts: (R, N), each row's sum is N.
+        counts: (R, N), no row without two images.
     """
-    count, size = features.shape
+    size, totals = features.shape[1], counts.sum(axis=1, keepdims=True)
     center = features.mean(axis=0, dtype=np.float64)
     centered = features - center  # keeps the second moments small, and so exact
     rows, columns = np.triu_indices(size)
     products = centered[:, rows] * centered[:, columns]  # (N, D (D + 1) / 2)
-    means = counts @ centered / count
+    means = counts @ centered / totals
+    moments = counts @ products / totals - means[:, rows] * means[:, columns]
     covariances = np.empty((len(counts), size, size))
-    covariances[:, rows, columns] = counts @ products / count - means[:, rows] * means[:, columns]
+    covariances[:, rows, columns] = moments * (totals / (totals - 1))
     covariances[:, columns, rows] = covariances[:, rows, columns]
-    return Gaussians(center + means, covariances * (count / (count - 1)))
+    return Gaussians(center + means, covariances)
 
 
 def draw_real(
@@ -114,6 +115,7 @@ class SeedBootstrap:
 
     def __init__(
         self,
+        num_images: int,
         reference_features: Tensor,
         real: Gaussians,
         num_replicates: int,
@@ -122,15 +124,17 @@ class SeedBootstrap:
         """Draw the resamples.
 
         Args:
-            reference_features: Of the reference sampler's images, (N, D).
+            num_images: N, images of each method.
+            reference_features: Of the reference sampler's images, the first R <= N, (R, D).
             real: From `draw_real`, with as many replicates; shared by all repetitions, because
                 there is only one real set.
             num_replicates: How many resamples.
             rng: Makes the draws; another stream for each repetition.
         """
         self.real = real
-        self.counts = draw_counts(len(reference_features), num_replicates, rng)
-        self.reference = resample(reference_features.numpy(), self.counts)
+        self.counts = draw_counts(num_images, num_replicates, rng)
+        self.paired_counts = self.counts[:, : len(reference_features)]
+        self.reference = resample(reference_features.numpy(), self.paired_counts)
 
     def draws(self, scores: ImageScores) -> dict[str, np.ndarray]:
         """Return each axis' value on all images, then on each resample, (1 + replicates,).
@@ -140,20 +144,23 @@ class SeedBootstrap:
         all images: they tell how the distance of N images spreads, not what it is for fewer.
 
         Raises:
-            ValueError: If `scores` are of another number of images than the reference.
+            ValueError: If `scores` are of other numbers of images.
         """
-        count = self.counts.shape[1]
-        if len(scores.features) != count:
+        counts, expected = self.counts, (self.counts.shape[1], self.paired_counts.shape[1])
+        found = (len(scores.features), len(scores.psnr))
+        if found != expected:
             raise ValueError(
-                f"scores are of {len(scores.features)} images and the reference has {count}; both "
-                "must come from the same seeds: measure the method again with as many images"
+                f"scores are of {found[0]} images, {found[1]} of them paired with the reference's, "
+                f"but {expected[0]} and {expected[1]} are needed; measure the method again"
             )
-        images = resample(scores.features.numpy(), self.counts)
+        features, weights = scores.features.numpy(), self.paired_counts
+        weights = weights / weights.sum(axis=1, keepdims=True)
+        paired = resample(features[: expected[1]], self.paired_counts)
         draws = {
-            "frechet": frechet_distances(images, self.real),
-            "frechet_to_reference": frechet_distances(images, self.reference),
-            "psnr": self.counts @ scores.psnr.double().numpy() / count,
-            "ssim": self.counts @ scores.ssim.double().numpy() / count,
+            "frechet": frechet_distances(resample(features, counts), self.real),
+            "frechet_to_reference": frechet_distances(paired, self.reference),
+            "psnr": weights @ scores.psnr.double().numpy(),
+            "ssim": weights @ scores.ssim.double().numpy(),
         }
         for axis in ("frechet", "frechet_to_reference"):
             draws[axis] = _centered(draws[axis]).clip(min=0)

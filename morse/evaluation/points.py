@@ -82,7 +82,7 @@ def make_points(
     Args:
         cells: What was measured.
         real: Mean (D,) and covariance (D, D) of the real images' features.
-        references: Features of the reference's images, (N, D), of each repetition's seed.
+        references: Features of the reference's images, (R, D), of each repetition's seed.
         statistics: How to resample.
 
     Raises:
@@ -116,8 +116,10 @@ def _draw(
     for seed in dict.fromkeys(cell.seed for cell in cells):
         # numpy pads seeds with zeros, so that [s, 0] would repeat the stream of [s]: hence + 1.
         rng = np.random.default_rng([statistics.seed, seed + 1])
-        bootstrap = SeedBootstrap(references[seed], reals, number, rng)
-        draws |= {cell: bootstrap.draws(cell.scores) for cell in cells if cell.seed == seed}
+        own = [cell for cell in cells if cell.seed == seed]
+        num_images = len(own[0].scores.features)
+        bootstrap = SeedBootstrap(num_images, references[seed], reals, number, rng)
+        draws |= {cell: bootstrap.draws(cell.scores) for cell in own}
     return draws
 
 

@@ -51,8 +51,9 @@ class ImageScores:
 
     Attributes:
         features: (N, D), float32.
-        psnr: Against the reference's image from the same noise, in dB, (N,), float32.
-        ssim: Likewise, in [-1, 1], (N,), float32.
+        psnr: Against the reference's image from the same noise, in dB, float32, (R,): of the first
+            R images, for which there is a reference.
+        ssim: Likewise, in [-1, 1], (R,), float32.
     """
 
     features: Tensor
@@ -69,17 +70,19 @@ class Scorer:
         Args:
             classifier: Gives the features.
             real: Mean (D,) and covariance (D, D) of the real images' features.
-            reference: The reference sampler's images, (N, 1, 32, 32) in [0, 1].
+            reference: The reference sampler's images, (R, 1, 32, 32) in [0, 1]; R may be less than
+                the number of images to score, because each costs as much as many of those.
         """
         self.classifier, self.real, self.reference = classifier, real, reference
         self.reference_features = extract_features(classifier, reference)
 
     def score(self, images: Tensor) -> ImageScores:
-        """Score images (N, 1, 32, 32) that start from the reference's noise."""
+        """Score images (N, 1, 32, 32), the first of which start from the reference's noise."""
+        paired = images[: len(self.reference)]
         return ImageScores(
             extract_features(self.classifier, images),
-            psnr(images, self.reference).float(),
-            structural_similarity(images, self.reference),
+            psnr(paired, self.reference).float(),
+            structural_similarity(paired, self.reference),
         )
 
     def frechet(self, scores: ImageScores) -> float:

@@ -37,7 +37,7 @@ def summarize(
     Args:
         cells: What was measured. Repetitions of a method at a budget are averaged.
         real: Mean (D,) and covariance (D, D) of the real images' features.
-        references: Features of the reference's images, (N, D), of each repetition's seed.
+        references: Features of the reference's images, (R, D), of each repetition's seed.
         statistics: How; the defaults if left out.
     """
     statistics = statistics or Statistics()
