@@ -14,6 +14,7 @@ Config = TypeVar("Config")
 COMMANDS = {
     "demo": ("morse.evaluation.demo", "DemoConfig", "run_demo"),
     "bench": ("morse.evaluation.benchmark", "BenchmarkConfig", "run_benchmark"),
+    "eval fid": ("morse.evaluation.fid", "FidConfig", "run_fid"),
     "train-dash": ("morse.training.dash", "TrainDashConfig", "train_dash"),
     "train-dot": ("morse.training.loop", "TrainDotConfig", "train_dot"),
     "train-features": ("morse.evaluation.train_features", "TrainFeaturesConfig", "train_features"),
@@ -41,7 +42,8 @@ def parse_config(
     """Build a command line from a dataclass and parse it into an instance.
 
     Fields become `--field_name` options (dashes work too) with the field's default and its
-    `metadata["help"]`; a field without a default is required. Supported types are str, int, float,
+    `metadata["help"]`; a field without a default is required, and `metadata["alias"]` is another
+    name for an option whose own name Python reserves. Supported types are str, int, float,
     bool, Path, `Literal`, `tuple[X, ...]` and `X | None`. A `ValueError` raised by the dataclass's
     own checks ends the program with exit status 2 and the message.
 
@@ -60,7 +62,10 @@ def parse_config(
         required = (
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         )
-        names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+        spellings = (field.metadata.get("alias", field.name), field.name)
+        names = dict.fromkeys(
+            f"--{name}" for option in spellings for name in (option, option.replace("_", "-"))
+        )
         parser.add_argument(
             *names,
             dest=field.name,
@@ -89,14 +94,17 @@ def _help_text(field: dataclasses.Field, required: bool) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run `morse COMMAND [options]`; user errors end with one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
+    words = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)
+    if not words:
         usage = "usage: morse {" + " | ".join(COMMANDS) + "} [options]; --help after a command"
         wanted_help = bool(argv) and argv[0] in ("-h", "--help")
         print(usage, file=sys.stdout if wanted_help else sys.stderr)
         raise SystemExit(0 if wanted_help else 2)
-    module_name, config_name, function_name = COMMANDS[argv[0]]
+    command = " ".join(argv[:words])
+    module_name, config_name, function_name = COMMANDS[command]
     module = import_module(module_name)
-    run_command(getattr(module, config_name), getattr(module, function_name), argv[1:], argv[0])
+    config, function = getattr(module, config_name), getattr(module, function_name)
+    run_command(config, function, argv[words:], command)
 
 
 def run_command(

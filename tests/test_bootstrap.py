@@ -122,7 +122,7 @@ def test_methods_share_their_resamples():
 def test_another_number_of_images_than_the_reference_is_refused():
     real = draw_real((torch.zeros(5), torch.eye(5)), 100, 2, np.random.default_rng(0))
     bootstrap = SeedBootstrap(9, random_scores(9).features, real, 2, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="of 60 images, 60 of them paired .* but 9 and 9"):
+    with pytest.raises(ValueError, match=r"of 60 images, 60 of them paired .* but 9 and 9"):
         bootstrap.draws(random_scores(60))
 
 

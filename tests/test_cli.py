@@ -1,0 +1,55 @@
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from morse.cli import COMMANDS, main, parse_config
+
+
+@dataclass(frozen=True)
+class Config:
+    """Do something."""
+
+    lsd: tuple[int, ...] = field(default=(5,), metadata={"help": "budgets"})
+    from_json: Path | None = field(default=None, metadata={"help": "input", "alias": "from"})
+    quick: bool = field(default=False, metadata={"help": "100 % faster"})
+
+    def __post_init__(self):
+        if min(self.lsd) < 1:
+            raise ValueError(f"lsd is {self.lsd}, but each must be 1 or more")
+
+
+def test_options_follow_the_fields():
+    assert parse_config(Config, []) == Config()
+    assert parse_config(Config, ["--lsd", "3", "4", "--quick"]) == Config((3, 4), quick=True)
+    for spelling in ("--from", "--from_json", "--from-json"):
+        assert parse_config(Config, [spelling, "a.json"]).from_json == Path("a.json")
+
+
+def test_a_bad_value_ends_with_its_message(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(Config, ["--lsd", "0"])
+    assert stop.value.code == 2
+    assert "lsd is (0,), but each must be 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["sing"], ["eval"], ["eval", "sing"]])
+def test_unknown_commands_show_the_known_ones(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert "eval fid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_options(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    module, config, _ = COMMANDS[command]
+    for option in dataclasses.fields(getattr(import_module(module), config)):
+        assert option.metadata.get("help"), f"{command} --{option.name} has no help text"
+        assert f"--{option.name}" in text
