@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from morse.evaluation.extractors import Extractor, file_sha256
@@ -22,20 +23,21 @@ def load_clip(model: str, device: torch.device) -> Extractor:
     """
     folder, transformers = _fetch(model, "clip_model"), _transformers()
     prepare, resize = _load_processor(folder, transformers)
-    vision = _load(transformers.CLIPVisionModelWithProjection, folder, device)
-    text = _load(transformers.CLIPTextModelWithProjection, folder, device)
+    network = _load(transformers.CLIPModel, folder, device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def compute(images: Tensor) -> tuple[Tensor, None]:
-        embeddings = vision(pixel_values=prepare(images).to(device)).image_embeds
-        return torch.nn.functional.normalize(embeddings, dim=1), None
+        pooled = network.vision_model(pixel_values=prepare(images).to(device)).pooler_output
+        return torch.nn.functional.normalize(network.visual_projection(pooled), dim=1), None
 
     @torch.no_grad()
     def embed_text(prompts: list[str]) -> Tensor:
-        tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)
-        names = ("input_ids", "attention_mask")
-        embeddings = text(**{name: tokens[name] for name in names}).text_embeds
-        return torch.nn.functional.normalize(embeddings, dim=1)
+        most = network.config.text_config.max_position_embeddings
+        tokens = tokenizer(
+            prompts, padding=True, truncation=True, max_length=most, return_tensors="pt"
+        ).to(device)
+        pooled = network.text_model(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+        return torch.nn.functional.normalize(network.text_projection(pooled), dim=1)
 
     return Extractor(
         name="clip",
@@ -96,7 +98,10 @@ def _fetch(model: str, option: str) -> Path:
         except (OSError, ValueError):
             folder = _download(model, option)
     if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{option} is {model}, but {folder} has no weights in safetensors")
+        raise ValueError(
+            f"{option} is {model}, but {folder} has no weights in safetensors; load the model with "
+            f"transformers, save_pretrained it and give that folder by --{option}"
+        )
     return folder
 
 
@@ -115,10 +120,18 @@ def _download(model: str, option: str) -> Path:
 
 
 def _load(model_class: type, folder: Path, device: torch.device) -> torch.nn.Module:
+    """Load a network, and see to it that every weight was in the file."""
     try:
-        network = model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        network, info = model_class.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} is no {model_class.__name__} ({error})") from error
+    if info["missing_keys"] or info["mismatched_keys"]:  # transformers would draw them at random
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise ValueError(
+            f"{folder} is no {model_class.__name__}: it lacks {len(lacking)} weights, {lacking[:3]}"
+        )
     return network.float().eval().requires_grad_(False).to(device)
 
 
@@ -146,7 +159,8 @@ def _load_processor(
         layout = {"input_data_format": "channels_last", "return_tensors": "pt"}
         return processor(arrays, **layout, **options)["pixel_values"]
 
-    words = f"Pillow {settings['resample'].name.lower()} to {_words(settings['size'])}"
+    filter_name = Image.Resampling(settings["resample"]).name.lower()
+    words = f"Pillow {filter_name} to {_words(settings['size'])}"
     if settings["do_center_crop"]:
         words += f", centre crop {_words(settings['crop_size'])}"
     return prepare, words
