@@ -187,7 +187,10 @@ def run_fid(config: FidConfig) -> dict[str, object] | None:
         extractor = config.load_extractor(device)
         check_real(config, extractor)
     rows = generate_all(config, state, device) if config.pipeline is not None else None
-    if not state.is_main_process:
+    is_main = state.is_main_process
+    if state.num_processes > 1:
+        state.destroy_process_group()  # nobody waits for the main process from here on
+    if not is_main:
         return None
     result = measure(config, extractor, rows, device)
     print_result(result)

@@ -94,7 +94,9 @@ def _real_features(config: "FidConfig", extractor: Extractor | None) -> FeatureS
 
 
 def _load(config: "FidConfig", source: str, extractor: Extractor) -> FeatureSet:
-    with progress_bar(f"features of {source}", shown=not is_statistics(source)) as on_images:
+    with progress_bar(
+        f"features of {Path(source).name}", shown=not is_statistics(source)
+    ) as on_images:
         return load_feature_set(
             source,
             extractor,

@@ -31,9 +31,10 @@ class Score:
     standard_error: float | None = None
 
 
-def axes(extractor: Extractor) -> dict[str, dict[str, str]]:
+def axes(extractor: Extractor | None) -> dict[str, dict[str, str]]:
     """Describe every score by title, unit, which way is better, and what it is about."""
-    named = {axis: (title, "", "distribution") for axis, title in extractor.titles.items()}
+    titles = {} if extractor is None else extractor.titles
+    named = {axis: (title, "", "distribution") for axis, title in titles.items()}
     named |= {axis: (*words, "fidelity") for axis, words in FIDELITY.items()}
     return {
         axis: {
