@@ -9,6 +9,7 @@ import pytest
 import torch
 from evaluation_fixtures import tiny_folder  # noqa: F401
 from PIL import Image
+from test_extractors import clip_folder  # noqa: F401
 from torch import nn
 
 from morse.cli import parse_config
@@ -229,6 +230,33 @@ def test_prompts_need_some_text(tmp_path):
         read_prompts(tmp_path / "p.txt")
     with pytest.raises(FileNotFoundError):
         read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_prompts_give_a_clip_score(clip_folder, tmp_path):  # noqa: F811
+    real, fake = write_images(tmp_path / "real"), write_images(tmp_path / "fake", 5, seed=1)
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    options = {"extractor": "clip", "clip_model": str(clip_folder), "device": "cpu"}
+    options |= {"real": real, "fake": fake, "batch_size": 2}
+    result = run_fid(FidConfig(**options, prompts=tmp_path / "p.txt"))
+    assert {"cmmd", "clip_score", "frechet"} < set(result["rows"][0]["scores"])
+    extractor = FidConfig(**options).load_extractor(torch.device("cpu"))
+    pixels = [np.array(Image.open(file)) for file in sorted(Path(fake).glob("*.png"))]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    text = extractor.embed_text(["a cat", "a dog"] * 2 + ["a cat"])
+    expected = 100 * (extractor.compute(images)[0] * text).sum(dim=1).clamp(min=0).mean()
+    assert score(result, "clip_score") == pytest.approx(float(expected), rel=1e-4)
+    (Path(fake) / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="which prompt belongs to which image"):
+        run_fid(FidConfig(**options, prompts=tmp_path / "p.txt"))
+
+
+def test_schedulers_that_draw_noise_are_told(tiny_folder, tmp_path):  # noqa: F811
+    options = {"pipeline": str(tiny_folder), "num_inference_steps": (2,), "num_images": 2}
+    options |= {"reference_steps": 3, "device": "cpu"}
+    for scheduler, count in (("ddpm", 1), ("ddim", 0), ("sde-dpmsolver++", 1)):
+        config = FidConfig(**options, scheduler=scheduler, output_dir=tmp_path / scheduler)
+        notes = [note for note in run_fid(config)["rows"][1]["notes"] if "fresh noise" in note]
+        assert len(notes) == count
 
 
 @pytest.mark.slow

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
     from morse.evaluation.fid import FidConfig
 
+# They draw fresh noise at each step, in an order that depends on the steps.
+STOCHASTIC = (
+    "DDPMScheduler",
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -45,7 +54,8 @@ def generate_all(
     for method in _methods(config, pipe):
         with progress_bar(method.label, state.is_main_process) as on_images:
             folder, fallbacks = generate(pipe, method, request, config.output_dir, state, on_images)
-        rows.append(_row(method, folder, fallbacks, pipe.speed_ratio))
+        row = _row(method, folder, fallbacks, pipe.speed_ratio)
+        rows.append({**row, "notes": _notes(config, pipe, fallbacks)})
     return rows
 
 
@@ -148,6 +158,19 @@ def _settings(
         "dtype": config.dtype,
         "device": device.type,
     }
+
+
+def _notes(config: "FidConfig", pipe: "DiffusionPipeline", fallbacks: dict[str, int]) -> list[str]:
+    """Say what may surprise in a method's figures."""
+    name, settings = type(pipe.scheduler).__name__, pipe.scheduler.config
+    notes = [f"Dash ran in Dot's place: {fallbacks}"] if fallbacks else []
+    is_sde = str(settings.get("algorithm_type", "")).startswith("sde")
+    if (name in STOCHASTIC or is_sde) and config.reference_steps is not None:
+        notes.append(
+            f"{name} draws fresh noise at each step, so images of other numbers of steps are other "
+            "images and fidelity to the reference says little; give --scheduler dpmsolver++, say"
+        )
+    return notes
 
 
 def _row(

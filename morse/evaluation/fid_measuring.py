@@ -53,7 +53,7 @@ def measure(
         config: The settings.
         extractor: What distances are measured in; None for none.
         generated: The rows of `generate_all`; None to measure `config.fake`.
-        device: For the record.
+        device: Where to compute distances between all pairs of images.
 
     Returns:
         The result, ready for JSON.
@@ -64,9 +64,11 @@ def measure(
         if config.fake is not None:
             fake = _load(config, config.fake, extractor)
             row = {"label": Path(config.fake).name, "kind": "images", "source": config.fake}
-            rows.append(_finish(row, fake, _scores(config, extractor, real, fake)))
+            rows.append(_finish(row, fake, _scores(config, extractor, real, fake, device)))
     else:
-        rows = [_measure_generated(config, extractor, real, row, generated) for row in generated]
+        rows = [
+            _measure_generated(config, extractor, real, row, generated, device) for row in generated
+        ]
     found = [axis for row in rows for axis in row["scores"]]
     known = axes(extractor)
     return {
@@ -114,12 +116,13 @@ def _measure_generated(
     real: FeatureSet | None,
     row: dict[str, object],
     rows: list[dict[str, object]],
+    device: torch.device,
 ) -> dict[str, object]:
     images, scores, fake = generated_set(Path(row["source"]), config.num_images), {}, None
     if extractor is not None:
         with progress_bar(f"features of {row['label']}", shown=True) as on_images:
             fake = extract_feature_set(images, extractor, config.batch_size, True, on_images)
-        scores = _scores(config, extractor, real, fake)
+        scores = _scores(config, extractor, real, fake, device)
     reference = next((other for other in rows if other["kind"] == "reference"), None)
     if reference is not None and reference is not row:
         references = generated_set(Path(reference["source"]), config.num_images)
@@ -128,11 +131,15 @@ def _measure_generated(
 
 
 def _scores(
-    config: "FidConfig", extractor: Extractor, real: FeatureSet | None, fake: FeatureSet
+    config: "FidConfig",
+    extractor: Extractor,
+    real: FeatureSet | None,
+    fake: FeatureSet,
+    device: torch.device,
 ) -> dict[str, Score]:
     scores = {}
     if real is not None:
-        scores |= feature_scores(extractor, real, fake, config.kid_subset_size)
+        scores |= feature_scores(extractor, real, fake, config.kid_subset_size, device)
     prompts = read_prompts(config.prompts)
     if prompts and extractor.embed_text is not None and fake.features is not None:
         if fake.facts["num_unreadable"]:
@@ -158,9 +165,7 @@ def _finish(
 ) -> dict[str, object]:
     """Add to a row what was measured and what to keep in mind."""
     side = {} if fake is None else _reading(fake)
-    notes = [] if fake is None else [*fake.notes, *fake.warnings()]
-    if row.get("fallbacks"):
-        notes.append(f"Dash ran in Dot's place: {row['fallbacks']}")
+    notes = [*row.get("notes", []), *([] if fake is None else [*fake.notes, *fake.warnings()])]
     told = {
         axis: {"value": score.value, "standard_error": score.standard_error}
         for axis, score in scores.items()

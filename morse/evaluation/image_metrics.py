@@ -48,7 +48,11 @@ def axes(extractor: Extractor | None) -> dict[str, dict[str, str]]:
 
 
 def feature_scores(
-    extractor: Extractor, real: FeatureSet, fake: FeatureSet, kid_subset_size: int = 1000
+    extractor: Extractor,
+    real: FeatureSet,
+    fake: FeatureSet,
+    kid_subset_size: int = 1000,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Score]:
     """Measure everything that the two sets allow.
 
@@ -60,6 +64,7 @@ def feature_scores(
         real: The reference; may be statistics alone.
         fake: What is measured.
         kid_subset_size: Images in a subset of the kernel distance.
+        device: Where to compute the distances between all pairs of images.
 
     Raises:
         ValueError: If the sets have features of different lengths.
@@ -76,7 +81,8 @@ def feature_scores(
         if min(len(part) for part in pair) >= 4:
             scores["kernel_distance"] = kernel_distance(*pair, kid_subset_size)
         if min(len(part) for part in pair) > PRC_NEIGHBOURS:
-            scores["precision"], scores["recall"] = precision_recall(*pair)
+            moved = (part.to(device) for part in pair)
+            scores["precision"], scores["recall"] = precision_recall(*moved)
         if extractor.name == "clip":
             scores["cmmd"] = Score(cmmd(*pair))
     if fake.logits is not None and len(fake.logits) >= IS_SPLITS:
