@@ -9,7 +9,7 @@ import pytest
 import torch
 from evaluation_fixtures import tiny_folder  # noqa: F401
 from PIL import Image
-from test_extractors import clip_folder  # noqa: F401
+from test_extractors import clip_folder, inception  # noqa: F401
 from torch import nn
 
 from morse.cli import parse_config
@@ -126,25 +126,11 @@ def test_mixed_sizes_are_an_error_where_the_extractor_does_not_resize(tmp_path):
         run_fid(FidConfig(real="fashion-mnist", fake=real, device="cpu"))
 
 
-def test_inception_resizes_images_of_mixed_sizes_one_by_one(tmp_path):
-    from unittest import mock
-
-    from safetensors.torch import save_file
-
-    from morse.evaluation.torch_fidelity_loader import fidelity_module
-
-    module = fidelity_module("feature_extractor_inceptionv3")
-    network_class = module.FeatureExtractorInceptionV3
-    with (
-        mock.patch.object(module, "load_state_dict_from_url", lambda *_, **__: {}),
-        mock.patch.object(network_class, "load_state_dict", lambda self, state: None),
-    ):
-        network = network_class("inception-v3-compat", ["2048"], verbose=False)
-    save_file(network.state_dict(), tmp_path / "w.safetensors")
+def test_inception_resizes_images_of_mixed_sizes_one_by_one(inception, tmp_path):  # noqa: F811
     write_images(tmp_path / "real", count=2, size=(32, 32))
     real = write_images(tmp_path / "real", count=2, seed=1, size=(48, 24))
-    weights = tmp_path / "w.safetensors"
-    result = run_fid(FidConfig(real=real, fake=real, inception_weights=weights, device="cpu"))
+    options = {"inception_weights": inception[1], "device": "cpu"}
+    result = run_fid(FidConfig(real=real, fake=real, **options))
     assert result["axes"]["frechet"]["title"] == "FID"
     assert score(result) == pytest.approx(0, abs=1e-3)
     assert "sizes are mixed: 32x32 (2), 48x24 (2)" in " ".join(result["warnings"])
