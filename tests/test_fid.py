@@ -1,0 +1,271 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_fixtures import tiny_folder  # noqa: F401
+from PIL import Image
+from test_extractors import clip_folder, inception  # noqa: F401
+from torch import nn
+
+from morse.cli import parse_config
+from morse.evaluation.features import extract_features, load_features, load_reference
+from morse.evaluation.fid import FidConfig, run_fid
+from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+class Colours(nn.Module):
+    """A user's network: mean and spread of each colour."""
+
+    def forward(self, images):
+        return torch.cat([images.mean(dim=(2, 3)), images.std(dim=(2, 3))], dim=1)
+
+
+OWN = f"{__name__}:Colours"
+
+
+def write_images(folder, count=12, size=(8, 8), seed=0, shift=0):
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for index in range(count):
+        pixels = generator.integers(0, 200, (*size[::-1], 3)) + shift
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{seed}-{index:03d}.png")
+    return str(folder)
+
+
+def score(result, axis="frechet", row=0):
+    return result["rows"][row]["scores"][axis]["value"]
+
+
+def test_generation_and_metrics_in_one_go(tiny_folder, tmp_path, capsys):  # noqa: F811
+    config = FidConfig(
+        real="fashion-mnist",
+        pipeline=str(tiny_folder),
+        scheduler="ddim",
+        lsd=(3, 2),
+        num_inference_steps=(2,),
+        speed_ratio=4,
+        reference_steps=6,
+        num_images=5,
+        batch_size=2,
+        seed=3,
+        output_dir=tmp_path / "out",
+        json=tmp_path / "new" / "fid.json",
+        device="cpu",
+    )
+    result = run_fid(config)
+    assert json.loads((tmp_path / "new" / "fid.json").read_text()) == result
+    assert [row["kind"] for row in result["rows"]] == ["reference", "baseline", "morse", "morse"]
+    assert [row["budget"] for row in result["rows"]] == [6, 2, 2, 3]
+    reference, bare, *planned = result["rows"]
+    assert "psnr" not in reference["scores"]
+    for row in (bare, *planned):
+        assert set(row["scores"]) == {"frechet", "psnr", "ssim"}
+        assert row["num_images"] == 5 and "singular" in row["notes"][0]
+    for row in planned:
+        assert row["lsd"] == row["num_dash"] + row["num_dot"] / 4 <= row["budget"]
+    # The figures are those of the files on the disk.
+    images = torch.stack(
+        [
+            torch.from_numpy(np.array(Image.open(file)))[None]
+            for file in sorted(Path(bare["source"]).glob("*.png"))
+        ]
+    )
+    statistics = feature_statistics(extract_features(load_features(), images))
+    expected = frechet_distance(*statistics, *load_reference())
+    assert bare["scores"]["frechet"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert result["axes"]["frechet"]["title"] == FRECHET_LABEL
+    printed = " ".join(capsys.readouterr().out.split())
+    assert FRECHET_LABEL in printed and "FID" not in printed
+    assert result["extractor"]["sha256"] in printed and "singular" in printed
+    assert run_fid(config)["rows"] == result["rows"]  # from the images that are there
+
+
+def test_two_folders_in_the_features_of_a_users_network(tmp_path):
+    real = write_images(tmp_path / "real", seed=0)
+    fake = write_images(tmp_path / "fake", count=10, seed=1, shift=40)
+    result = run_fid(FidConfig(real=real, fake=fake, extractor=OWN, device="cpu"))
+    assert result["schema_version"] == 1 and result["real"]["num_images"] == 12
+    assert result["rows"][0]["num_images"] == 10 and result["rows"][0]["label"] == "fake"
+    assert set(result["rows"][0]["scores"]) == {"frechet", "kernel_distance", "precision", "recall"}
+    assert result["axes"]["kernel_distance"]["title"] == f"Kernel distance (features of {OWN})"
+    assert result["extractor"]["feature_dim"] == 6
+    same = run_fid(FidConfig(real=real, fake=real, extractor=OWN, device="cpu"))
+    assert score(same) == pytest.approx(0, abs=1e-6)
+    assert score(result) > 0.01
+    assert score(same, "precision") == score(same, "recall") == 1
+
+
+def test_statistics_serve_as_the_real_images(tmp_path):
+    real = write_images(tmp_path / "real")
+    fake = write_images(tmp_path / "fake", seed=1, shift=40)
+    stats = tmp_path / "stats.npz"
+    saved = run_fid(FidConfig(real=real, save_stats=stats, extractor=OWN, device="cpu"))
+    assert saved["rows"] == [] and stats.is_file()
+    direct = run_fid(FidConfig(real=real, fake=fake, extractor=OWN, device="cpu"))
+    config = FidConfig(real=str(stats), fake=fake, extractor=OWN, device="cpu")
+    loaded = run_fid(config)
+    assert score(loaded) == pytest.approx(score(direct), rel=1e-9)
+    assert loaded["real"]["num_images"] == 12
+    assert set(loaded["rows"][0]["scores"]) == {"frechet"}
+
+
+def test_mixed_sizes_are_an_error_where_the_extractor_does_not_resize(tmp_path):
+    real = write_images(tmp_path / "real")
+    write_images(tmp_path / "mixed", count=3)
+    mixed = write_images(tmp_path / "mixed", count=2, seed=1, size=(10, 8))
+    with pytest.raises(ValueError, match=r"different sizes, 8x8 \(3\), 10x8 \(\d\)"):
+        run_fid(FidConfig(real=real, fake=mixed, extractor=OWN, device="cpu"))
+    with pytest.raises(ValueError, match=r"\(B, 1, 32, 32\)"):
+        run_fid(FidConfig(real="fashion-mnist", fake=real, device="cpu"))
+
+
+def test_inception_resizes_images_of_mixed_sizes_one_by_one(inception, tmp_path):  # noqa: F811
+    write_images(tmp_path / "real", count=2, size=(32, 32))
+    real = write_images(tmp_path / "real", count=2, seed=1, size=(48, 24))
+    options = {"inception_weights": inception[1], "device": "cpu"}
+    result = run_fid(FidConfig(real=real, fake=real, **options))
+    assert result["axes"]["frechet"]["title"] == "FID"
+    assert score(result) == pytest.approx(0, abs=1e-3)
+    assert "sizes are mixed: 32x32 (2), 48x24 (2)" in " ".join(result["warnings"])
+    assert "2048 features" in " ".join(result["warnings"])
+
+
+def test_unreadable_files_are_told_and_strict_fails(tmp_path):
+    real = write_images(tmp_path / "real")
+    (tmp_path / "real" / "z.png").write_bytes(b"")
+    result = run_fid(FidConfig(real=real, fake=real, extractor=OWN, device="cpu"))
+    assert result["real"]["reading"]["num_unreadable"] == 1
+    assert "z.png" in result["warnings"][0] and result["real"]["num_images"] == 12
+    with pytest.raises(ValueError, match=r"z\.png cannot be read"):
+        run_fid(FidConfig(real=real, fake=real, extractor=OWN, strict=True, device="cpu"))
+
+
+def test_what_is_missing_is_told_before_sampling(tiny_folder, tmp_path):  # noqa: F811
+    config = {"pipeline": str(tiny_folder), "num_inference_steps": (2,), "device": "cpu"}
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="inception_weights"):
+        run_fid(FidConfig(real=write_images(tmp_path / "real"), output_dir=out, **config))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        nowhere = str(tmp_path / "nowhere")
+        run_fid(FidConfig(real=nowhere, extractor=OWN, output_dir=out, **config))
+    with pytest.raises(ValueError, match="statistics of extractor fashion-mnist"):
+        run_fid(FidConfig(real="fashion-mnist", extractor=OWN, output_dir=out, **config))
+    assert not out.exists()
+
+
+def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path):  # noqa: F811
+    from diffusers import DDPMPipeline
+
+    from morse.attach import disable_morse
+    from morse.pipeline import MorsePipeline
+
+    bare = disable_morse(MorsePipeline.from_pretrained(tiny_folder))
+    DDPMPipeline(bare.unet, bare.scheduler).save_pretrained(tmp_path / "bare")
+    config = {"pipeline": str(tmp_path / "bare"), "output_dir": tmp_path / "out", "device": "cpu"}
+    with pytest.raises(ValueError, match="has no Dot"):
+        run_fid(FidConfig(lsd=(2,), **config))
+    result = run_fid(FidConfig(num_inference_steps=(2,), num_images=2, **config))
+    assert result["rows"][0]["scores"] == {} and result["extractor"] is None
+    assert len(list((tmp_path / "out" / "steps_2").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give --real and --fake"),
+        ({"real": "a"}, "give --real and --fake"),
+        ({"fake": "b"}, "give --real and --fake"),
+        ({"fake": "b", "pipeline": "p"}, "give one of the two"),
+        ({"pipeline": "p", "lsd": (5,)}, "output_dir"),
+        ({"pipeline": "p", "output_dir": Path("o")}, "without a budget"),
+        ({"real": "a", "fake": "b", "reference_steps": 5}, "needs --pipeline"),
+        ({"real": "a.npz", "save_stats": Path("s.npz")}, "save_stats"),
+        ({"real": "a", "fake": "b", "lpips": True}, "--reference_steps"),
+        ({"real": "a", "fake": "b", "num_images": 1}, "num_images is 1"),
+        ({"pipeline": "p", "output_dir": Path("o"), "lsd": (0.5,)}, "lsd is"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        FidConfig(**options)
+
+
+def test_the_command_line():
+    argv = ["--pipeline", "p", "--real", "fashion-mnist", "--lsd", "5", "7.5", "--num-images", "9"]
+    config = parse_config(FidConfig, [*argv, "--output-dir", "o"])
+    assert config.lsd == (5.0, 7.5) and config.num_images == 9
+    assert config.extractor_name == "fashion-mnist"
+    assert parse_config(FidConfig, ["--real", "a", "--fake", "b"]).extractor_name == "inception"
+
+
+def test_prompts_need_some_text(tmp_path):
+    from morse.evaluation.fid_generation import read_prompts
+
+    (tmp_path / "p.txt").write_text("a cat\n\n  a dog \n")
+    assert read_prompts(tmp_path / "p.txt") == ("a cat", "a dog")
+    assert read_prompts(None) == ()
+    (tmp_path / "p.txt").write_text("\n")
+    with pytest.raises(ValueError, match="no prompt"):
+        read_prompts(tmp_path / "p.txt")
+    with pytest.raises(FileNotFoundError):
+        read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_prompts_give_a_clip_score(clip_folder, tmp_path):  # noqa: F811
+    real, fake = write_images(tmp_path / "real"), write_images(tmp_path / "fake", 5, seed=1)
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    options = {"extractor": "clip", "clip_model": str(clip_folder), "device": "cpu"}
+    options |= {"real": real, "fake": fake, "batch_size": 2}
+    result = run_fid(FidConfig(**options, prompts=tmp_path / "p.txt"))
+    assert {"cmmd", "clip_score", "frechet"} < set(result["rows"][0]["scores"])
+    extractor = FidConfig(**options).load_extractor(torch.device("cpu"))
+    pixels = [np.array(Image.open(file)) for file in sorted(Path(fake).glob("*.png"))]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    text = extractor.embed_text(["a cat", "a dog"] * 2 + ["a cat"])
+    expected = 100 * (extractor.compute(images)[0] * text).sum(dim=1).clamp(min=0).mean()
+    assert score(result, "clip_score") == pytest.approx(float(expected), rel=1e-4)
+    (Path(fake) / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="which prompt belongs to which image"):
+        run_fid(FidConfig(**options, prompts=tmp_path / "p.txt"))
+
+
+def test_schedulers_that_draw_noise_are_told(tiny_folder, tmp_path):  # noqa: F811
+    options = {"pipeline": str(tiny_folder), "num_inference_steps": (2,), "num_images": 2}
+    options |= {"reference_steps": 3, "device": "cpu"}
+    for scheduler, count in (("ddpm", 1), ("ddim", 0), ("sde-dpmsolver++", 1)):
+        config = FidConfig(**options, scheduler=scheduler, output_dir=tmp_path / scheduler)
+        notes = [note for note in run_fid(config)["rows"][1]["notes"] if "fresh noise" in note]
+        assert len(notes) == count
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_digits_of_one(tiny_folder, tmp_path):  # noqa: F811
+    script = [str(CHECKOUT / "eval" / "fid.py")]
+    options = ["--pipeline", str(tiny_folder), "--real", "fashion-mnist", "--device", "cpu"]
+    options += ["--scheduler", "ddim", "--lsd", "2", "--speed_ratio", "4", "--num_images", "11"]
+    options += ["--batch_size", "3", "--reference_steps", "4"]
+    # Without a GPU the launcher's only way to several processes on one machine is this name.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    results, pictures = [], []
+    for name, command in (("one", [sys.executable, *script]), ("two", [*launch, *script])):
+        out, file = tmp_path / name, tmp_path / f"{name}.json"
+        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, *options, "--output_dir", str(out), "--json", str(file)],
+            env=environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("real images:") == 1
+        results.append([row["scores"] for row in json.loads(file.read_text())["rows"]])
+        pictures.append({path.name: path.read_bytes() for path in (out / "lsd_2").iterdir()})
+    assert results[0] == results[1] and len(results[0]) == 2
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 12

@@ -1,0 +1,180 @@
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from evaluation_fixtures import tiny_folder  # noqa: F401
+from PIL import Image
+
+from morse.evaluation.generation import Method, Request, check_prompts, generate, generated_set
+from morse.evaluation.image_sets import open_image_set
+from morse.pipeline import MorsePipeline
+from morse.plan import MorsePlan
+
+MORSE = Method("Morse, 2 LSD", "lsd_2", "morse", MorsePlan.from_string("DooDo"), 2)
+BARE = Method("2 steps", "steps_2", "baseline", 2, 2)
+REQUEST = Request(7, 5, 2, (), None, {"pipeline": "tiny"})
+
+
+def alone():
+    return SimpleNamespace(
+        process_index=0, num_processes=1, is_main_process=True, wait_for_everyone=lambda: None
+    )
+
+
+def several(count):
+    barrier = threading.Barrier(count)
+    return [
+        SimpleNamespace(
+            process_index=index,
+            num_processes=count,
+            is_main_process=index == 0,
+            wait_for_everyone=barrier.wait,
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.fixture
+def pipe(tiny_folder):  # noqa: F811
+    return load(tiny_folder)
+
+
+def load(folder):
+    pipe = MorsePipeline.from_pretrained(folder, scheduler="ddim")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def files(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("method", [MORSE, BARE], ids=["morse", "bare"])
+def test_an_image_is_what_the_pipeline_makes_from_its_seed(pipe, tmp_path, method):
+    folder, fallbacks = generate(pipe, method, REQUEST, tmp_path, alone())
+    names = [*(f"{index:08d}.png" for index in range(7)), "settings.json"]
+    assert sorted(files(folder)) == names and fallbacks == {}
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    steps = {"plan": "DooDo"} if method is MORSE else {"num_inference_steps": 2}
+    output = pipe(batch_size=2, generator=generators, output_type="np", **steps)
+    for index, pixels in zip((2, 3), output.images, strict=True):
+        written = np.array(Image.open(folder / f"{index:08d}.png"))
+        np.testing.assert_array_equal(written, (pixels[:, :, 0] * 255).round().astype(np.uint8))
+
+
+def test_two_processes_make_the_same_files_as_one(tiny_folder, tmp_path):  # noqa: F811
+    one, _ = generate(load(tiny_folder), MORSE, REQUEST, tmp_path / "one", alone())
+    pipes, states = [load(tiny_folder), load(tiny_folder)], several(2)
+    shares = [[], []]
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [
+            pool.submit(
+                generate, pipes[i], MORSE, REQUEST, tmp_path / "two", states[i],
+                lambda done, total, i=i: shares[i].append((done, total)),
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        (two, _), _ = [task.result(timeout=60) for task in tasks]
+    assert files(one) == files(two)
+    assert shares == [[(0, 4), (2, 4), (4, 4)], [(0, 3), (2, 3), (3, 3)]]
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_files(pipe, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(done, total):
+        if done == 4:
+            raise Killed
+
+    whole, _ = generate(pipe, MORSE, REQUEST, tmp_path / "whole", alone())
+    with pytest.raises(Killed):
+        generate(pipe, MORSE, REQUEST, tmp_path / "killed", alone(), kill)
+    folder = tmp_path / "killed" / "lsd_2"
+    assert len(files(folder)) == 5  # four images and the settings
+    (folder / "00000001.png").unlink()  # half of a batch is sampled in its whole batch
+    kept = (folder / "00000000.png").stat().st_mtime_ns
+    done = []
+    generate(pipe, MORSE, REQUEST, tmp_path / "killed", alone(), lambda *n: done.append(n))
+    assert files(folder) == files(whole)
+    assert (folder / "00000000.png").stat().st_mtime_ns == kept
+    assert done == [(0, 5), (2, 5), (4, 5), (5, 5)]
+
+
+def test_nothing_is_sampled_when_all_images_are_there(pipe, tmp_path):
+    generate(pipe, BARE, REQUEST, tmp_path, alone())
+    generate(None, BARE, REQUEST, tmp_path, alone())  # would fail if it called its pipeline
+
+
+def test_images_of_other_settings_are_not_mixed(pipe, tmp_path):
+    generate(pipe, BARE, REQUEST, tmp_path, alone())
+    other = Request(7, 6, 2, (), None, {"pipeline": "other"})
+    with pytest.raises(ValueError, match="other settings") as caught:
+        generate(pipe, BARE, other, tmp_path, alone())
+    assert 'pipeline was "tiny" and is "other"; seed was 5 and is 6' in str(caught.value)
+    assert "output_dir" in str(caught.value)
+
+
+def test_a_foreign_folder_is_not_written_to(pipe, tmp_path):
+    (tmp_path / "steps_2").mkdir()
+    (tmp_path / "steps_2" / "holiday.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="nobody knows"):
+        generate(pipe, BARE, REQUEST, tmp_path, alone())
+    (tmp_path / "steps_2" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        generate(pipe, BARE, REQUEST, tmp_path, alone())
+
+
+def test_leftovers_of_a_killed_process_are_no_images(pipe, tmp_path):
+    folder, _ = generate(pipe, BARE, REQUEST, tmp_path, alone())
+    (folder / ".00000003.png.tmp-12").write_bytes(b"half")
+    assert len(open_image_set(str(folder))) == 7
+    assert len(generated_set(folder, 5)) == 5
+
+
+class Recorder:
+    """Stands in for a pipeline: images that tell their prompt, or are broken."""
+
+    def __init__(self, value=0.5):
+        self.value, self.calls = value, []
+
+    def __call__(self, prompt=None, generator=None, output_type="np", **settings):
+        self.calls.append({"prompt": prompt, **settings})
+        images = np.full((len(generator), 4, 4, 3), 0.5, np.float32)
+        images[-1, 0, 0, 0] = self.value
+        return SimpleNamespace(images=images)
+
+
+def test_image_i_takes_prompt_i_modulo_all(tmp_path):
+    recorder = Recorder()
+    request = Request(5, 0, 2, ("a", "b", "c"), 7.5, {})
+    folder, _ = generate(recorder, BARE, request, tmp_path, alone())
+    assert [call["prompt"] for call in recorder.calls] == [["a", "b"], ["c", "a"], ["b"]]
+    assert all(call["guidance_scale"] == 7.5 for call in recorder.calls)
+    assert json.loads((folder / "settings.json").read_text())["prompts"] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_images_that_are_not_finite_are_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r"2 steps: the images of seeds \[6\] hold NaN"):
+        generate(Recorder(value), BARE, REQUEST, tmp_path, alone())
+    assert [file.name for file in (tmp_path / "steps_2").iterdir()] == ["settings.json"]
+
+
+def test_prompts_and_pipelines_must_suit_each_other(pipe):
+    class Classes:
+        def __call__(self, class_labels=None):
+            pass
+
+    check_prompts(pipe, ())
+    check_prompts(Recorder(), ("a",))
+    with pytest.raises(ValueError, match="takes none"):
+        check_prompts(pipe, ("a",))
+    with pytest.raises(ValueError, match="give --prompts FILE"):
+        check_prompts(Recorder(), ())
+    with pytest.raises(ValueError, match="class labels"):
+        check_prompts(Classes(), ())
