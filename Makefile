@@ -21,7 +21,9 @@ $(STAMP): pyproject.toml
 		|| { echo "Python 3.11 or later is needed: make setup PYTHON=python3.12" >&2; exit 1; }
 	test -x $(VENV_PYTHON) || "$(PYTHON)" -m venv .venv
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check "torch==2.13.0"
-	$(VENV_PYTHON) -m pip install --disable-pip-version-check --editable ".[dev,notebook]"
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check --editable ".[dev,notebook,peers]"
+	# Without its dependencies, of which torchvision has no build for this torch on a CPU.
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check --no-deps "torch-fidelity==0.4.0"
 	touch $(STAMP)
 
 demo: $(STAMP)

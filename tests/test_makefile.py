@@ -40,7 +40,8 @@ def test_the_first_run_sets_up_and_the_second_does_not(checkout):
     log = run(checkout, *make, "demo", "ARGS=--quick --output-dir x")
     assert [line for line in log if "pip" in line] == [
         "-m pip install --disable-pip-version-check torch==2.13.0",
-        "-m pip install --disable-pip-version-check --editable .[dev,notebook]",
+        "-m pip install --disable-pip-version-check --editable .[dev,notebook,peers]",
+        "-m pip install --disable-pip-version-check --no-deps torch-fidelity==0.4.0",
     ]
     assert log[-1] == "-m morse demo --quick --output-dir x"
     again = run(checkout, *make, "demo")[len(log) :]

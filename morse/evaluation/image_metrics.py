@@ -11,6 +11,7 @@ from morse.evaluation.extractors import Extractor
 from morse.evaluation.feature_sets import FeatureSet
 from morse.evaluation.image_sets import ImageSet, ReadingFacts, read_batches
 from morse.evaluation.metrics import frechet_distance, psnr
+from morse.evaluation.scoring import structural_similarity
 from morse.evaluation.torch_fidelity_loader import fidelity_module, torchmetrics_module
 
 KID_SUBSETS, PRC_NEIGHBOURS, IS_SPLITS = 100, 3, 10  # the values of published figures
@@ -193,13 +194,11 @@ def fidelity_scores(
         Mean and standard error of "psnr", "ssim" and, if asked for, "lpips".
     """
     found: dict[str, list[Tensor]] = {}
-    ssim = torchmetrics_module("functional.image").structural_similarity_index_measure
     for image, reference in zip(
         _floats(images, batch_size), _floats(references, batch_size), strict=True
     ):
         found.setdefault("psnr", []).append(psnr(image, reference))
-        similar = ssim(image, reference, data_range=1.0, reduction="none")
-        found.setdefault("ssim", []).append(similar.reshape(-1))
+        found.setdefault("ssim", []).append(structural_similarity(image, reference))
         if lpips:
             found.setdefault("lpips", []).append(_lpips(image, reference))
     return {axis: _mean(torch.cat(parts)) for axis, parts in found.items()}

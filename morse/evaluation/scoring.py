@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from morse.evaluation.features import FashionFeatures, extract_features
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance, psnr
+from morse.evaluation.torch_fidelity_loader import torchmetrics_module
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,6 @@ class Scorer:
 def structural_similarity(images: Tensor, reference: Tensor, batch_size: int = 500) -> Tensor:
     """Return each image's mean structural similarity (Wang et al. 2004, Equation 13).
 
-    With the paper's settings: a Gaussian window of 11x11 pixels and standard deviation 1.5, K1 =
-    0.01, K2 = 0.03, dynamic range 1. Images are continued by reflection and all pixels and channels
-    averaged, as torchmetrics' `structural_similarity_index_measure` does.
-
     Args:
         images: (N, C, H, W) in [0, 1], H and W at least 6.
         reference: What they should be; the same shape.
@@ -105,18 +102,9 @@ def structural_similarity(images: Tensor, reference: Tensor, batch_size: int = 5
     Returns:
         One value an image, (N,), float32; 1 for equal images.
     """
-    offsets = torch.arange(11) - 5.0
-    window = torch.exp(-offsets.square() / (2 * 1.5**2))
-    window = (window / window.sum()).outer(window / window.sum())[None, None]  # (1, 1, 11, 11)
-    parts = []
-    for x, y in zip(images.split(batch_size), reference.split(batch_size), strict=True):
-        moments = torch.stack([x, y, x * x, y * y, x * y]).float()  # (5, B, C, H, W)
-        padded = nn.functional.pad(moments.flatten(0, 1), (5, 5, 5, 5), mode="reflect")
-        local = nn.functional.conv2d(padded.flatten(0, 1).unsqueeze(1), window)
-        mean_x, mean_y, *squares = local.unflatten(0, moments.shape[:3]).squeeze(3)
-        var_x, var_y = squares[0] - mean_x**2, squares[1] - mean_y**2
-        covariance = squares[2] - mean_x * mean_y
-        luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
-        structure = (2 * covariance + 0.03**2) / (var_x.relu() + var_y.relu() + 0.03**2)
-        parts.append((luminance * structure).flatten(1).mean(dim=1))
-    return torch.cat(parts)
+    measure = torchmetrics_module("functional.image").structural_similarity_index_measure
+    parts = [
+        measure(*pair, data_range=1.0, reduction="none").reshape(-1)
+        for pair in zip(images.split(batch_size), reference.split(batch_size), strict=True)
+    ]
+    return torch.cat(parts).float()

@@ -31,13 +31,7 @@ def fidelity_module(name: str) -> ModuleType:
 
 
 def torchmetrics_module(name: str) -> ModuleType:
-    """Import a submodule of torchmetrics, such as "functional.image".
-
-    Raises:
-        ValueError: If torchmetrics is not installed.
-    """
-    if find_spec("torchmetrics") is None:
-        raise ValueError(f"this measure needs the `torchmetrics` package; {INSTALL}")
+    """Import a submodule of torchmetrics, such as "functional.image"."""
     if find_spec(PACKAGE) is not None:  # torchmetrics imports it if it is there
         _prepare()
     return importlib.import_module(f"torchmetrics.{name}")
