@@ -118,8 +118,8 @@ def _range(result: Result, method: str, axis: Axis, cost: str) -> str:
     values = [entry["value"] for entry in entries if entry["status"] == "measured"]
     if not entries:
         return NONE
-    ends = dict.fromkeys((min(values), max(values))) if values else ()
-    spread = "–".join(f"{value:.2f}" for value in ends)
+    ends = (min(values), max(values)) if values else ()
+    spread = "–".join(dict.fromkeys(f"{value:.2f}" for value in ends))
     return f"{spread + '×' if spread else 'none'} ({len(values)} of {len(entries)})"
 
 
