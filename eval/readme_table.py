@@ -1,39 +1,99 @@
-"""Redo README's table from the committed benchmark: `python -m eval.readme_table`."""
+"""Redo README's table from the committed benchmark, and copy the pictures that README shows.
+
+`python -m eval.readme_table`
+"""
 
 import json
+import shutil
 from pathlib import Path
 
+from morse.evaluation.report_data import (
+    CONTROLS,
+    Measured,
+    Result,
+    engaged_rows,
+    read_axes,
+    read_score,
+    row_name,
+    split_budgets,
+)
+
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "eval/results/fashion_mnist"
 BEGIN, END = "<!-- begin table: python -m eval.readme_table -->", "<!-- end table -->"
+SHOWN_KINDS = ("baseline", "morse", *CONTROLS)
+MAX_BUDGETS = 5
+# README's copy -> the benchmark's own; only what README shows is copied.
+PICTURES = {
+    f"docs/{name}": RESULTS / name for name in ("benchmark.png", "benchmark_grid.png")
+}  # fmt: skip
 
 
-def make_table() -> str:
-    """Return Fréchet distance and PSNR of every measured method at Morse's budgets."""
-    result = json.loads((ROOT / "eval/results/fashion_mnist/benchmark.json").read_text("utf-8"))
-    budgets = result["settings"]["lsd"]
-    rows = {(row["label"], row["budget"]): row for row in result["rows"]}
+def load_result() -> Result:
+    """Return the committed benchmark's JSON."""
+    return json.loads((RESULTS / "benchmark.json").read_text("utf-8"))
+
+
+def make_table(result: Result) -> str:
+    """Return Fréchet distance and PSNR of bare solvers, Morse and controls, as Markdown.
+
+    Args:
+        result: The benchmark's JSON, schema 2.
+
+    Raises:
+        ValueError: If it has another schema.
+    """
+    if result["schema_version"] != 2:
+        raise ValueError(
+            f"schema_version is {result['schema_version']}, but the table is made from 2: write "
+            f"{RESULTS / 'benchmark.json'} anew with `morse bench`"
+        )
+    budgets = shown_budgets(result)
+    rows = {
+        (row_name(row), row["budget"]): row
+        for row in engaged_rows(result)
+        if row["kind"] in SHOWN_KINDS
+    }
+    morse = {name for (name, _), row in rows.items() if row["kind"] == "morse"}
     lines = [f"| Fréchet distance, PSNR in dB, at LSD | {' | '.join(map(str, budgets))} |"]
     lines.append("|---" * (len(budgets) + 1) + "|")
-    for label in dict.fromkeys(label for label, _ in rows):
-        cells = [_cell(rows.get((label, budget))) for budget in budgets]
-        name = f"**{label}**" if label.startswith("Morse") else label
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in dict.fromkeys(name for name, _ in rows):
+        cells = [_cell(result, rows.get((name, budget))) for budget in budgets]
+        lines.append(f"| {f'**{name}**' if name in morse else name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, float] | None) -> str:
+def shown_budgets(result: Result) -> list[float]:
+    """Return Morse's budgets, of many only `MAX_BUDGETS` spread over them with both ends."""
+    budgets = split_budgets(result)[0]
+    count = min(len(budgets), MAX_BUDGETS)
+    last = len(budgets) - 1
+    return [budgets[round(i * last / max(count - 1, 1))] for i in range(count)]
+
+
+def _cell(result: Result, row: Measured | None) -> str:
     if row is None:
         return "not measured"
-    frechet, error = row["frechet"], row["frechet_standard_error"]
-    return f"{frechet:.2f} ± {error:.2f}, {row['psnr']:.1f}"
+    axes = {axis.name: axis for axis in read_axes(result)}
+    frechet, psnr = (read_score(row, axes[name]) for name in ("frechet", "psnr"))
+    return f"{frechet.text(2)}, {f'{psnr.value:.1f}' if psnr else 'reference'}"
 
 
-def update(text: str) -> str:
+def update(text: str, result: Result) -> str:
     """Return README's text with the table between its marks redone."""
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{make_table()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{make_table(result)}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    """Rewrite README and copy its pictures."""
+    readme = ROOT / "README.md"
+    text = update(readme.read_text(encoding="utf-8"), load_result())
+    readme.write_text(text, encoding="utf-8")
+    for target, source in PICTURES.items():
+        if target in text:
+            shutil.copyfile(source, ROOT / target)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(update(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    main()

@@ -4,16 +4,65 @@ import json
 from pathlib import Path
 
 import pytest
+from report_fixtures import full_result
+from report_older import upgraded, without_errors
 
-from eval.readme_table import BEGIN, update
+from eval.readme_table import BEGIN, END, PICTURES, load_result, make_table, shown_budgets, update
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_table_is_that_of_the_committed_benchmark():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert BEGIN in text
-    assert update(text) == text
+@pytest.fixture(scope="module")
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_is_that_of_the_committed_benchmark(readme):
+    assert BEGIN in readme
+    assert update(readme, upgraded(load_result())) == readme
+
+
+def test_readme_shows_the_committed_pictures(readme):
+    for copy, source in PICTURES.items():
+        if copy in readme:
+            assert (ROOT / copy).read_bytes() == source.read_bytes()
+
+
+def test_a_changed_figure_changes_the_table():
+    result = full_result()
+    text = f"before\n{BEGIN}\n{make_table(result)}\n{END}\nafter"
+    assert update(text, result) == text
+    result["rows"][3]["scores"]["frechet"]["value"] += 0.1
+    assert update(text, result) != text
+    assert update(text, result).startswith("before\n") and update(text, result).endswith("\nafter")
+
+
+def test_the_table_has_bare_solvers_morse_and_controls():
+    lines = make_table(full_result()).splitlines()
+    names = [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]]
+    assert names == [
+        "DDIM",
+        "DPM++ 2M",
+        "**Morse-DDIM r2**",
+        "**Morse-DPM++ 2M r1.75**",
+        "Reuse-DPM++ 2M r1.75",
+    ]
+    assert "| 5.20 ± 0.10, 22.6 |" in lines[2]
+    assert "| 5.20, 22.6 |" in make_table(without_errors(full_result()))
+
+
+def test_many_budgets_are_thinned_with_both_ends_kept():
+    result = full_result()
+    morse = next(row for row in result["rows"] if row["kind"] == "morse")
+    result["rows"] = [morse | {"budget": n} for n in range(4, 13)]
+    assert shown_budgets(result) == [4, 6, 8, 10, 12]
+    result["rows"] = [morse]
+    assert shown_budgets(result) == [5]
+
+
+def test_another_schema_is_refused():
+    with pytest.raises(ValueError, match="schema_version is 1"):
+        make_table(full_result() | {"schema_version": 1})
 
 
 @pytest.mark.parametrize("name", ["morse/assets/fashion_mnist", "eval/results/fashion_mnist"])

@@ -1,9 +1,19 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 
-from morse.evaluation.report import Row, plot_quality, results_table, save_grid
+from morse.evaluation.report import (
+    Row,
+    _curves,
+    join_strips,
+    plot_quality,
+    results_table,
+    save_grid,
+)
+from morse.evaluation.report_plots import Curve, Panel, Point, draw_panels
 
 ROWS = [
     Row(label, solver, kind, budget, budget - 0.25, budget, 2, 0.5, 20.0, 1.5 / budget, 0.5)
@@ -55,4 +65,50 @@ def test_the_grid_is_cut_to_so_many_columns(tmp_path):
 def test_the_plot_is_written_without_a_display(tmp_path, frechet, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     plot_quality(ROWS, tmp_path / "plot.png", "title", frechet)
-    assert Image.open(tmp_path / "plot.png").size == (1210, 616)
+    image = Image.open(tmp_path / "plot.png")
+    assert image.width == 1210
+    colors = {color for _, color in image.convert("RGB").getcolors(2**24)}
+    assert {(0x56, 0xB4, 0xE9), (0x00, 0x72, 0xB2)} <= colors  # DDIM, and Morse with it
+
+
+def test_a_legend_covers_no_data_and_limits_come_from_solvers_and_morse():
+    rows = [*ROWS, replace(ROWS[-1], label="Off", kind="independent", frechet=500.0)]
+    panel = Panel("x", "y", True, _curves(rows, "frechet"), (5, 10))
+    figure = draw_panels([panel, panel], "title")
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "DDIM",
+        "Morse-DDIM r2",
+        "Reuse-DDIM r2",
+        "Off",
+    ]
+    assert figure.axes[0].get_ylim() == pytest.approx((0.15 / 1.25, 0.3 * 1.25))
+    assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
+
+
+def test_error_bars_are_the_points_own():
+    curve = Curve("DDIM", "ddim", "baseline", (Point(5, 2.0, 0.5, 1.0), Point(9, 1.0)))
+    (container,) = draw_panels([Panel("x", "y", False, (curve,))]).axes[0].containers
+    segments = container[2][0].get_segments()
+    assert segments[0].tolist() == [[5, 1.5], [5, 3.0]]
+    assert segments[1].tolist() == [[9, 1.0], [9, 1.0]]
+
+
+def test_curves_alike_in_solver_and_kind_differ():
+    curves = [Curve(f"r{i}", "ddim", "morse", (Point(5, 1.0 + i),)) for i in range(2)]
+    figure = draw_panels([Panel("x", "y", False, tuple(curves))])
+    first, second = (container[0] for container in figure.axes[0].containers)
+    assert first.get_color() == second.get_color() == "#0072B2"
+    assert first.get_fillstyle() != second.get_fillstyle()
+
+
+def test_strips_of_unequal_size_are_joined():
+    first, second = Image.new("L", (40, 10), 10), Image.new("L", (60, 20), 20)
+    joined = join_strips([("first", first), ("second", second)], gap=3)
+    left = joined.width - 60
+    assert joined.height == 10 + 20 + 2 * 3
+    assert joined.getpixel((left + 39, 9)) == (10, 10, 10)
+    assert joined.getpixel((left + 40, 9)) == (255, 255, 255)
+    assert joined.getpixel((left + 59, 32)) == (20, 20, 20)

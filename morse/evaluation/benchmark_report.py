@@ -1,196 +1,100 @@
-"""The benchmark's Markdown tables and plot, drawn from its JSON alone."""
+"""The benchmark's report, drawn from its JSON alone: Markdown, one HTML page, plots, pictures."""
 
-import dataclasses
-from collections.abc import Iterable
+import os
 from pathlib import Path
 
-from morse.evaluation.report import Row, plot_quality
-from morse.evaluation.scoring import AXES
+from morse.evaluation.report import join_strips
+from morse.evaluation.report_curves import MAX_CURVES, quality_panels
+from morse.evaluation.report_data import Result
+from morse.evaluation.report_html import Picture, to_html
+from morse.evaluation.report_markdown import to_markdown
+from morse.evaluation.report_pictures import png_bytes, read_strips, strip_pictures
+from morse.evaluation.report_plots import (
+    Panel,
+    draw_panels,
+    legend_figure,
+    to_png,
+    to_svg_uri,
+)
+from morse.evaluation.report_sections import report_sections
 
-Result = dict[str, object]
-AXIS_NAMES = {"frechet": "Fréchet", "psnr": "PSNR", "frechet_to_reference": "Fréchet to reference"}
+TITLE = "Morse: quality against cost"
+PLOT, GRID = "benchmark.png", "benchmark_grid.png"
+FIGURES = {"quality": PLOT, "pictures": GRID}  # name in `Section.figures` -> file
 
 
 def render(result: Result, folder: Path) -> list[Path]:
-    """Write benchmark.md and benchmark.png into `folder` and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [field.name for field in dataclasses.fields(Row)]
-    rows = [Row(**{name: entry[name] for name in names}) for entry in result["rows"]]
-    num_images = result["settings"]["num_images"]
-    title = f"{num_images} images, {result['device']}, N = {_speed_ratio(result):.2f}"
-    if not rows:
-        (folder / "benchmark.md").write_text(markdown(result))
-        return [folder / "benchmark.md"]
-    # The independent control runs off the scale of the others.
-    shown = [row for row in rows if row.kind != "independent"]
-    plot_quality(shown, folder / "benchmark.png", title)
-    (folder / "benchmark.md").write_text(markdown(result))
-    return [folder / "benchmark.md", folder / "benchmark.png"]
+    """Write benchmark.md, benchmark.html, benchmark.png and benchmark_grid.png into `folder`.
 
+    A plot needs rows with scores, the grid pictures; what has nothing to show is not written.
 
-def markdown(result: Result) -> str:
-    """Return conditions, quality, matched-quality speed-ups, costs and N as Markdown."""
-    if not result["rows"]:
-        conditions = f"{result['device']}, {result['dtype']}, torch {result['torch']}."
-        made_by = f"Made by `{result['command']}`."
-        return "\n\n".join([conditions, made_by, *_speed_ratios(result)]) + "\n"
-    return (
-        "\n\n".join(
-            [
-                _conditions(result),
-                *_quality(result, "frechet", f"{result['metric']} to real images, lower is better"),
-                *_quality(result, "psnr", "Same-noise PSNR to the reference, dB, higher is better"),
-                *_quality(
-                    result,
-                    "frechet_to_reference",
-                    f"{result['metric']} to the reference's images, lower is better",
-                ),
-                *_speedups(result, "lsd", "cost in LSD"),
-                *_points(result),
-                *_speedups(result, "seconds", "cost in wall seconds"),
-                *_costs(result),
-                *_not_measured(result),
-                *_speed_ratios(result),
-            ]
+    Args:
+        result: The content of benchmark.json, schema 2.
+        folder: Made if it is missing.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: If `result` has another schema version, or a picture in it is no PNG.
+    """
+    if result.get("schema_version") != 2:
+        raise ValueError(
+            f"schema_version is {result.get('schema_version')!r}, but this version draws 2; "
+            "measure again"
         )
-        + "\n"
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    sections, panels = report_sections(result), quality_panels(result)
+    strips, subtitle = read_strips(result), _subtitle(result)
+    written: dict[str, bytes] = {}
+    if panels:
+        written[PLOT] = to_png(draw_panels(panels, subtitle))
+    if strips:
+        written[GRID] = png_bytes(join_strips(strips))
+    files = {name: file for name, file in FIGURES.items() if file in written}
+    written["benchmark.md"] = to_markdown(TITLE, subtitle, sections, files).encode()
+    pictures = {"quality": _plots(panels), "pictures": strip_pictures(result, strips)}
+    written["benchmark.html"] = to_html(TITLE, subtitle, sections, pictures).encode()
+    for name, content in written.items():
+        _write(folder / name, content)
+    return [folder / name for name in written]
 
 
-def _speed_ratio(result: Result) -> float:
-    return result["speed_ratio"]["speed_ratio"]
-
-
-def _table(header: Iterable[object], lines: Iterable[Iterable[object]]) -> str:
-    header = [str(cell) for cell in header]
-    rows = [header, ["---", *["--:"] * (len(header) - 1)], *lines]
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
-
-
-def _labels(result: Result, kinds: tuple[str, ...] | None = None) -> list[str]:
-    rows = result["rows"]
-    return list(dict.fromkeys(row["label"] for row in rows if not kinds or row["kind"] in kinds))
-
-
-def _budgets(result: Result) -> tuple[list[int], list[int]]:
-    """Return the budgets of Morse, and those at which only bare solvers were measured."""
-    asked = {row["budget"] for row in result["rows"] if row["kind"] != "baseline"}
-    others = {row["budget"] for row in result["rows"]} - asked
-    return sorted(asked), sorted(others)
-
-
-def _cells(
-    result: Result, labels: list[str], budgets: list[int], show: object
-) -> list[list[object]]:
-    """Return a line a method, with `show(row)` in a column a budget."""
-    rows = {(row["label"], row["budget"]): row for row in result["rows"]}
-    return [
-        [label, *(show(rows[label, n]) if (label, n) in rows else "" for n in budgets)]
-        for label in labels
-    ]
-
-
-def _conditions(result: Result) -> str:
-    settings, speed = result["settings"], result["speed_ratio"]
-    return (
-        f"{settings['num_images']} images of each method (first seeds {settings['seeds']}, batch "
-        f"{settings['batch_size']}), {result['device']}, {result['dtype']}, torch "
-        f"{result['torch']}, diffusers {result['diffusers']}; N = {speed['speed_ratio']:.2f} "
-        f"({speed['how']}). Reference: {result['reference']}. Real images: "
-        f"{result['real_images']}. ± is the bootstrap standard error over images. r is the plan's "
-        f"ratio, evaluations per LSD.\n\nMade by `{result['command']}`."
-    )
-
-
-def _quality(result: Result, axis: str, title: str) -> list[str]:
-    """One table at Morse's budgets, one of the bare solvers at the others."""
-
-    def show(row: dict[str, object]) -> str:
-        if row[axis] is None:
-            return "reference"
-        digits, error = (2 if axis == "psnr" else 3), row[f"{axis}_standard_error"]
-        return f"{row[axis]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-    asked, others = _budgets(result)
-    parts = [f"### {title}"]
-    if asked:
-        parts.append(_table(["LSD", *asked], _cells(result, _labels(result), asked, show)))
-    if others:
-        labels = _labels(result, ("baseline",))
-        parts.append(_table(["LSD", *others], _cells(result, labels, others, show)))
-    return parts
-
-
-def _costs(result: Result) -> list[str]:
-    """Dash + Dot evaluations and milliseconds an image, at Morse's budgets."""
-
-    def show(row: dict[str, object]) -> str:
-        milliseconds = 1e3 * row["seconds"] / result["settings"]["num_images"]
-        return f"{row['num_dash']} + {row['num_dot']}, {milliseconds:.3g} ms"
-
-    asked, others = _budgets(result)
-    table = _table(
-        ["LSD", *(asked or others)], _cells(result, _labels(result), asked or others, show)
-    )
-    return ["### Dash + Dot evaluations, and wall time an image", table]
-
-
-def _speedups(result: Result, cost: str, title: str) -> list[str]:
-    entries = [entry for entry in result["speedups"] if entry["cost"] == cost]
-    columns = [
-        (baseline, axis)
-        for axis in AXES
-        for baseline in dict.fromkeys(entry["baseline"] for entry in entries)
-    ]
-    cells = {
-        (entry["method"], entry["baseline"], entry["axis"]): entry["mean"]["text"]
-        + ("" if (error := entry["mean_standard_error"]) is None else f" ± {error:.2f}")
-        for entry in entries
-    }
-    lines = [
-        [method, *(cells.get((method, *column), "") for column in columns)]
-        for method in dict.fromkeys(entry["method"] for entry in entries)
-    ]
-    if not lines:
+def _plots(panels: list[Panel]) -> list[Picture]:
+    """Return each panel and their legend for the HTML page."""
+    if not panels:
         return []
-    note = ">= and <= mark means that hold bounds: points outside the baseline's measured range."
-    header = ["method", *(f"{AXIS_NAMES[axis]}, over {baseline}" for baseline, axis in columns)]
-    return [f"### Mean matched-quality speed-up, {title}", note, _table(header, lines)]
+    labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
+    pictures = []
+    for panel in panels:
+        title = panel.y_label.replace("\n", ", ")
+        alt = f"{title}, against {panel.x_label}; the tables have the values."
+        pictures.append(Picture(to_svg_uri(draw_panels([panel], legend=False)), alt))
+    legend = to_svg_uri(legend_figure(panels))
+    caption = (
+        "Bars: the 95 % interval where there is one, else one standard error. Panels are scaled to "
+        "the bare solvers and Morse; others may leave them, and of more than "
+        f"{MAX_CURVES} methods only the best of each other kind is drawn (at the middle budget, "
+        "first panel). The tables have every value."
+    )
+    return [*pictures, Picture(legend, f"Legend: {', '.join(labels)}", caption)]
 
 
-def _points(result: Result) -> list[str]:
-    """The single points behind Morse's means."""
-    morse, (asked, _) = _labels(result, ("morse",)), _budgets(result)
-    lines = []
-    for entry in result["speedups"]:
-        if entry["cost"] != "lsd" or entry["method"] not in morse:
-            continue
-        texts = {point["budget"]: point["text"] for point in entry["points"]}
-        name = f"{entry['method']} over {entry['baseline']}, {AXIS_NAMES[entry['axis']]}"
-        lines.append([name, *(texts.get(budget, "") for budget in asked)])
-    title = "### Matched-quality speed-up at each budget, cost in LSD"
-    return [title, _table(["LSD", *asked], lines)] if lines else []
+def _subtitle(result: Result) -> str:
+    """Return the conditions in a line."""
+    speed, settings = result["speed_ratio"], result["settings"]
+    parts = [result["device"], result["dtype"]]
+    if result["rows"]:
+        seeds = len(settings.get("seeds", ()))
+        repeated = f" from each of {seeds} seeds" if seeds > 1 else ""
+        parts.insert(0, f"{settings['num_images']:,} images a point{repeated}")
+    if speed:
+        parts.append(f"N = {speed['speed_ratio']:.2f}")
+    return ", ".join(parts)
 
 
-def _not_measured(result: Result) -> list[str]:
-    missing = result["not_measured"]
-    return ["### Asked for and not measured", "; ".join(missing)] if missing else []
-
-
-def _speed_ratios(result: Result) -> list[str]:
-    def quartiles(seconds: list[float]) -> str:
-        return " / ".join(f"{1e3 * value:.3g}" for value in seconds)
-
-    lines = [
-        [
-            entry["batch_size"],
-            "merged" if entry["merged"] else "separate",
-            f"{entry['speed_ratio']:.2f}",
-            quartiles(entry["dash_seconds"]),
-            quartiles(entry["dot_seconds"]),
-        ]
-        for entry in result["speed_ratios"]
-    ]
-    header = ["batch", "LoRA", "N", "Dash, ms (quartiles)", "Dot, ms (quartiles)"]
-    title = "### N, how many times faster Dot is than Dash"
-    return [title, _table(header, lines)] if lines else []
+def _write(path: Path, content: bytes) -> None:
+    """Write a file; a reader sees the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Tables, picture grids and plots of measured methods."""
+"""The demo's table, picture grid and plot of measured methods."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from morse.evaluation.metrics import FRECHET_LABEL
-
-# One colour a solver and kind; Okabe and Ito's palette, told apart by colour-blind readers too.
-COLORS = {
-    ("ddim", "baseline"): "#56B4E9",
-    ("ddim", "morse"): "#0072B2",
-    ("dpmsolver++", "baseline"): "#E69F00",
-    ("dpmsolver++", "morse"): "#D55E00",
-    ("unipc", "baseline"): "#CC79A7",
-    ("unipc", "morse"): "#009E73",
-}
-LINES = {"baseline": "--", "morse": "-", "reuse": ":", "independent": "-."}
-MARKERS = "osD^v"
+from morse.evaluation.report_plots import LSD_LABEL, Curve, Panel, Point, draw_panels, to_png
 
 
 @dataclass(frozen=True)
@@ -105,22 +94,34 @@ def save_grid(
         scale: Whole-number magnification, without smoothing.
         columns: At most so many images of each row.
     """
-    gap, cells = 2, [_cells(images[:columns], scale) for _, images in labelled]
-    height, width = cells[0].shape[1:3]
-    font = ImageFont.load_default(size=max(12, height // 4))
-    label_width = 16 + round(max(font.getlength(label) for label, _ in labelled))
-    grid = Image.new(
-        "RGB",
-        (label_width + len(cells[0]) * (width + gap), len(cells) * (height + gap)),
-        "white",
-    )
-    draw = ImageDraw.Draw(grid)
-    for i, (label, _) in enumerate(labelled):
-        top = i * (height + gap)
-        draw.text((8, top + height // 2), label, fill="black", font=font, anchor="lm")
-        for j, cell in enumerate(cells[i]):
-            grid.paste(Image.fromarray(cell), (label_width + j * (width + gap), top))
-    grid.save(file)
+    gap, strips = 2, []
+    for label, images in labelled:
+        cells = _cells(images[:columns], scale)
+        height, width = cells.shape[1:3]
+        strip = np.full((height, len(cells) * (width + gap), 3), 255, np.uint8)
+        for i, cell in enumerate(cells):
+            strip[:, i * (width + gap) : i * (width + gap) + width] = cell
+        strips.append((label, Image.fromarray(strip)))
+    join_strips(strips, gap).save(file)
+
+
+def join_strips(strips: Sequence[tuple[str, Image.Image]], gap: int = 2) -> Image.Image:
+    """Put labelled pictures below each other, each with its label to the left.
+
+    Args:
+        strips: (label, picture) for each row.
+        gap: White pixels below each.
+    """
+    font = ImageFont.load_default(size=max(12, strips[0][1].height // 4))
+    left = 16 + round(max(font.getlength(label) for label, _ in strips))
+    size = left + max(image.width for _, image in strips), sum(i.height + gap for _, i in strips)
+    joined = Image.new("RGB", size, "white")
+    draw, top = ImageDraw.Draw(joined), 0
+    for label, image in strips:
+        draw.text((8, top + image.height // 2), label, fill="black", font=font, anchor="lm")
+        joined.paste(image, (left, top))
+        top += image.height + gap
+    return joined
 
 
 def _cells(images: Tensor, scale: int) -> np.ndarray:
@@ -139,61 +140,31 @@ def plot_quality(rows: Sequence[Row], file: Path, title: str, frechet: str = "fr
         title: Above both panels.
         frechet: Which of `Row`'s two distances: "frechet" or "frechet_to_reference".
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     target = {"frechet": "real images", "frechet_to_reference": "reference images"}[frechet]
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    seen: list[tuple[str, str]] = []
-    for label in dict.fromkeys(row.label for row in rows):
-        points = sorted((row for row in rows if row.label == label), key=lambda row: row.lsd)
-        seen.append((points[0].solver, points[0].kind))
-        style = _line_style(points[0], seen.count(seen[-1]) - 1)
-        for axes, axis in ((left, frechet), (right, "psnr")):
-            pairs = [(row.lsd, getattr(row, axis)) for row in points]
-            kept = [(cost, value) for cost, value in pairs if value is not None]
-            axes.plot(*zip(*kept, strict=True), label=label if axes is left else None, **style)
-    _log_distance_axis(left)
-    left.set(ylabel=f"Fréchet distance to {target}, lower is better")
-    right.set(ylabel="same-noise PSNR to reference, dB, higher is better")
-    for axes in (left, right):
-        _log_cost_axis(axes, sorted({row.budget for row in rows}))
-    figure.suptitle(f"{title}\n{FRECHET_LABEL}", fontsize=12)
-    figure.legend(loc="outside lower center", ncols=min(4, len({row.label for row in rows})))
-    figure.savefig(file, dpi=110)
-
-
-def _line_style(row: Row, variant: int) -> dict[str, object]:
-    """Style a curve by solver and kind; `variant` counts curves alike in both (other ratios)."""
-    return {
-        "color": COLORS.get(
-            (row.solver, row.kind), COLORS.get((row.solver, "baseline"), "#777777")
-        ),
-        "linestyle": LINES[row.kind],
-        "marker": MARKERS[variant % len(MARKERS)],
-        "markersize": 5,
+    ticks = tuple(sorted({row.budget for row in rows}))
+    labels = {
+        frechet: f"Fréchet distance to {target}, lower is better",
+        "psnr": "same-noise PSNR to reference, dB, higher is better",
     }
+    panels = [
+        Panel(LSD_LABEL, label, axis == frechet, _curves(rows, axis), ticks)
+        for axis, label in labels.items()
+    ]
+    file.write_bytes(to_png(draw_panels(panels, f"{title}\n{FRECHET_LABEL}")))
 
 
-def _log_cost_axis(axes: object, ticks: list[int]) -> None:
-    """Give `axes` a log cost axis labelled with plain numbers, none closer than 15 percent."""
-    shown: list[int] = []
-    for tick in ticks:
-        if not shown or tick > 1.15 * shown[-1]:
-            shown.append(tick)
-    axes.set(xscale="log", xlabel="cost, LSD (1 = one Dash evaluation)")
-    axes.set_xticks(shown, [str(tick) for tick in shown])
-    axes.set_xticks([], minor=True)
-    axes.grid(True, alpha=0.3)
-
-
-def _log_distance_axis(axes: object) -> None:
-    """Give `axes` a log distance axis with plain labels at 1, 2 and 5 times powers of ten."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    axes.set(yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+def _curves(rows: Sequence[Row], axis: str) -> tuple[Curve, ...]:
+    """Return a curve a label, without the points that have no value."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.lsd):
+        if getattr(row, axis) is not None:
+            groups.setdefault(row.label, []).append(row)
+    return tuple(
+        Curve(
+            label,
+            group[0].solver,
+            group[0].kind,
+            tuple(Point(row.lsd, getattr(row, axis)) for row in group),
+        )
+        for label, group in groups.items()
+    )

@@ -1,0 +1,197 @@
+"""Curves of quality against cost, for the benchmark's report and the demo."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# One colour a solver and kind; Okabe and Ito's palette, told apart by colour-blind readers too.
+COLORS = {
+    ("ddim", "baseline"): "#56B4E9",
+    ("ddim", "morse"): "#0072B2",
+    ("dpmsolver++", "baseline"): "#E69F00",
+    ("dpmsolver++", "morse"): "#D55E00",
+    ("unipc", "baseline"): "#CC79A7",
+    ("unipc", "morse"): "#009E73",
+    ("dpmsolver++1", "baseline"): "#000000",
+}
+# Line and marker of each kind; other kinds are drawn like `OTHER`, in their solver's colour.
+KINDS = {
+    "baseline": ("--", "s"),
+    "morse": ("-", "o"),
+    "reuse": (":", "v"),
+    "extrapolation": (":", "^"),
+    "independent": ("-.", "X"),
+    "shrunk": ("-.", "D"),
+    "pfdiff": ((0, (5, 1, 1, 1)), "P"),
+    "deepcache": ((0, (5, 1, 1, 1)), "*"),
+}
+OTHER = ((0, (1, 3)), "h")
+# Bare solvers without a colour of their own are grey, told apart by their marker.
+SOLVER_MARKERS = {"dpmsolver++1": "p", "deis": "<", "pndm": ">", "heun": "H"}
+FILLS = ("full", "none", "left", "right")  # tells curves of one solver and kind (ratios) apart
+FRAMING = ("baseline", "morse")  # kinds whose range a panel shows; others may leave it
+LSD_LABEL = "cost, LSD (1 = one Dash evaluation)"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value at a cost, and how far below and above it the uncertainty reaches, if known."""
+
+    cost: float
+    value: float
+    below: float = 0.0
+    above: float = 0.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method's points, in the order of their cost."""
+
+    label: str
+    solver: str
+    kind: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot.
+
+    Attributes:
+        x_label: Under it.
+        y_label: Beside it.
+        log_y: Whether values are drawn on a log axis (costs always are).
+        curves: One a method.
+        ticks: Costs to label; None leaves that to matplotlib.
+    """
+
+    x_label: str
+    y_label: str
+    log_y: bool
+    curves: tuple[Curve, ...]
+    ticks: tuple[float, ...] | None = None
+
+
+def draw_panels(panels: Sequence[Panel], title: str = "", legend: bool = True) -> "Figure":
+    """Draw two panels a line, with one legend below them all that covers no data."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    num_labels = len({curve.label for panel in panels for curve in panel.curves}) if legend else 0
+    height = 4.4 * lines + 0.25 * -(-num_labels // (2 * columns)) + 0.5 * bool(title)
+    figure = Figure(figsize=(5.5 * columns, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw(axes, panel)
+    for axes in list(grid)[len(panels) :]:
+        axes.set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize=12)
+    if legend:
+        figure.legend(*_legend_entries(figure), loc="outside lower center", ncols=2 * columns)
+    return figure
+
+
+def legend_figure(panels: Sequence[Panel]) -> "Figure":
+    """Return the legend of all panels as a picture of its own, in two columns."""
+    figure = draw_panels(panels, legend=False)
+    entries = _legend_entries(figure)
+    figure.clear()
+    figure.set_layout_engine("none")
+    figure.legend(*entries, loc="center", ncols=2, frameon=False)
+    return figure
+
+
+def to_png(figure: "Figure") -> bytes:
+    """Return the picture as a PNG file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def to_svg_uri(figure: "Figure") -> str:
+    """Return the picture as a data: URI of an SVG cut to what is drawn, equal in every run."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "morse"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _legend_entries(figure: "Figure") -> tuple[list[object], list[str]]:
+    """Return a line and a label for each method in any panel."""
+    entries = {}
+    for axes in figure.axes:
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, line)
+    return list(entries.values()), list(entries)
+
+
+def _draw(axes: "Axes", panel: Panel) -> None:
+    seen: list[tuple[str, str]] = []
+    for curve in panel.curves:
+        seen.append((curve.solver, curve.kind))
+        axes.errorbar(
+            [point.cost for point in curve.points],
+            [point.value for point in curve.points],
+            yerr=[[p.below for p in curve.points], [p.above for p in curve.points]],
+            label=curve.label,
+            **_style(curve, seen.count(seen[-1]) - 1),
+        )
+    _scale(axes, panel)
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    axes.grid(True, alpha=0.3)
+
+
+def _style(curve: Curve, variant: int) -> dict[str, object]:
+    """Style a curve by solver and kind; `variant` counts curves alike in both (other ratios)."""
+    base = COLORS.get((curve.solver, "baseline"), "#777777")
+    line, marker = KINDS.get(curve.kind, OTHER)
+    if curve.kind == "baseline":
+        marker = SOLVER_MARKERS.get(curve.solver, marker)
+    leading = curve.kind in FRAMING
+    return {
+        "color": COLORS.get((curve.solver, curve.kind), base),
+        "linestyle": line,
+        "linewidth": 1.8 if leading else 1.1,
+        "marker": marker,
+        "markersize": 5 if leading else 4.5,
+        "fillstyle": FILLS[variant % len(FILLS)],
+        "elinewidth": 1.2,
+        "capsize": 2,
+        "zorder": 3 if curve.kind == "morse" else 2,
+    }
+
+
+def _scale(axes: "Axes", panel: Panel) -> None:
+    """Log axes with plain numbers; limits from the bare solvers and Morse, if there are any."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set(xscale="log", yscale="log" if panel.log_y else "linear")
+    for axis in [axes.xaxis] + [axes.yaxis] * panel.log_y:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(NullLocator())
+    if panel.ticks is not None:
+        shown: list[float] = []
+        for tick in panel.ticks:
+            if not shown or tick > 1.15 * shown[-1]:  # closer labels would overlap
+                shown.append(tick)
+        axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+    framing = [c for c in panel.curves if c.kind in FRAMING] or panel.curves
+    values = [point.value for curve in framing for point in curve.points]
+    low, high = min(values), max(values)
+    if panel.log_y:
+        axes.set_ylim(low / 1.25, high * 1.25)
+    elif high > low:
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))

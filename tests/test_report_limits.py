@@ -1,0 +1,160 @@
+"""What the report claims of Morse, and where it says that Morse does not win."""
+
+import copy
+import math
+
+import pytest
+from report_fixtures import BUDGETS, full_result
+from report_tables import all_text, find, find_claims, find_headline, tables_of
+
+from morse.evaluation.report_data import (
+    Axis,
+    Score,
+    best_bare_row,
+    compare,
+    headline_axes,
+    read_axes,
+)
+from morse.evaluation.report_sections import quality_table, report_sections
+
+LOWER = Axis("frechet", "Fréchet distance (features) to real images", "", "lower", "distribution")
+HIGHER = Axis("psnr", "Same-noise PSNR to the reference", "dB", "higher", "fidelity")
+
+
+@pytest.fixture(scope="module")
+def result():
+    return full_result()
+
+
+def test_verdicts_follow_the_errors():
+    assert compare(Score(1.0), Score(2.0), LOWER) == "better"
+    assert compare(Score(1.0), Score(2.0), HIGHER) == "worse"
+    assert compare(Score(1.0), Score(1.0), LOWER) == "within noise"
+    # 1.96 * sqrt(0.3^2 + 0.4^2) = 0.98
+    for gap, verdict in ((0.97, "within noise"), (0.99, "better")):
+        assert compare(Score(1.0, 0.3), Score(1.0 + gap, 0.4), LOWER) == verdict
+        assert compare(Score(1.0 + gap, 0.3), Score(1.0, 0.4), HIGHER) == verdict
+    # An interval stands in for a missing error: half of 2 * 1.96 * 0.4 wide.
+    assert compare(Score(1.0, None, (0.216, 1.784)), Score(1.97, 0.3), LOWER) == "within noise"
+    assert compare(Score(1.0, 0.5), Score(1.1), LOWER) == "better"
+
+
+def test_limits_are_those_that_the_figures_give(result):
+    rows = {(row["label"], row["budget"]): row["scores"] for row in result["rows"]}
+    counts = {"better": 0, "within noise": 0, "worse": 0}
+    table = next(t for title, t in tables_of(result) if title == "Where Morse does not win")
+    listed = {row[:2]: row[2:5] for row in table.rows}
+    for axis in read_axes(result):
+        sign = 1 if axis.better == "higher" else -1
+        for label in ("Morse-DDIM r2", "Morse-DPM++ 2M r1.75"):
+            expected = {"worse": [], "within noise": [], "better": []}
+            for budget in BUDGETS:
+                best = max(
+                    (rows[solver, budget][axis.name] for solver in ("DDIM", "DPM++ 2M")),
+                    key=lambda score, sign=sign: sign * score["value"],
+                )
+                own = rows[label, budget][axis.name]
+                gain = sign * (own["value"] - best["value"])
+                noise = 1.96 * math.hypot(own["standard_error"], best["standard_error"])
+                verdict = "within noise" if abs(gain) <= noise else "worse"
+                verdict = "better" if gain > noise else verdict
+                expected[verdict].append(str(budget))
+                counts[verdict] += 1
+            cells = tuple(", ".join(budgets) or "–" for budgets in expected.values())
+            assert listed[label, axis.short_title] == cells
+    assert min(counts.values()) > 0
+    wanted = "better in {better}, within noise in {within noise} and worse in {worse}"
+    assert wanted.format(**counts) in report_sections(result)[0].text[0]
+
+
+def test_a_gain_in_lsd_that_is_none_in_seconds_is_listed(result):
+    table = next(t for title, t in tables_of(result) if title == "Where Morse does not win")
+    slow = {row[:2]: row[5] for row in table.rows}
+    # 1.27, 1.01 and 0.83 times the LSD are 1.14, 0.91 and 0.74 times the seconds.
+    # At 30 LSD both are out of range.
+    assert slow["Morse-DDIM r2", "Same-noise PSNR to the reference"] == "8, 12, 30"
+    assert slow["Morse-DPM++ 2M r1.75", "Same-noise PSNR to the reference"] == "30"
+    unmeasured = result | {"speedups": []}
+    table = next(t for title, t in tables_of(unmeasured) if title == "Where Morse does not win")
+    assert {row[5] for row in table.rows} == {"not measured"}
+    assert not find_claims(unmeasured)
+
+
+def test_methods_ahead_of_morse_are_named(result):
+    changed = copy.deepcopy(result)
+    for row in changed["rows"]:
+        if row["kind"] == "deepcache" and row["budget"] in (12, 20) and row["engaged"]:
+            row["scores"]["psnr"]["value"] = 60.0
+    (section,) = (s for s in report_sections(changed) if s.title == "Where Morse does not win")
+    assert section.text == (
+        "DeepCache-DDIM (interval 3) is better than every Morse method at 12, 20 LSD "
+        "(Same-noise PSNR to the reference).",
+    )
+
+
+def test_the_best_bare_solver_is_named_at_each_budget(result):
+    table = {row[0]: row[1:] for row in find_headline(result)[0].rows}
+    assert table["best bare solver: DPM++ 2M"] == table["DPM++ 2M"]
+    changed = copy.deepcopy(result)
+    for row in changed["rows"]:
+        if row["label"] == "DDIM" and row["budget"] == 5:
+            row["scores"]["frechet"]["value"] = 0.25
+    axis = headline_axes(changed)[0]
+    assert best_bare_row(changed, axis, 5)["label"] == "DDIM"
+    first = quality_table(changed, axis, [5, 8]).rows[0]
+    assert first == ("best bare solver", "0.25 ± 0.10 (DDIM)", "1.18 ± 0.06 (DPM++ 2M)")
+
+
+def test_of_many_morse_methods_those_with_most_wins_are_claimed(result):
+    rows, speedups = list(result["rows"]), list(result["speedups"])
+    for i in (3, 4):
+        name = f"Morse-DDIM r{i}"
+        rows += [r | {"label": name} for r in rows if r["label"] == "Morse-DDIM r2"]
+        speedups += [e | {"method": name} for e in speedups if e["method"] == "Morse-DDIM r2"]
+    changed = result | {"rows": rows, "speedups": speedups}
+    claims = find_claims(changed)
+    assert len(claims) == 2 * 3 and next(iter(claims))[0] == "Morse-DPM++ 2M r1.75"
+    assert "These 3 of 4 Morse methods win most" in all_text(changed)
+
+
+def test_speedups_have_intervals_and_every_status(result):
+    cells = find(
+        result, "Matched-quality speed-ups", "PSNR to the reference, cost in LSD, over the"
+    )
+    assert cells["Morse-DPM++ 2M r1.75"]["5"] == "1.60× [1.57, 1.64]"
+    assert cells["Morse-DPM++ 2M r1.75"]["20"] == "saturated"
+    assert cells["Morse-DPM++ 2M r1.75"]["30"] == "out of range"
+    single = find(
+        result,
+        "Matched-quality speed-ups",
+        "Fréchet distance to real images, cost in LSD, over each",
+    )
+    assert single["Morse-DDIM r2"]["5"] == "1.90× [1.87, 1.94]"
+    assert "out of range: worse than the baseline at its smallest budget" in all_text(result)
+    claim = find_claims(result)
+    assert claim["Morse-DPM++ 2M r1.75", "Same-noise PSNR"] == (
+        "1.27–1.60× (3 of 5)",
+        "1.14–1.44× (3 of 5)",
+    )
+
+
+def test_a_speedup_without_interval_says_so(result):
+    entry = next(e for e in result["speedups"] if e["axis"] == "psnr" and e["cost"] == "lsd")
+    odd = entry | {"interval": None, "note": "no interval: 4.0% of the replicates lie outside"}
+    changed = result | {"speedups": [odd]}
+    cells = find(changed, "Matched-quality speed-ups", "PSNR")
+    assert cells[entry["method"]]["5"] == "1.27× (no interval)"
+
+
+def test_the_largest_factor_that_passed_is_lossless(result):
+    cells = find(result, "Lossless factors", "PSNR")["Morse-DPM++ 2M r1.75"]
+    assert list(cells.values()) == [
+        "2× (δ 0.05)",
+        "2× (δ 0.05)",
+        "2× (δ 0.05)",
+        "none (δ 0.05)",
+        "none (δ 0.05)",
+    ]
+    untested = [e | {"lossless": None, "delta": None} for e in result["lossless"]]
+    cells = find(result | {"lossless": untested}, "Lossless factors", "PSNR")
+    assert set(cells["Morse-DPM++ 2M r1.75"].values()) == {"not tested"}
