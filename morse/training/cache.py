@@ -61,21 +61,18 @@ class WindowCache:
             shard = self.shards[0]
             rows = indices.to(shard["timesteps"].device)
             return Window(**{name: value[rows].to(self.device) for name, value in shard.items()})
-        shard_of = torch.searchsorted(self.ends, indices.cpu(), right=True)
-        parts, order = [], []
+        indices, first = indices.cpu(), self.shards[0]
+        shard_of = torch.searchsorted(self.ends, indices, right=True)
+        found = {
+            name: value.new_empty(len(indices), *value.shape[1:]) for name, value in first.items()
+        }
         for number in shard_of.unique().tolist():
-            chosen = (shard_of == number).nonzero().flatten()
+            chosen = shard_of == number
             shard = self.shards[number]
-            rows = indices.cpu()[chosen] - (int(self.ends[number]) - len(shard["timesteps"]))
-            parts.append({name: value[rows] for name, value in shard.items()})
-            order.append(chosen)
-        back = torch.cat(order).argsort()
-        return Window(
-            **{
-                name: torch.cat([part[name] for part in parts])[back].to(self.device)
-                for name in parts[0]
-            }
-        )
+            rows = indices[chosen] - (int(self.ends[number]) - len(shard["timesteps"]))
+            for name, value in shard.items():
+                found[name][chosen] = value[rows]
+        return Window(**{name: value.to(self.device) for name, value in found.items()})
 
 
 def _describe(dash: FrozenDash, config: TrainDotConfig) -> dict[str, object]:
