@@ -10,6 +10,7 @@ import torch
 
 from morse.evaluation.loading import load_pipelines, make_pipeline
 from morse.evaluation.peers import (
+    PEERS,
     deepcache,
     deepcache_cost,
     deepcache_steps,
@@ -29,6 +30,7 @@ from morse.plan import MorsePlan
 
 if TYPE_CHECKING:
     from morse.evaluation.benchmark_config import BenchmarkConfig
+    from morse.evaluation.controls import ShrunkDash
     from morse.evaluation.solver_pipeline import SolverPipeline
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,24 +54,30 @@ class Bench:
         self._by_solver = load_pipelines(config.pipeline, config.dot, solvers, config.device)
         self._main = self._by_solver[REFERENCE_SOLVER]
         self.device = self._main.device
-        self._scheduler_config = self._main.scheduler.config
         set_merged(self._main, config.merge_lora)
-        self._independent = self._load_independent()
+        self._shrunk = self._load_shrunk()
         # Made once: to enable Morse anew would make its Dot be compiled anew.
         self._pipes: dict[tuple[str, str], SolverPipeline] = {}
+        self._warm: set[tuple[Method, int]] = set()
 
-    def _load_independent(self) -> object | None:
+    def _load_shrunk(self) -> "ShrunkDash | None":
+        from morse.evaluation.controls import ShrunkDash
         from morse.pipeline import load_dot
 
         if self.config.independent_dot is None:
             return None
-        return load_dot(self.config.independent_dot).to(self.device)
+        dot = load_dot(self.config.independent_dot).to(self.device)
+        if self.device.type == "cuda":
+            dot.to(memory_format=torch.channels_last)
+        if self.config.merge_lora:
+            dot.merge_lora()
+        return ShrunkDash(dot, self._main.unet)
 
     def compile(self) -> None:
         """Compile Dash and Dot from now on."""
         compile_models(self._main)
-        if self._independent is not None:
-            self._independent.compile(dynamic=False)
+        if self._shrunk is not None:
+            self._shrunk.dot.compile(dynamic=False)
         self.mode = "compiled"
 
     def speed(self) -> dict[str, object]:
@@ -84,21 +92,17 @@ class Bench:
         with self._autocast():
             return measure_speed_table(self._main, batch_sizes, self.mode, merged)
 
-    def obstacle(self, name: str) -> str | None:
-        """Tell why a kind of method or a peer can't be measured at all; None if it can."""
-        if name in ("independent", "shrunk"):
-            return None if self._independent is not None else "no --independent_dot was given"
-        if name in ("deepcache", "tomesd", "diffusers-cache"):
-            if self.mode == "compiled":
-                return "it replaces forward methods, which --compile has compiled"
-            return obstacle(name, self._main.unet, self._main.scheduler)
-        return None
+    def obstacle(self, method: Method) -> str | None:
+        """Tell why a method can't be measured; None if it can."""
+        if method.kind in ("independent", "shrunk") and self._shrunk is None:
+            return "no --independent_dot was given"
+        return self.peer_obstacle(method.kind, method.solver) if method.kind in PEERS else None
 
-    def solver_obstacle(self, method: Method) -> str | None:
-        """Tell why a method can't be measured with its solver; None if it can."""
-        if method.kind != "deepcache" or self.obstacle("deepcache"):
-            return None
-        return obstacle("deepcache", self._main.unet, self._pipe(method).scheduler)
+    def peer_obstacle(self, peer: str, solver: str = REFERENCE_SOLVER) -> str | None:
+        """Tell why one of `PEERS` can't be measured with a solver; None if it can."""
+        if self.mode == "compiled":
+            return "it replaces forward methods, which --compile has compiled"
+        return obstacle(peer, self._main.unet, self._by_solver[solver].scheduler)
 
     def measure_peer(self, method: Method) -> dict[str, object]:
         """Measure what a cached step of DeepCache costs, which is the same with every solver."""
@@ -113,7 +117,7 @@ class Bench:
         speed_ratio: float,
         peer: dict[str, object] | None = None,
     ) -> Samples:
-        """Sample with what `budget` LSD pay for, after a short batch to warm up.
+        """Sample with what `budget` LSD pay for; a method's first time, warm up before.
 
         Args:
             method: The method.
@@ -125,8 +129,10 @@ class Bench:
         pipe, batch_size = self._pipe(method), self._batch_size(len(seeds))
         steps, note = self._steps(method, budget, speed_ratio, pipe, peer)
         with self._autocast(), self._set_up(method, pipe):
-            warm_up = WARM_UP_PLAN if isinstance(steps, MorsePlan) else WARM_UP
-            sample_images(pipe, warm_up, seeds[:batch_size], batch_size)
+            if (method, batch_size) not in self._warm:
+                warm_up = WARM_UP_PLAN if isinstance(steps, MorsePlan) else WARM_UP
+                sample_images(pipe, warm_up, seeds[:batch_size], batch_size)
+                self._warm.add((method, batch_size))
             samples = sample_images(pipe, steps, seeds, batch_size)
         notes = [note, samples.note]
         changes: dict[str, object] = {}
@@ -160,6 +166,7 @@ class Bench:
                 wanted = math.floor(speed_ratio * budget)
             elif method.kind == "deepcache":
                 wanted = deepcache_steps(budget, interval_of(method), peer["cached_lsd"])
+            wanted = min(wanted, pipe.scheduler.config.num_train_timesteps)
             steps = made = fit_steps(pipe.scheduler, wanted)[1]
         notes = []
         if made < wanted:
@@ -184,22 +191,17 @@ class Bench:
 
     def _make_pipe(self, method: Method) -> "SolverPipeline":
         from morse.attach import enable_morse
-        from morse.evaluation.controls import (
-            ExtrapolationDot,
-            PFDiffScheduler,
-            ShrunkDash,
-            reuse_dot,
-        )
+        from morse.evaluation.controls import ExtrapolationDot, PFDiffScheduler, reuse_dot
 
-        unet, config = self._main.unet, self._scheduler_config
-        if method.kind == "shrunk":
-            unet = ShrunkDash(self._independent, unet)
+        unet = self._shrunk if method.kind == "shrunk" else self._main.unet
+        config = self._by_solver[method.solver].scheduler.config
         pipe = make_pipeline(unet, method.solver, config)
         if method.kind == "pfdiff":
             pipe.scheduler = PFDiffScheduler.from_config(pipe.scheduler.config)
         if method.kind in PLANNED:
-            dots = {"reuse": reuse_dot, "independent": self._independent}
-            dot = dots.get(method.kind) or ExtrapolationDot()
+            dot = reuse_dot if method.kind == "reuse" else ExtrapolationDot()
+            if method.kind == "independent":
+                dot = self._shrunk.dot
             enable_morse(pipe, dot, merge_lora=self.config.merge_lora)
         return pipe
 

@@ -13,11 +13,10 @@ from morse.evaluation.runs import KINDS, PLANNED, Method
 from morse.evaluation.solvers import check_solvers
 
 CHOOSABLE = tuple(kind for kind in KINDS if kind not in PEERS)
-NEEDS_INDEPENDENT = ("independent", "shrunk")
 PFDIFF_SOLVER = "ddim"  # a first-order one, as its authors use
 # What --quick puts in the place of settings that were left at their defaults.
 QUICK: dict[str, object] = {
-    "num_images": 16,
+    "num_images": 12,
     "lsd": (4, 8, 16),
     "baseline_lsd": (30,),
     "solvers": ("ddim", "dpmsolver++"),
@@ -171,7 +170,7 @@ class BenchmarkConfig:
 
     def tasks(self) -> list[tuple[Method, int]]:
         """List every method with every budget it is measured at, what matters most first."""
-        order = {"morse": 1, "baseline": 2, "reuse": 3}  # what is left out comes last
+        order = {"morse": 1, "baseline": 2, "reuse": 3}  # what is not named comes last
 
         def stage(task: tuple[Method, int]) -> int:
             method, budget = task

@@ -161,4 +161,4 @@ class ShrunkDash(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
         """Estimate from the sample alone, (B, C, H, W)."""
-        return UNet2DOutput(sample=self.dot(sample, timestep, None))
+        return UNet2DOutput(sample=self.dot(sample, timestep.to(sample.device), None))

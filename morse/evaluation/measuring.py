@@ -70,23 +70,19 @@ def _speed(config: "BenchmarkConfig", bench: Bench) -> dict[str, object]:
     return bench.speed()
 
 
-def _obstacle(bench: Bench, method: Method) -> str | None:
-    return bench.obstacle(method.kind) or bench.solver_obstacle(method)
-
-
 def _not_measured(config: "BenchmarkConfig", store: CellStore, bench: Bench) -> list[str]:
     """List methods that can't be measured, with the reason, and cells that time ran out for."""
-    reasons = {}
-    for peer in config.chosen_peers:
-        if peer not in {method.kind for method, _ in config.tasks()} and bench.obstacle(peer):
-            reasons[f"{peer}: {bench.obstacle(peer)}"] = None
+    lines = []
+    kinds = {method.kind for method, _ in config.tasks()}
+    for peer in sorted(set(config.chosen_peers) - kinds):
+        lines.append(f"{peer}: {bench.peer_obstacle(peer) or 'not a method of this run'}")
     for method, budget in config.tasks():
-        reason = _obstacle(bench, method)
+        reason = bench.obstacle(method)
         if reason is not None:
-            reasons[f"{method.label}: {reason}"] = None
+            lines.append(f"{method.label}: {reason}")
         elif not all(store.has(method, budget, seed) for seed in config.seeds):
-            reasons[f"{method.label}, {budget} LSD"] = None
-    return list(reasons)
+            lines.append(f"{method.label}, {budget} LSD")
+    return list(dict.fromkeys(lines))
 
 
 def _measure_seed(
@@ -101,7 +97,7 @@ def _measure_seed(
     from rich.progress import track
 
     missing = [task for task in config.tasks() if not store.has(*task, seed)]
-    missing = [task for task in missing if _obstacle(bench, task[0]) is None]
+    missing = [task for task in missing if bench.obstacle(task[0]) is None]
     if not missing:
         return
     seeds = range(seed, seed + config.num_images)

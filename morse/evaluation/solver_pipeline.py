@@ -54,7 +54,7 @@ class SolverPipeline(DDPMPipeline):
         shape = (batch_size, self.unet.config.in_channels, height, width)
         device = self._execution_device
         noise = randn_tensor(shape, generator, device=device, dtype=self.unet.dtype)
-        self.scheduler.set_timesteps(steps, device=device)
+        self.scheduler.set_timesteps(steps)  # on the CPU: looking them up must not wait for a GPU
         sample = noise * self.scheduler.init_noise_sigma
         for timestep in self.progress_bar(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(sample, timestep)

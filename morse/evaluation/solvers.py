@@ -1,5 +1,7 @@
 """The solvers that are compared, and how many model evaluations their steps take."""
 
+import json
+from functools import cache
 from typing import TYPE_CHECKING
 
 from morse.plan import MorsePlan
@@ -39,21 +41,11 @@ def make_solver(solver: str, config: dict[str, object]) -> "SchedulerMixin":
     return make_scheduler(solver, {**config, **OPTIONS.get(solver, {})})
 
 
-def count_evaluations(scheduler: "SchedulerMixin", num_inference_steps: int) -> int | None:
-    """Tell how often the model is evaluated in so many steps; None if it can't do so few.
-
-    A copy is asked, so that `scheduler` stays as it is.
-    """
-    copy = type(scheduler).from_config(scheduler.config)
-    try:
-        copy.set_timesteps(num_inference_steps)
-    except ValueError:  # PNDM's Runge-Kutta start does not fit
-        return None
-    return len(copy.timesteps)
-
-
 def fit_steps(scheduler: "SchedulerMixin", evaluations: int) -> tuple[int, int]:
     """Find the number of steps that makes the most model evaluations within a limit.
+
+    A copy is asked, so that `scheduler` stays as it is, and only once for the same question, so
+    that asking again takes no time from what is being timed.
 
     Args:
         scheduler: Any diffusers scheduler.
@@ -65,13 +57,27 @@ def fit_steps(scheduler: "SchedulerMixin", evaluations: int) -> tuple[int, int]:
     Raises:
         ValueError: If the scheduler can't do with so few.
     """
+    return _fit_steps(type(scheduler), scheduler.to_json_string(), evaluations)
+
+
+@cache
+def _fit_steps(scheduler_class: type, config: str, evaluations: int) -> tuple[int, int]:
+    copy = scheduler_class.from_config(json.loads(config))
     for steps in range(evaluations, 0, -1):  # a step takes one evaluation at least
-        made = count_evaluations(scheduler, steps)
+        made = _count_evaluations(copy, steps)
         if made is not None and made <= evaluations:
             return steps, made
     raise ValueError(
-        f"evaluations is {evaluations}, but {type(scheduler).__name__} needs more; raise the budget"
+        f"evaluations is {evaluations}, but {scheduler_class.__name__} needs more; raise the budget"
     )
+
+
+def _count_evaluations(scheduler: "SchedulerMixin", num_inference_steps: int) -> int | None:
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except ValueError:  # PNDM's Runge-Kutta start does not fit
+        return None
+    return len(scheduler.timesteps)
 
 
 def fit_plan(scheduler: "SchedulerMixin", plan: MorsePlan) -> MorsePlan:
