@@ -1,4 +1,4 @@
-"""Measure Morse against the bare solvers and controls; the same as `morse bench`.
+"""Measure Morse against the training-free solvers and controls; the same as `morse bench`.
 
 python eval/benchmark.py --num_images 5000 --output_dir benchmark_output
 """

@@ -17,11 +17,12 @@ from morse.evaluation.report_data import (
     row_name,
     split_budgets,
 )
+from morse.evaluation.runs import TRAINING_FREE
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval/results/fashion_mnist"
 BEGIN, END = "<!-- begin table: python -m eval.readme_table -->", "<!-- end table -->"
-SHOWN_KINDS = ("baseline", "morse", *CONTROLS)
+SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
 MAX_BUDGETS = 5
 # README's copy -> the benchmark's own; only what README shows is copied.
 PICTURES = {
@@ -35,7 +36,7 @@ def load_result() -> Result:
 
 
 def make_table(result: Result) -> str:
-    """Return Fréchet distance and PSNR of bare solvers, Morse and controls, as Markdown.
+    """Return Fréchet distance and PSNR of training-free solvers, Morse and controls, as Markdown.
 
     Args:
         result: The benchmark's JSON, schema 2.

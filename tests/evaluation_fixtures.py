@@ -26,3 +26,15 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     MorsePipeline.from_pipe(pipe, dot).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def independent_folder(tiny_folder, tmp_path_factory):
+    """A Dot that estimates alone, for the tiny pipeline."""
+    dash = UNet2DModel.from_pretrained(tiny_folder, subfolder="unet")
+    dot = MorseDot.from_dash(
+        dash, num_down_blocks=1, block_out_channels=(8,), lora_rank=2, independent=True
+    )
+    folder = tmp_path_factory.mktemp("independent")
+    dot.save_pretrained(folder)
+    return folder

@@ -185,12 +185,15 @@ def _score(value, error):
 
 
 def _speedups():
-    """Morse over the best bare solver and over DDIM; the last budgets have no factor."""
+    """Morse over the best training-free solver and over DDIM; the last budgets have no factor."""
     entries = []
     for method in ("Morse-DDIM r2", "Morse-DPM++ 2M r1.75"):
         for axis in AXES:
             for cost in ("lsd", "seconds"):
-                for baseline, rival in (("best bare solver", "DPM++ 2M"), ("DDIM", "DDIM")):
+                for baseline, rival in (
+                    ("best training-free solver", "DPM++ 2M"),
+                    ("DDIM", "DDIM"),
+                ):
                     for budget in BUDGETS:
                         value = worth(method, budget) / worth(rival, budget)
                         value *= 0.9 if cost == "seconds" else 1.0

@@ -1,15 +1,19 @@
+import base64
 import dataclasses
+import io
 import json
 
 import pytest
-from evaluation_fixtures import tiny_folder  # noqa: F401
+from evaluation_fixtures import independent_folder, tiny_folder  # noqa: F401
+from PIL import Image
 
 from morse.evaluation.benchmark import BenchmarkConfig, run_benchmark
+from morse.evaluation.loading import load_pipelines
 from morse.evaluation.speed import measure_speed_table
 
 
 @pytest.fixture(scope="module")
-def config(tiny_folder, tmp_path_factory):  # noqa: F811
+def config(tiny_folder, independent_folder, tmp_path_factory):  # noqa: F811
     return BenchmarkConfig(
         output_dir=tmp_path_factory.mktemp("bench"),
         pipeline=str(tiny_folder),
@@ -19,27 +23,45 @@ def config(tiny_folder, tmp_path_factory):  # noqa: F811
         baseline_lsd=(4,),
         ddim_ratios=(1.5,),
         dpm_ratios=(2.0,),
-        independent_dot=str(tiny_folder),  # any Dot will do to run the path
+        independent_dot=str(independent_folder),
+        solvers=("ddim", "dpmsolver++"),
         speed_ratio=4.0,
         latency_batch_sizes=(1,),
         num_replicates=2,
         seeds=(0, 10),
+        kinds=("baseline", "morse", "reuse", "independent"),
+        peers=("none",),
         device="cpu",
     )
+
+
+def check_grid(result):
+    grid = result["grid"]
+    assert grid["seeds"] == [0, 1, 2]
+    labels = [row["label"] for row in grid["rows"]]
+    assert labels[0] == "DPM++ 2M, 100 LSD" and "Morse-DDIM r1.5, 3 LSD" in labels
+    assert len(labels) == len(set(labels)) == 1 + 2 * (2 * 4)
+    for row in grid["rows"]:
+        picture = Image.open(io.BytesIO(base64.b64decode(row["png_base64"])))
+        assert (picture.size, picture.mode) == ((3 * 32, 32), "L")
 
 
 def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     result = run_benchmark(config)
     assert len(result["rows"]) == 2 * (3 + 3 * 2)
-    assert {row["kind"] for row in result["rows"]} == {"baseline", "morse", "reuse", "independent"}
+    assert {row["kind"] for row in result["rows"]} == set(config.kinds)
+    assert result["not_measured"] == []
     assert all(not row["fallbacks"] for row in result["rows"])
     assert result["settings"]["seeds"] == [0, 10]
     assert [entry["merged"] for entry in result["speed_ratios"]] == [True, False]
     # A Dot that starts at zero is reuse, so Morse and its control agree here.
     rows = {(row["kind"], row["solver"], row["budget"]): row for row in result["rows"]}
     morse, reuse = rows["morse", "ddim", 3], rows["reuse", "ddim", 3]
-    assert morse["psnr"] == pytest.approx(reuse["psnr"], abs=1e-3)
+    assert morse["scores"]["psnr"]["value"] == pytest.approx(
+        reuse["scores"]["psnr"]["value"], abs=1e-3
+    )
     assert morse["plan"] == reuse["plan"] and morse["num_dot"] > 0
+    check_grid(result)
 
     text = (config.output_dir / "benchmark.md").read_text()
     for wanted in ("Fréchet distance (Fashion-MNIST classifier features)", "Reuse-DDIM r1.5", "±"):
@@ -47,7 +69,7 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     assert "FID" not in text
 
     # Resuming measures nothing again; redrawing needs the JSON only.
-    monkeypatch.setattr("morse.evaluation.measuring.sample_images", None)
+    monkeypatch.setattr("morse.evaluation.bench.sample_images", None)
     resumed = run_benchmark(dataclasses.replace(config, resume=True))
     assert resumed["rows"] == result["rows"]
     run_benchmark(
@@ -60,8 +82,6 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
 
 
 def test_the_speed_table_leaves_the_pipeline_as_it_was(tiny_folder):  # noqa: F811
-    from morse.evaluation.runs import load_pipelines
-
     pipe = load_pipelines(str(tiny_folder), None, ("ddim",), "cpu")["ddim"]
     pipe.speed_ratio, merged = 3.0, pipe.dot.is_merged
     table = measure_speed_table(pipe, (1, 2))
@@ -79,7 +99,7 @@ def test_bad_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="solver 'euler' is unknown"):
         BenchmarkConfig(solvers=("euler",))
     with pytest.raises(ValueError, match="share images"):
-        BenchmarkConfig(seeds=(0, 100))
+        BenchmarkConfig(seeds=(0, 100), num_images=500)
     with pytest.raises(ValueError, match="ddim_ratios"):
         BenchmarkConfig(ddim_ratios=(0.5,))
     other = tmp_path / "other.json"

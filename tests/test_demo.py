@@ -6,7 +6,8 @@ from evaluation_fixtures import tiny_folder  # noqa: F401
 from PIL import Image
 
 from morse.evaluation.demo import DemoConfig, run_demo
-from morse.evaluation.runs import load_pipelines, sample_images
+from morse.evaluation.loading import load_pipelines
+from morse.evaluation.runs import sample_images
 from morse.plan import MorsePlan
 
 

@@ -88,7 +88,7 @@ def test_claim_conditions_and_limits_come_first(text):
         text.index(words)
         for words in (
             "2,000 images a point from each of 3 seeds, NVIDIA H100 80GB HBM3, float32, N = 6.00",
-            "comparisons with the best bare solver",
+            "comparisons with the best training-free solver",
             "How many times less Morse costs",
             "morse bench --num_images 2000",
             "<h2>Quality at each budget",

@@ -37,7 +37,7 @@ def test_a_changed_figure_changes_the_table():
     assert update(text, result).startswith("before\n") and update(text, result).endswith("\nafter")
 
 
-def test_the_table_has_bare_solvers_morse_and_controls():
+def test_the_table_has_training_free_solvers_morse_and_controls():
     lines = make_table(full_result()).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]]
     assert names == [

@@ -10,7 +10,7 @@ from report_tables import all_text, find, find_claims, find_headline, tables_of
 from morse.evaluation.report_data import (
     Axis,
     Score,
-    best_bare_row,
+    best_training_free_row,
     compare,
     headline_axes,
     read_axes,
@@ -92,17 +92,17 @@ def test_methods_ahead_of_morse_are_named(result):
     )
 
 
-def test_the_best_bare_solver_is_named_at_each_budget(result):
+def test_the_best_training_free_solver_is_named_at_each_budget(result):
     table = {row[0]: row[1:] for row in find_headline(result)[0].rows}
-    assert table["best bare solver: DPM++ 2M"] == table["DPM++ 2M"]
+    assert table["best training-free solver: DPM++ 2M"] == table["DPM++ 2M"]
     changed = copy.deepcopy(result)
     for row in changed["rows"]:
         if row["label"] == "DDIM" and row["budget"] == 5:
             row["scores"]["frechet"]["value"] = 0.25
     axis = headline_axes(changed)[0]
-    assert best_bare_row(changed, axis, 5)["label"] == "DDIM"
+    assert best_training_free_row(changed, axis, 5)["label"] == "DDIM"
     first = quality_table(changed, axis, [5, 8]).rows[0]
-    assert first == ("best bare solver", "0.25 ± 0.10 (DDIM)", "1.18 ± 0.06 (DPM++ 2M)")
+    assert first == ("best training-free solver", "0.25 ± 0.10 (DDIM)", "1.18 ± 0.06 (DPM++ 2M)")
 
 
 def test_of_many_morse_methods_those_with_most_wins_are_claimed(result):

@@ -81,7 +81,9 @@ def test_a_method_twice_as_fast_shows_as_two_on_every_axis_and_cost(result):
     assert point["interval"] == pytest.approx([2, 2], rel=5e-3)
 
 
-def test_bare_solvers_are_compared_with_each_other_where_another_method_was_measured(result):
+def test_training_free_solvers_are_compared_with_each_other_where_another_method_was_measured(
+    result,
+):
     points = select(
         result["speedups"], method=SOLVER.label, baseline=DDIM.label, axis="psnr", cost="lsd"
     )

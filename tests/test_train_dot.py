@@ -204,9 +204,10 @@ class TestCache:
             run(*self.options, "--cache_dir", str(folder))
 
     def test_shards_hold_whole_batches(self):
-        from morse.training.cache import _BATCH_SIZE
+        from morse.training.cache import _BATCH_SIZES, _DEFAULT_BATCH_SIZE
 
-        assert SHARD_WINDOWS % _BATCH_SIZE == 0
+        for batch_size in (_DEFAULT_BATCH_SIZE, *_BATCH_SIZES.values()):
+            assert SHARD_WINDOWS % batch_size == 0
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def _plots(panels: list[Panel]) -> list[Picture]:
     legend = to_svg_uri(legend_figure(panels))
     caption = (
         "Bars: the 95 % interval where there is one, else one standard error. Panels are scaled to "
-        "the bare solvers and Morse; others may leave them, and of more than "
+        "the training-free solvers and Morse; others may leave them, and of more than "
         f"{MAX_CURVES} methods only the best of each other kind is drawn (at the middle budget, "
         "first panel). The tables have every value."
     )

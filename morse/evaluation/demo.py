@@ -14,8 +14,9 @@ from morse.evaluation.demo_sampling import (
     sample_all,
 )
 from morse.evaluation.environment import command_line, device_name, environment
+from morse.evaluation.loading import load_pipelines
 from morse.evaluation.report import Row, plot_quality, results_table, save_grid
-from morse.evaluation.runs import REFERENCE_SOLVER, Samples, load_pipelines
+from morse.evaluation.runs import REFERENCE_SOLVER, Samples
 from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from morse.evaluation.report import Row
 from morse.evaluation.runs import (
     REFERENCE_SOLVER,
     REFERENCE_STEPS,
-    SOLVERS,
     Method,
     Samples,
     sample_images,
 )
+from morse.evaluation.solvers import SOLVERS
 from morse.plan import MorsePlan
 
 if TYPE_CHECKING:

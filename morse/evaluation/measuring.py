@@ -2,11 +2,9 @@
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-import torch
-
+from morse.evaluation.bench import Bench
 from morse.evaluation.environment import environment
 from morse.evaluation.features import (
     features_sha256,
@@ -14,92 +12,44 @@ from morse.evaluation.features import (
     load_reference,
     read_features_config,
 )
+from morse.evaluation.grid import COLUMNS, grid_budgets, strip_png
 from morse.evaluation.metrics import FRECHET_LABEL
-from morse.evaluation.runs import (
-    REFERENCE_SOLVER,
-    REFERENCE_STEPS,
-    SOLVERS,
-    Method,
-    Samples,
-    load_pipelines,
-    reuse_dot,
-    sample_images,
-)
+from morse.evaluation.runs import REFERENCE_SOLVER, REFERENCE_STEPS, Method, Samples
 from morse.evaluation.scoring import Scorer
-from morse.evaluation.speed import measure_speed, measure_speed_table
+from morse.evaluation.solvers import SOLVERS
 from morse.evaluation.store import Cell, CellStore
-from morse.plan import MorsePlan
 
 if TYPE_CHECKING:
-    from morse.evaluation.benchmark import BenchmarkConfig
-    from morse.pipeline import MorsePipeline
+    from morse.evaluation.benchmark_config import BenchmarkConfig
 
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Bench:
-    """The loaded pipelines, one a solver, and the Dots that take turns in them."""
-
-    def __init__(self, config: "BenchmarkConfig"):
-        """Load everything; the Dots of all kinds of method are at hand."""
-        from morse.pipeline import load_dot
-
-        self.config = config
-        solvers = tuple(dict.fromkeys((*config.solvers, REFERENCE_SOLVER)))
-        self.pipelines = load_pipelines(config.pipeline, config.dot, solvers, config.device)
-        self.device = self.pipelines[REFERENCE_SOLVER].device
-        self.dots: dict[tuple[str, str], object] = {}
-        for solver, pipe in self.pipelines.items():
-            self.dots[solver, "morse"] = pipe.dot
-            self.dots[solver, "reuse"] = reuse_dot
-            if config.independent_dot:
-                self.dots[solver, "independent"] = load_dot(config.independent_dot).to(pipe.device)
-
-    def speed(self, batch_size: int) -> dict[str, object]:
-        """Measure N at `batch_size` in the precision that is sampled in."""
-        with self._autocast():
-            return measure_speed(self._prepare(REFERENCE_SOLVER, "morse"), batch_size)
-
-    def speed_table(self, batch_sizes: list[int]) -> list[dict[str, object]]:
-        """Measure N at each batch size, LoRA merged and not, in that precision."""
-        with self._autocast():
-            return measure_speed_table(self._prepare(REFERENCE_SOLVER, "morse"), batch_sizes)
-
-    def sample(self, method: Method, steps: int | MorsePlan, seeds: range) -> Samples:
-        """Sample with the method's Dot in place, after one batch of two steps to warm up."""
-        pipe = self._prepare(method.solver, method.kind)
-        batch_size = min(self.config.batch_size, len(seeds))
-        with self._autocast():
-            warm_up = MorsePlan.from_string("Do") if isinstance(steps, MorsePlan) else 2
-            sample_images(pipe, warm_up, seeds[:batch_size], batch_size)
-            return sample_images(pipe, steps, seeds, batch_size)
-
-    def _autocast(self) -> AbstractContextManager:
-        if self.config.mixed_precision == "no":
-            return nullcontext()
-        return torch.autocast(self.device.type, AUTOCAST[self.config.mixed_precision])
-
-    def _prepare(self, solver: str, kind: str) -> "MorsePipeline":
-        from morse.attach import enable_morse
-
-        pipe = self.pipelines[solver]
-        if kind != "baseline":
-            enable_morse(pipe, self.dots[solver, kind], merge_lora=self.config.merge_lora)
-        return pipe
+Task = tuple[Method, int]
 
 
 def measure_cells(config: "BenchmarkConfig", store: CellStore) -> dict[str, object]:
     """Measure each method, budget and seed that `store` lacks.
 
+    Args:
+        config: Settings without gaps (`BenchmarkConfig.resolved`).
+        store: Where finished cells are kept.
+
     Returns:
-        What the figures were measured with: device, versions, N, extractor, reference.
+        What the figures were measured with (device, versions, N, extractor, reference), "grid"
+        and "not_measured".
     """
     bench = Bench(config)
     deadline = time.monotonic() + (config.max_seconds or math.inf)
+    batch_sizes = [size for size in config.latency_batch_sizes if size > 0]
+    if config.compile:  # before they are compiled, for comparison
+        store.once("speed_table", lambda: bench.speed_table(batch_sizes))
+        bench.compile()
     speed = store.once("speed", lambda: _speed(config, bench))
     for seed in config.seeds if not config.latency_only else ():
         _measure_seed(config, store, bench, speed["speed_ratio"], seed, deadline)
-    speeds = store.once("speed_table", lambda: _speed_table(config, bench))
+    speeds = store.once("speed_table", lambda: bench.speed_table(batch_sizes))
+    if config.compile:
+        speeds += store.once(
+            "speed_table_compiled", lambda: bench.speed_table(batch_sizes, (True,))
+        )
     return {
         **environment(bench.device, config.mixed_precision),
         "speed_ratio": speed,
@@ -109,18 +59,30 @@ def measure_cells(config: "BenchmarkConfig", store: CellStore) -> dict[str, obje
         "features_test_accuracy": read_features_config().get("test_accuracy"),
         "real_images": "Fashion-MNIST, 60,000 training images",
         "reference": f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps, the same noise",
+        "grid": _grid(config, store),
+        "not_measured": _not_measured(config, store, bench),
     }
 
 
 def _speed(config: "BenchmarkConfig", bench: Bench) -> dict[str, object]:
     if config.speed_ratio is not None:
         return {"speed_ratio": config.speed_ratio, "how": "given by --speed_ratio"}
-    return bench.speed(config.batch_size)
+    return bench.speed()
 
 
-def _speed_table(config: "BenchmarkConfig", bench: Bench) -> list[dict[str, object]]:
-    batch_sizes = [size for size in config.latency_batch_sizes if size > 0]
-    return bench.speed_table(batch_sizes)
+def _not_measured(config: "BenchmarkConfig", store: CellStore, bench: Bench) -> list[str]:
+    """List methods that can't be measured, with the reason, and cells that time ran out for."""
+    lines = []
+    kinds = {method.kind for method, _ in config.tasks()}
+    for peer in sorted(set(config.chosen_peers) - kinds):
+        lines.append(f"{peer}: {bench.peer_obstacle(peer) or 'not a method of this run'}")
+    for method, budget in config.tasks():
+        reason = bench.obstacle(method)
+        if reason is not None:
+            lines.append(f"{method.label}: {reason}")
+        elif not all(store.has(method, budget, seed) for seed in config.seeds):
+            lines.append(f"{method.label}, {budget} LSD")
+    return list(dict.fromkeys(lines))
 
 
 def _measure_seed(
@@ -135,33 +97,89 @@ def _measure_seed(
     from rich.progress import track
 
     missing = [task for task in config.tasks() if not store.has(*task, seed)]
+    missing = [task for task in missing if bench.obstacle(task[0]) is None]
     if not missing:
         return
     seeds = range(seed, seed + config.num_images)
+
+    def sample(method: Method, budget: int, seeds: range = seeds) -> Samples:
+        peer = None
+        if method.kind == "deepcache":
+            name = f"deepcache-{method.setting.replace(' ', '-')}"
+            peer = store.once(name, lambda: bench.measure_peer(method))
+        return bench.sample(method, budget, seeds, speed_ratio, peer)
+
     reference = store.images(
-        f"reference-seed{seed}",
-        lambda: bench.sample(Method(REFERENCE_SOLVER), REFERENCE_STEPS, seeds).images,
+        reference_name(seed),
+        lambda: (
+            sample(
+                Method(REFERENCE_SOLVER), REFERENCE_STEPS, seeds[: config.num_reference_images]
+            ).images
+        ),
     )
-    classifier = load_features().to(bench.device)
-    scorer = Scorer(classifier, load_reference(), reference, config.num_replicates, seed)
-    for method, lsd in track(missing, f"seed {seed}"):
+    scorer = Scorer(load_features().to(bench.device), load_reference(), reference)
+    store.features(reference_name(seed), lambda: scorer.reference_features)
+    for method, budget in track(missing, f"seed {seed}"):
         if time.monotonic() > deadline:
             print("max_seconds is over; --resume measures what is missing")
             return
-        samples = bench.sample(method, method.plan(lsd, speed_ratio) or lsd, seeds)
-        scores = scorer.score(samples.images)
-        cell = Cell(
-            method=method,
-            budget=lsd,
-            seed=seed,
-            plan=samples.plan,
-            num_dash=samples.num_dash,
-            num_dot=samples.num_dot,
-            lsd=samples.num_dash + samples.num_dot / speed_ratio,
-            seconds=samples.seconds,
-            fallbacks=samples.fallbacks,
-            scores=scores,
-        )
-        store.add(cell)
-        frechet, ratio = scores["frechet"].value, scores["psnr"].value
-        print(f"{method.label}, {lsd} LSD: Fréchet {frechet:.3f}, PSNR {ratio:.2f} dB", flush=True)
+        samples = sample(method, budget)
+        _keep(store, scorer, (method, budget), seed, samples, speed_ratio)
+
+
+def _keep(
+    store: CellStore, scorer: Scorer, task: Task, seed: int, samples: Samples, speed_ratio: float
+) -> None:
+    """Score what was sampled, and put the figures and a strip of images into the store."""
+    method, budget = task
+    store.once(_strip_name(task, seed), lambda: strip_png(samples.images))
+    scores = scorer.score(samples.images)
+    cell = Cell(
+        method=method,
+        budget=budget,
+        seed=seed,
+        plan=samples.plan,
+        num_dash=samples.num_dash,
+        num_dot=samples.num_dot,
+        lsd=samples.spent(speed_ratio),
+        seconds=samples.seconds,
+        fallbacks=samples.fallbacks,
+        scores=scores,
+        engaged=samples.engaged,
+        note=samples.note,
+        peak_memory_mib=samples.peak_memory_mib,
+        batch_seconds=samples.quartiles,
+    )
+    store.add(cell)
+    frechet, ratio = scorer.frechet(scores), float(scores.psnr.mean())
+    figures = f"Fréchet {frechet:.3f}, PSNR {ratio:.2f} dB, {samples.seconds:.1f} s"
+    print(f"{method.label}, {budget} LSD: {figures}", flush=True)
+    if samples.note:
+        print(f"  {samples.note}", flush=True)
+
+
+def reference_name(seed: int) -> str:
+    """Return the name that the reference of a repetition has in the store."""
+    return f"reference-seed{seed}"
+
+
+def _strip_name(task: Task, seed: int) -> str:
+    name = f"strip-{task[0].label}-lsd{task[1]}-seed{seed}"
+    return name.replace("+", "p").replace(" ", "-")
+
+
+def _grid(config: "BenchmarkConfig", store: CellStore) -> dict[str, object] | None:
+    """Collect strips of images, the reference's first; None where nothing was sampled."""
+    seed, budgets = config.seeds[0], grid_budgets(config.lsd)
+    chosen = [task for task in config.tasks() if task[1] in budgets and store.has(*task, seed)]
+    if not chosen:
+        return None
+    # The store holds all of them, since it holds these cells.
+    reference = strip_png(store.images(reference_name(seed), list))
+    label = f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} LSD"
+    rows = [{"label": label, "png_base64": reference}]
+    for method, budget in sorted(chosen, key=lambda task: task[1]):
+        png = store.once(_strip_name((method, budget), seed), str)
+        rows.append({"label": f"{method.label}, {budget} LSD", "png_base64": png})
+    count = min(COLUMNS, config.num_images)
+    return {"seeds": list(range(seed, seed + count)), "rows": rows}

@@ -1,4 +1,4 @@
-"""A method at a budget with its bootstrap, and the curves that bare solvers' points make."""
+"""A method at a budget with its bootstrap, and the curves of training-free solvers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,18 +137,18 @@ def _estimates(
     }
 
 
-def bare_points(points: Sequence[Point], axis: str) -> list[Point]:
-    """Return the points of bare solvers that have an estimate on an axis."""
-    return [p for p in points if p.method.kind == "baseline" and axis in p.estimates]
+def training_free(points: Sequence[Point], axis: str) -> list[Point]:
+    """Return the points of training-free solvers that have an estimate on an axis."""
+    return [p for p in points if p.method.is_training_free and axis in p.estimates]
 
 
 def best_points(points: Sequence[Point], axis: str) -> list[Point]:
-    """Return the best bare solver's point at each budget, in the order of their LSD.
+    """Return the best training-free solver's point at each budget, in the order of their LSD.
 
     Which solver that is, is decided on all images; its replicates come with it.
     """
     best: dict[int, Point] = {}
-    for point in bare_points(points, axis):
+    for point in training_free(points, axis):
         other = best.get(point.budget)
         if other is None or point.errors(axis)[0] < other.errors(axis)[0]:
             best[point.budget] = point
@@ -156,7 +156,7 @@ def best_points(points: Sequence[Point], axis: str) -> list[Point]:
 
 
 def fit_curve(points: Sequence[Point], axis: str, cost: str) -> Curve | None:
-    """Return a curve through bare solvers' points, or None for fewer than two.
+    """Return a curve through solvers' points, or None for fewer than two.
 
     Args:
         points: One a budget.

@@ -5,13 +5,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from morse.evaluation.runs import TRAINING_FREE
+
 Result = Mapping[str, Any]  # the JSON's content
 Measured = Mapping[str, Any]  # one of its "rows": a method at a budget
 Verdict = Literal["better", "within noise", "worse"]
 
-BEST_BARE = "best bare solver"
+BEST_TRAINING_FREE = "best training-free solver"
 CONTROLS = ("reuse", "extrapolation", "independent", "shrunk")
-KIND_ORDER = ("baseline", "morse", *CONTROLS, "pfdiff", "deepcache")
+KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, "deepcache")
 FOOTNOTE_MARKS = "†‡§¶"
 NONE = "–"
 Z_95 = 1.96  # a normal variable lies within so many standard deviations in 95 % of cases
@@ -142,10 +144,14 @@ def best_row(rows: Iterable[Measured], axis: Axis) -> Measured | None:
     return min(scored, key=lambda row: sign * row["scores"][axis.name]["value"], default=None)
 
 
-def best_bare_row(result: Result, axis: Axis, budget: float) -> Measured | None:
+def best_training_free_row(result: Result, axis: Axis, budget: float) -> Measured | None:
     """Return the best training-free solver's row at a budget."""
-    bare = (row for row in result["rows"] if row["kind"] == "baseline" and row["budget"] == budget)
-    return best_row(bare, axis)
+    solvers = (
+        row
+        for row in engaged_rows(result)
+        if row["kind"] in TRAINING_FREE and row["budget"] == budget
+    )
+    return best_row(solvers, axis)
 
 
 def compare(score: Score, other: Score, axis: Axis) -> Verdict:

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 from morse.evaluation.report_blocks import Section, Table
 from morse.evaluation.report_data import (
-    BEST_BARE,
+    BEST_TRAINING_FREE,
     NONE,
     Axis,
     Measured,
     Result,
     Verdict,
-    best_bare_row,
     best_row,
+    best_training_free_row,
     budget_list,
     compare,
     engaged_entries,
@@ -39,7 +39,7 @@ def claim_section(result: Result) -> Section:
             if set(cells) != {NONE}:
                 lines.append((method, axis.name_alone, *cells))
     header = ("method", "equal quality in", "in LSD", "in wall time")
-    title = f"How many times less Morse costs than the {BEST_BARE} at equal quality"
+    title = f"How many times less Morse costs than the {BEST_TRAINING_FREE} at equal quality"
     note = (
         "From the worst to the best budget that has a factor, and how many have one; below, every "
         "budget, and why some have none."
@@ -52,20 +52,20 @@ def claim_section(result: Result) -> Section:
 
 
 def limits_sentence(result: Result) -> str:
-    """Count Morse's comparisons with the best bare solver at the same budget, on every axis."""
+    """Count Morse's comparisons with the best training-free solver at its budget, on every axis."""
     counts = Counter(verdict for *_, verdict in _verdicts(result))
     total = sum(counts.values())
     if not total:
-        return "Morse was not compared with a bare solver."
+        return "Morse was not compared with a training-free solver."
     return (
-        f"At the same budget, of {total} comparisons with the {BEST_BARE} (every Morse method, "
-        f"axis and budget) Morse is better in {counts['better']}, within noise in "
+        f"At the same budget, of {total} comparisons with the {BEST_TRAINING_FREE} (every Morse "
+        f"method, axis and budget) Morse is better in {counts['better']}, within noise in "
         f"{counts['within noise']} and worse in {counts['worse']}."
     )
 
 
 def limits_section(result: Result) -> Section:
-    """Where the best bare solver, or another method, is as good as Morse or better."""
+    """Where the best training-free solver, or another method, is as good as Morse or better."""
     found: dict[tuple[str, str], dict[Verdict, list[float]]] = {}
     for name, axis, budget, verdict in _verdicts(result):
         found.setdefault((name, axis.name), {}).setdefault(verdict, []).append(budget)
@@ -90,10 +90,10 @@ def limits_section(result: Result) -> Section:
     header = ("method", "axis", "worse", "within noise", "better", "no gain in seconds")
     note = (
         "Budgets in LSD. Within noise: closer than 1.96 standard errors of the difference. No gain "
-        f"in seconds: for the quality of the {BEST_BARE}, no less wall time, or an interval that "
-        "includes that, or no quality that it has at any budget."
+        f"in seconds: for the quality of the {BEST_TRAINING_FREE}, no less wall time, or an "
+        "interval that includes that, or no quality that it has at any budget."
     )
-    title = f"Morse against the {BEST_BARE}, where it is not ahead everywhere"
+    title = f"Morse against the {BEST_TRAINING_FREE}, where it is not ahead everywhere"
     table = Table(title, header, lines, num_text=2, note=note)
     return Section(LIMITS_TITLE, tuple(text), (table,) if lines else ())
 
@@ -103,11 +103,11 @@ def _morse_rows(result: Result) -> list[Measured]:
 
 
 def _verdicts(result: Result) -> Iterator[tuple[str, Axis, float, Verdict]]:
-    """Yield (method, axis, budget, verdict against the best bare solver at that budget)."""
+    """Yield (method, axis, budget, verdict against the best training-free solver there)."""
     for axis in read_axes(result):
         for row in _morse_rows(result):
             score = read_score(row, axis)
-            bare = read_score(best_bare_row(result, axis, row["budget"]), axis)
+            bare = read_score(best_training_free_row(result, axis, row["budget"]), axis)
             if score and bare:
                 yield row_name(row), axis, row["budget"], compare(score, bare, axis)
 
@@ -136,7 +136,7 @@ def _not_faster(result: Result, method: str, axis: str) -> str:
 
 
 def _against_best(result: Result, method: str, axis: str, cost: str) -> list[Measured]:
-    wanted = {"method": method, "baseline": BEST_BARE, "axis": axis, "cost": cost}
+    wanted = {"method": method, "baseline": BEST_TRAINING_FREE, "axis": axis, "cost": cost}
     return [
         entry
         for entry in engaged_entries(result, "speedups")

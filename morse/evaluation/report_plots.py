@@ -174,7 +174,7 @@ def _style(curve: Curve, variant: int) -> dict[str, object]:
 
 
 def _scale(axes: "Axes", panel: Panel) -> None:
-    """Log axes with plain numbers; limits from the bare solvers and Morse, if there are any."""
+    """Log axes with plain numbers; limits from training-free solvers and Morse, where any are."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axes.set(xscale="log", yscale="log" if panel.log_y else "linear")

@@ -12,12 +12,12 @@ from morse.evaluation.report_costs import (
     speed_ratios_section,
 )
 from morse.evaluation.report_data import (
-    BEST_BARE,
+    BEST_TRAINING_FREE,
     NONE,
     Axis,
     Measured,
     Result,
-    best_bare_row,
+    best_training_free_row,
     decimals_of,
     elsewhere,
     engaged_rows,
@@ -107,15 +107,15 @@ def quality_section(result: Result) -> Section:
 
 
 def quality_table(result: Result, axis: Axis, budgets: list[float]) -> Table:
-    """Value ± error of the best bare solver, then of every method, at `budgets`."""
+    """Value ± error of the best training-free solver, then of every method, at `budgets`."""
     rows = {
         (row_name(row), row["budget"]): row
         for row in engaged_rows(result)
         if row["budget"] in budgets
     }
-    best = {budget: best_bare_row(result, axis, budget) for budget in budgets}
+    best = {budget: best_training_free_row(result, axis, budget) for budget in budgets}
     solvers = list(dict.fromkeys(row["label"] for row in best.values() if row))
-    best_name = f"{BEST_BARE}: {solvers[0]}" if len(solvers) == 1 else BEST_BARE
+    best_name = f"{BEST_TRAINING_FREE}: {solvers[0]}" if len(solvers) == 1 else BEST_TRAINING_FREE
     decimals = decimals_of(read_score(row, axis) for row in rows.values())
     marks = footnotes(result)
 
@@ -127,7 +127,7 @@ def quality_table(result: Result, axis: Axis, budgets: list[float]) -> Table:
         if score is None:
             return "reference" if axis.name in row["scores"] else ""
         mark = marks.get(elsewhere(result, row), "")
-        solver = f"({row['label']})" if name == BEST_BARE else ""
+        solver = f"({row['label']})" if name == BEST_TRAINING_FREE else ""
         return " ".join(filter(None, (score.text(decimals), mark, solver)))
 
     names = [best_name, *dict.fromkeys(name for name, _ in rows)]

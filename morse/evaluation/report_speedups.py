@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from morse.evaluation.report_blocks import Section, Table, budget_matrix
 from morse.evaluation.report_data import (
-    BEST_BARE,
+    BEST_TRAINING_FREE,
     Measured,
     Result,
     engaged_entries,
@@ -19,8 +19,8 @@ COSTS = {"lsd": "cost in LSD", "seconds": "cost in wall seconds"}
 def speedups_section(result: Result) -> Section:
     """Matched-quality speed-ups at each budget; what could not be measured is written out.
 
-    The headline axes are shown for every method over the best bare solver; Morse over each single
-    solver, and the other axes, are folded away.
+    The headline axes are shown for every method over the best training-free solver; Morse over each
+    single solver, and the other axes, are folded away.
     """
     entries = engaged_entries(result, "speedups")
     if not entries:
@@ -30,18 +30,20 @@ def speedups_section(result: Result) -> Section:
     for cost in COSTS:
         for axis in read_axes(result):
             own = [e for e in entries if (e["axis"], e["cost"]) == (axis.name, cost)]
-            best = [entry for entry in own if entry["baseline"] == BEST_BARE]
+            best = [entry for entry in own if entry["baseline"] == BEST_TRAINING_FREE]
             single = [entry for entry in own if entry not in best and entry["method"] in morse]
             title = f"{axis.short_title}, {COSTS[cost]}, over "
             if best:
-                table = _speedup_table(title + f"the {BEST_BARE}", best, morse)
+                table = _speedup_table(title + f"the {BEST_TRAINING_FREE}", best, morse)
                 (tables if axis in headline else folded).append(table)
             if single:
-                folded.append(_speedup_table(title + "each bare solver", single, frozenset()))
+                folded.append(
+                    _speedup_table(title + "each training-free solver", single, frozenset())
+                )
     text = (
-        "What a bare solver pays for the quality that a method has at a budget, divided by what "
-        "the method pays: above 1, the method is cheaper. Brackets hold the 95 % interval. Where "
-        "there is no factor, the line below the table says why. No interval: too many of the "
+        "What a training-free solver pays for the quality that a method has at a budget, divided "
+        "by what the method pays: above 1, the method is cheaper. Brackets hold the 95 % interval. "
+        "Where there is no factor, the line below the table says why. No interval: too many of the "
         "bootstrap's replicates have no factor."
     )
     return Section("Matched-quality speed-ups", (text,), tuple(tables), tuple(folded))
@@ -94,10 +96,10 @@ def lossless_section(result: Result) -> Section:
         table = budget_matrix(f"{axis.short_title}, {axis.direction}", names, budgets, cell)
         tables.append(replace(table, strong=morse_names(result["rows"])))
     text = (
-        f"The largest tried factor f for which a method is no worse than the {BEST_BARE} at f "
-        "times its cost: the one-sided 95 % upper bound of how much worse it is stays below the "
-        "margin δ. None: no factor passed. Only factors within the bare solvers' measured costs "
-        "are tried."
+        f"The largest tried factor f for which a method is no worse than the {BEST_TRAINING_FREE} "
+        "at f times its cost: the one-sided 95 % upper bound of how much worse it is stays below "
+        "the margin δ. None: no factor passed. Only factors within the training-free solvers' measured "
+        "costs are tried."
     )
     return Section("Lossless factors", (text,) if tables else (), tuple(tables))
 

@@ -4,21 +4,36 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from morse.evaluation.environment import resolve_device
+from morse.evaluation.solvers import SOLVERS
 from morse.plan import MorsePlan
 
 if TYPE_CHECKING:
+    from morse.evaluation.solver_pipeline import SolverPipeline
     from morse.pipeline import MorsePipeline
 
-SOLVERS = {"ddim": "DDIM", "dpmsolver++": "DPM++ 2M", "unipc": "UniPC"}
 REFERENCE_SOLVER, REFERENCE_STEPS = "dpmsolver++", 100
-KINDS = {"baseline": "", "morse": "Morse-", "reuse": "Reuse-", "independent": "Independent-"}
-Kind = Literal["baseline", "morse", "reuse", "independent"]
+Kind = Literal[
+    "baseline", "morse", "reuse", "extrapolation", "pfdiff", "independent", "shrunk", "deepcache"
+]
+KINDS: dict[Kind, str] = {
+    "baseline": "",
+    "morse": "Morse-",
+    "reuse": "Reuse-",
+    "extrapolation": "Extrapolation-",
+    "pfdiff": "PFDiff-",
+    "independent": "Independent-",
+    "shrunk": "Shrunk-",
+    "deepcache": "DeepCache-",
+}
+TRAINING_FREE = ("baseline", "pfdiff")  # kinds that Morse has to beat: Dash with another solver
+PLANNED = ("morse", "reuse", "extrapolation", "independent")  # kinds that run Morse's plan
 
 
 @dataclass(frozen=True)
@@ -27,15 +42,23 @@ class Method:
 
     Attributes:
         solver: A key of `SOLVERS`.
-        kind: "baseline": Dash alone. "morse": Dash and Dot. Two controls run Morse's plan, counted
-            as if they had its cost: "reuse" repeats Dash's latest estimate where Dot would correct
-            it, "independent" has a network of Dot's size estimate alone, from the sample only.
+        kind: "baseline": Dash alone. "morse": Dash and Dot. The controls "reuse", "extrapolation"
+            and "independent" run Morse's plan, counted as if they had its cost, with something
+            else in Dot's place; "pfdiff" and "shrunk" are controls with plans of their own (all
+            in `morse.evaluation.controls`). "deepcache": a peer (`morse.evaluation.peers`).
         ratio: Evaluations per LSD that the plan aims at (see `MorsePlan.from_budget`).
+        setting: A peer's setting, such as "interval 3"; "" for everyone else.
     """
 
     solver: str
     kind: Kind = "baseline"
     ratio: float = 1.0
+    setting: str = ""
+
+    @property
+    def is_training_free(self) -> bool:
+        """Whether this is a solver over Dash alone, and so among those that Morse has to beat."""
+        return self.kind in TRAINING_FREE
 
     def is_reference(self, budget: int) -> bool:
         """Tell whether this method at `budget` is what fidelity is measured against."""
@@ -43,13 +66,13 @@ class Method:
 
     @property
     def label(self) -> str:
-        """A short name, such as "DDIM" or "Morse-DDIM r2"."""
-        name = KINDS[self.kind] + SOLVERS[self.solver]
-        return name if self.kind == "baseline" else f"{name} r{self.ratio:g}"
+        """A short name, such as "DDIM", "Morse-DDIM r2" or "DeepCache-DDIM interval 3"."""
+        detail = f"r{self.ratio:g}" if self.kind in PLANNED else self.setting
+        return f"{KINDS[self.kind]}{SOLVERS[self.solver]} {detail}".rstrip()
 
     def plan(self, lsd: int, speed_ratio: float) -> MorsePlan | None:
-        """Return what to run within `lsd`; None for the bare pipeline with `lsd` steps."""
-        if self.kind == "baseline":
+        """Return Morse's plan for `lsd`; None for the kinds that have no Dot between Dashes."""
+        if self.kind not in PLANNED:
             return None
         return MorsePlan.from_budget(lsd, speed_ratio, self.ratio)
 
@@ -63,8 +86,14 @@ class Samples:
         num_dash: Dash evaluations an image.
         num_dot: Dot evaluations an image.
         seconds: Wall time for all N, from noise to pixels.
-        plan: Which evaluations were Dash's, "DooDoo"; "" for the bare pipeline.
+        plan: Which evaluations were Dash's, "DooDoo"; "" where Dash makes all.
         fallbacks: Why Dash ran where Dot should have, and how often; {} if all went to plan.
+        batch_seconds: Wall time of each batch; the last may be smaller than the others.
+        batch_size: Images of a full batch.
+        peak_memory_mib: Most memory allocated while sampling, in MiB; None except on CUDA.
+        lsd: Cost, where it is not one LSD a Dash and 1/N a Dot evaluation.
+        engaged: Whether the method did anything that the bare pipeline does not.
+        note: What a reader of the figures should know; "" for nothing.
     """
 
     images: Tensor
@@ -73,10 +102,39 @@ class Samples:
     seconds: float
     plan: str
     fallbacks: dict[str, int]
+    batch_seconds: tuple[float, ...] = ()
+    batch_size: int = 0
+    peak_memory_mib: float | None = None
+    lsd: float | None = None
+    engaged: bool = True
+    note: str = ""
+
+    def spent(self, speed_ratio: float) -> float:
+        """Return the cost in LSD where Dot is `speed_ratio` times as fast as Dash."""
+        return self.num_dash + self.num_dot / speed_ratio if self.lsd is None else self.lsd
+
+    @property
+    def _full_batches(self) -> tuple[float, ...]:
+        full = len(self.images) // self.batch_size if self.batch_size else 0
+        return self.batch_seconds[:full] or self.batch_seconds
+
+    @property
+    def quartiles(self) -> tuple[float, float, float] | None:
+        """Quartiles of the full batches' seconds; None for fewer than two."""
+        full = self._full_batches
+        if len(full) < 2:
+            return None
+        return tuple(float(value) for value in np.quantile(full, (0.25, 0.5, 0.75)))
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of a full batch over the median of such batches' wall time."""
+        count = min(self.batch_size, len(self.images))
+        return count / median(self._full_batches)
 
 
 def sample_images(
-    pipe: "MorsePipeline",
+    pipe: "MorsePipeline | SolverPipeline",
     steps: int | MorsePlan,
     seeds: range,
     batch_size: int,
@@ -85,32 +143,57 @@ def sample_images(
     """Sample one image a seed; neither batch size nor device changes the noise it starts from.
 
     Args:
-        pipe: A pipeline without text or class input.
-        steps: The bare pipeline's number of steps, or Morse's plan.
+        pipe: A pipeline of `load_pipelines`.
+        steps: The bare pipeline's number of evaluations, or Morse's plan.
         seeds: The seed of each image's own CPU generator.
         batch_size: Images at a time.
         on_step: Called after each step of each batch, for progress bars.
     """
     planned = isinstance(steps, MorsePlan)
     settings = {"plan": steps} if planned else {"num_inference_steps": steps}
-    parts, run = [], None
+    parts, batch_seconds, run = [], [], None
+    on_cuda = pipe.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(pipe.device)
     start = time.perf_counter()
     with _step_callback(pipe, on_step):
         for first in range(0, len(seeds), batch_size):
+            began = time.perf_counter()
             chunk = seeds[first : first + batch_size]
             generators = [torch.Generator().manual_seed(seed) for seed in chunk]
             output = pipe(batch_size=len(chunk), generator=generators, output_type="np", **settings)
+            # Pixels on the CPU: the device has finished.
+            batch_seconds.append(time.perf_counter() - began)
             parts.append(torch.from_numpy(output.images).permute(0, 3, 1, 2).float())
             run = pipe.last_run if planned else None
-    seconds = time.perf_counter() - start
-    images = torch.cat(parts)
-    if run is None:
-        return Samples(images, int(steps), 0, seconds, "", {})
-    return Samples(images, run.num_dash, run.num_dot, seconds, str(steps), dict(run.fallbacks))
+    images, note = _finite(torch.cat(parts))
+    return Samples(
+        images=images,
+        num_dash=run.num_dash if planned else steps,
+        num_dot=run.num_dot if planned else 0,
+        seconds=time.perf_counter() - start,
+        plan=str(steps) if planned else "",
+        fallbacks=dict(run.fallbacks) if planned else {},
+        batch_seconds=tuple(batch_seconds),
+        batch_size=batch_size,
+        peak_memory_mib=torch.cuda.max_memory_allocated(pipe.device) / 2**20 if on_cuda else None,
+        note=note,
+    )
+
+
+def _finite(images: Tensor) -> tuple[Tensor, str]:
+    """Replace images that are not finite, so that a broken solver gets bad scores, not none."""
+    broken = ~images.isfinite().flatten(1).all(dim=1)
+    if not broken.any():
+        return images, ""
+    images = torch.where(broken[:, None, None, None], torch.zeros_like(images), images)
+    return images, f"{int(broken.sum())} images are not finite and are scored as black ones"
 
 
 @contextmanager
-def _step_callback(pipe: "MorsePipeline", on_step: Callable[[], object] | None) -> Iterator[None]:
+def _step_callback(
+    pipe: "MorsePipeline | SolverPipeline", on_step: Callable[[], object] | None
+) -> Iterator[None]:
     """Call `on_step` after each step that `pipe` takes from its own progress bar."""
 
     def ticking(iterable: object = None, total: int | None = None) -> object:
@@ -130,64 +213,3 @@ def _ticks(iterable: object, on_step: Callable[[], object]) -> Iterator[object]:
     for item in iterable:
         yield item
         on_step()
-
-
-def reuse_dot(sample: Tensor, timestep: Tensor, jump: object) -> Tensor:
-    """Stand in for Dot with no correction at all: the control "reuse without Dot"."""
-    return torch.zeros_like(sample)
-
-
-def load_pipelines(
-    pipeline: str, dot: str | None, solvers: tuple[str, ...], device: str
-) -> dict[str, "MorsePipeline"]:
-    """Load one pipeline a solver, quiet, on `device`.
-
-    Args:
-        pipeline: "fashion-mnist" or a folder.
-        dot: A Dot's folder; None for the one that comes with the pipeline.
-        solvers: Keys of `SOLVERS`.
-        device: A torch device, or "auto" for a GPU where there is one.
-
-    Raises:
-        ValueError: If the device is unknown, or the pipeline has no Dot.
-    """
-    from morse.pipeline import MorsePipeline
-
-    pipelines, torch_device = {}, resolve_device(device)
-    for solver in solvers:
-        with _quiet_loading():
-            pipe = MorsePipeline.from_pretrained(pipeline, dot=dot, scheduler=solver)
-            pipe.to(torch_device)
-        if torch_device.type == "cuda":  # the layout that its convolutions want
-            for model in filter(None, (pipe.unet, pipe.dot)):
-                model.to(memory_format=torch.channels_last)
-        if pipe.dot is None:
-            raise ValueError(
-                f"pipeline {pipeline!r} has no Dot; give one with --dot, or train one with "
-                "`morse train-dot`"
-            )
-        pipe.set_progress_bar_config(disable=True)
-        pipelines[solver] = pipe
-    return pipelines
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep diffusers' notes and bars out of our own progress display."""
-    from diffusers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
-
-
-def check_solvers(solvers: tuple[str, ...]) -> None:
-    """Raise ValueError for a solver that is not in `SOLVERS`."""
-    for solver in solvers:
-        if solver not in SOLVERS:
-            raise ValueError(f"solver {solver!r} is unknown, choose from {list(SOLVERS)}")

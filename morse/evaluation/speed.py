@@ -1,22 +1,34 @@
 """N, how many times faster Dot is than Dash, at several batch sizes, LoRA merged and not."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from morse.pipeline import MorsePipeline
 
+Mode = Literal["eager", "compiled"]
 
-def measure_speed(pipe: "MorsePipeline", batch_size: int) -> dict[str, object]:
+
+def measure_speed(
+    pipe: "MorsePipeline", batch_size: int, mode: Mode = "eager"
+) -> dict[str, object]:
     """Measure N as the pipeline is, Dash and Dot interleaved in one process.
+
+    Args:
+        pipe: A pipeline with a Dot.
+        batch_size: Images at a time.
+        mode: What the pipeline's models are; only told.
 
     Returns:
         speed_ratio (median), and the quartiles of seconds an evaluation takes: dash_seconds and
         dot_seconds, each [q25, median, q75].
     """
+    if mode == "compiled":  # compiles in its first evaluations, outside the timed ones
+        pipe.measure_speed_ratio(batch_size=batch_size, repeats=2)
     measured = pipe.measure_speed_ratio(batch_size=batch_size, repeats=15)
     return {
         "batch_size": batch_size,
+        "mode": mode,
         "speed_ratio": measured.speed_ratio,
         "dash_seconds": list(measured.dash_seconds),
         "dot_seconds": list(measured.dot_seconds),
@@ -25,19 +37,28 @@ def measure_speed(pipe: "MorsePipeline", batch_size: int) -> dict[str, object]:
 
 
 def measure_speed_table(
-    pipe: "MorsePipeline", batch_sizes: Sequence[int]
+    pipe: "MorsePipeline",
+    batch_sizes: Sequence[int],
+    mode: Mode = "eager",
+    merged: Sequence[bool] = (True, False),
 ) -> list[dict[str, object]]:
     """Measure N at each batch size with Dot's LoRA merged and unmerged.
 
     `pipe.speed_ratio` and the merging are left as they were found.
+
+    Args:
+        pipe: A pipeline with a `MorseDot`.
+        batch_sizes: Images at a time.
+        mode: As for `measure_speed`.
+        merged: Whether to merge, one round each.
     """
     before, was_merged = pipe.speed_ratio, pipe.dot.is_merged
     table = []
     try:
-        for merged in (True, False):
-            set_merged(pipe, merged)
+        for merge in merged:
+            set_merged(pipe, merge)
             for batch_size in batch_sizes:
-                table.append({"merged": merged, **measure_speed(pipe, batch_size)})
+                table.append({"merged": merge, **measure_speed(pipe, batch_size, mode)})
     finally:
         set_merged(pipe, was_merged)
         pipe.speed_ratio = before
@@ -48,3 +69,9 @@ def set_merged(pipe: "MorsePipeline", merged: bool) -> None:
     """Merge the LoRA of the pipeline's Dot, or take it apart again; twice is safe."""
     if pipe.dot.is_merged != merged:
         pipe.dot.merge_lora() if merged else pipe.dot.unmerge_lora()
+
+
+def compile_models(pipe: "MorsePipeline") -> None:
+    """Compile the pipeline's Dash and Dot, once for each shape, for as long as they live."""
+    pipe.unet.compile(dynamic=False)
+    pipe.dot.compile(dynamic=False)

@@ -29,6 +29,7 @@ class Cell:
         num_dot: Dot evaluations an image.
         lsd: LSD spent.
         seconds: Wall time for all images.
+        batch_seconds: Quartiles of the full batches' wall times; None for fewer than two batches.
         fallbacks: Why Dash ran in Dot's place, and how often.
         scores: What the images are like, one by one.
         engaged: Whether the method did anything that the bare pipeline does not.
@@ -49,6 +50,7 @@ class Cell:
     engaged: bool = True
     note: str = ""
     peak_memory_mib: float | None = None
+    batch_seconds: tuple[float, float, float] | None = None
 
     @property
     def images_per_second(self) -> float:

@@ -13,16 +13,16 @@ from morse.evaluation.lossless import lossless_test
 from morse.evaluation.points import (
     Point,
     Statistics,
-    bare_points,
     best_points,
     curve_by_seed,
     fit_curve,
     make_points,
+    training_free,
 )
 from morse.evaluation.scoring import AXES
 from morse.evaluation.store import Cell
 
-BEST = "best bare solver"
+BEST = "best training-free solver"
 COSTS = ("lsd", "seconds")
 
 
@@ -34,6 +34,8 @@ def summarize(
 ) -> dict[str, object]:
     """Return "axes", "rows", "baseline_curves", "speedups" and "lossless".
 
+    A method that did not engage has a row, and is in nothing else.
+
     Args:
         cells: What was measured. Repetitions of a method at a budget are averaged.
         real: Mean (D,) and covariance (D, D) of the real images' features.
@@ -41,10 +43,11 @@ def summarize(
         statistics: How; the defaults if left out.
     """
     statistics = statistics or Statistics()
-    points = make_points(cells, real, references, statistics)
+    everything = make_points(cells, real, references, statistics)
+    points = [point for point in everything if all(cell.engaged for cell in point.cells)]
     return {
         "axes": {name: dataclasses.asdict(axis) for name, axis in AXES.items()},
-        "rows": [_row(point) for point in points],
+        "rows": [_row(point) for point in everything],
         "baseline_curves": {axis: _describe(best_points(points, axis), axis) for axis in AXES},
         "speedups": [entry for axis in AXES for entry in _speedups(points, axis)],
         "lossless": [entry for axis in AXES for entry in _lossless(points, axis, statistics)],
@@ -68,6 +71,7 @@ def _row(point: Point) -> dict[str, object]:
         "engaged": all(cell.engaged for cell in cells),
         "note": "; ".join(dict.fromkeys(cell.note for cell in cells if cell.note)),
         "seconds": point.seconds,
+        "batch_seconds": first.batch_seconds,
         "images_per_second": float(np.mean([cell.images_per_second for cell in cells])),
         "peak_memory_mib": max(memory, default=None),
         "scores": {axis: _score(point.estimates.get(axis)) for axis in AXES},
@@ -102,14 +106,14 @@ def _describe(points: Sequence[Point], axis: str) -> list[dict[str, object]]:
 
 
 def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]:
-    """Compare every method with the best bare solver and with each, in LSD and in seconds.
+    """Compare every method with the best training-free solver and with each, in LSD and seconds.
 
-    The bare solvers are compared with each other where another method was measured.
+    The training-free solvers are compared with each other where another method was measured.
     """
-    asked = {point.budget for point in points if point.method.kind != "baseline"}
+    asked = {point.budget for point in points if not point.method.is_training_free}
     shown = [point for point in points if point.budget in asked and axis in point.estimates]
     baselines = {BEST: best_points(points, axis)}
-    for point in bare_points(points, axis):
+    for point in training_free(points, axis):
         baselines.setdefault(point.method.label, []).append(point)
     for name, baseline in baselines.items():
         own = (name,) if name != BEST else tuple(baselines)
@@ -128,14 +132,14 @@ def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]
 def _lossless(
     points: Sequence[Point], axis: str, statistics: Statistics
 ) -> Iterator[dict[str, object]]:
-    """Test every method against the best bare solver with more LSD, where that was measured."""
+    """Test every method against the best training-free solver with more LSD, where measured."""
     best = best_points(points, axis)
     curve, delta = fit_curve(best, axis, "lsd"), statistics.deltas.get(axis)
     if curve is None:
         return
     by_seed = curve_by_seed(best, axis)
     for point in points:
-        if point.method.kind == "baseline":
+        if point.method.is_training_free:
             continue
         head = {"method": point.method.label, "axis": axis, "budget": point.budget}
         for factor in statistics.factors:

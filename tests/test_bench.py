@@ -1,0 +1,122 @@
+"""What the benchmark measures, and how it spends each method's budget."""
+
+import dataclasses
+
+import pytest
+from evaluation_fixtures import independent_folder, tiny_folder  # noqa: F401
+
+from morse.evaluation.bench import Bench
+from morse.evaluation.benchmark import BenchmarkConfig, measure_benchmark
+from morse.evaluation.runs import KINDS, Method
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder, independent_folder):  # noqa: F811
+    return BenchmarkConfig(
+        pipeline=str(tiny_folder),
+        independent_dot=str(independent_folder),
+        num_images=3,
+        batch_size=2,
+        lsd=(2, 3),
+        baseline_lsd=(4,),
+        solvers=("ddim", "dpmsolver++"),
+        peers=("none",),
+        ddim_ratios=(1.5,),
+        dpm_ratios=(2.0,),
+        speed_ratio=4.0,
+        latency_batch_sizes=(1,),
+        num_replicates=0,
+        device="cpu",
+    )
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="kinds has"):
+        BenchmarkConfig(kinds=("deepcache",))
+    with pytest.raises(ValueError, match="peers has"):
+        BenchmarkConfig(peers=("toaster",))
+    with pytest.raises(ValueError, match="share images"):
+        BenchmarkConfig(seeds=(0, 90), device="cpu").resolved()
+
+
+def test_what_is_left_out_depends_on_the_device_and_on_quick():
+    assert BenchmarkConfig(device="cpu").resolved().num_images == 96
+    assert BenchmarkConfig(device="cuda").resolved().num_images == 5000
+    assert BenchmarkConfig(num_images=7, device="cuda").resolved().num_images == 7
+    quick = BenchmarkConfig(quick=True, lsd=(5,), device="cpu").resolved()
+    assert (quick.num_images, quick.lsd) == (12, (5,))
+    assert {method.kind for method, _ in quick.tasks()} == {"baseline", "morse", "reuse"}
+
+
+def test_baselines_and_morse_are_measured_first():
+    tasks = BenchmarkConfig().tasks()
+    kinds = [method.kind for method, _ in tasks]
+    assert len(set(tasks)) == len(tasks)
+    assert set(kinds) == set(KINDS)
+    asked = sum(kind == "baseline" for kind in kinds[: kinds.index("morse")])
+    assert asked == 6 * 7
+    assert kinds.index("reuse") > max(i for i, kind in enumerate(kinds) if kind == "baseline")
+    solvers = {method.solver for method, _ in tasks if method.kind == "morse"}
+    assert solvers == set(BenchmarkConfig().solvers)
+    assert {method.solver for method, _ in tasks if method.kind == "pfdiff"} == {"ddim"}
+
+
+def test_every_control_is_measured(config, tmp_path):
+    result = measure_benchmark(dataclasses.replace(config, output_dir=tmp_path))
+    # Three budgets of each bare solver, two of the five other kinds, two of PFDiff with DDIM.
+    assert len(result["rows"]) == 2 * (3 + 5 * 2) + 2
+    rows = {(row["kind"], row["solver"], row["budget"]): row for row in result["rows"]}
+    assert {kind for kind, _, _ in rows} == set(KINDS) - {"deepcache"}
+    shrunk, pfdiff = rows["shrunk", "ddim", 3], rows["pfdiff", "ddim", 3]
+    assert (shrunk["num_dash"], shrunk["num_dot"], shrunk["lsd"]) == (0, 12, 3.0)
+    assert (pfdiff["num_dash"], pfdiff["num_dot"], pfdiff["lsd"]) == (3, 0, 3.0)
+    assert rows["extrapolation", "ddim", 3]["plan"] == rows["morse", "ddim", 3]["plan"]
+
+
+def test_methods_that_cannot_run_are_listed_with_the_reason(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("morse.evaluation.peers.find_spec", lambda name: None)
+    chosen = {"kinds": ("baseline", "shrunk"), "peers": ("deepcache", "tomesd")}
+    few = {"independent_dot": None, "solvers": ("ddim",), "output_dir": tmp_path}
+    result = measure_benchmark(dataclasses.replace(config, **few, **chosen))
+    assert {row["kind"] for row in result["rows"]} == {"baseline"}
+    reasons = "\n".join(result["not_measured"])
+    assert "tomesd: not applicable" in reasons
+    assert "Shrunk-DDIM: no --independent_dot was given" in reasons
+    assert "DeepCache-DDIM interval 5: the package DeepCache is not installed" in reasons
+
+
+def test_deepcache_is_sampled_within_its_budget(config):
+    pytest.importorskip("DeepCache")
+    bench = Bench(dataclasses.replace(config, peers=("deepcache",)))
+    peer = {"cached_lsd": 0.25, "engaged": False, "note": "not engaged: because"}
+    method = Method("ddim", "deepcache", setting="interval 3")
+    samples = bench.sample(method, 3, range(2), 4.0, peer)
+    assert (samples.num_dash, samples.lsd, samples.engaged) == (2, 3.0, False)
+    assert samples.note == (
+        "6 steps, 2 of them full; a cached one costs 0.25 LSD; not engaged: because"
+    )
+    assert bench.measure_peer(method)["cached_lsd"] > 0
+
+
+def test_a_solver_that_cannot_use_the_whole_budget_says_so(config):
+    bench = Bench(dataclasses.replace(config, solvers=("heun",)))
+    samples = bench.sample(Method("heun"), 4, range(2), 4.0)
+    assert samples.num_dash == 3 and samples.note == "3 of 4 evaluations: Heun can't make all"
+    morse = bench.sample(Method("heun", "morse", 2.0), 4, range(2), 4.0)
+    assert morse.spent(4.0) <= 4 and len(morse.plan) % 2 == 1
+
+
+@pytest.mark.slow
+def test_compiled_models_sample_the_same(config, tmp_path):
+    settings = {"compile": True, "kinds": ("baseline", "morse", "extrapolation")}
+    settings |= {"solvers": ("ddim",), "lsd": (4,), "baseline_lsd": (), "num_images": 2}
+    compiled = measure_benchmark(
+        dataclasses.replace(config, **settings, output_dir=tmp_path / "compiled")
+    )
+    modes = [(entry["mode"], entry["merged"]) for entry in compiled["speed_ratios"]]
+    assert modes == [("eager", True), ("eager", False), ("compiled", True)]
+    eager = measure_benchmark(
+        dataclasses.replace(config, **{**settings, "compile": False}, output_dir=tmp_path / "eager")
+    )
+    for one, other in zip(compiled["rows"], eager["rows"], strict=True):
+        assert one["psnr"] == pytest.approx(other["psnr"], abs=0.05)

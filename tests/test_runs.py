@@ -1,0 +1,143 @@
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from evaluation_fixtures import tiny_folder  # noqa: F401
+
+from morse.evaluation.loading import load_pipelines, make_pipeline
+from morse.evaluation.metrics import psnr
+from morse.evaluation.runs import Method, Samples, sample_images
+from morse.evaluation.solvers import SOLVERS, fit_plan, fit_steps, make_solver
+from morse.pipeline import make_scheduler
+from morse.plan import MorsePlan
+
+CONFIG = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
+EVERY = tuple(SOLVERS)
+
+
+@pytest.fixture(scope="module")
+def pipelines(tiny_folder):  # noqa: F811
+    return load_pipelines(str(tiny_folder), None, EVERY, "cpu")
+
+
+@pytest.fixture
+def calls(pipelines):
+    """The timesteps at which Dash is evaluated."""
+    seen = []
+    unet = pipelines["ddim"].unet
+    handle = unet.register_forward_hook(lambda module, args, output: seen.append(args[1]))
+    yield seen
+    handle.remove()
+
+
+def test_the_pipelines_share_one_dash_and_one_dot(pipelines):
+    assert len({id(pipe.unet) for pipe in pipelines.values()}) == 1
+    assert len({id(pipe.dot) for pipe in pipelines.values()}) == 1
+    assert len({type(pipe.scheduler) for pipe in pipelines.values()}) == len(SOLVERS) - 1
+
+
+@pytest.mark.parametrize("solver", EVERY)
+@pytest.mark.parametrize("budget", [1, 2, 3, 8, 14])
+def test_a_budget_counts_evaluations_of_the_denoiser(pipelines, calls, solver, budget):
+    pipe = pipelines[solver]
+    _, made = fit_steps(pipe.scheduler, budget)
+    samples = sample_images(pipe, made, range(1), 1)
+    assert len(calls) == made == samples.num_dash <= budget
+    expected = {"heun": budget - (budget % 2 == 0), "pndm": 1 if budget == 2 else budget}
+    assert made == expected.get(solver, budget)
+    assert samples.images.isfinite().all() and samples.note == ""
+
+
+@pytest.mark.parametrize("solver", EVERY)
+def test_morse_fits_every_solver(pipelines, calls, solver):
+    pipe = pipelines[solver]
+    for letters in ("DoDoD", "DooDoo", "Do", "DDDD", "D"):
+        calls.clear()
+        plan = fit_plan(pipe.scheduler, MorsePlan.from_string(letters))
+        samples = sample_images(pipe, plan, range(1), 1)
+        assert (samples.num_dash, samples.num_dot) == (plan.num_dash, plan.num_dot)
+        assert len(calls) == plan.num_dash and samples.fallbacks == {}
+        assert len(letters) - 1 <= len(plan) <= len(letters)
+        assert plan.num_dash == min(letters.count("D"), len(plan))
+
+
+def test_pndm_starts_by_runge_kutta_only_from_thirteen_evaluations():
+    scheduler = make_scheduler("pndm", CONFIG)
+    assert fit_steps(scheduler, 13) == (4, 13)
+    assert scheduler.num_inference_steps is None  # a copy was asked
+    with pytest.raises(ValueError, match="raise the budget"):
+        fit_steps(scheduler, 12)
+
+
+def test_an_uneven_number_is_refused_by_name(pipelines):
+    with pytest.raises(ValueError, match=r"num_inference_steps is 8 .* ask for 7"):
+        sample_images(pipelines["heun"], 8, range(1), 1)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
+def test_the_loop_gives_the_bits_of_diffusers_own(make_pipe, dash, solver):
+    theirs = make_pipe(solver, dash)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    expected = theirs(2, generators, num_inference_steps=4, output_type="np").images
+    ours = sample_images(make_pipeline(dash, solver, theirs.scheduler.config), 4, range(2), 2)
+    assert torch.equal(ours.images, torch.from_numpy(expected).permute(0, 3, 1, 2))
+
+
+def test_a_pipeline_with_more_parts_is_refused(tiny_folder, monkeypatch):  # noqa: F811
+    components = property(lambda pipe: {"unet": 1, "scheduler": 2, "vae": 3})
+    monkeypatch.setattr("diffusers.DDPMPipeline.components", components)
+    with pytest.raises(ValueError, match=r"\['vae'\]"):
+        load_pipelines(str(tiny_folder), None, ("ddim",), "cpu")
+
+
+def test_images_that_are_not_finite_are_told(pipelines, monkeypatch):
+    broken = torch.zeros(3, 8, 8, 1)
+    broken[1, 0, 0] = float("nan")
+    result = type("Output", (), {"images": broken.numpy()})()
+    monkeypatch.setattr(type(pipelines["ddim"]), "__call__", lambda self, **kwargs: result)
+    samples = sample_images(pipelines["ddim"], 2, range(3), 3)
+    assert samples.note.startswith("1 images are not finite")
+    assert samples.images.isfinite().all()
+
+
+def test_rates_come_from_full_batches():
+    samples = Samples(torch.zeros(7, 1, 2, 2), 5, 10, 9.0, "", {}, (2.0, 4.0, 3.0, 0.1), 2)
+    assert samples.quartiles == (2.5, 3.0, 3.5)
+    assert samples.images_per_second == pytest.approx(2 / 3)
+    assert samples.spent(5.0) == 7.0
+    assert dataclasses.replace(samples, lsd=6.5).spent(5.0) == 6.5
+    single = Samples(torch.zeros(3, 1, 2, 2), 5, 0, 2.0, "", {}, (2.0,), 8)
+    assert single.quartiles is None and single.images_per_second == 1.5
+
+
+def test_labels():
+    assert Method("ddim").label == "DDIM"
+    assert Method("dpmsolver++", "morse", 1.5).label == "Morse-DPM++ 2M r1.5"
+    assert Method("ddim", "pfdiff").label == "PFDiff-DDIM"
+    peer = Method("unipc", "deepcache", setting="interval 3")
+    assert peer.label == "DeepCache-UniPC interval 3"
+
+
+@pytest.mark.slow
+def test_every_solver_converges_to_the_reference():
+    """On the embedded model: more evaluations always bring its images nearer."""
+    pipelines = load_pipelines("fashion-mnist", None, EVERY, "cpu")
+    reference = sample_images(pipelines["dpmsolver++"], 100, range(2), 2).images
+    for solver, pipe in pipelines.items():
+        ratios = []
+        # 50 and PNDM's 51: steps of DDIM and PNDM land as meant where they divide 1000.
+        for budget in (6, 12, 51 if solver == "pndm" else 50):
+            made = fit_steps(pipe.scheduler, budget)[1]
+            images = sample_images(pipe, made, range(2), 2).images
+            ratios.append(float(psnr(images, reference).mean()))
+        assert ratios == sorted(ratios) and ratios[-1] > 33, (solver, ratios)
+
+
+def test_make_solver_keeps_the_pipelines_own_config():
+    for solver in SOLVERS:
+        scheduler = make_solver(solver, CONFIG)
+        assert scheduler.config.beta_end == CONFIG.beta_end
+        assert not scheduler.config.get("clip_sample", False)
+        spacing = "leading" if solver == "pndm" else "trailing"
+        assert scheduler.config.timestep_spacing == spacing
