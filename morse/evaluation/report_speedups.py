@@ -98,8 +98,8 @@ def lossless_section(result: Result) -> Section:
     text = (
         f"The largest tried factor f for which a method is no worse than the {BEST_TRAINING_FREE} "
         "at f times its cost: the one-sided 95 % upper bound of how much worse it is stays below "
-        "the margin δ. None: no factor passed. Only factors within the training-free solvers' measured "
-        "costs are tried."
+        "the margin δ. None: no factor passed. Only factors within the training-free solvers' "
+        "measured costs are tried."
     )
     return Section("Lossless factors", (text,) if tables else (), tuple(tables))
 
