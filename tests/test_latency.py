@@ -5,6 +5,7 @@ import torch
 
 from morse.evaluation import architectures, latency
 from morse.evaluation.architectures import Architecture, find_architecture
+from morse.evaluation.benchmark import BenchmarkConfig, run_benchmark
 from morse.evaluation.latency import LatencySettings, count_flops, measure_architecture
 from morse.evaluation.latency_report import run_architectures
 
@@ -106,6 +107,18 @@ def test_a_table_and_a_file_come_out(tiny, tmp_path, capsys):
     assert result["reduced"] is True and result["dtype"] == "float32"
     printed = capsys.readouterr().out
     assert "shrunk Dash" in printed and "FLOP ratio" in printed
+
+
+def test_the_benchmark_command_measures_architectures(tiny, tmp_path):
+    config = BenchmarkConfig(
+        arch=("dit",), output_dir=tmp_path, latency_batch_sizes=(2,), device="cpu"
+    )
+    result = run_benchmark(config)
+    assert [entry["batch_size"] for entry in result["entries"]] == [2, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["latency.json"]
+    with pytest.raises(ValueError, match="arch 'sd99' is unknown"):
+        BenchmarkConfig(arch=("sd99",))
+    assert BenchmarkConfig(arch=("dit",)).resolved().latency_batch_sizes == (1, 4, 16)
 
 
 def test_unknown_modes_are_named():

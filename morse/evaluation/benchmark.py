@@ -3,12 +3,16 @@
 import dataclasses
 import json
 
+import torch
 from torch import Tensor
 
+from morse.evaluation.bench import AUTOCAST
 from morse.evaluation.benchmark_config import BenchmarkConfig
 from morse.evaluation.benchmark_report import render
-from morse.evaluation.environment import command_line
+from morse.evaluation.environment import command_line, resolve_device
 from morse.evaluation.features import load_reference
+from morse.evaluation.latency import LatencySettings
+from morse.evaluation.latency_report import run_architectures
 from morse.evaluation.measuring import measure_cells, reference_name
 from morse.evaluation.points import Statistics
 from morse.evaluation.store import CellStore
@@ -28,7 +32,9 @@ UNTOLD = (
 
 
 def run_benchmark(config: BenchmarkConfig) -> dict[str, object]:
-    """Measure what is missing, then write benchmark.json, benchmark.md and benchmark.png.
+    """Measure what is missing, then write benchmark.json and the report drawn from it.
+
+    With `arch` only latency.json is written.
 
     Returns:
         The JSON's content.
@@ -37,6 +43,8 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, object]:
         FileExistsError: If `output_dir` holds a run and `resume` is off.
         ValueError: If a resumed run was started with other settings.
     """
+    if config.arch:
+        return measure_architectures(config.resolved())
     if config.from_json is not None:
         result = json.loads(config.from_json.read_text())
         if result.get("schema_version") != SCHEMA_VERSION:
@@ -78,3 +86,19 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     write_json(target, result)
     print(f"wrote {target}")
     return result
+
+
+def measure_architectures(config: BenchmarkConfig) -> dict[str, object]:
+    """Measure N and FLOPs of `config.arch`, eager, as CUDA graphs where there is CUDA, compiled
+    where asked for; see `run_benchmark`.
+    """
+    device = resolve_device(config.device)
+    modes = {"eager": True, "compiled": config.compile, "cuda_graph": device.type == "cuda"}
+    settings = LatencySettings(
+        batch_sizes=config.latency_batch_sizes,
+        modes=tuple(mode for mode, chosen in modes.items() if chosen),
+        reduced=device.type == "cpu",
+        dtype=AUTOCAST.get(config.mixed_precision, torch.float32),
+    )
+    target = config.json or config.output_dir / "latency.json"
+    return run_architectures(config.arch, device, settings, target)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from morse.evaluation.architectures import ARCHITECTURES, find_architecture
 from morse.evaluation.environment import resolve_device
 from morse.evaluation.peers import INTERVALS, PEERS
 from morse.evaluation.runs import KINDS, PLANNED, Method
@@ -100,9 +101,12 @@ class BenchmarkConfig:
     speed_ratio: float | None = field(
         default=None, metadata={"help": "N; measured at batch_size if left out"}
     )
-    latency_batch_sizes: tuple[int, ...] = field(
-        default=(1, 16, 64),
-        metadata={"help": "also measure N at these batch sizes, LoRA merged and not; 0 for none"},
+    latency_batch_sizes: tuple[int, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "also measure N at these batch sizes, LoRA merged and not; 0 for none; if "
+            "left out 1 16 64, with --arch 1 4 16"
+        },
     )
     compile: bool = field(
         default=False,
@@ -123,6 +127,13 @@ class BenchmarkConfig:
     latency_only: bool = field(
         default=False, metadata={"help": "only measure N, at latency_batch_sizes; no sampling"}
     )
+    arch: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "only measure N and FLOPs of these published architectures with random weights "
+            f"({', '.join(ARCHITECTURES)}); fewer layers on a CPU"
+        },
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
         default="no", metadata={"help": "autocast of the networks"}
     )
@@ -133,6 +144,8 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_solvers((*self.solvers, *self.control_solvers))
+        for name in self.arch:
+            find_architecture(name)
         for name, known in (("kinds", CHOOSABLE), ("peers", (*PEERS, "none"))):
             unknown = sorted(set(getattr(self, name)) - set(known))
             if unknown:
@@ -164,6 +177,8 @@ class BenchmarkConfig:
                 for name, value in QUICK.items()
                 if getattr(self, name) == defaults[name]
             }
+        if self.latency_batch_sizes is None and "latency_batch_sizes" not in changes:
+            changes["latency_batch_sizes"] = (1, 4, 16) if self.arch else (1, 16, 64)
         if self.num_images is None and "num_images" not in changes:
             changes["num_images"] = 5000 if resolve_device(self.device).type == "cuda" else 96
         return dataclasses.replace(self, **changes)
