@@ -4,7 +4,7 @@ python eval/benchmark.py --num_images 5000 --output_dir benchmark_output
 """
 
 from morse.cli import run_command
-from morse.evaluation.benchmark import BenchmarkConfig, run_benchmark
+from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
 
 if __name__ == "__main__":
     run_command(BenchmarkConfig, run_benchmark)

@@ -6,7 +6,7 @@ accelerate launch eval/fid.py --pipeline fashion-mnist --real fashion-mnist --ls
 """
 
 from morse.cli import run_command
-from morse.evaluation.fid import FidConfig, run_fid
+from morse.evaluation.fid.command import FidConfig, run_fid
 
 if __name__ == "__main__":
     run_command(FidConfig, run_fid)

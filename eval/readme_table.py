@@ -7,7 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
-from morse.evaluation.report_data import (
+from morse.evaluation.bench.runs import TRAINING_FREE
+from morse.evaluation.report.data import (
     CONTROLS,
     Measured,
     Result,
@@ -17,7 +18,6 @@ from morse.evaluation.report_data import (
     row_name,
     split_budgets,
 )
-from morse.evaluation.runs import TRAINING_FREE
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval/results/fashion_mnist"

@@ -13,8 +13,8 @@ Config = TypeVar("Config")
 # command -> (module, config class, function); a module is imported only when its command runs.
 COMMANDS = {
     "demo": ("morse.evaluation.demo", "DemoConfig", "run_demo"),
-    "bench": ("morse.evaluation.benchmark", "BenchmarkConfig", "run_benchmark"),
-    "eval fid": ("morse.evaluation.fid", "FidConfig", "run_fid"),
+    "bench": ("morse.evaluation.bench.benchmark", "BenchmarkConfig", "run_benchmark"),
+    "eval fid": ("morse.evaluation.fid.command", "FidConfig", "run_fid"),
     "train-dash": ("morse.training.dash", "TrainDashConfig", "train_dash"),
     "train-dot": ("morse.training.loop", "TrainDotConfig", "train_dot"),
     "train-features": ("morse.evaluation.train_features", "TrainFeaturesConfig", "train_features"),

@@ -1,7 +1,7 @@
 """Finds the tables of a report."""
 
-from morse.evaluation.report_markdown import to_markdown
-from morse.evaluation.report_sections import report_sections
+from morse.evaluation.report.markdown import to_markdown
+from morse.evaluation.report.sections import report_sections
 
 
 def tables_of(result):

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from evaluation_fixtures import independent_folder, tiny_folder  # noqa: F401
 
-from morse.evaluation.bench import Bench
-from morse.evaluation.benchmark import BenchmarkConfig, measure_benchmark
-from morse.evaluation.runs import KINDS, Method
+from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark
+from morse.evaluation.bench.runs import KINDS, Method
+from morse.evaluation.bench.sampler import Bench
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_every_control_is_measured(config, tmp_path):
 
 
 def test_methods_that_cannot_run_are_listed_with_the_reason(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("morse.evaluation.peers.find_spec", lambda name: None)
+    monkeypatch.setattr("morse.evaluation.bench.peers.find_spec", lambda name: None)
     chosen = {"kinds": ("baseline", "shrunk"), "peers": ("deepcache", "tomesd")}
     few = {"independent_dot": None, "solvers": ("ddim",), "output_dir": tmp_path}
     result = measure_benchmark(dataclasses.replace(config, **few, **chosen))

@@ -7,9 +7,9 @@ import pytest
 from evaluation_fixtures import independent_folder, tiny_folder  # noqa: F401
 from PIL import Image
 
-from morse.evaluation.benchmark import BenchmarkConfig, run_benchmark
-from morse.evaluation.loading import load_pipelines
-from morse.evaluation.speed import measure_speed_table
+from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
+from morse.evaluation.bench.loading import load_pipelines
+from morse.evaluation.bench.speed import measure_speed_table
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     assert "FID" not in text
 
     # Resuming measures nothing again; redrawing needs the JSON only.
-    monkeypatch.setattr("morse.evaluation.bench.sample_images", None)
+    monkeypatch.setattr("morse.evaluation.bench.sampler.sample_images", None)
     resumed = run_benchmark(dataclasses.replace(config, resume=True))
     assert resumed["rows"] == result["rows"]
     run_benchmark(

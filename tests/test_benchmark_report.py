@@ -11,11 +11,11 @@ from report_fixtures import BUDGETS, METHODS, bare_result, full_result
 from report_older import upgraded, without_errors
 from report_tables import all_text, find, find_headline, tables_of
 
-from morse.evaluation.benchmark_report import render
-from morse.evaluation.report_blocks import Section, Table
-from morse.evaluation.report_curves import quality_panels
-from morse.evaluation.report_data import Score, decimals_of
-from morse.evaluation.report_markdown import to_markdown
+from morse.evaluation.report.blocks import Section, Table
+from morse.evaluation.report.curves import quality_panels
+from morse.evaluation.report.data import Score, decimals_of
+from morse.evaluation.report.markdown import to_markdown
+from morse.evaluation.report.render import render
 
 ROOT = Path(__file__).parents[1]
 

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from morse.evaluation.bootstrap import (
+from morse.evaluation.metrics import feature_statistics, frechet_distance
+from morse.evaluation.scoring import ImageScores
+from morse.evaluation.stats.bootstrap import (
     Estimate,
     Gaussians,
     SeedBootstrap,
@@ -12,8 +14,6 @@ from morse.evaluation.bootstrap import (
     percentile_interval,
     resample,
 )
-from morse.evaluation.metrics import feature_statistics, frechet_distance
-from morse.evaluation.scoring import ImageScores
 
 
 def random_scores(count=60, size=5, seed=0):

@@ -4,10 +4,10 @@ from diffusers import DDIMScheduler
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse.attach import enable_morse
-from morse.evaluation.controls import ExtrapolationDot, PFDiffScheduler, ShrunkDash, reuse_dot
-from morse.evaluation.loading import make_pipeline
-from morse.evaluation.runs import sample_images
-from morse.evaluation.solver_pipeline import SolverPipeline
+from morse.evaluation.bench.controls import ExtrapolationDot, PFDiffScheduler, ShrunkDash, reuse_dot
+from morse.evaluation.bench.loading import make_pipeline
+from morse.evaluation.bench.runs import sample_images
+from morse.evaluation.bench.solver_pipeline import SolverPipeline
 from morse.plan import MorsePlan
 
 CONFIG = DDIMScheduler(clip_sample=False, timestep_spacing="trailing").config

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.optimize import isotonic_regression
 
-from morse.evaluation.curves import UNKNOWN, Curve, Place, isotonic, matched_quality_speedup
+from morse.evaluation.stats.curves import UNKNOWN, Curve, Place, isotonic, matched_quality_speedup
 
 INSIDE, BETTER, FLAT, WORSE = Place
 COSTS = np.arange(2.0, 101.0)

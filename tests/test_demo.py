@@ -5,9 +5,9 @@ import torch
 from evaluation_fixtures import tiny_folder  # noqa: F401
 from PIL import Image
 
+from morse.evaluation.bench.loading import load_pipelines
+from morse.evaluation.bench.runs import sample_images
 from morse.evaluation.demo import DemoConfig, run_demo
-from morse.evaluation.loading import load_pipelines
-from morse.evaluation.runs import sample_images
 from morse.plan import MorsePlan
 
 

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from morse.evaluation.extractors import ExtractorOptions, file_sha256, load_extractor
 from morse.evaluation.features import FashionFeatures, features_sha256
+from morse.evaluation.fid.extractors import ExtractorOptions, file_sha256, load_extractor
 from morse.evaluation.torch_fidelity_loader import fidelity_module
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_missing_inception_weights_say_where_they_are_and_how_to_convert(tmp_pat
 
 
 def test_the_conversion_command_makes_a_loadable_file(inception, tmp_path, monkeypatch):
-    from morse.evaluation.extractors import CONVERT, INCEPTION_FILE
+    from morse.evaluation.fid.extractors import CONVERT, INCEPTION_FILE
 
     monkeypatch.chdir(tmp_path)
     torch.save(inception[0].state_dict(), INCEPTION_FILE)

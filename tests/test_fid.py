@@ -14,7 +14,7 @@ from torch import nn
 
 from morse.cli import parse_config
 from morse.evaluation.features import extract_features, load_features, load_reference
-from morse.evaluation.fid import FidConfig, run_fid
+from morse.evaluation.fid.command import FidConfig, run_fid
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
 
 CHECKOUT = Path(__file__).parent.parent
@@ -206,7 +206,7 @@ def test_the_command_line():
 
 
 def test_prompts_need_some_text(tmp_path):
-    from morse.evaluation.fid_generation import read_prompts
+    from morse.evaluation.fid.budgets import read_prompts
 
     (tmp_path / "p.txt").write_text("a cat\n\n  a dog \n")
     assert read_prompts(tmp_path / "p.txt") == ("a cat", "a dog")

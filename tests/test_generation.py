@@ -9,8 +9,8 @@ import torch
 from evaluation_fixtures import tiny_folder  # noqa: F401
 from PIL import Image
 
-from morse.evaluation.generation import Method, Request, check_prompts, generate, generated_set
-from morse.evaluation.image_sets import open_image_set
+from morse.evaluation.fid.generation import Method, Request, check_prompts, generate, generated_set
+from morse.evaluation.fid.image_sets import open_image_set
 from morse.pipeline import MorsePipeline
 from morse.plan import MorsePlan
 

@@ -11,7 +11,7 @@ import pytest
 from report_fixtures import full_result
 from report_older import without_errors
 
-from morse.evaluation.benchmark_report import render
+from morse.evaluation.report.render import render
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from morse.evaluation.extractors import Extractor
-from morse.evaluation.feature_sets import FeatureSet, load_statistics, save_statistics
-from morse.evaluation.image_metrics import (
+from morse.evaluation.fid.extractors import Extractor
+from morse.evaluation.fid.feature_sets import FeatureSet, load_statistics, save_statistics
+from morse.evaluation.fid.image_metrics import (
     axes,
     clip_score,
     cmmd,
@@ -18,7 +18,7 @@ from morse.evaluation.image_metrics import (
     kernel_distance,
     precision_recall,
 )
-from morse.evaluation.image_sets import ImageSet
+from morse.evaluation.fid.image_sets import ImageSet
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
 from morse.evaluation.torch_fidelity_loader import fidelity_module, torchmetrics_module
 

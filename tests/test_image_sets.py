@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from morse.evaluation.image_sets import ReadingFacts, open_image_set, read_batches
+from morse.evaluation.fid.image_sets import ReadingFacts, open_image_set, read_batches
 
 
 def save(folder, name, mode="RGB", size=(8, 6), value=100):

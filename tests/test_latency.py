@@ -3,11 +3,11 @@ import json
 import pytest
 import torch
 
-from morse.evaluation import architectures, latency
-from morse.evaluation.architectures import Architecture, find_architecture
-from morse.evaluation.benchmark import BenchmarkConfig, run_benchmark
-from morse.evaluation.latency import LatencySettings, count_flops, measure_architecture
-from morse.evaluation.latency_report import run_architectures
+from morse.evaluation.bench import architectures, latency
+from morse.evaluation.bench.architectures import Architecture, find_architecture
+from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
+from morse.evaluation.bench.latency import LatencySettings, count_flops, measure_architecture
+from morse.evaluation.bench.latency_report import run_architectures
 
 
 @pytest.mark.parametrize("merged", [True, False])

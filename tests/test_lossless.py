@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from morse.evaluation.curves import Curve
-from morse.evaluation.lossless import lossless_test
+from morse.evaluation.stats.curves import Curve
+from morse.evaluation.stats.lossless import lossless_test
 
 COSTS = np.arange(2.0, 101.0)
 NUM_REPLICATES = 400

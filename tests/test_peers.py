@@ -3,9 +3,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, UNet2DConditionModel
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
-from morse.evaluation import peers
-from morse.evaluation.loading import load_pipelines, make_pipeline
-from morse.evaluation.peers import (
+from morse.evaluation.bench import peers
+from morse.evaluation.bench.loading import load_pipelines, make_pipeline
+from morse.evaluation.bench.peers import (
     deepcache,
     deepcache_cost,
     deepcache_steps,
@@ -14,7 +14,7 @@ from morse.evaluation.peers import (
     timed,
     why_not_engaged,
 )
-from morse.evaluation.runs import sample_images
+from morse.evaluation.bench.runs import sample_images
 
 CONFIG = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from morse.evaluation.report import (
+from morse.evaluation.demo_report import (
     Row,
     _curves,
     join_strips,
@@ -13,7 +13,7 @@ from morse.evaluation.report import (
     results_table,
     save_grid,
 )
-from morse.evaluation.report_plots import Curve, Panel, Point, draw_panels
+from morse.evaluation.report.plots import Curve, Panel, Point, draw_panels
 
 ROWS = [
     Row(label, solver, kind, budget, budget - 0.25, budget, 2, 0.5, 20.0, 1.5 / budget, 0.5)

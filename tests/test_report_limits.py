@@ -7,7 +7,7 @@ import pytest
 from report_fixtures import BUDGETS, full_result
 from report_tables import all_text, find, find_claims, find_headline, tables_of
 
-from morse.evaluation.report_data import (
+from morse.evaluation.report.data import (
     Axis,
     Score,
     best_training_free_row,
@@ -15,7 +15,7 @@ from morse.evaluation.report_data import (
     headline_axes,
     read_axes,
 )
-from morse.evaluation.report_sections import quality_table, report_sections
+from morse.evaluation.report.sections import quality_table, report_sections
 
 LOWER = Axis("frechet", "Fréchet distance (features) to real images", "", "lower", "distribution")
 HIGHER = Axis("psnr", "Same-noise PSNR to the reference", "dB", "higher", "fidelity")

@@ -5,10 +5,10 @@ import torch
 from diffusers import DDPMScheduler
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
-from morse.evaluation.loading import load_pipelines, make_pipeline
+from morse.evaluation.bench.loading import load_pipelines, make_pipeline
+from morse.evaluation.bench.runs import Method, Samples, sample_images
+from morse.evaluation.bench.solvers import SOLVERS, fit_plan, fit_steps, make_solver
 from morse.evaluation.metrics import psnr
-from morse.evaluation.runs import Method, Samples, sample_images
-from morse.evaluation.solvers import SOLVERS, fit_plan, fit_steps, make_solver
 from morse.pipeline import make_scheduler
 from morse.plan import MorsePlan
 

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from morse.evaluation.runs import Method
+from morse.evaluation.bench.runs import Method
+from morse.evaluation.bench.store import Cell, CellStore
 from morse.evaluation.scoring import ImageScores
-from morse.evaluation.store import Cell, CellStore
 
 SETTINGS = {"num_images": 8}
 
@@ -68,7 +68,7 @@ def test_a_cell_that_was_cut_off_is_absent(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("morse.evaluation.store.write_json", fail)
+        patch.setattr("morse.evaluation.bench.store.write_json", fail)
         store.add(cell)
     assert list((tmp_path / "cells").glob("*.safetensors"))
     assert not store.has(cell.method, 5, 0)

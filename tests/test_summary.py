@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from morse.evaluation.bench.runs import Method
+from morse.evaluation.bench.store import Cell
 from morse.evaluation.metrics import feature_statistics, frechet_distance
-from morse.evaluation.runs import Method
 from morse.evaluation.scoring import AXES, ImageScores
-from morse.evaluation.store import Cell
-from morse.evaluation.summary import BEST, Statistics, rounded, summarize
+from morse.evaluation.stats.summary import BEST, Statistics, rounded, summarize
 
 NUM_IMAGES, SIZE = 64, 2
 REAL = torch.zeros(SIZE), torch.eye(SIZE)

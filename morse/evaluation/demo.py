@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from morse.evaluation.bench.loading import load_pipelines
+from morse.evaluation.bench.runs import REFERENCE_SOLVER, Samples
+from morse.evaluation.demo_report import Row, plot_quality, results_table, save_grid
 from morse.evaluation.demo_sampling import (
     DEMO_SOLVERS,
     REFERENCE_NAME,
@@ -14,9 +17,6 @@ from morse.evaluation.demo_sampling import (
     sample_all,
 )
 from morse.evaluation.environment import command_line, device_name, environment
-from morse.evaluation.loading import load_pipelines
-from morse.evaluation.report import Row, plot_quality, results_table, save_grid
-from morse.evaluation.runs import REFERENCE_SOLVER, Samples
 from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:

@@ -2,17 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from morse.evaluation.features import extract_features, load_features, load_reference
-from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
-from morse.evaluation.report import Row
-from morse.evaluation.runs import (
+from morse.evaluation.bench.runs import (
     REFERENCE_SOLVER,
     REFERENCE_STEPS,
     Method,
     Samples,
     sample_images,
 )
-from morse.evaluation.solvers import SOLVERS
+from morse.evaluation.bench.solvers import SOLVERS
+from morse.evaluation.demo_report import Row
+from morse.evaluation.features import extract_features, load_features, load_reference
+from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
 from morse.plan import MorsePlan
 
 if TYPE_CHECKING:

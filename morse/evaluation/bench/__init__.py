@@ -1,0 +1,1 @@
+"""The benchmark: what is measured, with which methods, and how fast."""

@@ -1,0 +1,227 @@
+"""What the benchmark measures: its settings, and the list of methods and budgets they make."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from morse.evaluation.bench.architectures import ARCHITECTURES, find_architecture
+from morse.evaluation.bench.peers import INTERVALS, PEERS
+from morse.evaluation.bench.runs import KINDS, PLANNED, Method
+from morse.evaluation.bench.solvers import check_solvers
+from morse.evaluation.environment import resolve_device
+
+CHOOSABLE = tuple(kind for kind in KINDS if kind not in PEERS)
+PFDIFF_SOLVER = "ddim"  # a first-order one, as its authors use
+# What --quick puts in the place of settings that were left at their defaults.
+QUICK: dict[str, object] = {
+    "num_images": 12,
+    "lsd": (4, 8, 16),
+    "baseline_lsd": (30,),
+    "solvers": ("ddim", "dpmsolver++"),
+    "kinds": ("baseline", "morse", "reuse"),
+    "peers": ("none",),
+    "ddim_ratios": (2.0,),
+    "dpm_ratios": (1.75,),
+    "latency_batch_sizes": (0,),
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Measure quality against cost, and matched-quality speed-ups, of Morse and its controls."""
+
+    output_dir: Path = field(
+        default=Path("benchmark_output"), metadata={"help": "folder for everything written"}
+    )
+    json: Path | None = field(
+        default=None, metadata={"help": "result file; output_dir/benchmark.json if left out"}
+    )
+    from_json: Path | None = field(
+        default=None,
+        metadata={"help": "redraw this result's report; no sampling", "alias": "from"},
+    )
+    resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
+    quick: bool = field(
+        default=False,
+        metadata={"help": "few images, budgets and methods: under two minutes on two CPU cores"},
+    )
+    pipeline: str = field(
+        default="fashion-mnist", metadata={"help": "the embedded pipeline, or a folder"}
+    )
+    dot: str | None = field(
+        default=None, metadata={"help": "another Dot's folder; the pipeline's own if left out"}
+    )
+    independent_dot: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of a Dot trained to estimate alone, from the sample only: a control"
+        },
+    )
+    num_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "images of each method, budget and seed; if left out 5000 on a GPU, else 96"
+        },
+    )
+    num_reference_images: int | None = field(
+        default=None,
+        metadata={"help": "measure fidelity on so many of them; all if left out (100 LSD each)"},
+    )
+    batch_size: int = field(default=250, metadata={"help": "images at a time"})
+    lsd: tuple[int, ...] = field(
+        default=(4, 6, 8, 12, 20, 30, 50), metadata={"help": "budgets in LSD"}
+    )
+    baseline_lsd: tuple[int, ...] = field(
+        default=(3, 5, 10, 15, 25, 40, 70, 100),
+        metadata={"help": "budgets of the training-free solvers beside --lsd"},
+    )
+    solvers: tuple[str, ...] = field(
+        default=("ddim", "dpmsolver++", "unipc", "deis", "pndm", "heun"),
+        metadata={"help": "ddim, dpmsolver++, dpmsolver++1, unipc, deis, pndm, heun"},
+    )
+    kinds: tuple[str, ...] = field(
+        default=CHOOSABLE, metadata={"help": f"kinds of method: {', '.join(CHOOSABLE)}"}
+    )
+    peers: tuple[str, ...] = field(
+        default=PEERS, metadata={"help": f"other accelerators: {', '.join(PEERS)}, or none"}
+    )
+    control_solvers: tuple[str, ...] = field(
+        default=("ddim", "dpmsolver++"),
+        metadata={"help": "those of --solvers that controls other than reuse, and peers, run with"},
+    )
+    ddim_ratios: tuple[float, ...] = field(
+        default=(2.0,), metadata={"help": "plan ratios tried with DDIM"}
+    )
+    dpm_ratios: tuple[float, ...] = field(
+        default=(1.5, 2.0), metadata={"help": "plan ratios tried with the other solvers"}
+    )
+    speed_ratio: float | None = field(
+        default=None, metadata={"help": "N; measured at batch_size if left out"}
+    )
+    latency_batch_sizes: tuple[int, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "also measure N at these batch sizes, LoRA merged and not; 0 for none; if "
+            "left out 1 16 64, with --arch 1 4 16"
+        },
+    )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "sample with torch.compile'd Dash and Dot; N is measured eager too"},
+    )
+    merge_lora: bool = field(
+        default=True, metadata={"help": "sample with Dot's LoRA merged into a copy of the weights"}
+    )
+    seeds: tuple[int, ...] = field(
+        default=(0,), metadata={"help": "first image seed of each repetition"}
+    )
+    num_replicates: int = field(
+        default=1000, metadata={"help": "bootstrap replicates for intervals; 0 for none"}
+    )
+    max_seconds: float | None = field(
+        default=None, metadata={"help": "begin no measurement after so long; --resume goes on"}
+    )
+    latency_only: bool = field(
+        default=False, metadata={"help": "only measure N, at latency_batch_sizes; no sampling"}
+    )
+    arch: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "only measure N and FLOPs of these published architectures with random weights "
+            f"({', '.join(ARCHITECTURES)}); fewer layers on a CPU"
+        },
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = field(
+        default="no", metadata={"help": "autocast of the networks"}
+    )
+    device: str = field(
+        default="auto", metadata={"help": "cpu, cuda or another torch device; auto takes a GPU"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_solvers((*self.solvers, *self.control_solvers))
+        for name in self.arch:
+            find_architecture(name)
+        for name, known in (("kinds", CHOOSABLE), ("peers", (*PEERS, "none"))):
+            unknown = sorted(set(getattr(self, name)) - set(known))
+            if unknown:
+                raise ValueError(f"{name} has {unknown}, choose from {list(known)}")
+        least = {"num_images": 2, "num_reference_images": 2, "batch_size": 1, "num_replicates": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} is {value}, but must be {minimum} or more")
+        for name in ("lsd", "baseline_lsd", "ddim_ratios", "dpm_ratios"):
+            if min(getattr(self, name), default=1) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
+        if self.speed_ratio is not None and self.speed_ratio <= 0:
+            raise ValueError(f"speed_ratio is {self.speed_ratio}, but must be positive")
+        gaps = [later - seed for seed, later in pairwise(sorted(self.seeds))]
+        if self.num_images is not None and min(gaps, default=self.num_images) < self.num_images:
+            raise ValueError(
+                f"seeds is {self.seeds}, but image i of a repetition has seed + i: keep them "
+                f"num_images = {self.num_images} apart, or repetitions share images"
+            )
+
+    def resolved(self) -> "BenchmarkConfig":
+        """Fill in what depends on the device and on --quick."""
+        changes = {}
+        if self.quick:
+            defaults = {option.name: option.default for option in dataclasses.fields(self)}
+            changes = {
+                name: value
+                for name, value in QUICK.items()
+                if getattr(self, name) == defaults[name]
+            }
+        if self.latency_batch_sizes is None and "latency_batch_sizes" not in changes:
+            changes["latency_batch_sizes"] = (1, 4, 16) if self.arch else (1, 16, 64)
+        if self.num_images is None and "num_images" not in changes:
+            changes["num_images"] = 5000 if resolve_device(self.device).type == "cuda" else 96
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def chosen_peers(self) -> tuple[str, ...]:
+        """The peers asked for, without the word "none"."""
+        return tuple(peer for peer in self.peers if peer != "none")
+
+    def tasks(self) -> list[tuple[Method, int]]:
+        """List every method with every budget it is measured at, what matters most first."""
+        order = {"morse": 1, "baseline": 2, "reuse": 3}  # what is not named comes last
+
+        def stage(task: tuple[Method, int]) -> int:
+            method, budget = task
+            if method.kind == "baseline" and budget in self.lsd:
+                return 0
+            return order.get(method.kind, 4)
+
+        return [] if self.latency_only else sorted(self._all_tasks(), key=stage)
+
+    def _all_tasks(self) -> Iterator[tuple[Method, int]]:
+        for solver in self.solvers:
+            for method in self._methods(solver):
+                extra = self.baseline_lsd if method.kind == "baseline" else ()
+                for lsd in sorted({*self.lsd, *extra}):
+                    yield method, lsd
+
+    def _methods(self, solver: str) -> Iterator[Method]:
+        ratios = self.ddim_ratios if solver == "ddim" else self.dpm_ratios
+        for kind in self.kinds:
+            if kind not in ("baseline", "morse", "reuse") and solver not in self.control_solvers:
+                continue
+            if kind == "pfdiff" and solver != PFDIFF_SOLVER:
+                continue
+            for ratio in ratios if kind in PLANNED else (1.0,):
+                yield Method(solver, kind, ratio)
+        if "deepcache" in self.peers and solver in self.control_solvers:
+            for interval in INTERVALS:
+                yield Method(solver, "deepcache", setting=f"interval {interval}")
+
+    def identity(self) -> dict[str, object]:
+        """Return the settings that a cell depends on; a resumed run may only add cells."""
+        names = ("pipeline", "dot", "independent_dot", "num_images", "batch_size", "speed_ratio")
+        names += ("num_reference_images", "merge_lora", "mixed_precision", "device", "compile")
+        return {name: getattr(self, name) for name in names}

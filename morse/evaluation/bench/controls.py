@@ -1,0 +1,164 @@
+"""Controls: what takes Dot's place to show what Dot itself is worth.
+
+| control | between Dash's evaluations | trained | counted as |
+|---|---|---|---|
+| reuse | Dash's latest estimate | no | Morse's plan |
+| extrapolation | a line through Dash's two latest estimates | no | Morse's plan |
+| pfdiff | PFDiff-1's grid, twice as fine | no | an LSD an evaluation of Dash |
+| independent | a network of Dot's size that sees the sample alone | yes | Morse's plan |
+| shrunk | that network from the first to the last step, without Dash | yes | N evaluations an LSD |
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from morse.sampling import JumpPoint
+from morse.spaces import ddim_step, signal_and_noise, to_noise_pred
+
+if TYPE_CHECKING:
+    from morse.dot import MorseDot
+    from morse.evaluation.bench.solver_pipeline import SolverPipeline
+
+
+def reuse_dot(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+    """Stand in for Dot with no correction at all: the control "reuse"."""
+    return torch.zeros_like(sample)
+
+
+class ExtrapolationDot:
+    """Stands in for Dot with a line through Dash's two latest estimates, as ZEUS does.
+
+    ZEUS (Wang et al. 2026, arXiv 2604.01552) predicts a skipped estimate as 2 z_s - z_p, with z_s
+    the latest evaluation and z_p the one before. Its steps are evenly spaced, ours need not be, so
+    the line runs over timesteps: z_i = z_s + (t_s - t_i) / (t_p - t_s) * (z_s - z_p), the same
+    where the gaps are equal. Nothing limits the factor. Before there are two evaluations at
+    different timesteps it is reuse.
+
+    A Dot is not called where Dash runs, so that it must watch the pipeline's evaluations
+    (`watching`). Timesteps that rise again, as those of the next batch do, make it start anew.
+    """
+
+    def __init__(self) -> None:
+        """Begin without any estimate."""
+        self._evaluations: list[tuple[Tensor, Tensor]] = []  # of Dash: (t, z), the latest last
+        self._is_own = False
+
+    @contextmanager
+    def watching(self, pipe: "SolverPipeline") -> Iterator[None]:
+        """Follow the evaluations of `pipe`; all is forgotten before and after."""
+        self.__init__()
+        pipe.observer = self._observe
+        try:
+            yield
+        finally:
+            pipe.observer = None
+            self.__init__()
+
+    def _observe(self, timestep: Tensor, model_output: Tensor) -> None:
+        if self._is_own:
+            self._is_own = False
+            return
+        kept = [pair for pair in self._evaluations[-1:] if pair[0] > timestep]
+        self._evaluations = [*kept, (timestep.clone(), model_output.clone())]
+
+    def __call__(self, sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+        """Return what to add to Dash's latest estimate, (B, C, H, W), like `sample`."""
+        self._is_own = True
+        if len(self._evaluations) < 2:
+            return torch.zeros_like(sample)
+        (before, older), (since, latest) = self._evaluations
+        return (since - timestep) / (before - since) * (latest - older)
+
+
+class PFDiffScheduler(DDIMScheduler):
+    """DDIM sped up by past and future estimates: PFDiff-1 (Wang et al. 2025, arXiv 2408.08822).
+
+    With n evaluations it walks a grid of 2n - 1 steps. The first step is plain DDIM. Then each
+    round takes two steps at the cost of one evaluation: a DDIM step with the *past* estimate (the
+    latest one) leads from x_i to a springboard at t_{i+1}, the model is evaluated there, and this
+    *future* estimate makes one DDIM step from x_i to t_{i+2}. It is also the next round's past
+    estimate. This is the paper's k = 1 with h = 1 and DDIM as its first-order solver.
+
+    Each evaluation is one of Dash, so that n LSD pay for n of them. Unlike `DDIMScheduler` itself,
+    a step lands where the next one starts.
+    """
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
+        """Lay out the grid for `num_inference_steps` evaluations; forget the last run."""
+        super().set_timesteps(2 * num_inference_steps - 1, device)
+        self._grid = [*self.timesteps.tolist(), -1]
+        self.timesteps = self.timesteps[::2]
+        self.num_inference_steps = num_inference_steps
+        self._index, self._anchor = 0, None
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> SimpleNamespace:
+        """Move on by one evaluation.
+
+        Args:
+            model_output: The estimate at the springboard, (B, C, H, W).
+            timestep: Its timestep; ignored, since the evaluations come in their order.
+            sample: The springboard, like `model_output`.
+
+        Returns:
+            `prev_sample`: the next springboard, or the clean image after the last evaluation.
+        """
+        here, self._index = 2 * self._index, self._index + 1
+        noise_pred = to_noise_pred(
+            model_output, sample, *self._rates(here, sample), self.config.prediction_type
+        )
+        start, anchor = (here - 1, self._anchor) if here else (0, sample)
+        self._anchor = self._move(noise_pred, anchor, start, here + 1)
+        if self._index == self.num_inference_steps:
+            return SimpleNamespace(prev_sample=self._anchor)
+        springboard = self._move(noise_pred, self._anchor, here + 1, here + 2)
+        return SimpleNamespace(prev_sample=springboard)
+
+    def _rates(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        return signal_and_noise(self.alphas_cumprod, torch.tensor(self._grid[index]), like)
+
+    def _move(self, noise_pred: Tensor, sample: Tensor, start: int, end: int) -> Tensor:
+        return ddim_step(noise_pred, sample, self._rates(start, sample), self._rates(end, sample))
+
+
+class ShrunkDash(nn.Module):
+    """An independent Dot in the place of Dash: the control "shrunk".
+
+    It has what a pipeline asks of a denoiser: `config`, `dtype`, `device` and its call.
+    """
+
+    def __init__(self, dot: "MorseDot", dash: nn.Module):
+        """Wrap a Dot that estimates alone, bound to `dash`.
+
+        Raises:
+            ValueError: If the Dot needs Dash's estimates.
+        """
+        super().__init__()
+        if not dot.independent:
+            raise ValueError(
+                "dot corrects Dash's estimates, so it can't run alone; give one that was trained "
+                "with --independent"
+            )
+        self.dot, self.config = dot.bind(dash), dash.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The Dot's dtype."""
+        return self.dot.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The Dot's device."""
+        return self.dot.device
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
+        """Estimate from the sample alone, (B, C, H, W)."""
+        return UNet2DOutput(sample=self.dot(sample, timestep.to(sample.device), None))

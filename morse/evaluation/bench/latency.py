@@ -1,0 +1,206 @@
+"""How many times faster Dot is than Dash for published architectures, in FLOPs and in seconds."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor, nn
+
+from morse.evaluation.bench.architectures import (
+    Architecture,
+    build_architecture,
+    find_architecture,
+    make_inputs,
+)
+
+DOT_CHANNELS = (96, 160)  # of the extra blocks, as the paper has them for SD 1.4
+DOT_LAYERS, DOT_RANK = 2, 64
+MODES = ("eager", "compiled", "cuda_graph")
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class LatencySettings:
+    """What to measure.
+
+    Attributes:
+        batch_sizes: Samples at a time.
+        modes: Of "eager", "compiled" (`torch.compile`) and "cuda_graph".
+        repeats: Timed calls of each network, Dash and Dot in turn.
+        reduced: Fewer layers of the same width.
+        dtype: Of weights and inputs.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    modes: tuple[str, ...] = ("eager",)
+    repeats: int = 5
+    reduced: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        """Check the modes."""
+        if not set(self.modes) <= set(MODES):
+            raise ValueError(f"modes is {self.modes!r}, but may hold {MODES} only")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Dash and what takes Dot's place, as calls without arguments, for one m and batch.
+
+    Attributes:
+        dash: Evaluates Dash.
+        dot: Evaluates Dot.
+        what: "Dot", or "shrunk Dash" where a weight-shared Dot does not exist for the class: Dash
+            at low resolution without Dot's own layers, so that its N is an upper bound.
+    """
+
+    dash: Call
+    dot: Call
+    what: str
+
+
+def make_pair(
+    name: str, model: nn.Module, num_down_blocks: int, batch_size: int, merged: bool
+) -> Pair:
+    """Make the calls for one architecture; `model` may lie on "meta"."""
+    from morse.dot import MorseDot
+    from morse.dot.view import PORTS
+    from morse.sampling import JumpPoint
+
+    architecture = find_architecture(name)
+    like = next(model.parameters())
+    sample, timestep, conditions = make_inputs(architecture, batch_size, 0, like)
+    dash = _bound(model, architecture, sample, timestep, conditions)
+    if architecture.class_name not in PORTS:
+        small = make_inputs(architecture, batch_size, num_down_blocks, like)
+        return Pair(dash, _bound(model, architecture, *small), "shrunk Dash")
+    dot = MorseDot.from_dash(
+        model,
+        num_down_blocks=num_down_blocks,
+        block_out_channels=DOT_CHANNELS[:num_down_blocks],
+        lora_rank=DOT_RANK,
+        layers_per_block=DOT_LAYERS,
+    ).eval()
+    if merged:
+        dot.merge_lora()
+    jump = JumpPoint(sample, timestep, sample)
+    return Pair(dash, lambda: dot(sample, timestep, jump, **conditions), "Dot")
+
+
+def _bound(
+    model: nn.Module,
+    architecture: Architecture,
+    sample: Tensor,
+    timestep: Tensor,
+    conditions: dict[str, object],
+) -> Call:
+    first = "sample" if architecture.class_name.startswith("UNet") else "hidden_states"
+    return lambda: model(**{first: sample}, timestep=timestep, return_dict=False, **conditions)
+
+
+@torch.no_grad()
+def count_flops(name: str, num_down_blocks: int, merged: bool) -> dict[str, object]:
+    """Count the operations of Dash and Dot at batch 1, full depth, without running them.
+
+    Returns:
+        dash_flops, dot_flops (a multiply-add counts 2) and their ratio.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build_architecture(find_architecture(name), torch.device("meta"), torch.float32, False)
+    pair = make_pair(name, model, num_down_blocks, 1, merged)
+    pair.dot()  # the first call also merges the LoRA
+    flops = {}
+    for key, call in (("dash_flops", pair.dash), ("dot_flops", pair.dot)):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        flops[key] = counter.get_total_flops()
+    return {**flops, "flop_ratio": flops["dash_flops"] / flops["dot_flops"]}
+
+
+def measure_architecture(
+    name: str, device: torch.device, settings: LatencySettings
+) -> Iterator[dict[str, object]]:
+    """Measure N for m = 1 and 2, LoRA merged and not, at each batch size and in each mode.
+
+    Yields:
+        One entry a combination: arch, num_down_blocks, merged, mode, batch_size, what, flop_ratio,
+        speed_ratio (of medians) and the quartiles of seconds, dash_seconds and dot_seconds; or
+        "error" in place of the last three where the device cannot run it.
+    """
+    architecture = find_architecture(name)
+    model = build_architecture(architecture, device, settings.dtype, settings.reduced)
+    for num_down_blocks in (1, 2):
+        for merged in (True, False):
+            flops = count_flops(name, num_down_blocks, merged)
+            for batch_size in settings.batch_sizes:
+                for mode in settings.modes:
+                    pair = make_pair(name, model, num_down_blocks, batch_size, merged)
+                    yield {
+                        "arch": name,
+                        "num_down_blocks": num_down_blocks,
+                        "merged": merged,
+                        "mode": mode,
+                        "batch_size": batch_size,
+                        "what": pair.what,
+                        **flops,
+                        **measure_pair(pair, mode, device, settings.repeats),
+                    }
+            if pair.what != "Dot":
+                break  # there is no LoRA to leave unmerged
+
+
+@torch.no_grad()
+def measure_pair(pair: Pair, mode: str, device: torch.device, repeats: int) -> dict[str, object]:
+    """Time Dash and Dot in turn, after one round to warm up.
+
+    Returns:
+        speed_ratio (of medians), dash_seconds and dot_seconds (quartiles), or "error".
+    """
+    try:
+        calls = {"dash": _in_mode(pair.dash, mode), "dot": _in_mode(pair.dot, mode)}
+        seconds: dict[str, list[float]] = {"dash": [], "dot": []}
+        for index in range(repeats + 1):
+            for key, call in calls.items():
+                started = _now(device)
+                call()
+                if index:  # the first round warms up
+                    seconds[key].append(_now(device) - started)
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    return {
+        "speed_ratio": median(seconds["dash"]) / median(seconds["dot"]),
+        "dash_seconds": quantiles(seconds["dash"], n=4, method="inclusive"),
+        "dot_seconds": quantiles(seconds["dot"], n=4, method="inclusive"),
+    }
+
+
+def _in_mode(call: Call, mode: str) -> Call:
+    if mode == "eager":
+        return call
+    if mode == "compiled":
+        compiled = torch.compile(call)
+        compiled()
+        return compiled
+    return _graphed(call)
+
+
+def _graphed(call: Call) -> Call:
+    """Capture one call as a CUDA graph and return its replay."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

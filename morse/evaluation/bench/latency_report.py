@@ -1,0 +1,69 @@
+"""N and FLOP ratios of published architectures as a table and a JSON file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from morse.evaluation.bench.architectures import find_architecture
+from morse.evaluation.bench.latency import (
+    DOT_CHANNELS,
+    DOT_LAYERS,
+    DOT_RANK,
+    LatencySettings,
+    measure_architecture,
+)
+from morse.evaluation.environment import command_line, environment
+from morse.training.checkpoint import write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def run_architectures(
+    names: tuple[str, ...], device: torch.device, settings: LatencySettings, file: Path
+) -> dict[str, object]:
+    """Measure architectures, print a table and write a JSON file.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    from rich.console import Console
+
+    for name in names:
+        find_architecture(name)
+    entries = []
+    for name in names:
+        entries += measure_architecture(name, device, settings)
+    result = {
+        "command": command_line(),
+        **environment(device),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "reduced": settings.reduced,
+        "repeats": settings.repeats,
+        "dot": f"extra blocks {DOT_CHANNELS}, {DOT_LAYERS} layers each, LoRA rank {DOT_RANK}",
+        "entries": entries,
+    }
+    Console(width=100).print(_table(result))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, result)
+    print(f"wrote {file}")
+    return result
+
+
+def _table(result: dict[str, object]) -> "Table":
+    from rich.table import Table
+
+    depth = ", fewer layers than published" if result["reduced"] else ""
+    title = f"{result['device']}, {result['dtype']}, random weights{depth}"
+    caption = "FLOP ratio: at full depth, batch 1. N: ratio of medians."
+    table = Table(title=title, caption=caption)
+    for header in ("arch", "m", "in Dot's place", "LoRA", "mode", "batch", "FLOP ratio", "N"):
+        table.add_column(header, justify="left" if header in ("arch", "mode") else "right")
+    for entry in result["entries"]:
+        lora = ("merged" if entry["merged"] else "separate") if entry["what"] == "Dot" else "none"
+        ratio = f"{entry['speed_ratio']:.2f}" if "speed_ratio" in entry else entry["error"]
+        cells = (entry["arch"], entry["num_down_blocks"], entry["what"], lora, entry["mode"])
+        cells += (entry["batch_size"], f"{entry['flop_ratio']:.2f}", ratio)
+        table.add_row(*map(str, cells))
+    return table

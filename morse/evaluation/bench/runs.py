@@ -1,0 +1,215 @@
+"""Sampling the same noise with each method at each budget, as the demo and the benchmark do."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from morse.evaluation.bench.solvers import SOLVERS
+from morse.plan import MorsePlan
+
+if TYPE_CHECKING:
+    from morse.evaluation.bench.solver_pipeline import SolverPipeline
+    from morse.pipeline import MorsePipeline
+
+REFERENCE_SOLVER, REFERENCE_STEPS = "dpmsolver++", 100
+Kind = Literal[
+    "baseline", "morse", "reuse", "extrapolation", "pfdiff", "independent", "shrunk", "deepcache"
+]
+KINDS: dict[Kind, str] = {
+    "baseline": "",
+    "morse": "Morse-",
+    "reuse": "Reuse-",
+    "extrapolation": "Extrapolation-",
+    "pfdiff": "PFDiff-",
+    "independent": "Independent-",
+    "shrunk": "Shrunk-",
+    "deepcache": "DeepCache-",
+}
+TRAINING_FREE = ("baseline", "pfdiff")  # kinds that Morse has to beat: Dash with another solver
+PLANNED = ("morse", "reuse", "extrapolation", "independent")  # kinds that run Morse's plan
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of spending a budget.
+
+    Attributes:
+        solver: A key of `SOLVERS`.
+        kind: "baseline": Dash alone. "morse": Dash and Dot. The controls "reuse", "extrapolation"
+            and "independent" run Morse's plan, counted as if they had its cost, with something
+            else in Dot's place; "pfdiff" and "shrunk" are controls with plans of their own (all
+            in `bench.controls`). "deepcache": a peer (`bench.peers`).
+        ratio: Evaluations per LSD that the plan aims at (see `MorsePlan.from_budget`).
+        setting: A peer's setting, such as "interval 3"; "" for everyone else.
+    """
+
+    solver: str
+    kind: Kind = "baseline"
+    ratio: float = 1.0
+    setting: str = ""
+
+    @property
+    def is_training_free(self) -> bool:
+        """Whether this is a solver over Dash alone, and so among those that Morse has to beat."""
+        return self.kind in TRAINING_FREE
+
+    def is_reference(self, budget: int) -> bool:
+        """Tell whether this method at `budget` is what fidelity is measured against."""
+        return (self.kind, self.solver, budget) == ("baseline", REFERENCE_SOLVER, REFERENCE_STEPS)
+
+    @property
+    def label(self) -> str:
+        """A short name, such as "DDIM", "Morse-DDIM r2" or "DeepCache-DDIM interval 3"."""
+        detail = f"r{self.ratio:g}" if self.kind in PLANNED else self.setting
+        return f"{KINDS[self.kind]}{SOLVERS[self.solver]} {detail}".rstrip()
+
+    def plan(self, lsd: int, speed_ratio: float) -> MorsePlan | None:
+        """Return Morse's plan for `lsd`; None for the kinds that have no Dot between Dashes."""
+        if self.kind not in PLANNED:
+            return None
+        return MorsePlan.from_budget(lsd, speed_ratio, self.ratio)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images of one method at one budget, and what they cost.
+
+    Attributes:
+        images: (N, C, H, W) in [0, 1], float32, on the CPU.
+        num_dash: Dash evaluations an image.
+        num_dot: Dot evaluations an image.
+        seconds: Wall time for all N, from noise to pixels.
+        plan: Which evaluations were Dash's, "DooDoo"; "" where Dash makes all.
+        fallbacks: Why Dash ran where Dot should have, and how often; {} if all went to plan.
+        batch_seconds: Wall time of each batch; the last may be smaller than the others.
+        batch_size: Images of a full batch.
+        peak_memory_mib: Most memory allocated while sampling, in MiB; None except on CUDA.
+        lsd: Cost, where it is not one LSD a Dash and 1/N a Dot evaluation.
+        engaged: Whether the method did anything that the bare pipeline does not.
+        note: What a reader of the figures should know; "" for nothing.
+    """
+
+    images: Tensor
+    num_dash: int
+    num_dot: int
+    seconds: float
+    plan: str
+    fallbacks: dict[str, int]
+    batch_seconds: tuple[float, ...] = ()
+    batch_size: int = 0
+    peak_memory_mib: float | None = None
+    lsd: float | None = None
+    engaged: bool = True
+    note: str = ""
+
+    def spent(self, speed_ratio: float) -> float:
+        """Return the cost in LSD where Dot is `speed_ratio` times as fast as Dash."""
+        return self.num_dash + self.num_dot / speed_ratio if self.lsd is None else self.lsd
+
+    @property
+    def _full_batches(self) -> tuple[float, ...]:
+        full = len(self.images) // self.batch_size if self.batch_size else 0
+        return self.batch_seconds[:full] or self.batch_seconds
+
+    @property
+    def quartiles(self) -> tuple[float, float, float] | None:
+        """Quartiles of the full batches' seconds; None for fewer than two."""
+        full = self._full_batches
+        if len(full) < 2:
+            return None
+        return tuple(float(value) for value in np.quantile(full, (0.25, 0.5, 0.75)))
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of a full batch over the median of such batches' wall time."""
+        count = min(self.batch_size, len(self.images))
+        return count / median(self._full_batches)
+
+
+def sample_images(
+    pipe: "MorsePipeline | SolverPipeline",
+    steps: int | MorsePlan,
+    seeds: range,
+    batch_size: int,
+    on_step: Callable[[], object] | None = None,
+) -> Samples:
+    """Sample one image a seed; neither batch size nor device changes the noise it starts from.
+
+    Args:
+        pipe: A pipeline of `load_pipelines`.
+        steps: The bare pipeline's number of evaluations, or Morse's plan.
+        seeds: The seed of each image's own CPU generator.
+        batch_size: Images at a time.
+        on_step: Called after each step of each batch, for progress bars.
+    """
+    planned = isinstance(steps, MorsePlan)
+    settings = {"plan": steps} if planned else {"num_inference_steps": steps}
+    parts, batch_seconds, run = [], [], None
+    on_cuda = pipe.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(pipe.device)
+    start = time.perf_counter()
+    with _step_callback(pipe, on_step):
+        for first in range(0, len(seeds), batch_size):
+            began = time.perf_counter()
+            chunk = seeds[first : first + batch_size]
+            generators = [torch.Generator().manual_seed(seed) for seed in chunk]
+            output = pipe(batch_size=len(chunk), generator=generators, output_type="np", **settings)
+            # Pixels on the CPU: the device has finished.
+            batch_seconds.append(time.perf_counter() - began)
+            parts.append(torch.from_numpy(output.images).permute(0, 3, 1, 2).float())
+            run = pipe.last_run if planned else None
+    images, note = _finite(torch.cat(parts))
+    return Samples(
+        images=images,
+        num_dash=run.num_dash if planned else steps,
+        num_dot=run.num_dot if planned else 0,
+        seconds=time.perf_counter() - start,
+        plan=str(steps) if planned else "",
+        fallbacks=dict(run.fallbacks) if planned else {},
+        batch_seconds=tuple(batch_seconds),
+        batch_size=batch_size,
+        peak_memory_mib=torch.cuda.max_memory_allocated(pipe.device) / 2**20 if on_cuda else None,
+        note=note,
+    )
+
+
+def _finite(images: Tensor) -> tuple[Tensor, str]:
+    """Replace images that are not finite, so that a broken solver gets bad scores, not none."""
+    broken = ~images.isfinite().flatten(1).all(dim=1)
+    if not broken.any():
+        return images, ""
+    images = torch.where(broken[:, None, None, None], torch.zeros_like(images), images)
+    return images, f"{int(broken.sum())} images are not finite and are scored as black ones"
+
+
+@contextmanager
+def _step_callback(
+    pipe: "MorsePipeline | SolverPipeline", on_step: Callable[[], object] | None
+) -> Iterator[None]:
+    """Call `on_step` after each step that `pipe` takes from its own progress bar."""
+
+    def ticking(iterable: object = None, total: int | None = None) -> object:
+        return nullcontext() if iterable is None else _ticks(iterable, on_step)
+
+    if on_step is None:
+        yield
+        return
+    pipe.progress_bar = ticking
+    try:
+        yield
+    finally:
+        del pipe.progress_bar
+
+
+def _ticks(iterable: object, on_step: Callable[[], object]) -> Iterator[object]:
+    for item in iterable:
+        yield item
+        on_step()

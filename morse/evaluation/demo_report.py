@@ -1,0 +1,170 @@
+"""The demo's table, picture grid and plot of measured methods."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from morse.evaluation.metrics import FRECHET_LABEL
+from morse.evaluation.report.plots import LSD_LABEL, Curve, Panel, Point, draw_panels, to_png
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget, as shown in tables and plots.
+
+    Attributes:
+        label: The method's name.
+        solver: Its solver, a key of `runs.SOLVERS`.
+        kind: A key of `runs.KINDS`.
+        budget: LSD asked for.
+        lsd: LSD spent.
+        num_dash: Dash evaluations an image.
+        num_dot: Dot evaluations an image.
+        seconds: Wall time for all images.
+        psnr: Mean same-noise PSNR to the reference, in dB; None for the reference itself.
+        frechet: Fréchet distance to the real training images.
+        frechet_to_reference: The same to the reference sampler's images; None like `psnr`.
+        plan: Which evaluations were Dash's, such as "DooDoo"; "" for the bare pipeline.
+    """
+
+    label: str
+    solver: str
+    kind: str
+    budget: int
+    lsd: float
+    num_dash: int
+    num_dot: int
+    seconds: float
+    psnr: float | None
+    frechet: float
+    frechet_to_reference: float | None
+    plan: str = ""
+
+
+def results_table(rows: Sequence[Row], title: str) -> object:
+    """Build a `rich.table.Table`, one line a row, ruled between budgets; fits in 80 columns.
+
+    Args:
+        rows: Sorted as they shall appear.
+        title: Printed above.
+    """
+    from rich import box
+    from rich.table import Table
+
+    caption = f"Fréchet = {FRECHET_LABEL}"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("method", no_wrap=True)
+    for header in (
+        "LSD",
+        "Dash",
+        "Dot",
+        "wall\nsec.",
+        "PSNR\ndB",
+        "Fréchet\nto ref.",
+        "Fréchet\nto real",
+    ):
+        table.add_column(header, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        table.add_row(
+            row.label,
+            f"{row.lsd:.2f}".removesuffix(".00"),
+            str(row.num_dash),
+            str(row.num_dot),
+            f"{row.seconds:.2f}",
+            f"{row.psnr:.2f}",
+            f"{row.frechet_to_reference:.3f}",
+            f"{row.frechet:.2f}",
+            end_section=i + 1 == len(rows) or rows[i + 1].budget != row.budget,
+        )
+    return table
+
+
+def save_grid(
+    labelled: Sequence[tuple[str, Tensor]], file: Path, scale: int = 2, columns: int = 12
+) -> None:
+    """Write a PNG: a labelled row a method, a column a noise.
+
+    Args:
+        labelled: (label, images (N, C, H, W) in [0, 1] with C = 1 or 3) for each row.
+        file: Where to.
+        scale: Whole-number magnification, without smoothing.
+        columns: At most so many images of each row.
+    """
+    gap, strips = 2, []
+    for label, images in labelled:
+        cells = _cells(images[:columns], scale)
+        height, width = cells.shape[1:3]
+        strip = np.full((height, len(cells) * (width + gap), 3), 255, np.uint8)
+        for i, cell in enumerate(cells):
+            strip[:, i * (width + gap) : i * (width + gap) + width] = cell
+        strips.append((label, Image.fromarray(strip)))
+    join_strips(strips, gap).save(file)
+
+
+def join_strips(strips: Sequence[tuple[str, Image.Image]], gap: int = 2) -> Image.Image:
+    """Put labelled pictures below each other, each with its label to the left.
+
+    Args:
+        strips: (label, picture) for each row.
+        gap: White pixels below each.
+    """
+    font = ImageFont.load_default(size=max(12, strips[0][1].height // 4))
+    left = 16 + round(max(font.getlength(label) for label, _ in strips))
+    size = left + max(image.width for _, image in strips), sum(i.height + gap for _, i in strips)
+    joined = Image.new("RGB", size, "white")
+    draw, top = ImageDraw.Draw(joined), 0
+    for label, image in strips:
+        draw.text((8, top + image.height // 2), label, fill="black", font=font, anchor="lm")
+        joined.paste(image, (left, top))
+        top += image.height + gap
+    return joined
+
+
+def _cells(images: Tensor, scale: int) -> np.ndarray:
+    """Return (N, C, H, W) in [0, 1] as magnified 8-bit RGB, (N, scale H, scale W, 3)."""
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
+    return pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def plot_quality(rows: Sequence[Row], file: Path, title: str, frechet: str = "frechet") -> None:
+    """Plot Fréchet distance (log) and PSNR against LSD (log) and write a PNG.
+
+    Args:
+        rows: Any order; a label is a curve.
+        file: Where to.
+        title: Above both panels.
+        frechet: Which of `Row`'s two distances: "frechet" or "frechet_to_reference".
+    """
+    target = {"frechet": "real images", "frechet_to_reference": "reference images"}[frechet]
+    ticks = tuple(sorted({row.budget for row in rows}))
+    labels = {
+        frechet: f"Fréchet distance to {target}, lower is better",
+        "psnr": "same-noise PSNR to reference, dB, higher is better",
+    }
+    panels = [
+        Panel(LSD_LABEL, label, axis == frechet, _curves(rows, axis), ticks)
+        for axis, label in labels.items()
+    ]
+    file.write_bytes(to_png(draw_panels(panels, f"{title}\n{FRECHET_LABEL}")))
+
+
+def _curves(rows: Sequence[Row], axis: str) -> tuple[Curve, ...]:
+    """Return a curve a label, without the points that have no value."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.lsd):
+        if getattr(row, axis) is not None:
+            groups.setdefault(row.label, []).append(row)
+    return tuple(
+        Curve(
+            label,
+            group[0].solver,
+            group[0].kind,
+            tuple(Point(row.lsd, getattr(row, axis)) for row in group),
+        )
+        for label, group in groups.items()
+    )

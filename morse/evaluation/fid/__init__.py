@@ -1,0 +1,1 @@
+"""`morse eval fid`: image sets, extractors, metrics, generation."""

@@ -1,0 +1,191 @@
+"""What `morse eval fid` generates: the pipeline, its methods and what their images depend on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from morse.evaluation.fid.extractors import state_sha256
+from morse.evaluation.fid.generation import Method, Request, check_prompts, generate
+from morse.plan import MorsePlan
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from diffusers import DiffusionPipeline
+
+    from morse.evaluation.fid.command import FidConfig
+
+# They draw fresh noise at each step, in an order that depends on the steps.
+STOCHASTIC = (
+    "DDPMScheduler",
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def generate_all(
+    config: "FidConfig", state: "PartialState", device: torch.device
+) -> list[dict[str, object]]:
+    """Generate the images of every budget, and first of the reference if asked for.
+
+    Returns:
+        The facts of each method: its row of the result, without scores.
+
+    Raises:
+        ValueError: If the pipeline has no Dot or no N for --lsd, or does not suit --prompts.
+    """
+    pipe, prompts = _load_pipeline(config, device), read_prompts(config.prompts)
+    check_prompts(pipe, prompts)
+    request = Request(
+        num_images=config.num_images,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        prompts=prompts,
+        guidance_scale=config.guidance_scale,
+        settings=_settings(config, pipe, device),
+    )
+    rows = []
+    for method in _methods(config, pipe):
+        with progress_bar(method.label, state.is_main_process) as on_images:
+            folder, fallbacks = generate(pipe, method, request, config.output_dir, state, on_images)
+        row = _row(method, folder, fallbacks, pipe.speed_ratio)
+        rows.append({**row, "notes": _notes(config, pipe, fallbacks)})
+    return rows
+
+
+def read_prompts(file: Path | None) -> tuple[str, ...]:
+    """Read a file of prompts, one a line; empty lines are left out, and None has none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no prompt.
+    """
+    if file is None:
+        return ()
+    if not file.is_file():
+        raise FileNotFoundError(f"prompts is {file}, which does not exist")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"prompts is {file}, which has no prompt; write one a line")
+    return prompts
+
+
+@contextmanager
+def progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar with the time left; yields what takes the numbers of images done and of all."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not shown) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipeline":
+    """Load the pipeline, with its Dot if there is one, and the N that plans are made with."""
+    from morse.pipeline import MorsePipeline
+
+    pipe = MorsePipeline.from_pretrained(
+        config.pipeline,
+        dot=config.dot,
+        scheduler=config.scheduler,
+        dtype=DTYPES[config.dtype],
+    ).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if config.speed_ratio is not None:
+        pipe.speed_ratio = config.speed_ratio
+    if config.lsd and pipe.dot is None:
+        raise ValueError(
+            f"pipeline {config.pipeline!r} has no Dot, which --lsd needs; give one with --dot, or "
+            "--num_inference_steps for the bare pipeline"
+        )
+    if config.lsd and pipe.speed_ratio is None:
+        raise ValueError(
+            "Dot's config does not say how many times faster it is than Dash, and a measured "
+            "figure would change the plans from run to run; give it by --speed_ratio"
+        )
+    return pipe
+
+
+def _methods(config: "FidConfig", pipe: "DiffusionPipeline") -> Iterator[Method]:
+    scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
+    if config.reference_steps is not None:
+        steps = config.reference_steps
+        label = f"reference: {scheduler}, {steps} steps"
+        yield Method(label, f"reference_{steps}_steps", "reference", steps, steps)
+    for steps in sorted(set(config.num_inference_steps)):
+        yield Method(f"{scheduler}, {steps} steps", f"steps_{steps}", "baseline", steps, steps)
+    for lsd in sorted(set(config.lsd)):
+        plan = MorsePlan.from_budget(lsd, pipe.speed_ratio, pipe.plan_ratio)
+        yield Method(f"Morse-{scheduler}, {lsd:g} LSD", f"lsd_{lsd:g}", "morse", plan, lsd)
+
+
+def _settings(
+    config: "FidConfig", pipe: "DiffusionPipeline", device: torch.device
+) -> dict[str, object]:
+    """Return what pixels depend on beside the method: weights, scheduler, precision, device."""
+    from morse.calls import find_denoiser
+
+    return {
+        "pipeline": config.pipeline,
+        "denoiser_sha256": state_sha256(find_denoiser(pipe)),
+        "dot_sha256": None if pipe.dot is None else state_sha256(pipe.dot),
+        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler_config": {
+            key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")
+        },
+        "dtype": config.dtype,
+        "device": device.type,
+    }
+
+
+def _notes(config: "FidConfig", pipe: "DiffusionPipeline", fallbacks: dict[str, int]) -> list[str]:
+    """Say what may surprise in a method's figures."""
+    name, settings = type(pipe.scheduler).__name__, pipe.scheduler.config
+    notes = [f"Dash ran in Dot's place: {fallbacks}"] if fallbacks else []
+    is_sde = str(settings.get("algorithm_type", "")).startswith("sde")
+    if (name in STOCHASTIC or is_sde) and config.reference_steps is not None:
+        notes.append(
+            f"{name} draws fresh noise at each step, so images of other numbers of steps are other "
+            "images and fidelity to the reference says little; give --scheduler dpmsolver++, say"
+        )
+    return notes
+
+
+def _row(
+    method: Method, folder: Path, fallbacks: dict[str, int], speed_ratio: float | None
+) -> dict[str, object]:
+    planned = isinstance(method.steps, MorsePlan)
+    return {
+        "label": method.label,
+        "kind": method.kind,
+        "budget": method.budget,
+        "lsd": method.steps.cost(speed_ratio) if planned else float(method.steps),
+        "num_dash": method.steps.num_dash if planned else method.steps,
+        "num_dot": method.steps.num_dot if planned else 0,
+        "plan": str(method.steps) if planned else "",
+        "speed_ratio": speed_ratio if planned else None,
+        "fallbacks": fallbacks,
+        "source": str(folder),
+    }

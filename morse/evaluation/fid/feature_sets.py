@@ -1,0 +1,203 @@
+"""The features of a set of images, and their statistics in files that pytorch-fid shares."""
+
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from morse.evaluation.features import load_reference
+from morse.evaluation.fid.extractors import FASHION_MNIST, Extractor
+from morse.evaluation.fid.image_sets import (
+    ImageSet,
+    ReadingFacts,
+    describe_sizes,
+    open_image_set,
+    read_batches,
+)
+from morse.evaluation.metrics import feature_statistics
+
+STATISTICS_SUFFIX = ".npz"
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """What is known of one side of a comparison.
+
+    Attributes:
+        name: Where the images are from.
+        mean: (D,), float64.
+        covariance: (D, D), float64, unbiased.
+        num_images: How many images they are of; None where a file does not say.
+        features: (N, D), float32, on the CPU; None where only statistics are known.
+        logits: (N, K) class logits, if the extractor gives any.
+        facts: What was met while reading, for results.
+        notes: The same in words, for people.
+    """
+
+    name: str
+    mean: Tensor
+    covariance: Tensor
+    num_images: int | None
+    features: Tensor | None = None
+    logits: Tensor | None = None
+    facts: dict[str, object] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def warnings(self) -> list[str]:
+        """Warn where there are too few images for a covariance of full rank."""
+        dim = len(self.mean)
+        if self.num_images is None or self.num_images > dim:
+            return []
+        return [
+            f"{self.num_images} images for {dim} features: a covariance is singular, so Fréchet "
+            "distances are strongly biased upwards and comparable only with others of as many "
+            "images; kernel distances are unbiased"
+        ]
+
+
+def is_statistics(source: str) -> bool:
+    """Tell whether a source names statistics rather than images."""
+    return source == FASHION_MNIST or source.endswith(STATISTICS_SUFFIX)
+
+
+def load_feature_set(
+    source: str,
+    extractor: Extractor,
+    batch_size: int = 64,
+    strict: bool = False,
+    split: str = "train",
+    image_column: str = "image",
+    on_images: Callable[[int, int], object] | None = None,
+) -> FeatureSet:
+    """Load statistics, or extract the features of images.
+
+    Args:
+        source: "fashion-mnist" for the statistics that come with the package, a .npz file of
+            pytorch-fid's layout, or any source of `open_image_set`.
+        extractor: What the features are of.
+        batch_size: Images at a time.
+        strict: Raise at an unreadable image instead of leaving it out.
+        split: See `open_image_set`.
+        image_column: See `open_image_set`.
+        on_images: See `extract_feature_set`.
+    """
+    if source == FASHION_MNIST:
+        if extractor.name != FASHION_MNIST:
+            raise ValueError(
+                f"{FASHION_MNIST} stands for statistics of extractor {FASHION_MNIST}, but "
+                f"extractor is {extractor.name}; give the images, or --extractor {FASHION_MNIST}"
+            )
+        return FeatureSet("Fashion-MNIST's training images", *load_reference(), 60_000)
+    if source.endswith(STATISTICS_SUFFIX):
+        return load_statistics(Path(source), extractor)
+    images = open_image_set(source, split, image_column)
+    return extract_feature_set(images, extractor, batch_size, strict, on_images)
+
+
+@torch.no_grad()
+def extract_feature_set(
+    images: ImageSet,
+    extractor: Extractor,
+    batch_size: int = 64,
+    strict: bool = False,
+    on_images: Callable[[int, int], object] | None = None,
+) -> FeatureSet:
+    """Extract the features of every readable image, in order.
+
+    Args:
+        images: The set.
+        extractor: What the features are of.
+        batch_size: Images at a time.
+        strict: Raise at an unreadable image instead of leaving it out.
+        on_images: Called with the number of images done and of all images, for progress bars.
+
+    Raises:
+        ValueError: If sizes are mixed and the extractor does not resize, if features are not
+            finite, or if fewer than two images can be read.
+    """
+    facts, features, logits = ReadingFacts(), [], []
+    for batch in read_batches(images, extractor.channels, batch_size, facts, strict):
+        if len(facts.sizes) > 1 and not extractor.resizes:
+            raise ValueError(
+                f"{images.name} has images of different sizes, {describe_sizes(facts.sizes)}, but "
+                f"extractor {extractor.name} does not resize; give them one size"
+            )
+        batch_features, batch_logits = extractor.compute(batch)
+        features.append(batch_features.float().cpu())
+        if batch_logits is not None:
+            logits.append(batch_logits.float().cpu())
+        if on_images is not None:
+            on_images(facts.num_images + len(facts.unreadable), len(images))
+    found = torch.cat(features)
+    if not found.isfinite().all():
+        raise ValueError(
+            f"extractor {extractor.name} gives features of {images.name} that are "
+            "not finite; check its weights"
+        )
+    return FeatureSet(
+        images.name,
+        *feature_statistics(found),
+        num_images=facts.num_images,
+        features=found,
+        logits=torch.cat(logits) if logits else None,
+        facts=facts.to_json(),
+        notes=facts.notes(images.name),
+    )
+
+
+def save_statistics(path: Path, features: FeatureSet, extractor: Extractor) -> None:
+    """Write mu (D,) and sigma (D, D), float64, in pytorch-fid's layout, which ignores the rest.
+
+    The rest is the number of images and what the features are of; `load_statistics` checks it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        np.savez(
+            file,
+            mu=features.mean.numpy(),
+            sigma=features.covariance.numpy(),
+            num_images=np.int64(features.num_images),
+            **extractor.identity(),
+        )
+    os.replace(temporary, path)
+
+
+def load_statistics(path: Path, extractor: Extractor) -> FeatureSet:
+    """Read statistics written by `save_statistics` or by pytorch-fid.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, of another layout, or of another extractor.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files}
+        mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is no statistics file with float arrays mu and sigma ({error}); make one by "
+            "--real DIR --save_stats FILE.npz"
+        ) from error
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{path}: mu has shape {tuple(mean.shape)} and sigma {tuple(covariance.shape)}, but "
+            "they must be (D,) and (D, D)"
+        )
+    for key, wanted in extractor.identity().items():
+        if key in arrays and str(arrays[key]) != wanted:
+            raise ValueError(
+                f"{path} was made with {key} {arrays[key]}, but this is {wanted}; statistics of "
+                "different features cannot be compared"
+            )
+    known = "extractor" in arrays
+    num_images = int(arrays["num_images"]) if "num_images" in arrays else None
+    note = f"{path} does not say which extractor it was made with; it is taken to be this one"
+    return FeatureSet(str(path), mean, covariance, num_images, notes=[] if known else [note])

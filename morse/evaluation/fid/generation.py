@@ -1,0 +1,237 @@
+"""Images written by a pipeline, one PNG a seed, by any number of processes with the same result."""
+
+import inspect
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from morse.evaluation.fid.image_sets import ImageSet, image_files
+from morse.plan import MorsePlan
+from morse.training.checkpoint import write_json
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from diffusers import DiffusionPipeline
+
+SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What makes one folder of images.
+
+    Attributes:
+        label: For people: "Morse, 5 LSD".
+        folder: For files: "lsd_5".
+        kind: "morse", "baseline" (the bare pipeline) or "reference" (the bare pipeline with the
+            many steps that fidelity is measured against).
+        steps: Evaluations of the bare pipeline, or Morse's plan.
+        budget: LSD asked for, or the number of steps.
+    """
+
+    label: str
+    folder: str
+    kind: str
+    steps: int | MorsePlan
+    budget: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which images to make, whatever the method.
+
+    Attributes:
+        num_images: Image i of `num_images` starts from seed `seed` + i.
+        seed: Of image 0.
+        batch_size: Consecutive images that make one batch, on every number of processes.
+        prompts: Image i takes prompt i modulo their number; () for a pipeline without text.
+        guidance_scale: Handed to the pipeline; None for the pipeline's own default.
+        settings: What else the images depend on; recorded in each folder.
+    """
+
+    num_images: int
+    seed: int
+    batch_size: int
+    prompts: tuple[str, ...]
+    guidance_scale: float | None
+    settings: dict[str, object]
+
+    def batches(self) -> list[range]:
+        """Return the image numbers of each batch."""
+        starts = range(0, self.num_images, self.batch_size)
+        return [range(first, min(first + self.batch_size, self.num_images)) for first in starts]
+
+    def prompts_of(self, images: range) -> list[str]:
+        """Return the prompt of each image."""
+        return [self.prompts[i % len(self.prompts)] for i in images]
+
+
+def generate(
+    pipe: "DiffusionPipeline",
+    method: Method,
+    request: Request,
+    output_dir: Path,
+    state: "PartialState",
+    on_images: Callable[[int, int], object] | None = None,
+) -> tuple[Path, dict[str, int]]:
+    """Write the images that `output_dir/method.folder` lacks; waits for all processes.
+
+    The batches are fixed by `request` alone and dealt out to the processes, and a batch of which
+    any image is missing is sampled as a whole, so that no pixel depends on the number of processes
+    or on where an earlier run was stopped. All processes must see the same `output_dir`.
+
+    Args:
+        pipe: With Morse attached if the method has a plan.
+        method: How to sample.
+        request: Which images.
+        output_dir: Where the method's folder is or is made.
+        state: Of accelerate: this process among all.
+        on_images: Called with the numbers of images done and to do by this process.
+
+    Returns:
+        The folder, and why Dash ran in Dot's place and how often (in this process, now).
+
+    Raises:
+        ValueError: If the folder holds images of other settings, or an image is not finite.
+    """
+    folder = output_dir / method.folder
+    content = _settings(method, request)
+    _check_settings(folder, content)
+    state.wait_for_everyone()  # all have read before the first one writes
+    if state.is_main_process and not (folder / SETTINGS_FILE).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS_FILE, content)
+    missing = [batch for batch in request.batches() if _missing(folder, batch)]
+    state.wait_for_everyone()  # all have listed the same before the first one adds images
+    mine = missing[state.process_index :: state.num_processes]
+    done, total, fallbacks = 0, sum(len(batch) for batch in mine), Counter()
+    if on_images is not None:
+        on_images(done, total)
+    for batch in mine:
+        images = _sample(pipe, method, request, batch)
+        for index in _missing(folder, batch):
+            _write_png(_file(folder, index), images[index - batch.start])
+        if isinstance(method.steps, MorsePlan):
+            fallbacks.update(pipe.last_run.fallbacks)
+        done += len(batch)
+        if on_images is not None:
+            on_images(done, total)
+    state.wait_for_everyone()
+    return folder, dict(fallbacks)
+
+
+def generated_set(folder: Path, num_images: int) -> ImageSet:
+    """Return the first `num_images` images of a folder that `generate` filled, in seed order."""
+    return image_files(folder, [_file(folder, index) for index in range(num_images)])
+
+
+def check_prompts(pipe: "DiffusionPipeline", prompts: tuple[str, ...]) -> None:
+    """Raise ValueError if a pipeline needs prompts and has none, the reverse, or needs classes."""
+    pipeline_class = getattr(type(pipe), "_morse_base", type(pipe))
+    parameters, name = inspect.signature(pipeline_class.__call__).parameters, type(pipe).__name__
+    takes_text = "prompt" in parameters
+    if takes_text and not prompts:
+        raise ValueError(f"{name} makes images from text; give --prompts FILE, one prompt a line")
+    if prompts and not takes_text:
+        raise ValueError(f"prompts were given, but {name} takes none; leave out --prompts")
+    if "class_labels" in parameters:
+        raise ValueError(f"{name} takes class labels, which this command does not supply")
+
+
+def _settings(method: Method, request: Request) -> dict[str, object]:
+    """Return all that a folder's pixels depend on, as JSON gives it back."""
+    planned = isinstance(method.steps, MorsePlan)
+    content = {
+        "steps": len(method.steps) if planned else method.steps,
+        "plan": str(method.steps) if planned else None,
+        "num_images": request.num_images,
+        "seed": request.seed,
+        "batch_size": request.batch_size,
+        "prompts": list(request.prompts),
+        "guidance_scale": request.guidance_scale,
+        **request.settings,
+    }
+    return json.loads(json.dumps(content))
+
+
+def _check_settings(folder: Path, content: dict[str, object]) -> None:
+    file = folder / SETTINGS_FILE
+    if not file.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} is not empty and has no {SETTINGS_FILE}, so nobody knows what made its "
+                "files; give another --output_dir"
+            )
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        differing = [
+            key for key in sorted({*content, *found}) if content.get(key) != found.get(key)
+        ]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); delete {folder}") from error
+    if differing:
+        told = "; ".join(
+            f"{key} was {_short(found.get(key))} and is {_short(content.get(key))}"
+            for key in differing
+        )
+        raise ValueError(
+            f"{folder} holds images of other settings ({told}); give another --output_dir, or "
+            "delete that folder"
+        )
+
+
+def _short(value: object, most: int = 60) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"{index:08d}.png"
+
+
+def _missing(folder: Path, batch: range) -> list[int]:
+    return [index for index in batch if not _file(folder, index).exists()]
+
+
+def _sample(
+    pipe: "DiffusionPipeline", method: Method, request: Request, batch: range
+) -> np.ndarray:
+    """Sample one batch; returns bytes (B, H, W, C)."""
+    planned = isinstance(method.steps, MorsePlan)
+    settings = {"plan": method.steps} if planned else {"num_inference_steps": method.steps}
+    if request.prompts:
+        settings["prompt"] = request.prompts_of(batch)
+    else:
+        settings["batch_size"] = len(batch)
+    if request.guidance_scale is not None:
+        settings["guidance_scale"] = request.guidance_scale
+    generators = [torch.Generator().manual_seed(request.seed + index) for index in batch]
+    images = np.asarray(pipe(generator=generators, output_type="np", **settings).images)
+    broken = [
+        request.seed + i
+        for i, image in zip(batch, images, strict=True)
+        if not np.isfinite(image).all()
+    ]
+    if broken:
+        raise ValueError(
+            f"{method.label}: the images of seeds {broken[:10]} hold NaN or infinity"
+            f" ({len(broken)} of a batch of {len(batch)}); a pipeline in half precision may "
+            "overflow: try --dtype float32 or bfloat16"
+        )
+    return (images.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _write_png(file: Path, pixels: np.ndarray) -> None:
+    """Write (H, W, C) bytes; other processes see no file or the whole file."""
+    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary, "PNG")
+    os.replace(temporary, file)

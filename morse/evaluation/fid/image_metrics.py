@@ -1,0 +1,229 @@
+"""Distances between sets of images in feature space, and fidelity to same-noise references."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from morse.evaluation.fid.extractors import Extractor
+from morse.evaluation.fid.feature_sets import FeatureSet
+from morse.evaluation.fid.image_sets import ImageSet, ReadingFacts, read_batches
+from morse.evaluation.metrics import frechet_distance, psnr
+from morse.evaluation.scoring import structural_similarity
+from morse.evaluation.torch_fidelity_loader import fidelity_module, torchmetrics_module
+
+KID_SUBSETS, PRC_NEIGHBOURS, IS_SPLITS = 100, 3, 10  # the values of published figures
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+LOWER = {"frechet", "kernel_distance", "cmmd", "lpips"}
+FIDELITY = {  # axis: (title, unit)
+    "psnr": ("Same-noise PSNR to the reference", "dB"),
+    "ssim": ("Same-noise SSIM to the reference", ""),
+    "lpips": ("Same-noise LPIPS (AlexNet) to the reference", ""),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure and its standard error, where one is known."""
+
+    value: float
+    standard_error: float | None = None
+
+
+def axes(extractor: Extractor | None) -> dict[str, dict[str, str]]:
+    """Describe every score by title, unit, which way is better, and what it is about."""
+    titles = {} if extractor is None else extractor.titles
+    named = {axis: (title, "", "distribution") for axis, title in titles.items()}
+    named |= {axis: (*words, "fidelity") for axis, words in FIDELITY.items()}
+    return {
+        axis: {
+            "title": title,
+            "unit": unit,
+            "better": "lower" if axis in LOWER else "higher",
+            "side": side,
+        }
+        for axis, (title, unit, side) in named.items()
+    }
+
+
+def feature_scores(
+    extractor: Extractor,
+    real: FeatureSet,
+    fake: FeatureSet,
+    kid_subset_size: int = 1000,
+    device: torch.device | str = "cpu",
+) -> dict[str, Score]:
+    """Measure everything that the two sets allow.
+
+    Statistics alone allow the Fréchet distance; features of both sets also the kernel distance,
+    precision and recall, and with CLIP the CMMD; class logits the Inception score.
+
+    Args:
+        extractor: What the features are of.
+        real: The reference; may be statistics alone.
+        fake: What is measured.
+        kid_subset_size: Images in a subset of the kernel distance.
+        device: Where to compute the distances between all pairs of images.
+
+    Raises:
+        ValueError: If the sets have features of different lengths.
+    """
+    if len(real.mean) != len(fake.mean):
+        raise ValueError(
+            f"{real.name} has {len(real.mean)} features an image and {fake.name} "
+            f"{len(fake.mean)}; use one extractor for both"
+        )
+    distance = frechet_distance(real.mean, real.covariance, fake.mean, fake.covariance)
+    scores = {"frechet": Score(distance)}
+    if real.features is not None and fake.features is not None:
+        pair = real.features, fake.features
+        if min(len(part) for part in pair) >= 4:
+            scores["kernel_distance"] = kernel_distance(*pair, kid_subset_size)
+        if min(len(part) for part in pair) > PRC_NEIGHBOURS:
+            moved = (part.to(device) for part in pair)
+            scores["precision"], scores["recall"] = precision_recall(*moved)
+        if extractor.name == "clip":
+            scores["cmmd"] = Score(cmmd(*pair))
+    if fake.logits is not None and len(fake.logits) >= IS_SPLITS:
+        scores["inception_score"] = inception_score(fake.logits)
+    return scores
+
+
+def kernel_distance(real: Tensor, fake: Tensor, subset_size: int = 1000) -> Score:
+    """Return the mean polynomial-kernel MMD over random subsets (Bińkowski et al. 2018).
+
+    It is called KID only with Inception features. The standard error is that of a delete-d
+    jackknife (Shao and Wu 1989): the spread over subsets of m of n images, times m / (n - m). It
+    is conservative for sets that differ little, where the distance is a degenerate U-statistic.
+
+    Args:
+        real: (N, D).
+        fake: (M, D).
+        subset_size: m; at most half of the smaller set is taken.
+    """
+    smallest = min(len(real), len(fake))
+    subset_size = min(subset_size, smallest // 2)
+    found = fidelity_module("metric_kid").kid_features_to_metric(
+        fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, verbose=False
+    )
+    spread = found["kernel_inception_distance_std"]
+    error = spread * math.sqrt(subset_size / (smallest - subset_size))
+    return Score(found["kernel_inception_distance_mean"], error)
+
+
+def precision_recall(real: Tensor, fake: Tensor) -> tuple[Score, Score]:
+    """Return improved precision and recall (Kynkäänniemi et al. 2019) with 3 neighbours.
+
+    Args:
+        real: (N, D), N > 3.
+        fake: (M, D), M > 3.
+    """
+    found = fidelity_module("metric_prc").prc_features_to_metric(
+        fake,
+        real,
+        prc_neighborhood=PRC_NEIGHBOURS,
+        prc_batch_size=2000,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return Score(found["precision"]), Score(found["recall"])
+
+
+def inception_score(logits: Tensor) -> Score:
+    """Return exp E KL(p(y|x) || p(y)) (Salimans et al. 2016), mean and error over 10 splits.
+
+    Args:
+        logits: Of the images measured, (N, K), N >= 10.
+    """
+    found = fidelity_module("metric_isc").isc_features_to_metric(logits, IS_SPLITS)
+    error = found["inception_score_std"] / math.sqrt(IS_SPLITS - 1)  # of the mean of the splits
+    return Score(found["inception_score_mean"], error)
+
+
+def cmmd(real: Tensor, fake: Tensor, block: int = 2000) -> float:
+    """Return the CLIP maximum mean discrepancy (Jayasumana et al. 2024, Equation 4), times 1000.
+
+    Like the authors' program: a Gaussian kernel of sigma 10 on CLIP embeddings of length 1, and
+    the biased estimate, the kernel of an image with itself included. The sets may differ in size,
+    which the MMD functions of torchmetrics and torch-fidelity do not foresee.
+
+    Args:
+        real: (N, D), unit vectors.
+        fake: (M, D), likewise.
+        block: Rows of the kernel matrix at a time.
+    """
+    kernel = fidelity_module("metric_kid").kernel_rbf
+
+    def mean_kernel(a: Tensor, b: Tensor) -> float:
+        a, b = a.double().numpy(), b.double().numpy()
+        blocks = (a[i : i + block] for i in range(0, len(a), block))
+        total = sum(
+            float(kernel(rows, b, kid_kernel_rbf_sigma=CMMD_SIGMA).sum()) for rows in blocks
+        )
+        return total / (len(a) * len(b))
+
+    within = mean_kernel(real, real) + mean_kernel(fake, fake)
+    return CMMD_SCALE * (within - 2 * mean_kernel(real, fake))
+
+
+def clip_score(image_features: Tensor, text_features: Tensor) -> Score:
+    """Return 100 max(cos, 0) of images and their prompts (Hessel et al. 2021), mean and error.
+
+    Args:
+        image_features: (N, D), unit vectors.
+        text_features: Of the prompt of each image, (N, D), unit vectors.
+    """
+    cosines = (image_features.double() * text_features.cpu().double()).sum(dim=1)
+    return _mean(100 * cosines.clamp(min=0))
+
+
+def fidelity_scores(
+    images: ImageSet, references: ImageSet, batch_size: int, lpips: bool = False
+) -> dict[str, Score]:
+    """Compare images with references made from the same noise, one by one, as 8-bit RGB.
+
+    Args:
+        images: What is measured.
+        references: As many, in the same order.
+        batch_size: Images at a time.
+        lpips: Also measure LPIPS (Zhang et al. 2018), which needs torchvision and its AlexNet.
+
+    Returns:
+        Mean and standard error of "psnr", "ssim" and, if asked for, "lpips".
+    """
+    found: dict[str, list[Tensor]] = {}
+    for image, reference in zip(
+        _floats(images, batch_size), _floats(references, batch_size), strict=True
+    ):
+        found.setdefault("psnr", []).append(psnr(image, reference))
+        found.setdefault("ssim", []).append(structural_similarity(image, reference))
+        if lpips:
+            found.setdefault("lpips", []).append(_lpips(image, reference))
+    return {axis: _mean(torch.cat(parts)) for axis, parts in found.items()}
+
+
+def _floats(images: ImageSet, batch_size: int) -> Iterator[Tensor]:
+    for batch in read_batches(images, 3, batch_size, ReadingFacts(), strict=True):
+        yield batch.float() / 255
+
+
+def _lpips(images: Tensor, references: Tensor) -> Tensor:
+    module = torchmetrics_module("functional.image.lpips")
+    try:
+        distances = module.learned_perceptual_image_patch_similarity(
+            images, references, net_type="alex", reduction="none", normalize=True
+        )
+    except (ModuleNotFoundError, OSError) as error:
+        raise ValueError(
+            f"lpips needs torchvision and its AlexNet weights ({error}); install torchvision and "
+            "run once where there is a network, or leave out --lpips"
+        ) from error
+    return distances.reshape(-1)
+
+
+def _mean(values: Tensor) -> Score:
+    values = values.double()
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+    return Score(float(values.mean()), error)

@@ -1,0 +1,186 @@
+"""The measuring half of `morse eval fid`: from images to scores."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from morse.evaluation.environment import command_line, environment
+from morse.evaluation.fid.budgets import progress_bar, read_prompts
+from morse.evaluation.fid.extractors import Extractor
+from morse.evaluation.fid.feature_sets import (
+    FeatureSet,
+    extract_feature_set,
+    is_statistics,
+    load_feature_set,
+    save_statistics,
+)
+from morse.evaluation.fid.generation import generated_set
+from morse.evaluation.fid.image_metrics import (
+    Score,
+    axes,
+    clip_score,
+    feature_scores,
+    fidelity_scores,
+)
+from morse.evaluation.fid.image_sets import open_image_set
+
+if TYPE_CHECKING:
+    from morse.evaluation.fid.command import FidConfig
+
+SCHEMA_VERSION = 1
+
+
+def check_real(config: "FidConfig", extractor: Extractor | None) -> None:
+    """Raise what `measure` would raise about --real, before anything is sampled."""
+    if config.real is None:
+        return
+    if is_statistics(config.real):
+        load_feature_set(config.real, extractor)
+    else:
+        open_image_set(config.real, config.split, config.image_column)
+
+
+def measure(
+    config: "FidConfig",
+    extractor: Extractor | None,
+    generated: list[dict[str, object]] | None,
+    device: torch.device,
+) -> dict[str, object]:
+    """Measure every row.
+
+    Args:
+        config: The settings.
+        extractor: What distances are measured in; None for none.
+        generated: The rows of `generate_all`; None to measure `config.fake`.
+        device: Where to compute distances between all pairs of images.
+
+    Returns:
+        The result, ready for JSON.
+    """
+    real = _real_features(config, extractor)
+    rows = []
+    if generated is None:
+        if config.fake is not None:
+            fake = _load(config, config.fake, extractor)
+            row = {"label": Path(config.fake).name, "kind": "images", "source": config.fake}
+            rows.append(_finish(row, fake, _scores(config, extractor, real, fake, device)))
+    else:
+        rows = [
+            _measure_generated(config, extractor, real, row, generated, device) for row in generated
+        ]
+    found = [axis for row in rows for axis in row["scores"]]
+    known = axes(extractor)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command_line(),
+        **environment(device),
+        "dtype": config.dtype,
+        "settings": config.to_json(),
+        "extractor": _extractor_facts(extractor, real),
+        "real": None if real is None else {"name": real.name, **_reading(real)},
+        "axes": {axis: known[axis] for axis in known if axis in found},
+        "rows": rows,
+        "warnings": [] if real is None else [*real.notes, *real.warnings()],
+    }
+
+
+def _real_features(config: "FidConfig", extractor: Extractor | None) -> FeatureSet | None:
+    if config.real is None:
+        return None
+    real = _load(config, config.real, extractor)
+    if config.save_stats is not None:
+        save_statistics(config.save_stats, real, extractor)
+        print(f"wrote {config.save_stats}")
+    return real
+
+
+def _load(config: "FidConfig", source: str, extractor: Extractor) -> FeatureSet:
+    with progress_bar(
+        f"features of {Path(source).name}", shown=not is_statistics(source)
+    ) as on_images:
+        return load_feature_set(
+            source,
+            extractor,
+            batch_size=config.batch_size,
+            strict=config.strict,
+            split=config.split,
+            image_column=config.image_column,
+            on_images=on_images,
+        )
+
+
+def _measure_generated(
+    config: "FidConfig",
+    extractor: Extractor | None,
+    real: FeatureSet | None,
+    row: dict[str, object],
+    rows: list[dict[str, object]],
+    device: torch.device,
+) -> dict[str, object]:
+    images, scores, fake = generated_set(Path(row["source"]), config.num_images), {}, None
+    if extractor is not None:
+        with progress_bar(f"features of {row['label']}", shown=True) as on_images:
+            fake = extract_feature_set(images, extractor, config.batch_size, True, on_images)
+        scores = _scores(config, extractor, real, fake, device)
+    reference = next((other for other in rows if other["kind"] == "reference"), None)
+    if reference is not None and reference is not row:
+        references = generated_set(Path(reference["source"]), config.num_images)
+        scores |= fidelity_scores(images, references, config.batch_size, config.lpips)
+    return _finish({**row, "num_images": config.num_images}, fake, scores)
+
+
+def _scores(
+    config: "FidConfig",
+    extractor: Extractor,
+    real: FeatureSet | None,
+    fake: FeatureSet,
+    device: torch.device,
+) -> dict[str, Score]:
+    scores = {}
+    if real is not None:
+        scores |= feature_scores(extractor, real, fake, config.kid_subset_size, device)
+    prompts = read_prompts(config.prompts)
+    if prompts and extractor.embed_text is not None and fake.features is not None:
+        if fake.facts["num_unreadable"]:
+            raise ValueError(
+                f"{fake.name} has unreadable images ({fake.facts['unreadable']}), so it is not "
+                "known which prompt belongs to which image; remove them, or leave out --prompts"
+            )
+        used = prompts[: len(fake.features)]
+        text = torch.cat(
+            [
+                extractor.embed_text(list(used[first : first + config.batch_size])).cpu()
+                for first in range(0, len(used), config.batch_size)
+            ]
+        )
+        scores["clip_score"] = clip_score(
+            fake.features, text[torch.arange(len(fake.features)) % len(text)]
+        )
+    return scores
+
+
+def _finish(
+    row: dict[str, object], fake: FeatureSet | None, scores: dict[str, Score]
+) -> dict[str, object]:
+    """Add to a row what was measured and what to keep in mind."""
+    side = {} if fake is None else _reading(fake)
+    notes = [*row.get("notes", []), *([] if fake is None else [*fake.notes, *fake.warnings()])]
+    told = {
+        axis: {"value": score.value, "standard_error": score.standard_error}
+        for axis, score in scores.items()
+    }
+    return {**row, **side, "scores": told, "notes": notes}
+
+
+def _reading(features: FeatureSet) -> dict[str, object]:
+    return {"num_images": features.num_images, "reading": features.facts}
+
+
+def _extractor_facts(
+    extractor: Extractor | None, real: FeatureSet | None
+) -> dict[str, object] | None:
+    if extractor is None:
+        return None
+    facts = {**extractor.identity(), "words": extractor.words}
+    return facts if real is None else {**facts, "feature_dim": len(real.mean)}

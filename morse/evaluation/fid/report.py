@@ -1,0 +1,70 @@
+"""The printed table of `morse eval fid`."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def print_result(result: dict[str, object], console: "Console | None" = None) -> None:
+    """Print the rows as a table, what they were measured with, and every warning.
+
+    Args:
+        result: Of `morse.evaluation.fid.measuring.measure`.
+        console: Where to; a new one on standard output if left out.
+    """
+    from rich.console import Console
+
+    console = console or Console()
+    if any(row["scores"] for row in result["rows"]):
+        console.print(_table(result))
+        for axis in result["axes"].values():
+            console.print(f"{axis['title']}: {axis['better']} is better", highlight=False)
+    extractor, real = result["extractor"], result["real"]
+    if extractor is not None:
+        console.print(
+            f"extractor {extractor['extractor']}, weights' SHA-256 {extractor['sha256']}; resize: "
+            f"{extractor['resize']}",
+            highlight=False,
+        )
+    if real is not None:
+        console.print(f"real images: {real['name']}, {_count(real['num_images'])}", highlight=False)
+    notes = [*result["warnings"], *(note for row in result["rows"] for note in row["notes"])]
+    for note in dict.fromkeys(notes):
+        console.print(note, style="yellow", highlight=False)
+
+
+def _count(num_images: int | None) -> str:
+    return "of unknown number" if num_images is None else f"{num_images:,} images"
+
+
+def _table(result: dict[str, object]) -> "Table":
+    """Build a table with a line a row and a column an axis, values with standard errors."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("images", no_wrap=True)
+    table.add_column("number", justify="right")
+    for axis in result["axes"].values():
+        table.add_column(_short(axis), justify="right")
+    for row in result["rows"]:
+        scores = [_cell(row["scores"].get(axis)) for axis in result["axes"]]
+        number = row.get("num_images")
+        table.add_row(row["label"], "?" if number is None else str(number), *scores)
+    return table
+
+
+def _short(axis: dict[str, str]) -> str:
+    """Return a title that fits above a column; the whole one stands below the table."""
+    title = axis["title"].partition(" (")[0]
+    title = title.removeprefix("Same-noise ").removesuffix(" to the reference")
+    return title + (f" {axis['unit']}" if axis["unit"] else "")
+
+
+def _cell(score: dict[str, float | None] | None) -> str:
+    if score is None:
+        return ""
+    error = score["standard_error"]
+    return f"{score['value']:.4g}" + (f" ± {error:.2g}" if error is not None else "")

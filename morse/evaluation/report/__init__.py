@@ -1,0 +1,1 @@
+"""The benchmark's report, drawn from its JSON alone."""

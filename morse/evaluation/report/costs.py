@@ -1,0 +1,130 @@
+"""What each method costs, N, and what is missing from the report."""
+
+from dataclasses import replace
+
+from morse.evaluation.report.blocks import Section, Table, budget_matrix
+from morse.evaluation.report.data import (
+    NONE,
+    Result,
+    budget_list,
+    elsewhere,
+    engaged_rows,
+    milliseconds_an_image,
+    morse_names,
+    row_name,
+    split_budgets,
+)
+
+
+def costs_section(result: Result) -> Section:
+    """LSD, evaluations, seconds, images a second and memory of every method and budget."""
+    main, others = split_budgets(result)
+    rows = {(row_name(row), row["budget"]): row for row in engaged_rows(result)}
+
+    def cell(name: str, budget: float) -> str:
+        found = (name, budget) in rows
+        return _number(milliseconds_an_image(result, rows[name, budget])) if found else ""
+
+    names = dict.fromkeys(name for name, _ in rows)
+    times = budget_matrix("Wall time, ms an image", names, main, cell)
+    times = replace(times, strong=morse_names(rows.values()))
+    folded = [_costs_table(result, budgets) for budgets in (main, others) if budgets]
+    return Section("What it costs", tables=(times,), folded=tuple(folded))
+
+
+def _costs_table(result: Result, budgets: list[float]) -> Table:
+    """One line a method and budget; columns that nobody filled are left out."""
+    columns = {
+        "method": row_name,
+        "budget": lambda row: f"{row['budget']:g}",
+        "LSD": lambda row: f"{row['lsd']:.2f}".removesuffix(".00"),
+        "Dash + Dot": lambda row: f"{row['num_dash']} + {row['num_dot']}",
+        "seconds": lambda row: _number(row.get("seconds")),
+        "ms an image": lambda row: _number(milliseconds_an_image(result, row)),
+        "images/s": lambda row: _number(row.get("images_per_second")),
+        "peak memory, MiB": lambda row: _number(row.get("peak_memory_mib"), "{:.0f}"),
+        "measured on": lambda row: elsewhere(result, row),
+    }
+    rows = [row for row in engaged_rows(result) if row["budget"] in budgets]
+    filled = {
+        name: cells
+        for name, show in columns.items()
+        if set(cells := tuple(show(row) for row in rows)) - {"", NONE}
+    }
+    cells = zip(*filled.values(), strict=True)
+    lines = tuple(tuple(text or NONE for text in line) for line in cells)
+    title = f"LSD, evaluations, time and memory at {budget_list(budgets)} LSD"
+    return Table(title, tuple(filled), lines, morse_names(rows))
+
+
+def _number(value: float | None, form: str = "{:.3g}") -> str:
+    if value is None:
+        return NONE
+    return form.format(value) if value < 1000 else f"{value:,.0f}"
+
+
+def speed_ratios_section(result: Result) -> Section:
+    """N at each batch size and mode."""
+
+    def quartiles(seconds: list[float] | None) -> str:
+        return " / ".join(f"{1e3 * value:.3g}" for value in seconds) if seconds else NONE
+
+    lines = tuple(
+        (
+            str(entry["batch_size"]),
+            {True: "merged", False: "separate"}.get(entry.get("merged"), NONE),
+            entry.get("mode") or "eager",
+            f"{entry['speed_ratio']:.2f}",
+            quartiles(entry.get("dash_seconds")),
+            quartiles(entry.get("dot_seconds")),
+        )
+        for entry in result.get("speed_ratios", ())
+    )
+    header = ("batch", "LoRA", "mode", "N", "Dash, ms (quartiles)", "Dot, ms (quartiles)")
+    table = Table("N at each batch size", header, lines)
+    title = "N, how many times faster Dot is than Dash"
+    return Section(title, tables=(table,) if lines else ())
+
+
+def remarks_section(result: Result) -> Section:
+    """What a reader should know of single figures; methods with the same remark together."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in engaged_rows(result):
+        remarks = [row.get("note") or ""]
+        remarks += [
+            f"Dash ran in Dot's place ({why}: {count})"
+            for why, count in (row.get("fallbacks") or {}).items()
+        ]
+        for remark in filter(None, remarks):
+            found.setdefault(remark, {}).setdefault(row_name(row), []).append(row["budget"])
+    lines = []
+    for remark, methods in found.items():
+        places = [f"{name} at {budget_list(sorted(at))} LSD" for name, at in methods.items()]
+        lines.append(f"{remark}: {'; '.join(places)}.")
+    return Section("Remarks on single figures", tuple(lines))
+
+
+def missing_section(result: Result) -> Section:
+    """What was asked for and not measured; the budgets of one method together."""
+    budgets: dict[str, list[str]] = {}
+    for entry in result.get("not_measured", ()):
+        what, _, reason = str(entry).partition(": ")
+        label, _, budget = what.rpartition(", ")
+        fits = bool(label) and budget.endswith(" LSD")
+        key = label + (f" ({reason})" if reason else "") if fits else str(entry)
+        budgets.setdefault(key, []).extend([budget.removesuffix(" LSD")] * fits)
+    lines = [f"{key} at {', '.join(found)} LSD" if found else key for key, found in budgets.items()]
+    text = ("; ".join(lines) + ".",) if lines else ()
+    return Section("Asked for and not measured", text)
+
+
+def not_engaged_section(result: Result) -> Section:
+    """Methods that ran without doing what their name says, so that they are in no table."""
+    rows = [row for row in result["rows"] if not row.get("engaged", True)]
+    lines = tuple(
+        (row_name(row), f"{row['budget']:g}", row.get("note") or "no reason given") for row in rows
+    )
+    text = "They ran, but changed nothing, so they appear in no other table or plot."
+    table = Table("Did not engage", ("method", "budget, LSD", "why"), lines, num_text=3)
+    title = "Methods that did not engage"
+    return Section(title, (text,), (table,)) if rows else Section(title)

@@ -1,0 +1,210 @@
+"""What the benchmark's JSON (schema 2) holds, read once for all its reports."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from morse.evaluation.bench.runs import TRAINING_FREE
+
+Result = Mapping[str, Any]  # the JSON's content
+Measured = Mapping[str, Any]  # one of its "rows": a method at a budget
+Verdict = Literal["better", "within noise", "worse"]
+
+BEST_TRAINING_FREE = "best training-free solver"
+CONTROLS = ("reuse", "extrapolation", "independent", "shrunk")
+KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, "deepcache")
+FOOTNOTE_MARKS = "†‡§¶"
+NONE = "–"
+Z_95 = 1.96  # a normal variable lies within so many standard deviations in 95 % of cases
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A measure of quality.
+
+    Attributes:
+        name: Its key in the JSON.
+        title: In words.
+        unit: "dB", or "".
+        better: Whether a "lower" or a "higher" value is better.
+        side: Whether it compares distributions, or image by image with a reference ("fidelity").
+    """
+
+    name: str
+    title: str
+    unit: str
+    better: Literal["lower", "higher"]
+    side: Literal["distribution", "fidelity"]
+
+    @property
+    def short_title(self) -> str:
+        """The title without what it says in brackets."""
+        before, bracket, rest = self.title.partition(" (")
+        return before + rest.partition(")")[2] if bracket else self.title
+
+    @property
+    def name_alone(self) -> str:
+        """The short title without what is compared with, such as "Same-noise PSNR"."""
+        return self.short_title.partition(" to ")[0]
+
+    @property
+    def direction(self) -> str:
+        """Such as "dB, higher is better"."""
+        return ", ".join(filter(None, (self.unit, f"{self.better} is better")))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A value on an axis; its uncertainty is None where the JSON has none."""
+
+    value: float
+    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard error, or that of a normal variable with the 95 % interval."""
+        if self.standard_error is not None or self.interval is None:
+            return self.standard_error
+        return (self.interval[1] - self.interval[0]) / (2 * Z_95)
+
+    def text(self, decimals: int) -> str:
+        """Such as "0.95 ± 0.06", or "0.95 [0.84, 1.07]" without a standard error."""
+        text = f"{self.value:.{decimals}f}"
+        if self.standard_error is not None:
+            return f"{text} ± {self.standard_error:.{decimals}f}"
+        if self.interval is not None:
+            return f"{text} [{self.interval[0]:.{decimals}f}, {self.interval[1]:.{decimals}f}]"
+        return text
+
+
+def read_axes(result: Result) -> list[Axis]:
+    """Return every axis, in the JSON's order."""
+    parts = ("title", "unit", "better", "side")
+    return [
+        Axis(name, *(about[part] for part in parts))
+        for name, about in result.get("axes", {}).items()
+    ]
+
+
+def headline_axes(result: Result) -> list[Axis]:
+    """Return the first axis of each side: distribution, then fidelity."""
+    axes = read_axes(result)
+    firsts = (next((a for a in axes if a.side == s), None) for s in ("distribution", "fidelity"))
+    return [axis for axis in firsts if axis is not None]
+
+
+def read_score(row: Measured | None, axis: Axis) -> Score | None:
+    """Return the row's score; None where nothing was measured, or for the reference itself."""
+    entry = row and row["scores"].get(axis.name)
+    if not entry or entry.get("value") is None:
+        return None
+    interval = entry.get("interval")
+    return Score(entry["value"], entry.get("standard_error"), interval and tuple(interval))
+
+
+def row_name(row: Measured) -> str:
+    """Return the method's label with its setting, if the label does not say it already."""
+    setting = row.get("setting") or ""
+    return row["label"] if setting in row["label"] else f"{row['label']} ({setting})"
+
+
+def morse_names(rows: Iterable[Measured]) -> frozenset[str]:
+    """Return the names of the rows that are Morse."""
+    return frozenset(row_name(row) for row in rows if row["kind"] == "morse")
+
+
+def engaged_rows(result: Result) -> list[Measured]:
+    """Return the rows whose method did what its name says, sorted by kind and then as given."""
+    rows = [row for row in result["rows"] if row.get("engaged", True)]
+    rank = {kind: index for index, kind in enumerate(KIND_ORDER)}
+    return sorted(rows, key=lambda row: rank.get(row["kind"], len(rank)))
+
+
+def engaged_entries(result: Result, key: str) -> list[Measured]:
+    """Return the "speedups" or "lossless" entries of rows that engaged."""
+    idle = {(row["label"], row["budget"]) for row in result["rows"] if not row.get("engaged", True)}
+    entries = result.get(key, ())
+    return [entry for entry in entries if (entry["method"], entry["budget"]) not in idle]
+
+
+def split_budgets(result: Result) -> tuple[list[float], list[float]]:
+    """Return the budgets that Morse was measured at, and those of other methods only."""
+    rows = result["rows"]
+    everything = {row["budget"] for row in rows}
+    main = {row["budget"] for row in rows if row["kind"] == "morse"} or everything
+    return sorted(main), sorted(everything - main)
+
+
+def best_row(rows: Iterable[Measured], axis: Axis) -> Measured | None:
+    """Return the row with the best value on an axis; None if none has one."""
+    scored = [row for row in rows if read_score(row, axis)]
+    sign = 1 if axis.better == "lower" else -1
+    return min(scored, key=lambda row: sign * row["scores"][axis.name]["value"], default=None)
+
+
+def best_training_free_row(result: Result, axis: Axis, budget: float) -> Measured | None:
+    """Return the best training-free solver's row at a budget."""
+    solvers = (
+        row
+        for row in engaged_rows(result)
+        if row["kind"] in TRAINING_FREE and row["budget"] == budget
+    )
+    return best_row(solvers, axis)
+
+
+def compare(score: Score, other: Score, axis: Axis) -> Verdict:
+    """Say how `score` stands against `other`.
+
+    Within noise: closer than 1.96 standard errors of the difference, taken as independent. Both
+    start from the same noise, which makes their difference less noisy than that, so this calls too
+    many differences noise rather than too few. Where either has no error, only equal is noise.
+    """
+    gain = other.value - score.value if axis.better == "lower" else score.value - other.value
+    known = score.deviation is not None and other.deviation is not None
+    noise = Z_95 * math.hypot(score.deviation, other.deviation) if known else 0.0
+    if abs(gain) <= noise:
+        return "within noise"
+    return "better" if gain > 0 else "worse"
+
+
+def decimals_of(scores: Iterable[Score | None]) -> int:
+    """Return how many decimals a table needs, 0 to 4.
+
+    Its smallest error keeps one digit, or two if the first is 1 or 2; without errors, its smallest
+    value keeps three.
+    """
+    kept = [score for score in scores if score is not None]
+    errors = [score.deviation / 3 for score in kept if score.deviation]
+    values = [abs(score.value) / 100 for score in kept if score.value]
+    last = min(errors or values, default=0.01)
+    return min(max(-math.floor(math.log10(last)), 0), 4)
+
+
+def elsewhere(result: Result, row: Measured) -> str:
+    """Return a row's own device and precision; "" where they are those of the whole result."""
+    own = [row.get(name) or result[name] for name in ("device", "dtype")]
+    return "" if own == [result["device"], result["dtype"]] else ", ".join(own)
+
+
+def footnotes(result: Result) -> dict[str, str]:
+    """Return a mark for each device and precision other than the result's own."""
+    places = dict.fromkeys(filter(None, (elsewhere(result, row) for row in result["rows"])))
+    return {
+        place: FOOTNOTE_MARKS[i] if i < len(FOOTNOTE_MARKS) else f"({i + 1})"
+        for i, place in enumerate(places)
+    }
+
+
+def milliseconds_an_image(result: Result, row: Measured) -> float | None:
+    """Return the wall time of an image of a batch, in milliseconds."""
+    if row.get("images_per_second"):
+        return 1e3 / row["images_per_second"]
+    num_images = result["settings"].get("num_images")
+    return 1e3 * row["seconds"] / num_images if row.get("seconds") and num_images else None
+
+
+def budget_list(budgets: Iterable[float]) -> str:
+    """Return such as "5, 8, 12"; "–" for none."""
+    return ", ".join(f"{budget:g}" for budget in budgets) or NONE

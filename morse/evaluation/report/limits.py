@@ -1,0 +1,163 @@
+"""What Morse gains, and where it does not: the report's first and most important lines."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from morse.evaluation.report.blocks import Section, Table
+from morse.evaluation.report.data import (
+    BEST_TRAINING_FREE,
+    NONE,
+    Axis,
+    Measured,
+    Result,
+    Verdict,
+    best_row,
+    best_training_free_row,
+    budget_list,
+    compare,
+    engaged_entries,
+    engaged_rows,
+    headline_axes,
+    read_axes,
+    read_score,
+    row_name,
+    split_budgets,
+)
+
+MAX_CLAIMED = 3  # Morse methods in the first table
+LIMITS_TITLE = "Where Morse does not win"
+
+
+def claim_section(result: Result) -> Section:
+    """Matched-quality speed-ups of the leading Morse methods, and how often Morse is ahead."""
+    wins = Counter({row["label"]: 0 for row in _morse_rows(result)})
+    wins.update(name for name, *_, verdict in _verdicts(result) if verdict == "better")
+    lines, methods = [], [method for method, _ in wins.most_common(MAX_CLAIMED)]
+    for method in methods:
+        for axis in headline_axes(result):
+            cells = [_range(result, method, axis, cost) for cost in ("lsd", "seconds")]
+            if set(cells) != {NONE}:
+                lines.append((method, axis.name_alone, *cells))
+    header = ("method", "equal quality in", "in LSD", "in wall time")
+    title = f"How many times less Morse costs than the {BEST_TRAINING_FREE} at equal quality"
+    note = (
+        "From the worst to the best budget that has a factor, and how many have one; below, every "
+        "budget, and why some have none."
+    )
+    if len(methods) < len(wins):
+        note += f" These {len(methods)} of {len(wins)} Morse methods win most comparisons."
+    table = Table(title, header, tuple(lines), num_text=len(header), note=note)
+    text = f"{limits_sentence(result)} “{LIMITS_TITLE}” lists them."
+    return Section("In short", (text,), (table,) if lines else ())
+
+
+def limits_sentence(result: Result) -> str:
+    """Count Morse's comparisons with the best training-free solver at its budget, on every axis."""
+    counts = Counter(verdict for *_, verdict in _verdicts(result))
+    total = sum(counts.values())
+    if not total:
+        return "Morse was not compared with a training-free solver."
+    return (
+        f"At the same budget, of {total} comparisons with the {BEST_TRAINING_FREE} (every Morse "
+        f"method, axis and budget) Morse is better in {counts['better']}, within noise in "
+        f"{counts['within noise']} and worse in {counts['worse']}."
+    )
+
+
+def limits_section(result: Result) -> Section:
+    """Where the best training-free solver, or another method, is as good as Morse or better."""
+    found: dict[tuple[str, str], dict[Verdict, list[float]]] = {}
+    for name, axis, budget, verdict in _verdicts(result):
+        found.setdefault((name, axis.name), {}).setdefault(verdict, []).append(budget)
+    order = [row_name(row) for row in _morse_rows(result)]
+    axes = {axis.name: axis for axis in read_axes(result)}
+    lines = tuple(
+        (
+            name,
+            axes[axis].short_title,
+            budget_list(verdicts.get("worse", ())),
+            budget_list(verdicts.get("within noise", ())),
+            budget_list(verdicts.get("better", ())),
+            _not_faster(result, name, axis),
+        )
+        for (name, axis), verdicts in sorted(
+            found.items(), key=lambda pair: order.index(pair[0][0])
+        )
+        if set(verdicts) != {"better"} or _not_faster(result, name, axis) != NONE
+    )
+    text = [] if lines else [limits_sentence(result)]
+    text.extend(_others_ahead(result))
+    header = ("method", "axis", "worse", "within noise", "better", "no gain in seconds")
+    note = (
+        "Budgets in LSD. Within noise: closer than 1.96 standard errors of the difference. No gain "
+        f"in seconds: for the quality of the {BEST_TRAINING_FREE}, no less wall time, or an "
+        "interval that includes that, or no quality that it has at any budget."
+    )
+    title = f"Morse against the {BEST_TRAINING_FREE}, where it is not ahead everywhere"
+    table = Table(title, header, lines, num_text=2, note=note)
+    return Section(LIMITS_TITLE, tuple(text), (table,) if lines else ())
+
+
+def _morse_rows(result: Result) -> list[Measured]:
+    return [row for row in engaged_rows(result) if row["kind"] == "morse"]
+
+
+def _verdicts(result: Result) -> Iterator[tuple[str, Axis, float, Verdict]]:
+    """Yield (method, axis, budget, verdict against the best training-free solver there)."""
+    for axis in read_axes(result):
+        for row in _morse_rows(result):
+            score = read_score(row, axis)
+            bare = read_score(best_training_free_row(result, axis, row["budget"]), axis)
+            if score and bare:
+                yield row_name(row), axis, row["budget"], compare(score, bare, axis)
+
+
+def _range(result: Result, method: str, axis: Axis, cost: str) -> str:
+    """Return such as "1.19–2.10× (4 of 5)", the spread over budgets and how many have a factor."""
+    entries = _against_best(result, method, axis.name, cost)
+    values = [entry["value"] for entry in entries if entry["status"] == "measured"]
+    if not entries:
+        return NONE
+    ends = (min(values), max(values)) if values else ()
+    spread = "–".join(dict.fromkeys(f"{value:.2f}" for value in ends))
+    return f"{spread + '×' if spread else 'none'} ({len(values)} of {len(entries)})"
+
+
+def _not_faster(result: Result, method: str, axis: str) -> str:
+    """Return the budgets at which a method saves no wall time, or not surely."""
+    entries = _against_best(result, method, axis, "seconds")
+    slow = [
+        entry["budget"]
+        for entry in entries
+        if entry["status"] == "out of range"
+        or (entry["status"] == "measured" and (entry["interval"] or [entry["value"]])[0] <= 1)
+    ]
+    return budget_list(sorted(slow)) if entries else "not measured"
+
+
+def _against_best(result: Result, method: str, axis: str, cost: str) -> list[Measured]:
+    wanted = {"method": method, "baseline": BEST_TRAINING_FREE, "axis": axis, "cost": cost}
+    return [
+        entry
+        for entry in engaged_entries(result, "speedups")
+        if all(entry[key] == value for key, value in wanted.items())
+    ]
+
+
+def _others_ahead(result: Result) -> list[str]:
+    """Name the controls and peers that beat every Morse method at a budget."""
+    ahead: dict[tuple[str, str], list[float]] = {}
+    for axis in read_axes(result):
+        for budget in split_budgets(result)[0]:
+            rows = [row for row in engaged_rows(result) if row["budget"] == budget]
+            morse = read_score(best_row((r for r in rows if r["kind"] == "morse"), axis), axis)
+            for row in rows:
+                score = read_score(row, axis)
+                if row["kind"] in ("morse", "baseline") or not (score and morse):
+                    continue
+                if compare(score, morse, axis) == "better":
+                    ahead.setdefault((row_name(row), axis.short_title), []).append(budget)
+    return [
+        f"{name} is better than every Morse method at {budget_list(budgets)} LSD ({title})."
+        for (name, title), budgets in ahead.items()
+    ]

@@ -1,0 +1,118 @@
+"""Matched-quality speed-ups and lossless factors, as the benchmark's JSON has them."""
+
+from dataclasses import replace
+
+from morse.evaluation.report.blocks import Section, Table, budget_matrix
+from morse.evaluation.report.data import (
+    BEST_TRAINING_FREE,
+    Measured,
+    Result,
+    engaged_entries,
+    headline_axes,
+    morse_names,
+    read_axes,
+)
+
+COSTS = {"lsd": "cost in LSD", "seconds": "cost in wall seconds"}
+
+
+def speedups_section(result: Result) -> Section:
+    """Matched-quality speed-ups at each budget; what could not be measured is written out.
+
+    The headline axes are shown for every method over the best training-free solver; Morse over each
+    single solver, and the other axes, are folded away.
+    """
+    entries = engaged_entries(result, "speedups")
+    if not entries:
+        return Section("Matched-quality speed-ups")
+    headline, morse = headline_axes(result), morse_names(result["rows"])
+    tables, folded = [], []
+    for cost in COSTS:
+        for axis in read_axes(result):
+            own = [e for e in entries if (e["axis"], e["cost"]) == (axis.name, cost)]
+            best = [entry for entry in own if entry["baseline"] == BEST_TRAINING_FREE]
+            single = [entry for entry in own if entry not in best and entry["method"] in morse]
+            title = f"{axis.short_title}, {COSTS[cost]}, over "
+            if best:
+                table = _speedup_table(title + f"the {BEST_TRAINING_FREE}", best, morse)
+                (tables if axis in headline else folded).append(table)
+            if single:
+                folded.append(
+                    _speedup_table(title + "each training-free solver", single, frozenset())
+                )
+    text = (
+        "What a training-free solver pays for the quality that a method has at a budget, divided "
+        "by what the method pays: above 1, the method is cheaper. Brackets hold the 95 % interval. "
+        "Where there is no factor, the line below the table says why. No interval: too many of the "
+        "bootstrap's replicates have no factor."
+    )
+    return Section("Matched-quality speed-ups", (text,), tuple(tables), tuple(folded))
+
+
+def _speedup_table(title: str, entries: list[Measured], strong: frozenset[str]) -> Table:
+    """Return a line for each method, or method and solver, of `entries`; `strong` ones first."""
+    several = len({entry["baseline"] for entry in entries}) > 1
+    cells, notes = {}, {}
+    for entry in sorted(entries, key=lambda entry: entry["method"] not in strong):
+        name = f"{entry['method']} over {entry['baseline']}" if several else entry["method"]
+        cells[name, entry["budget"]] = _speedup_text(entry)
+        if entry["status"] != "measured" and entry.get("note"):
+            notes.setdefault(entry["status"], {})[entry["note"]] = None
+    names = dict.fromkeys(name for name, _ in cells)
+    budgets = sorted({budget for _, budget in cells})
+    table = budget_matrix(title, names, budgets, lambda *place: cells.get(place, ""))
+    said = "; ".join(f"{status}: {', or '.join(found)}" for status, found in notes.items())
+    return replace(table, strong=strong, note=said)
+
+
+def _speedup_text(entry: Measured) -> str:
+    """Return such as "1.34× [1.31, 1.37]", or a status."""
+    parts = [] if entry["status"] == "measured" else [entry["status"]]
+    if entry["value"] is not None:
+        parts.append(f"{entry['value']:.2f}×")
+    if entry.get("interval"):
+        parts[-1] += " [{:.2f}, {:.2f}]".format(*entry["interval"])
+    elif entry["status"] == "measured" and entry.get("note"):
+        parts[-1] += " (no interval)"
+    return ", ".join(parts)
+
+
+def lossless_section(result: Result) -> Section:
+    """The largest factor that passed the non-inferiority test, per method, axis and budget."""
+    tables = []
+    for axis in read_axes(result):
+        entries = [e for e in engaged_entries(result, "lossless") if e["axis"] == axis.name]
+        if not entries:
+            continue
+        found: dict[tuple[str, float], list[Measured]] = {}
+        for entry in entries:
+            found.setdefault((entry["method"], entry["budget"]), []).append(entry)
+
+        def cell(name: str, budget: float, found: dict = found) -> str:
+            return _lossless_text(found.get((name, budget), []))
+
+        budgets = sorted({entry["budget"] for entry in entries})
+        names = dict.fromkeys(entry["method"] for entry in entries)
+        table = budget_matrix(f"{axis.short_title}, {axis.direction}", names, budgets, cell)
+        tables.append(replace(table, strong=morse_names(result["rows"])))
+    text = (
+        f"The largest tried factor f for which a method is no worse than the {BEST_TRAINING_FREE} "
+        "at f times its cost: the one-sided 95 % upper bound of how much worse it is stays below "
+        "the margin δ. None: no factor passed. Only factors within the training-free solvers' "
+        "measured costs are tried."
+    )
+    return Section("Lossless factors", (text,) if tables else (), tuple(tables))
+
+
+def _lossless_text(entries: list[Measured]) -> str:
+    """Return such as "1.5× (δ 0.05)", or "none (δ 0.05)"."""
+    if not entries:
+        return ""
+    passed = [entry for entry in entries if entry["lossless"]]
+    if passed:
+        best = max(passed, key=lambda entry: entry["factor"])
+        return f"{best['factor']:g}× (δ {best['delta']:.2g})"
+    if all(entry["lossless"] is None for entry in entries):
+        return "not tested"
+    easiest = min(entries, key=lambda entry: entry["factor"])
+    return f"none (δ {easiest['delta']:.2g})"

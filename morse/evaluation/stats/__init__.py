@@ -1,0 +1,1 @@
+"""From measured cells to figures: intervals, curves, speed-ups, the lossless test."""

@@ -1,0 +1,58 @@
+"""The lossless test: is a method surely no worse than the baseline with more budget?"""
+
+import numpy as np
+
+from morse.evaluation.stats.curves import Curve
+
+FACTORS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+CONFIDENCE = 0.95
+
+
+def lossless_test(
+    curve: Curve,
+    by_seed: Curve | None,
+    cost: float,
+    errors: np.ndarray,
+    factor: float,
+    delta: float | None = None,
+) -> dict[str, object]:
+    """Test for non-inferiority at `factor` times a method's cost.
+
+    The loss is the method's error at `cost` less the baseline's at `factor * cost`. The method is
+    lossless at this factor if the one-sided 95 % upper bound of the loss, from the bootstrap, is
+    under delta: what the baseline's own figure at that cost varies by from seed to seed.
+
+    Args:
+        curve: The baseline's, R rows: all images, then bootstrap replicates.
+        by_seed: The baseline's, a row a repetition; None for fewer than two repetitions, and then
+            the bootstrap's standard error takes their deviation's place.
+        cost: What the method pays, in LSD.
+        errors: The method's error, (R,), lower is better.
+        factor: How much more the baseline may pay.
+        delta: The margin; None for the rule above.
+
+    Returns:
+        "factor", "difference", "upper_bound", "delta", "delta_from" ("seeds", "bootstrap" or
+        "given") and "lossless"; without replicates the last four are None where they need them.
+
+    Raises:
+        ValueError: If the baseline was not measured at `factor * cost`.
+    """
+    baseline = curve.error_at(factor * cost)
+    losses = errors - baseline
+    source: str | None = "given"
+    if delta is None and by_seed is not None:
+        delta, source = float(by_seed.error_at(factor * cost).std(ddof=1)), "seeds"
+    elif delta is None and len(baseline) > 2:
+        delta, source = float(baseline[1:].std(ddof=1)), "bootstrap"
+    elif delta is None:
+        source = None
+    bound = float(np.quantile(losses[1:], CONFIDENCE)) if len(losses) > 2 else None
+    return {
+        "factor": factor,
+        "difference": float(losses[0]),
+        "upper_bound": bound,
+        "delta": delta,
+        "delta_from": source,
+        "lossless": None if bound is None or delta is None else bound < delta,
+    }

@@ -1,0 +1,179 @@
+"""A method at a budget with its bootstrap, and the curves of training-free solvers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from morse.evaluation.bench.runs import Method
+from morse.evaluation.bench.store import Cell
+from morse.evaluation.scoring import AXES, REFERENCE_AXES
+from morse.evaluation.stats.bootstrap import NUM_REAL, Estimate, SeedBootstrap, draw_real
+from morse.evaluation.stats.curves import Curve
+from morse.evaluation.stats.lossless import FACTORS
+
+Draws = dict[str, np.ndarray]  # axis -> (1 + replicates,)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How figures are made from cells; none of it needs a new measurement.
+
+    Attributes:
+        num_replicates: Bootstrap replicates; 0 leaves out errors and intervals.
+        seed: Seed of the draws, combined with each repetition's first image seed.
+        num_real: How many real images are behind the real mean and covariance.
+        factors: At which factors to test for lossless speed-up.
+        deltas: Axis -> the lossless test's margin, where it is not the baseline's own deviation.
+    """
+
+    num_replicates: int = 1000
+    seed: int = 0
+    num_real: int = NUM_REAL
+    factors: tuple[float, ...] = FACTORS
+    deltas: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.num_replicates < 0:
+            raise ValueError(f"num_replicates is {self.num_replicates}, but must be 0 or more")
+        if min(self.factors, default=1) <= 0:
+            raise ValueError(f"factors is {self.factors}, but each must be positive")
+        if unknown := set(self.deltas) - set(AXES):
+            raise ValueError(f"deltas has {sorted(unknown)}, but the axes are {list(AXES)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A method at a budget: its cells, one a repetition, and its estimate on each axis.
+
+    An axis on which the point is the reference itself has no estimate.
+    """
+
+    method: Method
+    budget: int
+    cells: tuple[Cell, ...]
+    estimates: dict[str, Estimate]
+
+    @property
+    def lsd(self) -> float:
+        """LSD spent an image."""
+        return self.cells[0].lsd
+
+    @property
+    def seconds(self) -> float:
+        """Wall time for one repetition's images, the mean."""
+        return float(np.mean([cell.seconds for cell in self.cells]))
+
+    def errors(self, axis: str) -> np.ndarray:
+        """The axis' draws with the sign that makes lower better, (1 + replicates,)."""
+        return AXES[axis].sign * self.estimates[axis].draws
+
+
+def make_points(
+    cells: Sequence[Cell],
+    real: tuple[Tensor, Tensor],
+    references: Mapping[int, Tensor],
+    statistics: Statistics,
+) -> list[Point]:
+    """Resample each repetition and average the repetitions of each method at each budget.
+
+    Args:
+        cells: What was measured.
+        real: Mean (D,) and covariance (D, D) of the real images' features.
+        references: Features of the reference's images, (R, D), of each repetition's seed.
+        statistics: How to resample.
+
+    Raises:
+        ValueError: If a seed has no reference, or another number of images than it.
+    """
+    draws = _draw(cells, real, references, statistics)
+    groups: dict[tuple[Method, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.method, cell.budget), []).append(cell)
+    return [
+        Point(method, budget, tuple(group), _estimates(method, budget, group, draws))
+        for (method, budget), group in groups.items()
+    ]
+
+
+def _draw(
+    cells: Sequence[Cell],
+    real: tuple[Tensor, Tensor],
+    references: Mapping[int, Tensor],
+    statistics: Statistics,
+) -> dict[Cell, Draws]:
+    """Return each cell's draws; one repetition's resamples are in memory at a time."""
+    number, draws = statistics.num_replicates, {}
+    if missing := {cell.seed for cell in cells} - set(references):
+        raise ValueError(
+            f"references lacks seed {min(missing)}, but cells were measured from it: give the "
+            "features of the reference's images from the same seeds"
+        )
+    rng = np.random.default_rng([statistics.seed])
+    reals = draw_real(real, statistics.num_real, number, rng)
+    for seed in dict.fromkeys(cell.seed for cell in cells):
+        # numpy pads seeds with zeros, so that [s, 0] would repeat the stream of [s]: hence + 1.
+        rng = np.random.default_rng([statistics.seed, seed + 1])
+        own = [cell for cell in cells if cell.seed == seed]
+        num_images = len(own[0].scores.features)
+        bootstrap = SeedBootstrap(num_images, references[seed], reals, number, rng)
+        draws |= {cell: bootstrap.draws(cell.scores) for cell in own}
+    return draws
+
+
+def _estimates(
+    method: Method, budget: int, group: Sequence[Cell], draws: Mapping[Cell, Draws]
+) -> dict[str, Estimate]:
+    known = REFERENCE_AXES if method.is_reference(budget) else ()
+    return {
+        axis: Estimate(
+            np.mean([draws[cell][axis] for cell in group], axis=0),
+            {cell.seed: float(draws[cell][axis][0]) for cell in group},
+        )
+        for axis in AXES
+        if axis not in known
+    }
+
+
+def training_free(points: Sequence[Point], axis: str) -> list[Point]:
+    """Return the points of training-free solvers that have an estimate on an axis."""
+    return [p for p in points if p.method.is_training_free and axis in p.estimates]
+
+
+def best_points(points: Sequence[Point], axis: str) -> list[Point]:
+    """Return the best training-free solver's point at each budget, in the order of their LSD.
+
+    Which solver that is, is decided on all images; its replicates come with it.
+    """
+    best: dict[int, Point] = {}
+    for point in training_free(points, axis):
+        other = best.get(point.budget)
+        if other is None or point.errors(axis)[0] < other.errors(axis)[0]:
+            best[point.budget] = point
+    return sorted(best.values(), key=lambda point: point.lsd)
+
+
+def fit_curve(points: Sequence[Point], axis: str, cost: str) -> Curve | None:
+    """Return a curve through solvers' points, or None for fewer than two.
+
+    Args:
+        points: One a budget.
+        axis: A key of `AXES`.
+        cost: "lsd" or "seconds".
+    """
+    if len(points) < 2:
+        return None
+    errors = np.stack([point.errors(axis) for point in points], axis=1)
+    return Curve.fit([getattr(point, cost) for point in points], errors)
+
+
+def curve_by_seed(points: Sequence[Point], axis: str) -> Curve | None:
+    """Return a curve in LSD with a row a repetition; None where not two have all points."""
+    values = [point.estimates[axis].by_seed for point in points]
+    seeds = sorted(set.intersection(*map(set, values)))
+    if len(seeds) < 2:
+        return None
+    errors = AXES[axis].sign * np.array([[value[seed] for value in values] for seed in seeds])
+    return Curve.fit([point.lsd for point in points], errors)

@@ -1,0 +1,157 @@
+"""From measured cells to the benchmark's figures: rows, curves, speed-ups and lossless tests."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from morse.evaluation.bench.store import Cell
+from morse.evaluation.scoring import AXES
+from morse.evaluation.stats.bootstrap import Estimate
+from morse.evaluation.stats.curves import UNKNOWN, matched_quality_speedup
+from morse.evaluation.stats.lossless import lossless_test
+from morse.evaluation.stats.points import (
+    Point,
+    Statistics,
+    best_points,
+    curve_by_seed,
+    fit_curve,
+    make_points,
+    training_free,
+)
+
+BEST = "best training-free solver"
+COSTS = ("lsd", "seconds")
+
+
+def summarize(
+    cells: Sequence[Cell],
+    real: tuple[Tensor, Tensor],
+    references: Mapping[int, Tensor],
+    statistics: Statistics | None = None,
+) -> dict[str, object]:
+    """Return "axes", "rows", "baseline_curves", "speedups" and "lossless".
+
+    A method that did not engage has a row, and is in nothing else.
+
+    Args:
+        cells: What was measured. Repetitions of a method at a budget are averaged.
+        real: Mean (D,) and covariance (D, D) of the real images' features.
+        references: Features of the reference's images, (R, D), of each repetition's seed.
+        statistics: How; the defaults if left out.
+    """
+    statistics = statistics or Statistics()
+    everything = make_points(cells, real, references, statistics)
+    points = [point for point in everything if all(cell.engaged for cell in point.cells)]
+    return {
+        "axes": {name: dataclasses.asdict(axis) for name, axis in AXES.items()},
+        "rows": [_row(point) for point in everything],
+        "baseline_curves": {axis: _describe(best_points(points, axis), axis) for axis in AXES},
+        "speedups": [entry for axis in AXES for entry in _speedups(points, axis)],
+        "lossless": [entry for axis in AXES for entry in _lossless(points, axis, statistics)],
+    }
+
+
+def _row(point: Point) -> dict[str, object]:
+    cells, first = point.cells, point.cells[0]
+    fallbacks = sum((Counter(cell.fallbacks) for cell in cells), Counter())
+    memory = [cell.peak_memory_mib for cell in cells if cell.peak_memory_mib is not None]
+    return {
+        "label": point.method.label,
+        "setting": "",
+        **dataclasses.asdict(point.method),
+        "budget": point.budget,
+        "lsd": point.lsd,
+        "num_dash": first.num_dash,
+        "num_dot": first.num_dot,
+        "plan": first.plan,
+        "fallbacks": dict(fallbacks),
+        "engaged": all(cell.engaged for cell in cells),
+        "note": "; ".join(dict.fromkeys(cell.note for cell in cells if cell.note)),
+        "seconds": point.seconds,
+        "batch_seconds": first.batch_seconds,
+        "images_per_second": float(np.mean([cell.images_per_second for cell in cells])),
+        "peak_memory_mib": max(memory, default=None),
+        "scores": {axis: _score(point.estimates.get(axis)) for axis in AXES},
+    }
+
+
+def _score(estimate: Estimate | None) -> dict[str, object] | None:
+    if estimate is None:
+        return None
+    return {
+        "value": estimate.value,
+        "standard_error": estimate.standard_error,
+        "interval": estimate.interval,
+        "seed_deviation": estimate.seed_deviation,
+        "by_seed": {str(seed): value for seed, value in estimate.by_seed.items()},
+    }
+
+
+def _describe(points: Sequence[Point], axis: str) -> list[dict[str, object]]:
+    curve = fit_curve(points, axis, "lsd")
+    values = [p.errors(axis)[0] for p in points] if curve is None else curve.errors[0]
+    return [
+        {
+            "budget": point.budget,
+            "cost": point.lsd,
+            "raw": point.estimates[axis].value,
+            "value": AXES[axis].sign * float(value),
+            "label": point.method.label,
+        }
+        for point, value in zip(points, values, strict=True)
+    ]
+
+
+def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]:
+    """Compare every method with the best training-free solver and with each, in LSD and seconds.
+
+    The training-free solvers are compared with each other where another method was measured.
+    """
+    asked = {point.budget for point in points if not point.method.is_training_free}
+    shown = [point for point in points if point.budget in asked and axis in point.estimates]
+    baselines = {BEST: best_points(points, axis)}
+    for point in training_free(points, axis):
+        baselines.setdefault(point.method.label, []).append(point)
+    for name, baseline in baselines.items():
+        own = (name,) if name != BEST else tuple(baselines)
+        for cost in COSTS:
+            curve = fit_curve(baseline, axis, cost)
+            for point in shown:
+                if point.method.label in own:
+                    continue
+                spent = getattr(point, cost)
+                head = {"method": point.method.label, "baseline": name, "axis": axis}
+                head |= {"cost": cost, "budget": point.budget, "spent": spent}
+                errors = point.errors(axis)
+                yield head | (matched_quality_speedup(curve, spent, errors) if curve else UNKNOWN)
+
+
+def _lossless(
+    points: Sequence[Point], axis: str, statistics: Statistics
+) -> Iterator[dict[str, object]]:
+    """Test every method against the best training-free solver with more LSD, where measured."""
+    best = best_points(points, axis)
+    curve, delta = fit_curve(best, axis, "lsd"), statistics.deltas.get(axis)
+    if curve is None:
+        return
+    by_seed = curve_by_seed(best, axis)
+    for point in points:
+        if point.method.is_training_free:
+            continue
+        head = {"method": point.method.label, "axis": axis, "budget": point.budget}
+        for factor in statistics.factors:
+            if curve.covers(factor * point.lsd):
+                errors = point.errors(axis)
+                yield head | lossless_test(curve, by_seed, point.lsd, errors, factor, delta)
+
+
+def rounded(value: object, digits: int = 6) -> object:
+    """Return nested lists and dictionaries with each float cut to so many significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: rounded(part, digits) for key, part in value.items()}
+    return [rounded(part, digits) for part in value] if isinstance(value, (list, tuple)) else value
