@@ -129,16 +129,15 @@ def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipel
 
 
 def _methods(config: "FidConfig", pipe: "DiffusionPipeline") -> Iterator[Method]:
-    scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
     if config.reference_steps is not None:
         steps = config.reference_steps
-        label = f"reference: {scheduler}, {steps} steps"
+        label = f"reference, {steps} steps"
         yield Method(label, f"reference_{steps}_steps", "reference", steps, steps)
     for steps in sorted(set(config.num_inference_steps)):
-        yield Method(f"{scheduler}, {steps} steps", f"steps_{steps}", "baseline", steps, steps)
+        yield Method(f"bare, {steps} steps", f"steps_{steps}", "baseline", steps, steps)
     for lsd in sorted(set(config.lsd)):
         plan = MorsePlan.from_budget(lsd, pipe.speed_ratio, pipe.plan_ratio)
-        yield Method(f"Morse-{scheduler}, {lsd:g} LSD", f"lsd_{lsd:g}", "morse", plan, lsd)
+        yield Method(f"Morse, {lsd:g} LSD", f"lsd_{lsd:g}", "morse", plan, lsd)
 
 
 def _settings(

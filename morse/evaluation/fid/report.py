@@ -18,7 +18,11 @@ def print_result(result: dict[str, object], console: "Console | None" = None) ->
 
     console = console or Console()
     if any(row["scores"] for row in result["rows"]):
-        console.print(_table(result))
+        table = _table(result)
+        wide = console.options.update(width=1000)
+        # A terminal too narrow wraps lines; it must not cost digits.
+        width = max(console.width, console.measure(table, options=wide).maximum)
+        Console(file=console.file, width=width).print(table)
         for axis in result["axes"].values():
             console.print(f"{axis['title']}: {axis['better']} is better", highlight=False)
     extractor, real = result["extractor"], result["real"]
@@ -46,9 +50,9 @@ def _table(result: dict[str, object]) -> "Table":
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("images", no_wrap=True)
-    table.add_column("number", justify="right")
+    table.add_column("number", justify="right", no_wrap=True)
     for axis in result["axes"].values():
-        table.add_column(_short(axis), justify="right")
+        table.add_column(_short(axis), justify="right", no_wrap=True)
     for row in result["rows"]:
         scores = [_cell(row["scores"].get(axis)) for axis in result["axes"]]
         number = row.get("num_images")
@@ -60,7 +64,7 @@ def _short(axis: dict[str, str]) -> str:
     """Return a title that fits above a column; the whole one stands below the table."""
     title = axis["title"].partition(" (")[0]
     title = title.removeprefix("Same-noise ").removesuffix(" to the reference")
-    return title + (f" {axis['unit']}" if axis["unit"] else "")
+    return "\n".join([*title.split(), *filter(None, [axis["unit"]])])
 
 
 def _cell(score: dict[str, float | None] | None) -> str:
