@@ -1,5 +1,6 @@
 """What a pipeline with Morse attached does when it is called: plan, run, measure."""
 
+import inspect
 import time
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import nn
 from morse.dot import MorseDot
 from morse.plan import MorsePlan
 from morse.sampling import Dot
+from morse.steps import count_evaluations, find_exact_steps, find_steps
 from morse.switch import CURRENT_RUN, MorseRun, install_switch
 
 DEFAULT_PLAN_RATIO = 2.0
@@ -68,14 +70,24 @@ class MorseCalls:
         Raises:
             ValueError: If the arguments contradict each other.
         """
-        steps = kwargs.get("num_inference_steps")
-        chosen = self._make_plan(lsd, num_dash_steps, num_dot_steps, plan, steps, (args, kwargs))
-        if chosen is None:
+        if all(choice is None for choice in (lsd, num_dash_steps, num_dot_steps, plan)):
             self.last_run = None
             return super().__call__(*args, **kwargs)
-        return self._run(chosen, args, {**kwargs, "num_inference_steps": len(chosen)})
+        arguments = self._name_arguments(args, kwargs)
+        wanted = self._make_plan(lsd, num_dash_steps, num_dot_steps, plan, arguments)
+        chosen, steps = self._fit_plan(wanted, arguments, shorten=lsd is not None)
+        return self._run(chosen, {**arguments, "num_inference_steps": steps})
 
-    def _run(self, plan: MorsePlan, args: tuple, kwargs: dict, timed: bool = False) -> object:
+    def _name_arguments(self, args: tuple, kwargs: dict) -> dict[str, object]:
+        """Give the pipeline's own arguments by name."""
+        arguments = dict(inspect.signature(super().__call__).bind(*args, **kwargs).arguments)
+        return arguments | arguments.pop("kwargs", {})
+
+    def _with_defaults(self, arguments: dict[str, object]) -> dict[str, object]:
+        parameters = inspect.signature(super().__call__).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty} | arguments
+
+    def _run(self, plan: MorsePlan, arguments: dict, timed: bool = False) -> object:
         denoiser = find_denoiser(self)
         if isinstance(self.dot, MorseDot):
             self.dot.bind(denoiser)
@@ -85,14 +97,14 @@ class MorseCalls:
         self.last_run, started = run, time.perf_counter()
         token = CURRENT_RUN.set(run)
         try:
-            output = super().__call__(*args, **kwargs)
+            output = super().__call__(**arguments)
             if self._execution_device.type != "cpu":
                 torch.accelerator.synchronize(self._execution_device)
-            return output
         finally:
             CURRENT_RUN.reset(token)
             run.finish(time.perf_counter() - started)
-            _warn_unless_engaged(run)
+        _warn_unless_engaged(run)
+        return output
 
     def _make_plan(
         self,
@@ -100,9 +112,9 @@ class MorseCalls:
         num_dash: int | None,
         num_dot: int | None,
         plan: MorsePlan | str | Sequence[bool] | None,
-        steps: int | None,
-        call: tuple[tuple, dict],
-    ) -> MorsePlan | None:
+        arguments: dict[str, object],
+    ) -> MorsePlan:
+        """Plan as asked, whether or not the scheduler can make so many evaluations."""
         counts = num_dash is not None or num_dot is not None
         if (lsd is not None) + counts + (plan is not None) > 1:
             raise ValueError(
@@ -112,21 +124,39 @@ class MorseCalls:
         if lsd is not None:
             if self.dot is None:
                 warnings.warn("lsd was given but the pipeline has no dot: all Dash.", stacklevel=3)
-            chosen = MorsePlan.from_budget(lsd, self._known_speed_ratio(*call), self.plan_ratio)
-        elif counts:
+            return MorsePlan.from_budget(lsd, self._known_speed_ratio(arguments), self.plan_ratio)
+        if counts:
+            steps = arguments.get("num_inference_steps")
+            if steps is not None:
+                steps = count_evaluations(self, self._with_defaults(arguments), steps)
             chosen = _plan_from_counts(num_dash, num_dot, steps)
-        elif plan is not None:
-            chosen = MorsePlan.parse(plan)
         else:
-            return None
-        if steps is not None and steps != len(chosen):
-            raise ValueError(
-                f"num_inference_steps={steps} but the plan has {len(chosen)} evaluations; leave "
-                "num_inference_steps away."
-            )
+            chosen = MorsePlan.parse(plan)
         if chosen.num_dot and self.dot is None:
             raise ValueError("the plan has Dot evaluations but the pipeline has no dot.")
         return chosen
+
+    def _fit_plan(
+        self, plan: MorsePlan, arguments: dict[str, object], shorten: bool
+    ) -> tuple[MorsePlan, int]:
+        """Find the `num_inference_steps` that makes the plan's evaluations; shorten it if allowed.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        known, steps = self._with_defaults(arguments), arguments.get("num_inference_steps")
+        if steps is not None:
+            count = count_evaluations(self, known, steps)
+            if count != len(plan):
+                raise ValueError(
+                    f"num_inference_steps={steps} makes {count} evaluations but the plan has "
+                    f"{len(plan)} evaluations; leave num_inference_steps away."
+                )
+            return plan, steps
+        if not shorten:
+            return plan, find_exact_steps(self, known, len(plan))
+        steps, count = find_steps(self, known, len(plan))
+        return plan.shortened(count), steps
 
     @property
     def plan_ratio(self) -> float:
@@ -136,11 +166,12 @@ class MorseCalls:
         default = ratios.get("default", DEFAULT_PLAN_RATIO)
         return ratios.get(type(self.scheduler).__name__, default)
 
-    def _known_speed_ratio(self, args: tuple = (), kwargs: dict | None = None) -> float:
+    def _known_speed_ratio(self, arguments: dict[str, object]) -> float:
         if self.dot is None:
             return 1.0
         if self.speed_ratio is None:
-            self.measure_speed_ratio(*args, **{**(kwargs or {}), "generator": None})
+            own = {name: value for name, value in arguments.items() if name != "generator"}
+            self.measure_speed_ratio(**own)
         return self.speed_ratio
 
     def measure_speed_ratio(self, *args: object, repeats: int = 5, **kwargs: object) -> SpeedRatio:
@@ -156,9 +187,11 @@ class MorseCalls:
         """
         if self.dot is None:
             raise ValueError("the pipeline has no dot whose speed could be measured.")
-        plan = MorsePlan.from_string("Do" * (repeats + 2))
+        arguments = self._name_arguments(args, {**kwargs, "num_inference_steps": None})
+        wanted = MorsePlan.from_string("Do" * (repeats + 2))
+        plan, steps = self._fit_plan(wanted, arguments, shorten=True)
         previous = self.last_run
-        self._run(plan, args, {**kwargs, "num_inference_steps": len(plan)}, timed=True)
+        self._run(plan, {**arguments, "num_inference_steps": steps}, timed=True)
         run, self.last_run = self.last_run, previous
         seconds = {
             model: [time for name, time in run.timings if name == model][2:]
@@ -176,6 +209,12 @@ def _warn_unless_engaged(run: MorseRun) -> None:
         warnings.warn(
             f"Morse planned {run.plan.num_dot} Dot evaluations and made none: "
             f"{dict(run.fallbacks) or 'the run ended early'}.",
+            stacklevel=4,
+        )
+    elif 0 < run.num_steps < len(run.plan):
+        warnings.warn(
+            f"Morse planned {len(run.plan)} evaluations but the pipeline ended after "
+            f"{run.num_steps}.",
             stacklevel=4,
         )
 

@@ -54,6 +54,7 @@ class MorseRun:
     scheduler: object = field(default=None, repr=False)
     _jumps: dict[int, JumpPoint] = field(default_factory=dict, repr=False)
     _container: Callable[[Tensor], object] = field(default=lambda tensor: (tensor,), repr=False)
+    _index: int = field(default=-1, repr=False)
     _step: int = field(default=-1, repr=False)
     _branch: int = field(default=-1, repr=False)
 
@@ -63,6 +64,11 @@ class MorseRun:
         if self.speed_ratio is None:
             return None if self.num_dot else float(self.num_dash)
         return self.num_dash + self.num_dot / self.speed_ratio
+
+    @property
+    def num_steps(self) -> int:
+        """How many of the plan's evaluations were reached, one a step however many branches."""
+        return self._step + 1
 
     def finish(self, seconds: float) -> None:
         """Note the wall time and let go of models and samples."""
@@ -111,7 +117,10 @@ class MorseRun:
 
     def _choose(self, sample: object, timestep: object) -> ModelName:
         obstacle = self._advance(sample, timestep)
-        planned = self.plan[self._step] if 0 <= self._step < len(self.plan) else "dash"
+        if self._step >= len(self.plan):
+            self.fallbacks["the plan has ended"] += 1
+            return "dash"
+        planned = self.plan[self._step] if self._step >= 0 else "dash"
         if planned == "dot" and obstacle is not None:
             self.fallbacks[obstacle] += 1
             return "dash"
@@ -122,13 +131,17 @@ class MorseRun:
         index = scheduler_index(self.scheduler, timestep)
         if index is None:
             self.fallbacks["the scheduler does not tell its step"] += 1
-            self._step = -1
+            self._index = self._step = -1
             return None
-        if index < self._step:  # another pass over the timesteps
-            self._jumps.clear()
         # A step may evaluate several branches, such as separate guidance, one after the other.
-        self._branch = self._branch + 1 if index == self._step else 0
-        self._step = index
+        self._branch = self._branch + 1 if index == self._index else 0
+        if index < self._index:  # another pass over the timesteps
+            self._jumps.clear()
+            self._step = 0
+        elif index > self._index:
+            # Counted, not taken from the index: image-to-image starts in the middle.
+            self._step += 1
+        self._index = index
         jump = self._jumps.get(self._branch)
         if jump is None:
             return "no earlier Dash evaluation"
