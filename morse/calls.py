@@ -13,6 +13,7 @@ from torch import nn
 
 from morse.dot import MorseDot
 from morse.plan import MorsePlan
+from morse.rates import choose_base_space
 from morse.sampling import Dot
 from morse.steps import count_evaluations, find_exact_steps, find_steps
 from morse.switch import CURRENT_RUN, MorseRun, install_switch
@@ -92,7 +93,8 @@ class MorseCalls:
         if isinstance(self.dot, MorseDot):
             self.dot.bind(denoiser)
         install_switch(denoiser)
-        run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None)
+        base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"))
+        run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None, base_space=base_space)
         run.denoiser, run.dot, run.scheduler = denoiser, self.dot, self.scheduler
         self.last_run, started = run, time.perf_counter()
         token = CURRENT_RUN.set(run)

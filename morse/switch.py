@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from morse.clock import scheduler_index
 from morse.plan import ModelName, MorsePlan
-from morse.sampling import Dot, JumpPoint, estimate
+from morse.rates import noise_rates, prediction_type
+from morse.sampling import Dot, JumpPoint, dot_estimate, estimate
+from morse.spaces import BaseSpace, Rates, rebase
 
 CURRENT_RUN: ContextVar["MorseRun | None"] = ContextVar("morse_run", default=None)
 _SAMPLE_NAMES = ("sample", "hidden_states")
@@ -40,6 +42,7 @@ class MorseRun:
         fallbacks: Why evaluations planned for Dot were made by Dash -> how many.
         seconds: Wall time of the call.
         timings: (model, seconds) of each evaluation, where the call was timed.
+        base_space: What of Dash's latest estimate Dot's residual was added to.
     """
 
     plan: MorsePlan
@@ -49,10 +52,12 @@ class MorseRun:
     fallbacks: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     timings: list[tuple[ModelName, float]] | None = None
+    base_space: BaseSpace = "raw"
     denoiser: nn.Module | None = field(default=None, repr=False)
     dot: Dot | None = field(default=None, repr=False)
     scheduler: object = field(default=None, repr=False)
     _jumps: dict[int, JumpPoint] = field(default_factory=dict, repr=False)
+    _rates: dict[int, Rates | None] = field(default_factory=dict, repr=False)
     _container: Callable[[Tensor], object] = field(default=lambda tensor: (tensor,), repr=False)
     _index: int = field(default=-1, repr=False)
     _step: int = field(default=-1, repr=False)
@@ -91,6 +96,7 @@ class MorseRun:
         model = self._choose(sample, timestep)
         started = self._now(sample)
         timestep = torch.as_tensor(timestep, device=getattr(sample, "device", None))
+        here = self._rates_at(sample, timestep)
         output = None
 
         def dash(sample: Tensor, timestep: Tensor) -> Tensor:
@@ -98,10 +104,14 @@ class MorseRun:
             output = plain(*args, **kwargs)
             return output[0]
 
-        def dot(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+        def residual(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
             return self.dot(sample, timestep, jump, **conditions)
 
-        dot.independent = getattr(self.dot, "independent", False)
+        def dot(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+            return dot_estimate(residual, sample, timestep, jump, self._base(jump, sample, here))
+
+        residual.independent = getattr(self.dot, "independent", False)
+        dot.independent = True  # the base is in it
         model_output, self._jumps[self._branch] = estimate(
             model, sample, timestep, self._jumps.get(self._branch), dash, dot
         )
@@ -110,10 +120,23 @@ class MorseRun:
             output = self._container(model_output)
         else:
             self.num_dash += 1
+            self._rates[self._branch] = here
             self._container = _container_of(output)
         if self.timings is not None:
             self.timings.append((model, self._now(sample) - started))
         return output
+
+    def _rates_at(self, sample: Tensor, timestep: Tensor) -> Rates | None:
+        if self.base_space == "raw" or self._index < 0:
+            return None
+        return noise_rates(self.scheduler, self._index, timestep, sample)
+
+    def _base(self, jump: JumpPoint, sample: Tensor, here: Rates | None) -> Tensor | None:
+        if here is None:
+            return None
+        then = jump.sample, self._rates[self._branch]
+        kind = prediction_type(self.scheduler)
+        return rebase(self.base_space, jump.model_output, then, (sample, here), kind)
 
     def _choose(self, sample: object, timestep: object) -> ModelName:
         obstacle = self._advance(sample, timestep)
@@ -165,9 +188,9 @@ def _take_apart(
 ) -> tuple[Tensor, Tensor | float, dict[str, object]]:
     """Split a denoiser's arguments into sample, timestep and the conditions that remain."""
     given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
+    given |= given.pop("kwargs", {})
     given.pop("self", None)
     given.pop("return_dict", None)
-    given |= given.pop("kwargs", {})
     sample_name = next(name for name in _SAMPLE_NAMES if name in given)
     return given.pop(sample_name), given.pop("timestep"), given
 

@@ -21,6 +21,7 @@ from morse.dot.view import (
     tree_state,
 )
 from morse.sampling import JumpPoint
+from morse.spaces import BaseSpace, check_base_space
 
 
 class MorseDot(ModelMixin, ConfigMixin):
@@ -50,6 +51,10 @@ class MorseDot(ModelMixin, ConfigMixin):
         speed_ratio: N on the machine named in the model card; plans for `lsd=` are made with it.
         plan_ratio: Evaluations per LSD that suit this Dot, by scheduler class name or "default".
         output_channels: Channels of Dash's estimate; None for `sample_channels`.
+        base_space: What of Dash's latest estimate the residual is added to, and was trained for:
+            its output as it is ("raw"), the x_0 ("x0") or the velocity ("v") that it implies. None
+            goes by the scheduler ("x0" where it adds noise at each step, else "raw"), which is
+            right for an untrained Dot only.
     """
 
     @register_to_config
@@ -70,11 +75,13 @@ class MorseDot(ModelMixin, ConfigMixin):
         speed_ratio: float | None = None,
         plan_ratio: dict[str, float] | None = None,
         output_channels: int | None = None,
+        base_space: BaseSpace | None = "raw",
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
+        check_base_space(base_space)
         check_options(num_down_blocks, block_out_channels, layers_per_block, lora_rank)
-        self.independent = independent
+        self.independent, self.base_space = independent, base_space
         alpha = lora_rank if lora_alpha is None else lora_alpha
         self.lora = nn.ModuleDict()
         self.adapters: dict[str, LowRank] = {}
