@@ -68,7 +68,7 @@ def enable_morse(
     else:
         pipe.dot = dot
     pipe.speed_ratio = dot.config.speed_ratio if isinstance(dot, MorseDot) else None
-    pipe.last_run = None
+    pipe.measured = pipe.last_run = None
     install_switch(denoiser)
     return pipe
 
@@ -80,7 +80,7 @@ def disable_morse(pipe: DiffusionPipeline) -> DiffusionPipeline:
         return pipe
     remove_switch(find_denoiser(pipe))
     pipe.__class__ = base
-    for name in ("dot", "speed_ratio", "last_run"):
+    for name in ("dot", "speed_ratio", "measured", "last_run"):
         vars(pipe).pop(name, None)
     config = {name: value for name, value in pipe.config.items() if name != "dot"}
     pipe._internal_dict = FrozenDict(config)

@@ -4,7 +4,6 @@ import inspect
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
@@ -16,18 +15,10 @@ from morse.plan import MorsePlan
 from morse.rates import choose_base_space
 from morse.sampling import Dot
 from morse.steps import count_evaluations, find_exact_steps, find_steps
+from morse.summary import SpeedRatio, summarize_run, warn_unless_engaged
 from morse.switch import CURRENT_RUN, MorseRun, install_switch
 
 DEFAULT_PLAN_RATIO = 2.0
-
-
-@dataclass(frozen=True)
-class SpeedRatio:
-    """How long evaluations take: N, and the quartiles of Dash's and Dot's seconds."""
-
-    speed_ratio: float
-    dash_seconds: tuple[float, float, float]
-    dot_seconds: tuple[float, float, float]
 
 
 class MorseCalls:
@@ -38,11 +29,13 @@ class MorseCalls:
         speed_ratio: N, with which plans for `lsd=` are made. It starts as what Dot's config says,
             so that the same call gives the same image on every machine; None until first needed
             where the config says nothing. Set it, or measure it with `measure_speed_ratio`.
+        measured: What `measure_speed_ratio` found last; None before.
         last_run: What the latest planned call did; None after a call without a plan.
     """
 
     dot: Dot | None
     speed_ratio: float | None
+    measured: SpeedRatio | None
     last_run: MorseRun | None
 
     def __call__(
@@ -105,7 +98,7 @@ class MorseCalls:
         finally:
             CURRENT_RUN.reset(token)
             run.finish(time.perf_counter() - started)
-        _warn_unless_engaged(run)
+        warn_unless_engaged(run)
         return output
 
     def _make_plan(
@@ -203,22 +196,14 @@ class MorseCalls:
             raise ValueError(f"Dot was never evaluated: {dict(run.fallbacks)}.")
         self.speed_ratio = median(seconds["dash"]) / median(seconds["dot"])
         dash, dot = (tuple(quantiles(seconds[name], n=4)) for name in ("dash", "dot"))
-        return SpeedRatio(self.speed_ratio, dash, dot)
+        self.measured = SpeedRatio(self.speed_ratio, dash, dot)
+        return self.measured
 
-
-def _warn_unless_engaged(run: MorseRun) -> None:
-    if run.plan.num_dot and not run.num_dot and run.num_dash:
-        warnings.warn(
-            f"Morse planned {run.plan.num_dot} Dot evaluations and made none: "
-            f"{dict(run.fallbacks) or 'the run ended early'}.",
-            stacklevel=4,
-        )
-    elif 0 < run.num_steps < len(run.plan):
-        warnings.warn(
-            f"Morse planned {len(run.plan)} evaluations but the pipeline ended after "
-            f"{run.num_steps}.",
-            stacklevel=4,
-        )
+    def morse_summary(self) -> str:
+        """Tabulate the latest planned call: plan, LSD, times, and fallbacks with their reasons."""
+        if self.last_run is None:
+            return "The latest call, if any, was not planned by Morse: give lsd= or plan=."
+        return summarize_run(self.last_run, self.measured)
 
 
 def _plan_from_counts(num_dash: int | None, num_dot: int | None, steps: int | None) -> MorsePlan:
