@@ -10,7 +10,7 @@ from functools import cache
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
-from morse.calls import MorseCalls, find_denoiser
+from morse.calls import MorseCalls, find_controlnet, find_denoiser
 from morse.dot import MorseDot
 from morse.sampling import Dot
 from morse.switch import install_switch, remove_switch
@@ -78,7 +78,8 @@ def disable_morse(pipe: DiffusionPipeline) -> DiffusionPipeline:
     base = getattr(type(pipe), "_morse_base", None)
     if base is None:
         return pipe
-    remove_switch(find_denoiser(pipe))
+    for module in filter(None, (find_denoiser(pipe), find_controlnet(pipe))):
+        remove_switch(module)
     pipe.__class__ = base
     for name in ("dot", "speed_ratio", "measured", "last_run"):
         vars(pipe).pop(name, None)

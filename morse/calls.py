@@ -82,13 +82,15 @@ class MorseCalls:
         return {p.name: p.default for p in parameters if p.default is not p.empty} | arguments
 
     def _run(self, plan: MorsePlan, arguments: dict, timed: bool = False) -> object:
-        denoiser = find_denoiser(self)
+        denoiser, controlnet = find_denoiser(self), find_controlnet(self)
         if isinstance(self.dot, MorseDot):
             self.dot.bind(denoiser)
-        install_switch(denoiser)
+        for module in filter(None, (denoiser, controlnet)):
+            install_switch(module)
         base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"))
         run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None, base_space=base_space)
-        run.denoiser, run.dot, run.scheduler = denoiser, self.dot, self.scheduler
+        run.denoiser, run.controlnet = denoiser, controlnet
+        run.dot, run.scheduler = self.dot, self.scheduler
         self.last_run, started = run, time.perf_counter()
         token = CURRENT_RUN.set(run)
         try:
@@ -227,3 +229,9 @@ def find_denoiser(pipe: DiffusionPipeline) -> nn.Module:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return getattr(pipe, name)
     raise ValueError(f"{type(pipe).__name__} has no unet or transformer to speed up.")
+
+
+def find_controlnet(pipe: DiffusionPipeline) -> nn.Module | None:
+    """Give a pipeline's `controlnet`, or None."""
+    controlnet = getattr(pipe, "controlnet", None)
+    return controlnet if isinstance(controlnet, nn.Module) else None

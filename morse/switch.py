@@ -1,5 +1,7 @@
 """The switch at the denoiser: inside a planned run Dash or Dot, otherwise plain Dash.
 
+A ControlNet gets one too: it is not evaluated where Dot comes next.
+
 It sits in `nn.Module`'s private slot `_compiled_call_impl`, which a call consults first and which
 copies and saved files leave out. Unlike a replaced forward method, a proxy module or a hook it
 survives saving, loading, offloading and `from_pipe`. The name is used in this file only, and the
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from morse.clock import scheduler_index
+from morse.controlnet import LatestFeatures
 from morse.plan import ModelName, MorsePlan
 from morse.rates import noise_rates, prediction_type
 from morse.sampling import Dot, JumpPoint, dot_estimate, estimate
@@ -54,10 +57,12 @@ class MorseRun:
     timings: list[tuple[ModelName, float]] | None = None
     base_space: BaseSpace = "raw"
     denoiser: nn.Module | None = field(default=None, repr=False)
+    controlnet: nn.Module | None = field(default=None, repr=False)
     dot: Dot | None = field(default=None, repr=False)
     scheduler: object = field(default=None, repr=False)
     _jumps: dict[int, JumpPoint] = field(default_factory=dict, repr=False)
     _rates: dict[int, Rates | None] = field(default_factory=dict, repr=False)
+    _features: LatestFeatures = field(default_factory=LatestFeatures, repr=False)
     _container: Callable[[Tensor], object] = field(default=lambda tensor: (tensor,), repr=False)
     _index: int = field(default=-1, repr=False)
     _step: int = field(default=-1, repr=False)
@@ -78,8 +83,10 @@ class MorseRun:
     def finish(self, seconds: float) -> None:
         """Note the wall time and let go of models and samples."""
         self.seconds = seconds
-        self.denoiser = self.dot = self.scheduler = None
+        self.denoiser = self.controlnet = self.dot = self.scheduler = None
         self._jumps.clear()
+        self._rates.clear()
+        self._features = LatestFeatures()
 
     def evaluate(self, plain: Callable[..., object], args: tuple, kwargs: dict) -> object:
         """Answer one call of the denoiser as planned (Equation 5).
@@ -126,6 +133,19 @@ class MorseRun:
             self.timings.append((model, self._now(sample) - started))
         return output
 
+    def steer(self, plain: Callable[..., object], args: tuple, kwargs: dict) -> object:
+        """Answer one call of the ControlNet; its features are those of Dash where Dot is next."""
+        sample, timestep, _ = _take_apart(self.controlnet, args, kwargs)
+        index = scheduler_index(self.scheduler, timestep)
+        model: ModelName = "dash"
+        if index is not None and index >= self._index:
+            model = self._planned(self._step + (index > self._index))
+        settings = sample.shape, kwargs.get("conditioning_scale")
+        return self._features.answer(index, model, settings, lambda: plain(*args, **kwargs))
+
+    def _planned(self, step: int) -> ModelName:
+        return self.plan[step] if 0 <= step < len(self.plan) else "dash"
+
     def _rates_at(self, sample: Tensor, timestep: Tensor) -> Rates | None:
         if self.base_space == "raw" or self._index < 0:
             return None
@@ -143,7 +163,7 @@ class MorseRun:
         if self._step >= len(self.plan):
             self.fallbacks["the plan has ended"] += 1
             return "dash"
-        planned = self.plan[self._step] if self._step >= 0 else "dash"
+        planned = self._planned(self._step)
         if planned == "dot" and obstacle is not None:
             self.fallbacks[obstacle] += 1
             return "dash"
@@ -203,25 +223,27 @@ def _container_of(output: object) -> Callable[[Tensor], object]:
 
 
 class _Switch:
-    def __init__(self, denoiser: nn.Module) -> None:
-        self.denoiser = denoiser
-        self.compiled = denoiser._compiled_call_impl  # what `denoiser.compile()` left there
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.compiled = module._compiled_call_impl  # what `module.compile()` left there
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        plain = self.compiled or self.denoiser._call_impl
+        plain = self.compiled or self.module._call_impl
         run = CURRENT_RUN.get()
-        if run is None or run.denoiser is not self.denoiser:
-            return plain(*args, **kwargs)
-        return run.evaluate(plain, args, kwargs)
+        if run is not None and run.denoiser is self.module:
+            return run.evaluate(plain, args, kwargs)
+        if run is not None and run.controlnet is self.module:
+            return run.steer(plain, args, kwargs)
+        return plain(*args, **kwargs)
 
 
-def install_switch(denoiser: nn.Module) -> None:
+def install_switch(module: nn.Module) -> None:
     """Put the switch in place, on top of a compiled call where there is one; twice is safe."""
-    if not isinstance(denoiser._compiled_call_impl, _Switch):
-        denoiser._compiled_call_impl = _Switch(denoiser)
+    if not isinstance(module._compiled_call_impl, _Switch):
+        module._compiled_call_impl = _Switch(module)
 
 
-def remove_switch(denoiser: nn.Module) -> None:
+def remove_switch(module: nn.Module) -> None:
     """Take the switch out and leave what was there before."""
-    if isinstance(denoiser._compiled_call_impl, _Switch):
-        denoiser._compiled_call_impl = denoiser._compiled_call_impl.compiled
+    if isinstance(module._compiled_call_impl, _Switch):
+        module._compiled_call_impl = module._compiled_call_impl.compiled

@@ -6,6 +6,7 @@ import torch
 from tiny_pipelines import picture, stable_diffusion, text_inputs, text_unet, xl_unet
 
 from morse import MorseDot, disable_morse, enable_morse
+from morse.plan import MorsePlan
 
 
 def make_dot(unet, num_down_blocks=1, **options):
@@ -118,6 +119,14 @@ def test_image_to_image_counts_the_steps_that_are_left(unet, dot, strength, sche
     check(pipe, dot, 8, length, **text_inputs(), image=picture(), strength=strength)
 
 
+def test_a_budget_counts_the_steps_that_are_left(unet, dot):
+    pipe = enable_morse(stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline, unet), dot)
+    pipe.speed_ratio = 4.0
+    latents(pipe, lsd=4, strength=0.6, **text_inputs(), image=picture())
+    assert pipe.last_run.plan == MorsePlan.from_budget(4, 4.0) and pipe.last_run.lsd == 4
+    assert pipe.last_run.fallbacks == {} and pipe.last_run.num_dot > 0
+
+
 class TestInpainting:
     @pytest.mark.parametrize("channels", [4, 9])
     def test_both_kinds_of_denoiser(self, unet, dot, channels):
@@ -190,19 +199,52 @@ class TestXL:
         check(refiner, dot, 10, 3, **inputs, image=picture(), strength=0.3)
 
 
-def test_a_controlnet_steers_dot_too(unet, dot):
-    torch.manual_seed(0)
-    controlnet = diffusers.ControlNetModel.from_unet(
-        unet, conditioning_embedding_out_channels=(4, 8)
-    )
-    with torch.no_grad():
-        for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
-            block.weight.normal_(0, 0.1)  # they start at zero
-    pipe = stable_diffusion(
-        diffusers.StableDiffusionControlNetPipeline, unet, controlnet=controlnet.eval()
-    )
-    inputs = {**text_inputs(), "image": picture()}
-    check(pipe, dot, 6, 6, **inputs)
-    enable_morse(pipe, dot)
-    found = [latents(pipe, plan="Do", **inputs, control_guidance_end=end) for end in (1.0, 0.5)]
-    assert not torch.equal(*found)
+class TestControlNet:
+    """It steers Dash and Dot, and is evaluated for Dash only."""
+
+    @pytest.fixture
+    def pipe(self, unet):
+        torch.manual_seed(0)
+        controlnet = diffusers.ControlNetModel.from_unet(
+            unet, conditioning_embedding_out_channels=(4, 8)
+        )
+        with torch.no_grad():
+            for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+                block.weight.normal_(0, 0.1)  # they start at zero
+        return stable_diffusion(
+            diffusers.StableDiffusionControlNetPipeline, unet, controlnet=controlnet.eval()
+        )
+
+    @pytest.fixture
+    def calls(self, pipe):
+        """The size of ControlNet's input at each of its evaluations."""
+        sizes = []
+        pipe.controlnet.register_forward_pre_hook(lambda net, given: sizes.append(len(given[0])))
+        return sizes
+
+    def test_counts(self, pipe, dot, calls):
+        inputs = {**text_inputs(), "image": picture()}
+        check(pipe, dot, 6, 6, **inputs)
+        assert vars(pipe.controlnet)["_compiled_call_impl"] is None
+        calls.clear()
+        latents(enable_morse(pipe, dot), plan="DoDooo", **inputs)
+        assert calls == [4, 4]
+        calls.clear()
+        latents(pipe, plan="DoDooo", **inputs, guess_mode=True, guidance_scale=2.0)
+        assert calls == [2, 2]  # for the text alone, not for the empty one
+
+    def test_its_end_reaches_dot(self, pipe, dot, calls):
+        enable_morse(pipe, dot)
+        inputs = {**text_inputs(), "image": picture()}
+        found = [latents(pipe, plan="Do", **inputs, control_guidance_end=end) for end in (1.0, 0.5)]
+        assert calls == [4, 4, 4] and not torch.equal(*found)
+
+    def test_dot_sees_the_features_of_the_latest_dash(self, pipe):
+        seen = []
+
+        def own(sample, timestep, jump, down_block_additional_residuals, **conditions):
+            seen.append(down_block_additional_residuals[0])
+            return torch.zeros_like(sample)
+
+        latents(enable_morse(pipe, own), plan="DooDo", **text_inputs(), image=picture())
+        assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
