@@ -52,9 +52,8 @@ class MorseDot(ModelMixin, ConfigMixin):
         plan_ratio: Evaluations per LSD that suit this Dot, by scheduler class name or "default".
         output_channels: Channels of Dash's estimate; None for `sample_channels`.
         base_space: What of Dash's latest estimate the residual is added to, and was trained for:
-            its output as it is ("raw"), the x_0 ("x0") or the velocity ("v") that it implies. None
-            goes by the scheduler ("x0" where it adds noise at each step, else "raw"), which is
-            right for an untrained Dot only.
+            its output as it is ("raw"), the x_0 ("x0") or velocity ("v") that it implies. None goes
+            by the scheduler (`morse.rates.choose_base_space`): right for an untrained Dot only.
     """
 
     @register_to_config
@@ -209,12 +208,12 @@ class MorseDot(ModelMixin, ConfigMixin):
         if not self._tree:
             self.bind(self._bound_dash())
         tree = self._tree[0]
-        guidance = dash_kwargs.get("timestep_cond")
-        time_embedding = embed_time(tree, timestep, sample.shape[0], guidance)
+        guidance, batch_size = dash_kwargs.get("timestep_cond"), sample.shape[0]
+        time_embedding = embed_time(tree, timestep, batch_size, guidance)
         inputs = sample
         if not self.independent:
             inputs = torch.cat([sample, jump.sample, jump.model_output], dim=1)
-            since = embed_time(tree, jump.timestep, sample.shape[0])
+            since = embed_time(tree, jump.timestep, batch_size)
             time_embedding = time_embedding + self.jump_time(since)
         hidden, skips = self.conv_in(inputs), []
         for block in self.down_blocks:
@@ -237,8 +236,7 @@ class MorseDot(ModelMixin, ConfigMixin):
         return self._dash[0]
 
     def _check_size(self, sample: Tensor) -> None:
-        multiple = self.config.size_multiple
-        height, width = sample.shape[-2:]
+        multiple, (height, width) = self.config.size_multiple, sample.shape[-2:]
         if height % multiple or width % multiple:
             raise ValueError(
                 f"sample is {height}x{width}, but this Dot (num_down_blocks="
