@@ -10,7 +10,7 @@ from functools import cache
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
-from morse.calls import MorseCalls, find_denoiser
+from morse.calls import MorseCalls, find_controlnet, find_denoiser
 from morse.dot import MorseDot
 from morse.sampling import Dot
 from morse.switch import install_switch, remove_switch
@@ -68,7 +68,7 @@ def enable_morse(
     else:
         pipe.dot = dot
     pipe.speed_ratio = dot.config.speed_ratio if isinstance(dot, MorseDot) else None
-    pipe.last_run = None
+    pipe.measured = pipe.last_run = None
     install_switch(denoiser)
     return pipe
 
@@ -78,9 +78,10 @@ def disable_morse(pipe: DiffusionPipeline) -> DiffusionPipeline:
     base = getattr(type(pipe), "_morse_base", None)
     if base is None:
         return pipe
-    remove_switch(find_denoiser(pipe))
+    for module in filter(None, (find_denoiser(pipe), find_controlnet(pipe))):
+        remove_switch(module)
     pipe.__class__ = base
-    for name in ("dot", "speed_ratio", "last_run"):
+    for name in ("dot", "speed_ratio", "measured", "last_run"):
         vars(pipe).pop(name, None)
     config = {name: value for name, value in pipe.config.items() if name != "dot"}
     pipe._internal_dict = FrozenDict(config)

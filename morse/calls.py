@@ -1,9 +1,9 @@
 """What a pipeline with Morse attached does when it is called: plan, run, measure."""
 
+import inspect
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
@@ -12,19 +12,13 @@ from torch import nn
 
 from morse.dot import MorseDot
 from morse.plan import MorsePlan
+from morse.rates import choose_base_space
 from morse.sampling import Dot
+from morse.steps import count_evaluations, find_exact_steps, find_steps
+from morse.summary import SpeedRatio, summarize_run, warn_unless_engaged
 from morse.switch import CURRENT_RUN, MorseRun, install_switch
 
 DEFAULT_PLAN_RATIO = 2.0
-
-
-@dataclass(frozen=True)
-class SpeedRatio:
-    """How long evaluations take: N, and the quartiles of Dash's and Dot's seconds."""
-
-    speed_ratio: float
-    dash_seconds: tuple[float, float, float]
-    dot_seconds: tuple[float, float, float]
 
 
 class MorseCalls:
@@ -35,11 +29,13 @@ class MorseCalls:
         speed_ratio: N, with which plans for `lsd=` are made. It starts as what Dot's config says,
             so that the same call gives the same image on every machine; None until first needed
             where the config says nothing. Set it, or measure it with `measure_speed_ratio`.
+        measured: What `measure_speed_ratio` found last; None before.
         last_run: What the latest planned call did; None after a call without a plan.
     """
 
     dot: Dot | None
     speed_ratio: float | None
+    measured: SpeedRatio | None
     last_run: MorseRun | None
 
     def __call__(
@@ -68,31 +64,44 @@ class MorseCalls:
         Raises:
             ValueError: If the arguments contradict each other.
         """
-        steps = kwargs.get("num_inference_steps")
-        chosen = self._make_plan(lsd, num_dash_steps, num_dot_steps, plan, steps, (args, kwargs))
-        if chosen is None:
+        if all(choice is None for choice in (lsd, num_dash_steps, num_dot_steps, plan)):
             self.last_run = None
             return super().__call__(*args, **kwargs)
-        return self._run(chosen, args, {**kwargs, "num_inference_steps": len(chosen)})
+        arguments = self._name_arguments(args, kwargs)
+        wanted = self._make_plan(lsd, num_dash_steps, num_dot_steps, plan, arguments)
+        chosen, steps = self._fit_plan(wanted, arguments, shorten=lsd is not None)
+        return self._run(chosen, {**arguments, "num_inference_steps": steps})
 
-    def _run(self, plan: MorsePlan, args: tuple, kwargs: dict, timed: bool = False) -> object:
-        denoiser = find_denoiser(self)
+    def _name_arguments(self, args: tuple, kwargs: dict) -> dict[str, object]:
+        """Give the pipeline's own arguments by name."""
+        arguments = dict(inspect.signature(super().__call__).bind(*args, **kwargs).arguments)
+        return arguments | arguments.pop("kwargs", {})
+
+    def _with_defaults(self, arguments: dict[str, object]) -> dict[str, object]:
+        parameters = inspect.signature(super().__call__).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty} | arguments
+
+    def _run(self, plan: MorsePlan, arguments: dict, timed: bool = False) -> object:
+        denoiser, controlnet = find_denoiser(self), find_controlnet(self)
         if isinstance(self.dot, MorseDot):
             self.dot.bind(denoiser)
-        install_switch(denoiser)
-        run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None)
-        run.denoiser, run.dot, run.scheduler = denoiser, self.dot, self.scheduler
+        for module in filter(None, (denoiser, controlnet)):
+            install_switch(module)
+        base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"))
+        run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None, base_space=base_space)
+        run.denoiser, run.controlnet = denoiser, controlnet
+        run.dot, run.scheduler = self.dot, self.scheduler
         self.last_run, started = run, time.perf_counter()
         token = CURRENT_RUN.set(run)
         try:
-            output = super().__call__(*args, **kwargs)
+            output = super().__call__(**arguments)
             if self._execution_device.type != "cpu":
                 torch.accelerator.synchronize(self._execution_device)
-            return output
         finally:
             CURRENT_RUN.reset(token)
             run.finish(time.perf_counter() - started)
-            _warn_unless_engaged(run)
+        warn_unless_engaged(run)
+        return output
 
     def _make_plan(
         self,
@@ -100,9 +109,9 @@ class MorseCalls:
         num_dash: int | None,
         num_dot: int | None,
         plan: MorsePlan | str | Sequence[bool] | None,
-        steps: int | None,
-        call: tuple[tuple, dict],
-    ) -> MorsePlan | None:
+        arguments: dict[str, object],
+    ) -> MorsePlan:
+        """Plan as asked, whether or not the scheduler can make so many evaluations."""
         counts = num_dash is not None or num_dot is not None
         if (lsd is not None) + counts + (plan is not None) > 1:
             raise ValueError(
@@ -112,21 +121,39 @@ class MorseCalls:
         if lsd is not None:
             if self.dot is None:
                 warnings.warn("lsd was given but the pipeline has no dot: all Dash.", stacklevel=3)
-            chosen = MorsePlan.from_budget(lsd, self._known_speed_ratio(*call), self.plan_ratio)
-        elif counts:
+            return MorsePlan.from_budget(lsd, self._known_speed_ratio(arguments), self.plan_ratio)
+        if counts:
+            steps = arguments.get("num_inference_steps")
+            if steps is not None:
+                steps = count_evaluations(self, self._with_defaults(arguments), steps)
             chosen = _plan_from_counts(num_dash, num_dot, steps)
-        elif plan is not None:
-            chosen = MorsePlan.parse(plan)
         else:
-            return None
-        if steps is not None and steps != len(chosen):
-            raise ValueError(
-                f"num_inference_steps={steps} but the plan has {len(chosen)} evaluations; leave "
-                "num_inference_steps away."
-            )
+            chosen = MorsePlan.parse(plan)
         if chosen.num_dot and self.dot is None:
             raise ValueError("the plan has Dot evaluations but the pipeline has no dot.")
         return chosen
+
+    def _fit_plan(
+        self, plan: MorsePlan, arguments: dict[str, object], shorten: bool
+    ) -> tuple[MorsePlan, int]:
+        """Find the `num_inference_steps` that makes the plan's evaluations; shorten it if allowed.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        known, steps = self._with_defaults(arguments), arguments.get("num_inference_steps")
+        if steps is not None:
+            count = count_evaluations(self, known, steps)
+            if count != len(plan):
+                raise ValueError(
+                    f"num_inference_steps={steps} makes {count} evaluations but the plan has "
+                    f"{len(plan)} evaluations; leave num_inference_steps away."
+                )
+            return plan, steps
+        if not shorten:
+            return plan, find_exact_steps(self, known, len(plan))
+        steps, count = find_steps(self, known, len(plan))
+        return plan.shortened(count), steps
 
     @property
     def plan_ratio(self) -> float:
@@ -136,11 +163,12 @@ class MorseCalls:
         default = ratios.get("default", DEFAULT_PLAN_RATIO)
         return ratios.get(type(self.scheduler).__name__, default)
 
-    def _known_speed_ratio(self, args: tuple = (), kwargs: dict | None = None) -> float:
+    def _known_speed_ratio(self, arguments: dict[str, object]) -> float:
         if self.dot is None:
             return 1.0
         if self.speed_ratio is None:
-            self.measure_speed_ratio(*args, **{**(kwargs or {}), "generator": None})
+            own = {name: value for name, value in arguments.items() if name != "generator"}
+            self.measure_speed_ratio(**own)
         return self.speed_ratio
 
     def measure_speed_ratio(self, *args: object, repeats: int = 5, **kwargs: object) -> SpeedRatio:
@@ -156,9 +184,11 @@ class MorseCalls:
         """
         if self.dot is None:
             raise ValueError("the pipeline has no dot whose speed could be measured.")
-        plan = MorsePlan.from_string("Do" * (repeats + 2))
+        arguments = self._name_arguments(args, {**kwargs, "num_inference_steps": None})
+        wanted = MorsePlan.from_string("Do" * (repeats + 2))
+        plan, steps = self._fit_plan(wanted, arguments, shorten=True)
         previous = self.last_run
-        self._run(plan, args, {**kwargs, "num_inference_steps": len(plan)}, timed=True)
+        self._run(plan, {**arguments, "num_inference_steps": steps}, timed=True)
         run, self.last_run = self.last_run, previous
         seconds = {
             model: [time for name, time in run.timings if name == model][2:]
@@ -168,16 +198,14 @@ class MorseCalls:
             raise ValueError(f"Dot was never evaluated: {dict(run.fallbacks)}.")
         self.speed_ratio = median(seconds["dash"]) / median(seconds["dot"])
         dash, dot = (tuple(quantiles(seconds[name], n=4)) for name in ("dash", "dot"))
-        return SpeedRatio(self.speed_ratio, dash, dot)
+        self.measured = SpeedRatio(self.speed_ratio, dash, dot)
+        return self.measured
 
-
-def _warn_unless_engaged(run: MorseRun) -> None:
-    if run.plan.num_dot and not run.num_dot and run.num_dash:
-        warnings.warn(
-            f"Morse planned {run.plan.num_dot} Dot evaluations and made none: "
-            f"{dict(run.fallbacks) or 'the run ended early'}.",
-            stacklevel=4,
-        )
+    def morse_summary(self) -> str:
+        """Tabulate the latest planned call: plan, LSD, times, and fallbacks with their reasons."""
+        if self.last_run is None:
+            return "The latest call, if any, was not planned by Morse: give lsd= or plan=."
+        return summarize_run(self.last_run, self.measured)
 
 
 def _plan_from_counts(num_dash: int | None, num_dot: int | None, steps: int | None) -> MorsePlan:
@@ -201,3 +229,9 @@ def find_denoiser(pipe: DiffusionPipeline) -> nn.Module:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return getattr(pipe, name)
     raise ValueError(f"{type(pipe).__name__} has no unet or transformer to speed up.")
+
+
+def find_controlnet(pipe: DiffusionPipeline) -> nn.Module | None:
+    """Give a pipeline's `controlnet`, or None."""
+    controlnet = getattr(pipe, "controlnet", None)
+    return controlnet if isinstance(controlnet, nn.Module) else None

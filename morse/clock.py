@@ -7,9 +7,10 @@ from torch import Tensor
 def scheduler_index(scheduler: object, timestep: Tensor | float) -> int | None:
     """Tell which entry of `scheduler.timesteps` the denoiser is being evaluated at.
 
-    Schedulers that count their steps (`step_index`) are asked. For the others, `timestep` is
-    usually a view into `scheduler.timesteps`, whose place in memory tells without waiting for the
-    device; else its value is looked up, which is ambiguous where a value occurs twice.
+    Schedulers that count their steps (`step_index`; PNDM's `counter`) are asked. For the others,
+    and before the first step, `timestep` is usually a view into `scheduler.timesteps`, whose place
+    in memory tells without waiting for the device; else its value is looked up, which is ambiguous
+    where a value occurs twice.
 
     Args:
         scheduler: Any diffusers scheduler.
@@ -21,9 +22,10 @@ def scheduler_index(scheduler: object, timestep: Tensor | float) -> int | None:
     timesteps = getattr(scheduler, "timesteps", None)
     if getattr(scheduler, "num_inference_steps", None) is None or timesteps is None:
         return None
-    step_index = getattr(scheduler, "step_index", None)
-    if step_index is not None:
-        return int(step_index)
+    for name in ("step_index", "counter"):
+        count = getattr(scheduler, name, None)
+        if count is not None:
+            return int(count)
     timesteps = torch.as_tensor(timesteps)
     if isinstance(timestep, Tensor) and _is_view(timestep, timesteps):
         return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from morse.attach import enable_morse, morse_class
 from morse.dot import MorseDot
-from morse.dot.model import safetensors_only
+from morse.dot.loading import safetensors_only
 
 EMBEDDED = {"fashion-mnist": "fashion_mnist"}
 

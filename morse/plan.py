@@ -144,6 +144,17 @@ class MorsePlan:
             return plan
         return cls.from_string(plan) if isinstance(plan, str) else cls.from_mask(plan)
 
+    def shortened(self, length: int) -> "MorsePlan":
+        """Spread the same Dash evaluations, or as many as fit, over at most `length` evaluations.
+
+        Raises:
+            ValueError: If `length` < 1.
+        """
+        if length >= len(self):
+            return self
+        num_dash = min(self.num_dash, length)
+        return self.uniform(num_dash, length - num_dash)
+
     @property
     def num_dash(self) -> int:
         """Number of Dash evaluations."""

@@ -35,13 +35,16 @@ Dot = Callable[[Tensor, Tensor, JumpPoint], Tensor]  # (sample, timestep, jump) 
 SolverStep = Callable[[Tensor, Tensor, int, int], Tensor]
 
 
-def dot_estimate(dot: Dot, sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
-    """Add Dot's residual to Dash's latest estimate (Equation 5, second line).
+def dot_estimate(
+    dot: Dot, sample: Tensor, timestep: Tensor, jump: JumpPoint, base: Tensor | None = None
+) -> Tensor:
+    """Add Dot's residual to Dash's latest estimate, or to `base` (Equation 5, second line).
 
     A Dot with a true attribute `independent` (a control for experiments) estimates alone.
     """
+    base = jump.model_output if base is None else base
     residual = dot(sample, timestep, jump)
-    return residual if getattr(dot, "independent", False) else jump.model_output + residual
+    return residual if getattr(dot, "independent", False) else base + residual
 
 
 def estimate(
@@ -105,13 +108,11 @@ def make_pair(
     return jump, sample, dash(sample, timesteps[1])
 
 
-def dot_loss(
-    dash: Dash, dot: Dot, clean: Tensor, noise: Tensor, **pair_arguments: object
-) -> Tensor:
+def dot_loss(dash: Dash, dot: Dot, clean: Tensor, noise: Tensor, **pair_options: object) -> Tensor:
     """Mean squared error of Dot's estimate after one jump from noised data (Algorithm 1).
 
     The keyword arguments are `make_pair`'s: `timesteps`, `alphas_cumprod`, `prediction_type`.
     """
-    jump, sample, target = make_pair(dash, clean, noise, **pair_arguments)
-    prediction = dot_estimate(dot, sample, pair_arguments["timesteps"][1], jump)
+    jump, sample, target = make_pair(dash, clean, noise, **pair_options)
+    prediction = dot_estimate(dot, sample, pair_options["timesteps"][1], jump)
     return torch.nn.functional.mse_loss(prediction, target)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
+BaseSpace = Literal["raw", "x0", "v"]
+Rates = tuple[Tensor, Tensor]  # alpha and sigma
 
 
 def check_prediction_type(prediction_type: str) -> None:
@@ -18,6 +20,14 @@ def check_prediction_type(prediction_type: str) -> None:
     if prediction_type not in get_args(PredictionType):
         raise ValueError(
             f"prediction_type must be one of {get_args(PredictionType)}, got {prediction_type!r}."
+        )
+
+
+def check_base_space(base_space: str | None) -> None:
+    """Raise `ValueError` unless `base_space` is known, or None (the scheduler decides)."""
+    if base_space is not None and base_space not in get_args(BaseSpace):
+        raise ValueError(
+            f"base_space must be one of {get_args(BaseSpace)} or None, got {base_space!r}."
         )
 
 
@@ -71,6 +81,78 @@ def from_noise_pred(
     if prediction_type == "sample":
         return (sample - sigma * noise_pred) / alpha
     return (noise_pred - sigma * sample) / alpha
+
+
+def to_clean(model_output: Tensor, sample: Tensor, rates: Rates, prediction_type: str) -> Tensor:
+    """Express a model's output as x_0, on any path x_t = alpha * x_0 + sigma * epsilon.
+
+    Args:
+        model_output: (B, ...).
+        sample: x_t, like `model_output`.
+        rates: alpha and sigma, which broadcast to it.
+        prediction_type: One of diffusers' four; "flow_prediction" is epsilon - x_0 (Lipman et al.
+            2023).
+    """
+    alpha, sigma = rates
+    if prediction_type == "sample":
+        return model_output
+    if prediction_type == "v_prediction":
+        return (alpha * sample - sigma * model_output) / (alpha**2 + sigma**2)
+    if prediction_type == "flow_prediction":
+        return (sample - sigma * model_output) / (alpha + sigma)
+    check_prediction_type(prediction_type)
+    return (sample - sigma * model_output) / alpha
+
+
+def from_clean(clean: Tensor, sample: Tensor, rates: Rates, prediction_type: str) -> Tensor:
+    """Express x_0 as a model of `prediction_type` would; the inverse of `to_clean`."""
+    alpha, sigma = rates
+    if prediction_type == "sample":
+        return clean
+    epsilon = (sample - alpha * clean) / sigma
+    if prediction_type == "v_prediction":
+        return alpha * epsilon - sigma * clean
+    if prediction_type == "flow_prediction":
+        return epsilon - clean
+    check_prediction_type(prediction_type)
+    return epsilon
+
+
+def rebase(
+    base_space: BaseSpace,
+    model_output: Tensor,
+    jump: tuple[Tensor, Rates],
+    here: tuple[Tensor, Rates],
+    prediction_type: str,
+) -> Tensor:
+    """Carry Dash's latest estimate to another sample, keeping what it says in `base_space`.
+
+    After one DDIM step the x_0 of an epsilon is still the same epsilon, so that "x0" and "raw"
+    agree there; once fresh noise has been added they don't, and x_0 is the better guess.
+
+    Args:
+        base_space: What stays: the output as it is, the x_0 that it implies, or the velocity
+            v = alpha * epsilon - sigma * x_0.
+        model_output: Dash's, (B, C_out, ...).
+        jump: The sample where Dash was evaluated, (B, C_in, ...), and its rates.
+        here: The sample to express it at, and its rates.
+        prediction_type: What `model_output` is.
+
+    Returns:
+        Like `model_output`. Where C_in and C_out differ, the sample is the first channels of both
+        (an inpainting mask follows it, or the learned variance follows the estimate).
+    """
+    if base_space == "raw":
+        return model_output
+    channels = min(model_output.shape[1], here[0].shape[1])
+    kept, rest = model_output[:, :channels].float(), model_output[:, channels:]
+    then, now = jump[0][:, :channels].float(), here[0][:, :channels].float()
+    clean = to_clean(kept, then, jump[1], prediction_type)
+    if base_space == "v":
+        velocity = from_clean(clean, then, jump[1], "v_prediction")
+        clean = to_clean(velocity, now, here[1], "v_prediction")
+    carried = from_clean(clean, now, here[1], prediction_type).to(model_output.dtype)
+    return torch.cat([carried, rest], dim=1)
 
 
 def ddim_step(

@@ -1,5 +1,7 @@
 """The switch at the denoiser: inside a planned run Dash or Dot, otherwise plain Dash.
 
+A ControlNet gets one too: it is not evaluated where Dot comes next.
+
 It sits in `nn.Module`'s private slot `_compiled_call_impl`, which a call consults first and which
 copies and saved files leave out. Unlike a replaced forward method, a proxy module or a hook it
 survives saving, loading, offloading and `from_pipe`. The name is used in this file only, and the
@@ -21,8 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from morse.clock import scheduler_index
+from morse.controlnet import LatestFeatures
 from morse.plan import ModelName, MorsePlan
-from morse.sampling import Dot, JumpPoint, estimate
+from morse.rates import noise_rates, prediction_type
+from morse.sampling import Dot, JumpPoint, dot_estimate, estimate
+from morse.spaces import BaseSpace, Rates, rebase
 
 CURRENT_RUN: ContextVar["MorseRun | None"] = ContextVar("morse_run", default=None)
 _SAMPLE_NAMES = ("sample", "hidden_states")
@@ -40,6 +45,7 @@ class MorseRun:
         fallbacks: Why evaluations planned for Dot were made by Dash -> how many.
         seconds: Wall time of the call.
         timings: (model, seconds) of each evaluation, where the call was timed.
+        base_space: What of Dash's latest estimate Dot's residual was added to.
     """
 
     plan: MorsePlan
@@ -49,11 +55,16 @@ class MorseRun:
     fallbacks: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     timings: list[tuple[ModelName, float]] | None = None
+    base_space: BaseSpace = "raw"
     denoiser: nn.Module | None = field(default=None, repr=False)
+    controlnet: nn.Module | None = field(default=None, repr=False)
     dot: Dot | None = field(default=None, repr=False)
     scheduler: object = field(default=None, repr=False)
     _jumps: dict[int, JumpPoint] = field(default_factory=dict, repr=False)
+    _rates: dict[int, Rates | None] = field(default_factory=dict, repr=False)
+    _features: LatestFeatures = field(default_factory=LatestFeatures, repr=False)
     _container: Callable[[Tensor], object] = field(default=lambda tensor: (tensor,), repr=False)
+    _index: int = field(default=-1, repr=False)
     _step: int = field(default=-1, repr=False)
     _branch: int = field(default=-1, repr=False)
 
@@ -64,11 +75,18 @@ class MorseRun:
             return None if self.num_dot else float(self.num_dash)
         return self.num_dash + self.num_dot / self.speed_ratio
 
+    @property
+    def num_steps(self) -> int:
+        """How many of the plan's evaluations were reached, one a step however many branches."""
+        return self._step + 1
+
     def finish(self, seconds: float) -> None:
         """Note the wall time and let go of models and samples."""
         self.seconds = seconds
-        self.denoiser = self.dot = self.scheduler = None
+        self.denoiser = self.controlnet = self.dot = self.scheduler = None
         self._jumps.clear()
+        self._rates.clear()
+        self._features = LatestFeatures()
 
     def evaluate(self, plain: Callable[..., object], args: tuple, kwargs: dict) -> object:
         """Answer one call of the denoiser as planned (Equation 5).
@@ -85,6 +103,7 @@ class MorseRun:
         model = self._choose(sample, timestep)
         started = self._now(sample)
         timestep = torch.as_tensor(timestep, device=getattr(sample, "device", None))
+        here = self._rates_at(sample, timestep)
         output = None
 
         def dash(sample: Tensor, timestep: Tensor) -> Tensor:
@@ -92,10 +111,14 @@ class MorseRun:
             output = plain(*args, **kwargs)
             return output[0]
 
-        def dot(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+        def residual(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
             return self.dot(sample, timestep, jump, **conditions)
 
-        dot.independent = getattr(self.dot, "independent", False)
+        def dot(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+            return dot_estimate(residual, sample, timestep, jump, self._base(jump, sample, here))
+
+        residual.independent = getattr(self.dot, "independent", False)
+        dot.independent = True  # the base is in it
         model_output, self._jumps[self._branch] = estimate(
             model, sample, timestep, self._jumps.get(self._branch), dash, dot
         )
@@ -104,14 +127,43 @@ class MorseRun:
             output = self._container(model_output)
         else:
             self.num_dash += 1
+            self._rates[self._branch] = here
             self._container = _container_of(output)
         if self.timings is not None:
             self.timings.append((model, self._now(sample) - started))
         return output
 
+    def steer(self, plain: Callable[..., object], args: tuple, kwargs: dict) -> object:
+        """Answer one call of the ControlNet; its features are those of Dash where Dot is next."""
+        sample, timestep, _ = _take_apart(self.controlnet, args, kwargs)
+        index = scheduler_index(self.scheduler, timestep)
+        model: ModelName = "dash"
+        if index is not None and index >= self._index:
+            model = self._planned(self._step + (index > self._index))
+        settings = sample.shape, kwargs.get("conditioning_scale")
+        return self._features.answer(index, model, settings, lambda: plain(*args, **kwargs))
+
+    def _planned(self, step: int) -> ModelName:
+        return self.plan[step] if 0 <= step < len(self.plan) else "dash"
+
+    def _rates_at(self, sample: Tensor, timestep: Tensor) -> Rates | None:
+        if self.base_space == "raw" or self._index < 0:
+            return None
+        return noise_rates(self.scheduler, self._index, timestep, sample)
+
+    def _base(self, jump: JumpPoint, sample: Tensor, here: Rates | None) -> Tensor | None:
+        if here is None:
+            return None
+        then = jump.sample, self._rates[self._branch]
+        kind = prediction_type(self.scheduler)
+        return rebase(self.base_space, jump.model_output, then, (sample, here), kind)
+
     def _choose(self, sample: object, timestep: object) -> ModelName:
         obstacle = self._advance(sample, timestep)
-        planned = self.plan[self._step] if 0 <= self._step < len(self.plan) else "dash"
+        if self._step >= len(self.plan):
+            self.fallbacks["the plan has ended"] += 1
+            return "dash"
+        planned = self._planned(self._step)
         if planned == "dot" and obstacle is not None:
             self.fallbacks[obstacle] += 1
             return "dash"
@@ -122,13 +174,17 @@ class MorseRun:
         index = scheduler_index(self.scheduler, timestep)
         if index is None:
             self.fallbacks["the scheduler does not tell its step"] += 1
-            self._step = -1
+            self._index = self._step = -1
             return None
-        if index < self._step:  # another pass over the timesteps
-            self._jumps.clear()
         # A step may evaluate several branches, such as separate guidance, one after the other.
-        self._branch = self._branch + 1 if index == self._step else 0
-        self._step = index
+        self._branch = self._branch + 1 if index == self._index else 0
+        if index < self._index:  # another pass over the timesteps
+            self._jumps.clear()
+            self._step = 0
+        elif index > self._index:
+            # Counted, not taken from the index: image-to-image starts in the middle.
+            self._step += 1
+        self._index = index
         jump = self._jumps.get(self._branch)
         if jump is None:
             return "no earlier Dash evaluation"
@@ -152,9 +208,9 @@ def _take_apart(
 ) -> tuple[Tensor, Tensor | float, dict[str, object]]:
     """Split a denoiser's arguments into sample, timestep and the conditions that remain."""
     given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
+    given |= given.pop("kwargs", {})
     given.pop("self", None)
     given.pop("return_dict", None)
-    given |= given.pop("kwargs", {})
     sample_name = next(name for name in _SAMPLE_NAMES if name in given)
     return given.pop(sample_name), given.pop("timestep"), given
 
@@ -167,25 +223,27 @@ def _container_of(output: object) -> Callable[[Tensor], object]:
 
 
 class _Switch:
-    def __init__(self, denoiser: nn.Module) -> None:
-        self.denoiser = denoiser
-        self.compiled = denoiser._compiled_call_impl  # what `denoiser.compile()` left there
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.compiled = module._compiled_call_impl  # what `module.compile()` left there
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        plain = self.compiled or self.denoiser._call_impl
+        plain = self.compiled or self.module._call_impl
         run = CURRENT_RUN.get()
-        if run is None or run.denoiser is not self.denoiser:
-            return plain(*args, **kwargs)
-        return run.evaluate(plain, args, kwargs)
+        if run is not None and run.denoiser is self.module:
+            return run.evaluate(plain, args, kwargs)
+        if run is not None and run.controlnet is self.module:
+            return run.steer(plain, args, kwargs)
+        return plain(*args, **kwargs)
 
 
-def install_switch(denoiser: nn.Module) -> None:
+def install_switch(module: nn.Module) -> None:
     """Put the switch in place, on top of a compiled call where there is one; twice is safe."""
-    if not isinstance(denoiser._compiled_call_impl, _Switch):
-        denoiser._compiled_call_impl = _Switch(denoiser)
+    if not isinstance(module._compiled_call_impl, _Switch):
+        module._compiled_call_impl = _Switch(module)
 
 
-def remove_switch(denoiser: nn.Module) -> None:
+def remove_switch(module: nn.Module) -> None:
     """Take the switch out and leave what was there before."""
-    if isinstance(denoiser._compiled_call_impl, _Switch):
-        denoiser._compiled_call_impl = denoiser._compiled_call_impl.compiled
+    if isinstance(module._compiled_call_impl, _Switch):
+        module._compiled_call_impl = module._compiled_call_impl.compiled

@@ -12,7 +12,7 @@ PACKAGE = Path(morse.__file__).parent
 GROUPS = [
     ("plan", "spaces", "sampling", "modules", "distillation", "compression"),
     ("dot",),
-    ("clock", "switch", "calls", "attach", "pipeline"),
+    ("clock", "steps", "rates", "controlnet", "switch", "summary", "calls", "attach", "pipeline"),
     ("training",),
     ("evaluation",),
     ("cli", "__main__"),

@@ -263,6 +263,28 @@ class TestBudgets:
             sample(pipe, **arguments)
 
 
+def test_the_summary_tells_what_was_planned_and_what_happened(pipe, dot, monkeypatch):
+    enable_morse(pipe, dot)
+    assert "not planned by Morse" in pipe.morse_summary()
+    sample(pipe, plan="DooDoo")
+    rows = dict(line.split(maxsplit=1) for line in pipe.morse_summary().splitlines())
+    assert rows["plan"] == "DooDoo" and rows["evaluations"] == "2 Dash, 4 Dot"
+    assert rows["N"] == rows["LSD"] == "not known" and rows["fallbacks"] == "none"
+    assert float(rows["measured"].split()[0]) == pytest.approx(pipe.last_run.seconds, abs=1e-3)
+    measured = pipe.measure_speed_ratio(batch_size=2, repeats=3)
+    sample(pipe, plan="DooDoo")
+    rows = dict(line.split(maxsplit=1) for line in pipe.morse_summary().splitlines())
+    expected = 2 * measured.dash_seconds[1] + 4 * measured.dot_seconds[1]
+    assert float(rows["expected"].split()[0]) == pytest.approx(expected, abs=1e-3)
+    assert float(rows["LSD"]) == pytest.approx(2 + 4 / measured.speed_ratio, abs=0.01)
+    monkeypatch.setattr("morse.switch.scheduler_index", lambda scheduler, timestep: None)
+    with pytest.warns(UserWarning, match="made none"):
+        sample(pipe, plan="DoDo")
+    assert "the scheduler does not tell its step (4x)" in pipe.morse_summary()
+    disable_morse(pipe)
+    assert not hasattr(pipe, "morse_summary") and not hasattr(pipe, "measured")
+
+
 class TestFallbacks:
     def test_a_scheduler_that_does_not_tell_its_step_runs_dash_and_warns(
         self, pipe, dot, monkeypatch
@@ -279,6 +301,21 @@ class TestFallbacks:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             sample(pipe, plan="DoDo")
+
+    def test_a_pipeline_that_ends_before_the_plan_warns(self, pipe, dot, monkeypatch):
+        enable_morse(pipe, dot)
+        monkeypatch.setattr("morse.calls.find_exact_steps", lambda pipe, arguments, length: 3)
+        with pytest.warns(
+            UserWarning, match="planned 4 evaluations but the pipeline ended after 3"
+        ):
+            sample(pipe, plan="DoDo")
+
+    def test_evaluations_beyond_the_plan_are_dash_and_counted(self, pipe, dot, monkeypatch):
+        enable_morse(pipe, dot)
+        monkeypatch.setattr("morse.calls.find_exact_steps", lambda pipe, arguments, length: 5)
+        sample(pipe, plan="DoD")
+        assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (4, 1)
+        assert pipe.last_run.fallbacks == {"the plan has ended": 2}
 
     def test_another_shape_falls_back(self, pipe, dot):
         from morse.switch import MorseRun

@@ -59,6 +59,13 @@ def test_forms_of_a_plan_are_equal():
     assert MorsePlan.from_steps(6, 2) == plan
 
 
+def test_shortened_keeps_dash_where_it_can():
+    plan = MorsePlan.uniform(3, 6)
+    assert plan.shortened(9) is plan and plan.shortened(20) is plan
+    assert plan.shortened(8) == MorsePlan.uniform(3, 5)
+    assert plan.shortened(3) == MorsePlan.uniform(3, 0) and str(plan.shortened(2)) == "DD"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -73,3 +73,21 @@ class DotUpBlock(nn.Module):
         for resnet in self.resnets:
             hidden = resnet(hidden, time_embedding)
         return hidden
+
+
+def check_options(
+    num_down_blocks: int, block_out_channels: tuple[int, ...], layers: int, lora_rank: int
+) -> None:
+    """Raise `ValueError`, naming option and value, unless Dot's options are in their ranges."""
+    if num_down_blocks not in (1, 2, 3):
+        raise ValueError(f"num_down_blocks must be 1, 2 or 3, got {num_down_blocks!r}.")
+    widths_fit = all(width > 0 and width % 4 == 0 for width in block_out_channels)
+    if len(block_out_channels) != num_down_blocks or not widths_fit:
+        raise ValueError(
+            f"block_out_channels must be num_down_blocks={num_down_blocks} positive multiples of "
+            f"4, got {tuple(block_out_channels)!r}."
+        )
+    if layers < 1:
+        raise ValueError(f"layers_per_block must be at least 1, got {layers!r}.")
+    if lora_rank < 0:
+        raise ValueError(f"lora_rank must be 0 (no LoRA) or more, got {lora_rank!r}.")

@@ -69,3 +69,14 @@ class _LoRALeaf:
 def lora_class(leaf_class: type[nn.Module]) -> type[nn.Module]:
     """The leaf's class with the low-rank update of its child `dot_lora` added to its output."""
     return type(f"LoRA{leaf_class.__name__}", (_LoRALeaf, leaf_class), {})
+
+
+def nest_adapter(root: nn.ModuleDict, name: str, module: LowRank) -> LowRank:
+    """Put `module` under a dotted name, so that state-dict keys read as PEFT's do."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        if parent not in root:
+            root[parent] = nn.ModuleDict()
+        root = root[parent]
+    root[last] = module
+    return module

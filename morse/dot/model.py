@@ -8,20 +8,20 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from morse.dot.blocks import DotDownBlock, DotUpBlock, num_groups
-from morse.dot.lora import LowRank
+from morse.dot.blocks import DotDownBlock, DotUpBlock, check_options, num_groups
+from morse.dot.body import embed_time, pool_features, run_body
+from morse.dot.loading import safetensors_only
+from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.view import (
     check_fingerprint,
-    embed_time,
-    find_ports,
-    fingerprint,
+    describe_dash,
     lora_targets,
     make_shared_tree,
     merge_shared_tree,
-    run_body,
     tree_state,
 )
 from morse.sampling import JumpPoint
+from morse.spaces import BaseSpace, check_base_space
 
 
 class MorseDot(ModelMixin, ConfigMixin):
@@ -38,7 +38,7 @@ class MorseDot(ModelMixin, ConfigMixin):
     Args:
         dash_fingerprint: Identifies the Dash that it belongs to.
         lora_specs: Shape of every adapted layer of Dash, by name.
-        sample_channels: Channels of a sample and of Dash's estimate.
+        sample_channels: Channels of what goes into Dash (inpainting's mask and image included).
         feature_channels: Channels that enter and leave Dash's shared layers.
         time_embed_dim: Size of Dash's time embedding.
         size_multiple: Height and width of a sample must be multiples of this.
@@ -50,6 +50,10 @@ class MorseDot(ModelMixin, ConfigMixin):
         independent: Estimate from the sample alone, not as a correction: a control for experiments.
         speed_ratio: N on the machine named in the model card; plans for `lsd=` are made with it.
         plan_ratio: Evaluations per LSD that suit this Dot, by scheduler class name or "default".
+        output_channels: Channels of Dash's estimate; None for `sample_channels`.
+        base_space: What of Dash's latest estimate the residual is added to, and was trained for:
+            its output as it is ("raw"), the x_0 ("x0") or velocity ("v") that it implies. None goes
+            by the scheduler (`morse.rates.choose_base_space`): right for an untrained Dot only.
     """
 
     @register_to_config
@@ -69,20 +73,25 @@ class MorseDot(ModelMixin, ConfigMixin):
         independent: bool = False,
         speed_ratio: float | None = None,
         plan_ratio: dict[str, float] | None = None,
+        output_channels: int | None = None,
+        base_space: BaseSpace | None = "raw",
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
-        _check_shape_options(num_down_blocks, block_out_channels, layers_per_block, lora_rank)
-        self.independent = independent
+        check_base_space(base_space)
+        check_options(num_down_blocks, block_out_channels, layers_per_block, lora_rank)
+        self.independent, self.base_space = independent, base_space
         alpha = lora_rank if lora_alpha is None else lora_alpha
         self.lora = nn.ModuleDict()
         self.adapters: dict[str, LowRank] = {}
         for name, spec in lora_specs.items() if lora_rank else ():
-            self.adapters[name] = _nest(self.lora, name, LowRank(spec, lora_rank, alpha))
+            self.adapters[name] = nest_adapter(self.lora, name, LowRank(spec, lora_rank, alpha))
         first = block_out_channels[0]
         levels = [*block_out_channels, feature_channels]
         self.jump_time = None if independent else nn.Linear(time_embed_dim, time_embed_dim)
-        self.conv_in = nn.Conv2d(sample_channels * (1 if independent else 3), first, 3, padding=1)
+        output_channels = output_channels or sample_channels
+        jump_channels = 0 if independent else sample_channels + output_channels
+        self.conv_in = nn.Conv2d(sample_channels + jump_channels, first, 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DotDownBlock(channels, deeper, time_embed_dim, layers_per_block)
             for channels, deeper in pairwise(levels)
@@ -92,7 +101,7 @@ class MorseDot(ModelMixin, ConfigMixin):
             for channels, deeper in reversed(list(pairwise(levels)))
         )
         self.norm_out = nn.GroupNorm(num_groups(first), first)
-        self.conv_out = nn.Conv2d(first, sample_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(first, output_channels, 3, padding=1)
         for layer in filter(None, (self.jump_time, self.conv_out)):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -126,15 +135,9 @@ class MorseDot(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If the denoiser's class is not supported or an option is out of range.
         """
-        ports = find_ports(dash)
-        entry, last = getattr(dash, ports.entry), getattr(dash, ports.exit)
         dot = cls(
-            dash_fingerprint=fingerprint(dash),
+            **describe_dash(dash, num_down_blocks),
             lora_specs=lora_targets(dash) if lora_rank else {},
-            sample_channels=last.out_channels,
-            feature_channels=entry.out_channels,
-            time_embed_dim=getattr(dash, ports.time_embedding).linear_2.out_features,
-            size_multiple=2 ** (num_down_blocks + len(dash.config.block_out_channels) - 1),
             num_down_blocks=num_down_blocks,
             block_out_channels=tuple(block_out_channels or (16, 32, 64)[:num_down_blocks]),
             lora_rank=lora_rank,
@@ -196,7 +199,7 @@ class MorseDot(ModelMixin, ConfigMixin):
             dash_kwargs: Conditions (class labels, ...), as Dash's forward method takes them.
 
         Returns:
-            eta(x_ts, x_ti, z_ts, t_s, t_i) of Equation 5, (B, C, H, W).
+            eta(x_ts, x_ti, z_ts, t_s, t_i) of Equation 5, (B, C_out, H, W).
 
         Raises:
             ValueError: If height or width do not fit, or no Dash is bound.
@@ -205,17 +208,19 @@ class MorseDot(ModelMixin, ConfigMixin):
         if not self._tree:
             self.bind(self._bound_dash())
         tree = self._tree[0]
-        time_embedding = embed_time(tree, timestep, sample.shape[0])
+        guidance, batch_size = dash_kwargs.get("timestep_cond"), sample.shape[0]
+        time_embedding = embed_time(tree, timestep, batch_size, guidance)
         inputs = sample
         if not self.independent:
             inputs = torch.cat([sample, jump.sample, jump.model_output], dim=1)
-            since = embed_time(tree, jump.timestep, sample.shape[0])
+            since = embed_time(tree, jump.timestep, batch_size)
             time_embedding = time_embedding + self.jump_time(since)
         hidden, skips = self.conv_in(inputs), []
         for block in self.down_blocks:
             hidden, skip = block(hidden, time_embedding)
             skips.append(skip)
-        hidden = run_body(tree, hidden, timestep, time_embedding, **dash_kwargs)
+        conditions = pool_features(dash_kwargs, 2 ** len(self.down_blocks))
+        hidden = run_body(tree, hidden, timestep, time_embedding, **conditions)
         for block in self.up_blocks:
             hidden = block(hidden, skips.pop(), time_embedding)
         return self.conv_out(nn.functional.silu(self.norm_out(hidden)))
@@ -231,8 +236,7 @@ class MorseDot(ModelMixin, ConfigMixin):
         return self._dash[0]
 
     def _check_size(self, sample: Tensor) -> None:
-        multiple = self.config.size_multiple
-        height, width = sample.shape[-2:]
+        multiple, (height, width) = self.config.size_multiple, sample.shape[-2:]
         if height % multiple or width % multiple:
             raise ValueError(
                 f"sample is {height}x{width}, but this Dot (num_down_blocks="
@@ -243,42 +247,3 @@ class MorseDot(ModelMixin, ConfigMixin):
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave Dash behind; bind them again."""
         return {**super().__getstate__(), "_dash": (), "_tree": (), "_tree_state": ()}
-
-
-def safetensors_only(kwargs: dict[str, object]) -> dict[str, object]:
-    """Complete the keywords of a diffusers `from_pretrained` such that no pickle is ever read.
-
-    Raises:
-        ValueError: If `use_safetensors` says otherwise.
-    """
-    if kwargs.get("use_safetensors", True) is not True:
-        raise ValueError("use_safetensors must be True: Morse never reads pickled weights.")
-    return {**kwargs, "use_safetensors": True}
-
-
-def _check_shape_options(
-    num_down_blocks: int, block_out_channels: tuple[int, ...], layers: int, lora_rank: int
-) -> None:
-    if num_down_blocks not in (1, 2, 3):
-        raise ValueError(f"num_down_blocks must be 1, 2 or 3, got {num_down_blocks!r}.")
-    widths_fit = all(width > 0 and width % 4 == 0 for width in block_out_channels)
-    if len(block_out_channels) != num_down_blocks or not widths_fit:
-        raise ValueError(
-            f"block_out_channels must be num_down_blocks={num_down_blocks} positive multiples of "
-            f"4, got {tuple(block_out_channels)!r}."
-        )
-    if layers < 1:
-        raise ValueError(f"layers_per_block must be at least 1, got {layers!r}.")
-    if lora_rank < 0:
-        raise ValueError(f"lora_rank must be 0 (no LoRA) or more, got {lora_rank!r}.")
-
-
-def _nest(root: nn.ModuleDict, name: str, module: LowRank) -> LowRank:
-    """Put `module` under a dotted name, so that state-dict keys read as PEFT's do."""
-    *parents, last = name.split(".")
-    for parent in parents:
-        if parent not in root:
-            root[parent] = nn.ModuleDict()
-        root = root[parent]
-    root[last] = module
-    return module

@@ -26,16 +26,21 @@ class Ports:
         exit: Last layer, from features to the model output.
         time_projection: From timesteps to sinusoids.
         time_embedding: From sinusoids to the embedding that the blocks take.
+        any_size: Whether its up-sampling blocks follow sizes that its levels don't divide.
     """
 
     entry: str
     exit: str
     time_projection: str
     time_embedding: str
+    any_size: bool
 
 
-_UNET_PORTS = Ports("conv_in", "conv_out", "time_proj", "time_embedding")
-PORTS = {"UNet2DModel": _UNET_PORTS, "UNet2DConditionModel": _UNET_PORTS}
+_UNET_PORTS = ("conv_in", "conv_out", "time_proj", "time_embedding")
+PORTS = {
+    "UNet2DModel": Ports(*_UNET_PORTS, any_size=False),
+    "UNet2DConditionModel": Ports(*_UNET_PORTS, any_size=True),
+}
 
 
 def find_ports(dash: nn.Module) -> Ports:
@@ -72,6 +77,21 @@ def lora_targets(dash: nn.Module) -> dict[str, dict[str, object]]:
         if name not in (ports.entry, ports.exit)
     }
     return {name: spec for name, spec in leaves.items() if spec is not None}
+
+
+def describe_dash(dash: nn.Module, num_down_blocks: int) -> dict[str, object]:
+    """Give the options of a `MorseDot` with `num_down_blocks` that follow from its Dash."""
+    ports = find_ports(dash)
+    entry, last = getattr(dash, ports.entry), getattr(dash, ports.exit)
+    halvings = 0 if ports.any_size else len(dash.config.block_out_channels) - 1
+    return {
+        "dash_fingerprint": fingerprint(dash),
+        "sample_channels": entry.in_channels,
+        "output_channels": last.out_channels,
+        "feature_channels": entry.out_channels,
+        "time_embed_dim": getattr(dash, ports.time_embedding).linear_2.out_features,
+        "size_multiple": 2 ** (num_down_blocks + halvings),
+    }
 
 
 def make_shared_tree(dash: nn.Module, adapters: dict[str, LowRank]) -> nn.Module:
@@ -126,52 +146,6 @@ class _Identities:
         )
 
     __hash__ = None
-
-
-class _Provide(nn.Module):
-    """Takes a layer's place and returns what was already computed for it."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        return self.value
-
-
-def embed_time(tree: nn.Module, timestep: Tensor, batch_size: int) -> Tensor:
-    """Embed timesteps, () or (B,), with the tree's own layers; returns (B, time_embed_dim)."""
-    ports = find_ports(tree)
-    timestep = timestep.reshape(-1).expand(batch_size)
-    projected = getattr(tree, ports.time_projection)(timestep)
-    embedding = getattr(tree, ports.time_embedding)
-    return embedding(projected.to(next(embedding.parameters()).dtype))
-
-
-def run_body(
-    tree: nn.Module, features: Tensor, timestep: Tensor, time_embedding: Tensor, **kwargs: object
-) -> Tensor:
-    """Run the shared layers between entry and exit with Dash's own forward method.
-
-    Args:
-        tree: A tree of shells.
-        features: In place of what the entry returns, (B, C, h, w).
-        timestep: Handed on to the forward method, () or (B,).
-        time_embedding: In place of the tree's time embedding, (B, time_embed_dim).
-        kwargs: Further conditions that Dash's forward method takes.
-
-    Returns:
-        What would go into the exit, (B, C, h, w).
-    """
-    ports = find_ports(tree)
-    body = make_shell(tree)
-    # Dash's hooks (offloading, Morse's own switch) belong to Dash's calls alone.
-    body.__dict__.pop("forward", None)
-    body._modules[ports.entry] = _Provide(features)
-    body._modules[ports.time_embedding] = _Provide(time_embedding)
-    body._modules[ports.exit] = nn.Identity()
-    # The features stand in for the sample, of which the forward method reads only size and dtype.
-    return type(body).forward(body, features, timestep, return_dict=False, **kwargs)[0]
 
 
 def fingerprint(dash: nn.Module) -> dict[str, object]:

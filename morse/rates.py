@@ -1,0 +1,121 @@
+"""How much signal and noise a pipeline's scheduler puts into what the denoiser gets.
+
+Dash's latest estimate is turned into a base for Dot (`morse.spaces.rebase`) with these rates. They
+are those of the denoiser's *input*: the Euler family keeps x_0 + sigma * epsilon but scales it, by
+`scale_model_input`, back onto the variance-preserving path that the denoiser was trained on.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from morse.spaces import BaseSpace, Rates, check_base_space, signal_and_noise
+
+Family = Literal["table", "scaled", "sigmas", "flow"]
+
+# EDM's, consistency models' and IPNDM's schedulers take other paths: only "raw" is right for them.
+_FAMILIES: dict[Family, tuple[str, ...]] = {
+    "table": ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "LCM", "TCD", "PNDM"),
+    "scaled": (
+        "EulerDiscrete",
+        "EulerAncestralDiscrete",
+        "HeunDiscrete",
+        "KDPM2Discrete",
+        "KDPM2AncestralDiscrete",
+        "LMSDiscrete",
+        "DPMSolverSDE",
+    ),
+    "sigmas": (
+        "DPMSolverMultistep",
+        "DPMSolverSinglestep",
+        "DEISMultistep",
+        "UniPCMultistep",
+        "SASolver",
+    ),
+    "flow": ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"),
+}
+_ALWAYS_STOCHASTIC = (
+    "DDPM",
+    "DDPMParallel",
+    "LCM",
+    "TCD",
+    "EulerAncestralDiscrete",
+    "KDPM2AncestralDiscrete",
+    "DPMSolverSDE",
+    "SASolver",
+)
+
+
+def _short_name(scheduler: object) -> str:
+    return type(scheduler).__name__.removesuffix("Scheduler")
+
+
+def find_family(scheduler: object) -> Family | None:
+    """Tell how a scheduler's rates are found; None where they are not known."""
+    name = _short_name(scheduler)
+    return next((family for family, names in _FAMILIES.items() if name in names), None)
+
+
+def adds_noise(scheduler: object) -> bool:
+    """Tell whether a scheduler adds fresh noise at each step, by its class and settings."""
+    config = scheduler.config
+    return (
+        _short_name(scheduler) in _ALWAYS_STOCHASTIC
+        or str(config.get("algorithm_type")).startswith("sde-")
+        or bool(config.get("stochastic_sampling"))
+    )
+
+
+def choose_base_space(scheduler: object, wanted: BaseSpace | None) -> BaseSpace:
+    """Decide in which space Dash's latest estimate is kept.
+
+    Args:
+        scheduler: The pipeline's scheduler.
+        wanted: The Dot's `base_space`; None lets the scheduler decide: "x0" where fresh noise is
+            added at each step, since Dash's epsilon is of noise that is gone by then, else "raw".
+
+    Raises:
+        ValueError: If `wanted` is unknown, or the scheduler's rates are not known.
+    """
+    check_base_space(wanted)
+    known = find_family(scheduler) is not None
+    if wanted in ("x0", "v") and not known:
+        raise ValueError(
+            f"base_space={wanted!r} needs the signal and noise rates, which are not known for "
+            f"{type(scheduler).__name__}; use another scheduler or a Dot with base_space='raw'."
+        )
+    return wanted or ("x0" if known and adds_noise(scheduler) else "raw")
+
+
+def prediction_type(scheduler: object) -> str:
+    """Give what the scheduler takes the denoiser's output for."""
+    if find_family(scheduler) == "flow":
+        return "flow_prediction"
+    return scheduler.config.prediction_type
+
+
+def noise_rates(scheduler: object, index: int, timestep: Tensor, sample: Tensor) -> Rates:
+    """Give alpha and sigma of the denoiser's input, x = alpha * x_0 + sigma * epsilon.
+
+    Args:
+        scheduler: One whose family is known.
+        index: Where it stands, as from `morse.clock.scheduler_index`.
+        timestep: What the denoiser was given, () or (B,).
+        sample: What it was given, (B, ...).
+
+    Returns:
+        alpha and sigma, which broadcast to `sample`.
+    """
+    family = find_family(scheduler)
+    if family == "table":
+        return signal_and_noise(scheduler.alphas_cumprod, timestep, sample.float())
+    if family == "scaled":
+        # The pipeline has scaled its input just now; the same factor is alpha.
+        alpha = scheduler.scale_model_input(torch.ones((), dtype=torch.float64), timestep)
+        return alpha, (1 - alpha**2).sqrt()
+    sigma = scheduler.sigmas[index]
+    if family == "flow" or scheduler.config.get("use_flow_sigmas"):
+        return 1 - sigma, sigma
+    alpha = 1 / (sigma**2 + 1).sqrt()
+    return alpha, sigma * alpha

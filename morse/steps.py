@@ -1,0 +1,150 @@
+"""How many model evaluations a pipeline's call makes, and which step count gives so many.
+
+The two differ: a second-order scheduler evaluates most of its steps twice, and image-to-image
+pipelines leave out the first steps. A copy of the scheduler is asked, so the pipeline's own stays
+as it is.
+"""
+
+import copy
+import inspect
+from types import SimpleNamespace
+
+from diffusers import DiffusionPipeline
+
+MOST_STEPS = 1000
+
+
+def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], steps: int) -> int:
+    """Count the evaluations that a call with `num_inference_steps=steps` makes.
+
+    Args:
+        pipe: The pipeline.
+        arguments: All arguments of its call by name, defaults included; read are those that choose
+            or cut the timesteps (`timesteps`, `sigmas`, `strength`, `denoising_start`, ...).
+        steps: `num_inference_steps`; ignored where `timesteps` or `sigmas` are given.
+
+    Raises:
+        ValueError: If the scheduler can't take so many steps.
+    """
+    scheduler = copy.deepcopy(pipe.scheduler)
+    steps = _set_timesteps(scheduler, arguments, steps)
+    timesteps = scheduler.timesteps
+    cut = getattr(type(pipe), "get_timesteps", None)
+    # Latent consistency's image-to-image has the method too, but its scheduler applies `strength`.
+    if cut is not None and "strength" in arguments and "original_inference_steps" not in arguments:
+        known = {"device": "cpu", **arguments, "num_inference_steps": steps}
+        names = [name for name in inspect.signature(cut).parameters if name in known]
+        stand_in = SimpleNamespace(scheduler=scheduler, config=pipe.config)
+        timesteps = cut(stand_in, **{name: known[name] for name in names})[0]
+    end = arguments.get("denoising_end")
+    if isinstance(end, float) and 0 < end < 1:
+        # As SDXL's pipelines do it, by value and without telling the scheduler.
+        total = scheduler.config.num_train_timesteps
+        timesteps = [timestep for timestep in timesteps if timestep >= round(total - end * total)]
+    return len(timesteps)
+
+
+def _set_timesteps(scheduler: object, arguments: dict[str, object], steps: int) -> int:
+    """Do what the pipeline does before its loop; returns the number of steps."""
+    parameters = inspect.signature(scheduler.set_timesteps).parameters
+    names = ["timesteps", "sigmas"]
+    if "original_inference_steps" in arguments:  # latent consistency
+        names += ["original_inference_steps", "strength"]
+    options: dict[str, object] = {
+        name: arguments[name]
+        for name in names
+        if name in parameters and arguments.get(name) is not None
+    }
+    if scheduler.config.get("use_dynamic_shifting") and "mu" in parameters:
+        options["mu"] = 1.0  # shifts the values, not their number
+    if "timesteps" in options or "sigmas" in options:
+        scheduler.set_timesteps(**options)
+        return len(scheduler.timesteps)
+    scheduler.set_timesteps(steps, **options)
+    return steps
+
+
+def find_steps(
+    pipe: DiffusionPipeline, arguments: dict[str, object], length: int
+) -> tuple[int, int]:
+    """Find the `num_inference_steps` that gives `length` evaluations, or the most below.
+
+    Args:
+        pipe: The pipeline.
+        arguments: As for `count_evaluations`.
+        length: Evaluations wanted, at least 1.
+
+    Returns:
+        `num_inference_steps` and the evaluations that it gives.
+
+    Raises:
+        ValueError: If every possible number of evaluations is larger; the smallest is named.
+    """
+    counts = possible_counts(pipe, arguments, length)
+    best = max((count for count in counts if count <= length), default=None)
+    if best is None:
+        raise ValueError(
+            f"{_whose(pipe)} can't make as few as {length} evaluations; the fewest "
+            f"possible are {min(counts)}."
+        )
+    return counts[best], best
+
+
+def find_exact_steps(pipe: DiffusionPipeline, arguments: dict[str, object], length: int) -> int:
+    """Find the `num_inference_steps` that gives exactly `length` evaluations.
+
+    Raises:
+        ValueError: If there is none; the nearest possible lengths are named.
+    """
+    counts = possible_counts(pipe, arguments, length)
+    if length not in counts:
+        below = [count for count in counts if count < length][-1:]
+        above = [count for count in counts if count > length][:1]
+        nearest = " or ".join(str(count) for count in below + above)
+        raise ValueError(
+            f"the plan has {length} evaluations, which {_whose(pipe)} can't make; give a plan of "
+            f"{nearest}."
+        )
+    return counts[length]
+
+
+def possible_counts(
+    pipe: DiffusionPipeline, arguments: dict[str, object], length: int
+) -> dict[int, int]:
+    """List possible numbers of evaluations up to the first that is at least `length`.
+
+    Returns:
+        Number of evaluations -> the smallest `num_inference_steps` that gives it, increasing; just
+        `length` where `num_inference_steps=length` gives it, as first-order schedulers do.
+
+    Raises:
+        ValueError: If the scheduler takes no number of steps at all.
+    """
+
+    def count(steps: int) -> int | None:
+        try:
+            return count_evaluations(pipe, arguments, steps)
+        except ValueError:
+            return None
+
+    if arguments.get("timesteps") is not None or arguments.get("sigmas") is not None:
+        fixed = count_evaluations(pipe, arguments, length)
+        return {fixed: fixed}
+    if count(length) == length:
+        return {length: length}
+    counts: dict[int, int] = {}
+    for steps in range(1, MOST_STEPS + 1):
+        found = count(steps)
+        if found is None and counts:
+            break  # more steps than the scheduler takes
+        if found:
+            counts.setdefault(found, steps)
+        if found is not None and found >= length:
+            break
+    if not counts:
+        count_evaluations(pipe, arguments, length)  # raises the scheduler's own error
+    return counts
+
+
+def _whose(pipe: DiffusionPipeline) -> str:
+    return f"{type(pipe.scheduler).__name__} in {type(pipe).__name__}"

@@ -1,0 +1,55 @@
+"""What is told about a planned run: a small table, and warnings where Dot did not take part."""
+
+import warnings
+from dataclasses import dataclass
+
+from morse.switch import MorseRun
+
+
+@dataclass(frozen=True)
+class SpeedRatio:
+    """How long evaluations take: N, and the quartiles of Dash's and Dot's seconds."""
+
+    speed_ratio: float
+    dash_seconds: tuple[float, float, float]
+    dot_seconds: tuple[float, float, float]
+
+
+def summarize_run(run: MorseRun, measured: SpeedRatio | None) -> str:
+    """Tabulate a run: plan, evaluations, N, LSD, times and fallbacks.
+
+    Args:
+        run: What the call did.
+        measured: Times of single evaluations on this machine, from which the expected time of all
+            evaluations is made; None where they were not measured.
+    """
+    rows = {
+        "plan": str(run.plan),
+        "evaluations": f"{run.num_dash} Dash, {run.num_dot} Dot",
+        "base": run.base_space,
+        "N": "not known" if run.speed_ratio is None else f"{run.speed_ratio:.2f}",
+        "LSD": "not known" if run.lsd is None else f"{run.lsd:.2f}",
+        "expected": "not known; measure_speed_ratio() tells",
+        "measured": f"{run.seconds:.3f} s, everything included",
+        "fallbacks": "; ".join(f"{reason} ({n}x)" for reason, n in run.fallbacks.items()) or "none",
+    }
+    if measured is not None:
+        seconds = run.num_dash * measured.dash_seconds[1] + run.num_dot * measured.dot_seconds[1]
+        rows["expected"] = f"{seconds:.3f} s for the evaluations alone"
+    return "\n".join(f"{name:<13}{value}" for name, value in rows.items())
+
+
+def warn_unless_engaged(run: MorseRun) -> None:
+    """Warn if Dot was planned and never ran, or the pipeline ended before the plan."""
+    if run.plan.num_dot and not run.num_dot and run.num_dash:
+        warnings.warn(
+            f"Morse planned {run.plan.num_dot} Dot evaluations and made none: "
+            f"{dict(run.fallbacks) or 'the run ended early'}.",
+            stacklevel=4,
+        )
+    elif 0 < run.num_steps < len(run.plan):
+        warnings.warn(
+            f"Morse planned {len(run.plan)} evaluations but the pipeline ended after "
+            f"{run.num_steps}.",
+            stacklevel=4,
+        )

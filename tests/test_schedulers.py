@@ -1,0 +1,181 @@
+"""Every scheduler: all Dash is bit-identical, planned numbers are made, runs repeat."""
+
+import importlib.util
+
+import diffusers
+import pytest
+import torch
+from tiny_pipelines import loop_pipeline
+
+from morse import disable_morse, enable_morse
+from morse.plan import MorsePlan
+from morse.steps import count_evaluations, find_exact_steps, find_steps
+
+EPSILON_X0_V = ("epsilon", "sample", "v_prediction")
+EPSILON_V = ("epsilon", "v_prediction")
+# Class name, its settings, the prediction types it takes (None: it has no such setting), and the
+# evaluations of the test's plan, which a second-order scheduler makes in odd numbers only.
+CASES = [
+    ("DDIM", {}, EPSILON_X0_V, 7),
+    ("DDIMParallel", {}, ("epsilon",), 7),
+    ("DDPM", {}, EPSILON_X0_V, 7),
+    ("DDPM", {"variance_type": "fixed_large"}, ("epsilon",), 7),
+    ("DPMSolverMultistep", {}, EPSILON_X0_V, 7),
+    ("DPMSolverMultistep", {"use_karras_sigmas": True, "solver_order": 3}, ("epsilon",), 7),
+    ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}, EPSILON_X0_V, 7),
+    ("DPMSolverMultistep", {"use_flow_sigmas": True}, ("flow_prediction",), 7),
+    ("DPMSolverSinglestep", {}, EPSILON_X0_V, 7),
+    ("DPMSolverSDE", {}, EPSILON_V, 7),
+    ("UniPCMultistep", {}, EPSILON_X0_V, 7),
+    ("UniPCMultistep", {"use_flow_sigmas": True}, ("flow_prediction",), 7),
+    ("EulerDiscrete", {}, EPSILON_X0_V, 7),
+    ("EulerDiscrete", {"use_karras_sigmas": True}, ("epsilon",), 7),
+    ("EulerAncestralDiscrete", {}, EPSILON_V, 7),
+    ("LCM", {}, EPSILON_X0_V, 7),
+    ("TCD", {}, EPSILON_X0_V, 7),
+    ("HeunDiscrete", {}, EPSILON_X0_V, 7),
+    ("KDPM2Discrete", {}, EPSILON_V, 7),
+    ("KDPM2AncestralDiscrete", {}, EPSILON_V, 7),
+    ("LMSDiscrete", {}, EPSILON_X0_V, 7),
+    ("DEISMultistep", {}, EPSILON_X0_V, 7),
+    ("PNDM", {"skip_prk_steps": True}, EPSILON_V, 7),
+    ("PNDM", {"skip_prk_steps": False}, EPSILON_V, 15),
+    ("SASolver", {}, EPSILON_X0_V, 7),
+    ("IPNDM", {}, (None,), 7),
+    ("EDMEuler", {}, EPSILON_V, 7),
+    ("EDMDPMSolverMultistep", {}, EPSILON_V, 7),
+    ("EDMDPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}, ("epsilon",), 7),
+    ("FlowMatchEulerDiscrete", {}, (None,), 7),
+    ("FlowMatchEulerDiscrete", {"stochastic_sampling": True}, (None,), 7),
+    ("FlowMatchHeunDiscrete", {}, (None,), 7),
+]
+PARAMETERS = [
+    pytest.param(name, {**options, "prediction_type": kind} if kind else options, length,
+                 id="-".join(map(str, [name, *options.values(), *([kind] if kind else [])])))
+    for name, options, kinds, length in CASES
+    for kind in kinds
+]  # fmt: skip
+NEEDS = {"DPMSolverSDE": "torchsde", "LMSDiscrete": "scipy"}
+
+
+def make(name, **options):
+    package = NEEDS.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{name}Scheduler needs {package}, which is not installed")
+    return getattr(diffusers, f"{name}Scheduler")(**options)
+
+
+def sample(pipe, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    return pipe(batch_size=2, generator=generator, **kwargs).images
+
+
+@pytest.fixture(scope="module")
+def unet(build_unet):
+    return build_unet(channels=(8, 16), sample_size=8)
+
+
+@pytest.fixture(scope="module")
+def dot(unet):
+    from morse import MorseDot
+
+    torch.manual_seed(1)
+    dot = MorseDot.from_dash(unet, num_down_blocks=1, lora_rank=2)
+    with torch.no_grad():
+        for parameter in dot.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return dot.eval()
+
+
+@pytest.mark.parametrize(("name", "options", "length"), PARAMETERS)
+def test_scheduler(unet, dot, name, options, length):
+    pipe = loop_pipeline(unet, make(name, **options))
+    steps = find_exact_steps(pipe, {}, length)
+    expected = sample(pipe, num_inference_steps=steps)
+    enable_morse(pipe, dot)
+    assert torch.equal(sample(pipe, plan="D" * length), expected)
+    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (length, 0)
+    plan = MorsePlan.uniform(3, length - 3)
+    images = sample(pipe, plan=plan)
+    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (3, length - 3)
+    assert pipe.last_run.fallbacks == {}
+    assert images.isfinite().all() and not torch.equal(images, expected)
+    assert torch.equal(sample(pipe, plan=plan), images)
+    disable_morse(pipe)
+    assert torch.equal(sample(pipe, num_inference_steps=steps), expected)
+
+
+class TestSteps:
+    """The number of model evaluations and the number of steps are two things."""
+
+    @pytest.fixture
+    def make_loop(self, unet):
+        return lambda name, **options: loop_pipeline(unet, make(name, **options))
+
+    @pytest.mark.parametrize(
+        ("name", "options", "length", "steps"),
+        [
+            ("DDIM", {}, 9, 9),
+            ("HeunDiscrete", {}, 9, 5),
+            ("KDPM2Discrete", {}, 31, 16),
+            ("FlowMatchHeunDiscrete", {}, 1, 1),
+            ("PNDM", {"skip_prk_steps": True}, 7, 6),
+            ("PNDM", {"skip_prk_steps": False}, 31, 22),
+            ("FlowMatchEulerDiscrete", {"use_dynamic_shifting": True}, 4, 4),
+        ],
+    )
+    def test_exact(self, make_loop, name, options, length, steps):
+        pipe = make_loop(name, **options)
+        before = dict(pipe.scheduler.__dict__)
+        assert find_exact_steps(pipe, {}, length) == steps
+        assert find_steps(pipe, {}, length) == (steps, length)
+        assert count_evaluations(pipe, {}, steps) == length
+        assert pipe.scheduler.__dict__ == before
+
+    @pytest.mark.parametrize(
+        ("name", "options", "length", "nearest"),
+        [
+            ("HeunDiscrete", {}, 8, "7 or 9"),
+            ("PNDM", {"skip_prk_steps": False}, 7, "13"),
+            ("LCM", {}, 60, "50"),
+        ],
+    )
+    def test_the_nearest_possible_plans_are_named(
+        self, make_loop, dot, name, options, length, nearest
+    ):
+        pipe = enable_morse(make_loop(name, **options), dot)
+        message = f"{length} evaluations, which {name}Scheduler in LoopPipeline .* {nearest}\\."
+        with pytest.raises(ValueError, match=message):
+            sample(pipe, plan="D" * length)
+
+    def test_a_budget_takes_the_most_that_is_possible(self, make_loop, dot):
+        pipe = enable_morse(make_loop("HeunDiscrete"), dot)
+        pipe.speed_ratio = 4.0
+        planned = MorsePlan.from_budget(4.5, 4.0)
+        assert len(planned) == 9 and planned.num_dash == 3
+        sample(pipe, lsd=4.5)
+        assert pipe.last_run.plan == planned
+        planned = MorsePlan.from_budget(4.3, 4.0)
+        assert len(planned) == 8 and planned.num_dash == 3
+        sample(pipe, lsd=4.3)
+        assert str(pipe.last_run.plan) == str(MorsePlan.uniform(3, 4))
+        pipe = enable_morse(make_loop("PNDM"), dot)
+        pipe.speed_ratio = 1.0
+        with pytest.raises(ValueError, match="as few as 4 evaluations; the fewest possible are 13"):
+            sample(pipe, lsd=4)
+
+    def test_given_steps_are_steps_and_the_plan_counts_evaluations(self, make_loop, dot):
+        pipe = enable_morse(make_loop("HeunDiscrete"), dot)
+        sample(pipe, num_dash_steps=3, num_inference_steps=4)
+        assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (3, 4)
+        with pytest.raises(ValueError, match="num_inference_steps=4 makes 7 evaluations but the"):
+            sample(pipe, plan="DoDo", num_inference_steps=4)
+
+    def test_arguments_may_be_positional(self, make_loop, dot):
+        pipe = enable_morse(make_loop("DDIM"), dot)
+        pipe(2, None, 5, num_dash_steps=2)
+        assert str(pipe.last_run.plan) == "DoDoo"
+
+    def test_speed_is_measured_with_a_second_order_scheduler(self, make_loop, dot):
+        pipe = enable_morse(make_loop("HeunDiscrete"), dot)
+        assert pipe.measure_speed_ratio(repeats=3).speed_ratio == pipe.speed_ratio > 0
