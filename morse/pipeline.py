@@ -46,6 +46,9 @@ def make_scheduler(name: str, config: dict[str, object]) -> object:
             f"scheduler={name!r} is unknown; use one of {sorted(SCHEDULERS)} or the name of a "
             "diffusers scheduler class."
         )
+    # Of settings left at a class's defaults diffusers would take the new class's defaults instead:
+    # Heun would get Stable Diffusion's noise schedule in place of DDPM's.
+    config = {key: value for key, value in config.items() if key != "_use_default_values"}
     return getattr(diffusers, class_name).from_config(config, **options)
 
 

@@ -7,10 +7,10 @@ from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse.evaluation.bench.loading import load_pipelines, make_pipeline
 from morse.evaluation.bench.runs import Method, Samples, sample_images
-from morse.evaluation.bench.solvers import SOLVERS, fit_plan, fit_steps, make_solver
+from morse.evaluation.bench.solvers import SOLVERS, make_solver
 from morse.evaluation.metrics import psnr
-from morse.pipeline import make_scheduler
 from morse.plan import MorsePlan
+from morse.steps import find_steps
 
 CONFIG = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
 EVERY = tuple(SOLVERS)
@@ -41,7 +41,7 @@ def test_the_pipelines_share_one_dash_and_one_dot(pipelines):
 @pytest.mark.parametrize("budget", [1, 2, 3, 8, 14])
 def test_a_budget_counts_evaluations_of_the_denoiser(pipelines, calls, solver, budget):
     pipe = pipelines[solver]
-    _, made = fit_steps(pipe.scheduler, budget)
+    _, made = find_steps(pipe, {}, budget)
     samples = sample_images(pipe, made, range(1), 1)
     assert len(calls) == made == samples.num_dash <= budget
     expected = {"heun": budget - (budget % 2 == 0), "pndm": 1 if budget == 2 else budget}
@@ -54,7 +54,8 @@ def test_morse_fits_every_solver(pipelines, calls, solver):
     pipe = pipelines[solver]
     for letters in ("DoDoD", "DooDoo", "Do", "DDDD", "D"):
         calls.clear()
-        plan = fit_plan(pipe.scheduler, MorsePlan.from_string(letters))
+        plan = MorsePlan.from_string(letters)
+        plan = plan.shortened(find_steps(pipe, {}, len(plan))[1])
         samples = sample_images(pipe, plan, range(1), 1)
         assert (samples.num_dash, samples.num_dot) == (plan.num_dash, plan.num_dot)
         assert len(calls) == plan.num_dash and samples.fallbacks == {}
@@ -62,16 +63,8 @@ def test_morse_fits_every_solver(pipelines, calls, solver):
         assert plan.num_dash == min(letters.count("D"), len(plan))
 
 
-def test_pndm_starts_by_runge_kutta_only_from_thirteen_evaluations():
-    scheduler = make_scheduler("pndm", CONFIG)
-    assert fit_steps(scheduler, 13) == (4, 13)
-    assert scheduler.num_inference_steps is None  # a copy was asked
-    with pytest.raises(ValueError, match="raise the budget"):
-        fit_steps(scheduler, 12)
-
-
 def test_an_uneven_number_is_refused_by_name(pipelines):
-    with pytest.raises(ValueError, match=r"num_inference_steps is 8 .* ask for 7"):
+    with pytest.raises(ValueError, match=r"8 evaluations, which HeunDiscreteScheduler .* 7 or 9"):
         sample_images(pipelines["heun"], 8, range(1), 1)
 
 
@@ -128,7 +121,7 @@ def test_every_solver_converges_to_the_reference():
         ratios = []
         # 50 and PNDM's 51: steps of DDIM and PNDM land as meant where they divide 1000.
         for budget in (6, 12, 51 if solver == "pndm" else 50):
-            made = fit_steps(pipe.scheduler, budget)[1]
+            made = find_steps(pipe, {}, budget)[1]
             images = sample_images(pipe, made, range(2), 2).images
             ratios.append(float(psnr(images, reference).mean()))
         assert ratios == sorted(ratios) and ratios[-1] > 33, (solver, ratios)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.plan import MorsePlan
+from morse.steps import find_exact_steps
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.solver_pipeline import SolverPipeline
@@ -148,9 +149,15 @@ def sample_images(
         seeds: The seed of each image's own CPU generator.
         batch_size: Images at a time.
         on_step: Called after each step of each batch, for progress bars.
+
+    Raises:
+        ValueError: If the pipeline's scheduler can't make so many evaluations.
     """
     planned = isinstance(steps, MorsePlan)
-    settings = {"plan": steps} if planned else {"num_inference_steps": steps}
+    if planned:
+        settings = {"plan": steps}
+    else:
+        settings = {"num_inference_steps": find_exact_steps(pipe, {}, steps)}
     parts, batch_seconds, run = [], [], None
     on_cuda = pipe.device.type == "cuda"
     if on_cuda:

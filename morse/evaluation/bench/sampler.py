@@ -18,7 +18,7 @@ from morse.evaluation.bench.peers import (
     obstacle,
 )
 from morse.evaluation.bench.runs import PLANNED, REFERENCE_SOLVER, Method, Samples, sample_images
-from morse.evaluation.bench.solvers import SOLVERS, fit_plan, fit_steps
+from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.speed import (
     Mode,
     compile_models,
@@ -27,6 +27,7 @@ from morse.evaluation.bench.speed import (
     set_merged,
 )
 from morse.plan import MorsePlan
+from morse.steps import find_steps
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
@@ -158,8 +159,8 @@ class Bench:
         """Choose what to run within a budget, and say where the solver can't use all of it."""
         planned = method.plan(budget, speed_ratio)
         if planned is not None:
-            steps = fit_plan(pipe.scheduler, planned)
-            wanted, made = len(planned), len(steps)
+            wanted, made = len(planned), find_steps(pipe, {}, len(planned))[1]
+            steps = planned.shortened(made)
         else:
             wanted = budget
             if method.kind == "shrunk":
@@ -167,7 +168,7 @@ class Bench:
             elif method.kind == "deepcache":
                 wanted = deepcache_steps(budget, interval_of(method), peer["cached_lsd"])
             wanted = min(wanted, pipe.scheduler.config.num_train_timesteps)
-            steps = made = fit_steps(pipe.scheduler, wanted)[1]
+            steps = made = find_steps(pipe, {}, wanted)[1]
         notes = []
         if made < wanted:
             notes.append(f"{made} of {wanted} evaluations: {SOLVERS[method.solver]} can't make all")

@@ -1,4 +1,4 @@
-"""An unconditional pipeline that runs every diffusers scheduler, by number of evaluations."""
+"""An unconditional pipeline that runs every diffusers scheduler."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,6 @@ import torch
 from diffusers import DDPMPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-
-from morse.evaluation.bench.solvers import fit_steps
 
 
 class SolverPipeline(DDPMPipeline):
@@ -36,25 +34,16 @@ class SolverPipeline(DDPMPipeline):
         Args:
             batch_size: Images.
             generator: Where the first noise comes from, one an image or one for all.
-            num_inference_steps: Model *evaluations*, as many as Morse's plan has; the scheduler
-                is given the number of its own steps that makes them.
+            num_inference_steps: The scheduler's steps.
             output_type: "np" for arrays (B, H, W, C), "pt" for a tensor (B, C, H, W), in [0, 1].
-
-        Raises:
-            ValueError: If the scheduler can't make exactly so many evaluations.
         """
-        steps, made = fit_steps(self.scheduler, num_inference_steps)
-        if made != num_inference_steps:
-            raise ValueError(
-                f"num_inference_steps is {num_inference_steps} evaluations, but "
-                f"{type(self.scheduler).__name__} makes {made} or more than that; ask for {made}"
-            )
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
         device = self._execution_device
         noise = randn_tensor(shape, generator, device=device, dtype=self.unet.dtype)
-        self.scheduler.set_timesteps(steps)  # on the CPU: looking them up must not wait for a GPU
+        # On the CPU: looking them up must not wait for a GPU.
+        self.scheduler.set_timesteps(num_inference_steps)
         sample = noise * self.scheduler.init_noise_sigma
         for timestep in self.progress_bar(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(sample, timestep)
