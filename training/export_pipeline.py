@@ -19,6 +19,10 @@ class ExportConfig:
     speed_ratio: float | None = field(
         default=None, metadata={"help": "N that plans for lsd= are made with; measured if absent"}
     )
+    scheduler: str = field(
+        default="dpmsolver++",
+        metadata={"help": "what calls use unless told otherwise; see morse.pipeline.SCHEDULERS"},
+    )
     ddim_ratio: float = field(default=2.0, metadata={"help": "evaluations per LSD with DDIM"})
     dpm_ratio: float = field(
         default=1.75, metadata={"help": "evaluations per LSD with DPM-Solver++ 2M"}
@@ -30,7 +34,10 @@ def export(config: ExportConfig) -> None:
     from morse import MorsePipeline
 
     pipe = MorsePipeline.from_pretrained(
-        config.pretrained_model_name_or_path, dot=config.dot, dtype=torch.float16
+        config.pretrained_model_name_or_path,
+        dot=config.dot,
+        scheduler=config.scheduler,
+        dtype=torch.float16,
     )
     pipe.dot.register_to_config(
         speed_ratio=config.speed_ratio,
