@@ -198,7 +198,7 @@ class TestChoice:
         MorseDot.from_dash(unet, base_space="x0").save_pretrained(tmp_path)
         assert MorseDot.from_pretrained(tmp_path).base_space == "x0"
         MorseDot.from_dash(unet).save_pretrained(tmp_path)
-        assert MorseDot.from_pretrained(tmp_path).base_space == "raw"
+        assert MorseDot.from_pretrained(tmp_path).base_space is None
 
     @pytest.mark.parametrize(
         ("name", "options", "expected"),

@@ -51,9 +51,9 @@ class MorseDot(ModelMixin, ConfigMixin):
         speed_ratio: N on the machine named in the model card; plans for `lsd=` are made with it.
         plan_ratio: Evaluations per LSD that suit this Dot, by scheduler class name or "default".
         output_channels: Channels of Dash's estimate; None for `sample_channels`.
-        base_space: What of Dash's latest estimate the residual is added to, and was trained for:
-            its output as it is ("raw"), the x_0 ("x0") or velocity ("v") that it implies. None goes
-            by the scheduler (`morse.rates.choose_base_space`): right for an untrained Dot only.
+        base_space: What of Dash's latest estimate the residual is added to: "raw", "x0" or "v"; by
+            the scheduler if None (`morse.rates.choose_base_space`). After the deterministic step
+            that Dot is trained on, "raw" and "x0" of an epsilon agree.
     """
 
     @register_to_config
@@ -74,7 +74,7 @@ class MorseDot(ModelMixin, ConfigMixin):
         speed_ratio: float | None = None,
         plan_ratio: dict[str, float] | None = None,
         output_channels: int | None = None,
-        base_space: BaseSpace | None = "raw",
+        base_space: BaseSpace | None = None,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
