@@ -1,11 +1,12 @@
 """MorsePipeline: any diffusers pipeline together with its Dot, loaded and saved as one."""
 
+import inspect
 import os
 from importlib.resources import files
 from pathlib import Path
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DDPMPipeline, DiffusionPipeline
 
 from morse.attach import enable_morse, morse_class
 from morse.dot import MorseDot
@@ -127,12 +128,24 @@ class MorsePipeline:
         if isinstance(scheduler, str):
             scheduler = make_scheduler(scheduler, pipe.scheduler.config)
         if scheduler is not None:
+            _check_scheduler(pipe, scheduler)
             pipe.scheduler = scheduler
         if isinstance(dot, MorseDot):
             dot.to(pipe.device)
             if dot.dtype != pipe.dtype:
                 dot.to(dtype=pipe.dtype)
         return enable_morse(pipe, dot, merge_lora)
+
+
+def _check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
+    """Refuse what diffusers' `DDPMPipeline` crashes on or, not scaling its input, draws wrong."""
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    if isinstance(pipe, DDPMPipeline) and not (takes_generator and scheduler.init_noise_sigma == 1):
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} does not work in diffusers' "
+            f"{type(pipe).__name__}, which neither scales its input nor calls a step without a "
+            "generator; use ddim, ddpm, dpmsolver++, dpmsolver++1, sde-dpmsolver++ or lcm."
+        )
 
 
 def load_dot(path: str | os.PathLike, **kwargs: object) -> MorseDot:

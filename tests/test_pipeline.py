@@ -111,3 +111,20 @@ def test_from_pipe_takes_a_pipeline_in_memory(make_pipe, make_dot):
 def test_first_order_dpmsolver_is_ddim_where_the_steps_divide_the_schedule(make_pipe):
     images = [sample(make_pipe(name), num_inference_steps=8) for name in ("ddim", "dpmsolver++1")]
     torch.testing.assert_close(*images, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["heun", "unipc", "euler", "euler-ancestral", "pndm", "deis"])
+def test_a_scheduler_that_the_pipeline_cannot_run_is_refused(make_pipe, name):
+    with pytest.raises(ValueError, match=r"Scheduler does not work in diffusers' DDPMPipeline"):
+        MorsePipeline.from_pipe(make_pipe(), scheduler=name)
+
+
+@pytest.mark.parametrize(
+    "name", ["ddim", "ddpm", "dpmsolver++", "dpmsolver++1", "sde-dpmsolver++", "lcm"]
+)
+def test_the_schedulers_named_instead_run(make_pipe, make_dot, name):
+    pipe = make_pipe()
+    MorsePipeline.from_pipe(pipe, make_dot(pipe.unet), scheduler=name)
+    images = pipe(plan="DoDo", generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, 2)
+    assert torch.from_numpy(images).isfinite().all()
