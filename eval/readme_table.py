@@ -12,7 +12,9 @@ from morse.evaluation.report.data import (
     CONTROLS,
     Measured,
     Result,
+    elsewhere,
     engaged_rows,
+    footnotes,
     read_axes,
     read_score,
     row_name,
@@ -61,6 +63,7 @@ def make_table(result: Result) -> str:
     for name in dict.fromkeys(name for name, _ in rows):
         cells = [_cell(result, rows.get((name, budget))) for budget in budgets]
         lines.append(f"| {f'**{name}**' if name in morse else name} | {' | '.join(cells)} |")
+    lines += [f"\n{mark} measured on {place}" for place, mark in footnotes(result).items()]
     return "\n".join(lines)
 
 
@@ -77,7 +80,9 @@ def _cell(result: Result, row: Measured | None) -> str:
         return "not measured"
     axes = {axis.name: axis for axis in read_axes(result)}
     frechet, psnr = (read_score(row, axes[name]) for name in ("frechet", "psnr"))
-    return f"{frechet.text(2)}, {f'{psnr.value:.1f}' if psnr else 'reference'}"
+    mark = footnotes(result).get(elsewhere(result, row))
+    text = f"{frechet.text(2)}, {f'{psnr.value:.1f}' if psnr else 'reference'}"
+    return " ".join(filter(None, (text, mark)))
 
 
 def update(text: str, result: Result) -> str:

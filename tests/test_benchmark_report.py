@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from report_fixtures import BUDGETS, METHODS, bare_result, full_result
-from report_older import upgraded, without_errors
+from report_older import without_errors
 from report_tables import all_text, find, find_headline, tables_of
 
 from morse.evaluation.report.blocks import Section, Table
@@ -145,7 +145,7 @@ def test_latency_alone_needs_no_rows(tmp_path):
 @pytest.mark.parametrize("name", ["benchmark.json", "controls/benchmark.json"])
 def test_committed_results_are_drawn(name, tmp_path):
     committed = json.loads((ROOT / "eval/results/fashion_mnist" / name).read_text("utf-8"))
-    render(upgraded(committed), tmp_path)
+    render(committed, tmp_path)
     text = (tmp_path / "benchmark.md").read_text()
     for row in committed["rows"]:
         assert row["label"] in text
