@@ -1,9 +1,8 @@
 """Omni-dimensional dynamic convolution (ODConv): a convolution whose kernel follows its input.
 
 Source: Li, Zhou and Yao, "Omni-Dimensional Dynamic Convolution", ICLR 2022 (arXiv 2209.07947).
-Equation 2 gives each of the n candidate kernels gates of its own along the spatial, input-channel
-and output-channel axes. Like the authors' code, `ODConv2d` computes one gate an axis and shares it
-over the candidates, so that parameters and state-dict names are theirs.
+Equation 2 gates each of the n candidate kernels on its own on three axes. Like the authors' code,
+`ODConv2d` computes one gate an axis for all candidates; parameters and their names are theirs.
 
 Shapes: B samples, I input and O output channels, k x k taps, g groups, n candidates; R rows of
 attention, which is B, or 1 when all samples share one conditioning row.
