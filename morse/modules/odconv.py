@@ -1,0 +1,249 @@
+"""Omni-dimensional dynamic convolution (ODConv): a convolution whose kernel follows its input.
+
+Source: Li, Zhou and Yao, "Omni-Dimensional Dynamic Convolution", ICLR 2022 (arXiv 2209.07947).
+Equation 2 gates each of the n candidate kernels on its own on three axes. Like the authors' code,
+`ODConv2d` computes one gate an axis for all candidates; parameters and their names are theirs.
+
+Shapes: B samples, I input and O output channels, k x k taps, g groups, n candidates; R rows of
+attention, which is B, or 1 when all samples share one conditioning row.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from morse.modules.odconv_attention import (
+    AttentionNorm,
+    KernelAttention,
+    assemble_kernel,
+    check_inputs,
+    check_sizes,
+    check_source,
+    checked_temperature,
+    head_widths,
+    hidden_width,
+    kaiming_,
+    linear_temperature,
+    mix_candidates,
+    square,
+)
+
+__all__ = ["ODConv2d", "linear_temperature", "set_temperature"]
+
+Init = Literal["official", "identity"]
+
+
+def set_temperature(module: nn.Module, temperature: float) -> int:
+    """Set the temperature of every `ODConv2d` in `module`, itself included.
+
+    Returns how many there are; ValueError if `temperature` is not finite and above 0.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, ODConv2d)]
+    for layer in layers:
+        layer.set_temperature(temperature)
+    return len(layers)
+
+
+class ODConv2d(nn.Module):
+    """A convolution with one kernel a sample: (B, I, H, W) -> (B, O, H', W').
+
+    A small squeeze-and-excite head turns the pooled input, or `cond`, into four attentions. Its
+    width is h = max(int(I * reduction), min_hidden). A 1x1 kernel has no spatial gate, a single
+    candidate no kernel attention, and a depthwise layer (I = O = g) no filter gate.
+
+    State dicts have the authors' names, so theirs load as they are. The temperature is in ours
+    alone, as the tensor `_extra_state`; after loading theirs it is 1.
+
+    Args:
+        in_channels: Input channels I.
+        out_channels: Output channels O.
+        kernel_size: Taps k along both axes; a pair must be square.
+        stride: As in `torch.nn.Conv2d`.
+        padding: As there, in numbers.
+        dilation: As there.
+        groups: Groups g; divides I and O.
+        bias: Add a plain bias after the filter gate. The authors' layer has none.
+        kernel_num: Candidate kernels n, at least 1.
+        reduction: Width of the attention's hidden layer relative to I, above 0.
+        min_hidden: The least width of that layer.
+        attention_norm: Norm of the hidden layer. "batch" is the authors' and cannot train on a
+            single row; "layer", "group" (up to 4 groups) and "none" can.
+        temperature: Divides all attention logits, the sigmoids' too; above 0.
+        cond_dim: Width of the conditioning vector (such as a time embedding) that the attention
+            reads in place of pooled features; None to read features.
+        init: "official" draws everything with Kaiming's normal rule (fan-out, ReLU): the gates
+            begin near 1/2, hence outputs at about 1/8 of a plain convolution's. "identity" begins
+            as a plain convolution at any temperature.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        kernel_num: int = 4,
+        reduction: float = 1 / 16,
+        min_hidden: int = 16,
+        attention_norm: AttentionNorm = "batch",
+        temperature: float = 1.0,
+        cond_dim: int | None = None,
+        init: Init = "official",
+    ) -> None:
+        """Create the candidates and the attention, and initialise both."""
+        super().__init__()
+        check_sizes(in_channels, out_channels, groups, kernel_num, cond_dim)
+        if init not in ("official", "identity"):
+            raise ValueError(f"init must be 'official' or 'identity', got {init!r}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = square(kernel_size)
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.kernel_num, self.cond_dim, self.init = kernel_num, cond_dim, init
+        self.set_temperature(temperature)
+        self.weight = nn.Parameter(
+            torch.empty(kernel_num, out_channels, in_channels // groups, *2 * (self.kernel_size,))
+        )
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        hidden = hidden_width(in_channels, reduction, min_hidden)
+        widths = head_widths(in_channels, out_channels, self.kernel_size, groups, kernel_num)
+        self.attention = KernelAttention(cond_dim or in_channels, hidden, widths, attention_norm)
+        self.reset_parameters()
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        kernel_num: int = 4,
+        *,
+        noise: float = 0.1,
+        reduction: float = 1 / 16,
+        min_hidden: int = 16,
+        attention_norm: AttentionNorm = "batch",
+        temperature: float = 1.0,
+        cond_dim: int | None = None,
+    ) -> "ODConv2d":
+        """Make a layer that begins as `conv` at any temperature; other arguments are the class's.
+
+        Args:
+            conv: The source, which is copied: square kernel, padding with zeros, in numbers.
+            kernel_num: Candidates n: the source's kernel with noise that sums to zero over them.
+            noise: Its spread relative to Kaiming's, at least 0; with 0 they would never part.
+
+        Raises:
+            TypeError: If `conv` is not a `torch.nn.Conv2d`.
+            ValueError: If its kernel or padding is another, or an argument out of range.
+        """
+        check_source(conv, noise)
+        layer = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+            conv.dilation, conv.groups, conv.bias is not None, kernel_num=kernel_num,
+            reduction=reduction, min_hidden=min_hidden, attention_norm=attention_norm,
+            temperature=temperature, cond_dim=cond_dim, init="identity",
+        ).to(conv.weight)  # fmt: skip
+        layer._spread_candidates(conv.weight, noise)
+        if conv.bias is not None:
+            layer.bias.data.copy_(conv.bias)
+        return layer.train(conv.training)
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters anew, as `init` says."""
+        self.attention.reset_parameters(zero_heads=self.init == "identity")
+        for candidate in self.weight:
+            kaiming_(candidate)
+        if self.init == "identity":
+            self._spread_candidates(self.weight[0].clone(), noise=0.1)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def _spread_candidates(self, kernel: Tensor, noise: float) -> None:
+        """Place the candidates around `kernel` (O, I/g, k, k), undoing gates that stand at 1/2."""
+        offsets = torch.empty_like(self.weight)
+        for offset in offsets:
+            kaiming_(offset)
+        # Uniform attention averages the candidates, where offsets that sum to zero vanish.
+        offsets = noise * (offsets - offsets.mean(0))
+        self.weight.copy_((kernel + offsets) * 2**self.attention.num_gates)
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set what divides the attention logits; finite and above 0, or ValueError."""
+        self.temperature = checked_temperature(temperature)
+
+    def attentions(self, x: Tensor, cond: Tensor | None = None) -> dict[str, Tensor | None]:
+        """Compute the four attentions; None where the layer lacks one.
+
+        Args:
+            x: Input, (B, I, H, W).
+            cond: Conditioning, (B or 1, cond_dim), for a layer with `cond_dim` and no other.
+
+        Returns:
+            "channel" (R, I), "filter" (R, O) and "spatial" (R, k, k), each in (0, 1), and "kernel"
+            (R, n), whose rows sum to 1.
+
+        Raises:
+            ValueError: If a shape or `cond` does not fit, or batch norm is to train on one row.
+        """
+        check_inputs(x, cond, self.in_channels, self.cond_dim)
+        source = x.mean((2, 3)) if cond is None else cond
+        return self.attention(source, self.temperature)
+
+    def assembled_kernel(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Assemble each sample's kernel with all four attentions (ODConv, Equation 2).
+
+        Takes and raises what `attentions` does; returns (B, O, I/g, k, k), a view of one kernel
+        when `cond` has one row.
+        """
+        kernel = assemble_kernel(self.weight, self.attentions(x, cond), self.groups)
+        return kernel.expand(len(x), *kernel.shape[1:])
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Convolve each sample with its own kernel.
+
+        Takes and raises what `attentions` does; returns (B, O, H', W').
+        """
+        gates = self.attentions(x, cond)
+        if len(gates["channel"]) == 1:
+            kernel = assemble_kernel(self.weight, gates, self.groups)[0]
+            return self._conv(x, kernel, self.groups, self.bias)
+        # Gating the input and the output costs less than gating every sample's kernel.
+        x = x * gates["channel"][:, :, None, None]
+        kernel = mix_candidates(self.weight, gates)
+        if len(kernel) == 1:
+            y = self._conv(x, kernel[0], self.groups)
+        else:
+            folded = x.reshape(1, -1, *x.shape[2:])
+            y = self._conv(folded, kernel.flatten(0, 1), self.groups * len(x))
+            y = y.view(len(x), self.out_channels, *y.shape[2:])
+        if gates["filter"] is not None:
+            y = y * gates["filter"][:, :, None, None]
+        # The bias takes the output's dtype, which under autocast is lower than its own.
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    def _conv(self, x: Tensor, kernel: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
+        place = self.stride, self.padding, self.dilation
+        return functional.conv2d(x, kernel, bias, *place, groups)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the temperature as a tensor, which safetensors can hold."""
+        return torch.tensor(self.temperature, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the temperature."""
+        self.set_temperature(float(state))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        """Read dicts without a temperature as trained to the schedule's end, which is 1."""
+        whole = prefix + "weight" in state_dict
+        temperature = torch.tensor(1.0 if whole else self.temperature, dtype=torch.float64)
+        state_dict.setdefault(prefix + "_extra_state", temperature)
+        super()._load_from_state_dict(state_dict, prefix, *args)
