@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from morse.distillation.af_dcd import AfDCDLoss, omni_contrastive_loss, omni_tokens
+from morse.distillation.af_dcd import AfDCDLoss
+from morse.distillation.functional import omni_contrastive_loss, omni_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = {"channel_groups": 2, "pool_size": 0, "patch_size": (2, 2)}

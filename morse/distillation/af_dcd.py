@@ -13,7 +13,14 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from morse.distillation.functional import (
+    at_least_float32,
+    check_contrast,
+    check_groups,
+    omni_contrastive_loss,
+    require,
+)
 
 GeneratorKind = Literal["plain", "enhanced"]
 Reduction = Literal["official", "mean"]
@@ -22,75 +29,6 @@ Normalize = Literal["teacher_rms"]
 # Names in the reference implementation (its spelling) -> names here, replaced in this order.
 OFFICIAL_NAMES = {"projetor": "generator", "block_1.0": "hidden1", "block_2.0": "hidden2",
                   "adpator_1": "out1", "adpator_2": "out2"}  # fmt: skip
-
-
-def omni_tokens(x: Tensor, channel_groups: int, patch_size: tuple[int, int]) -> Tensor:
-    """Cut maps (B, C, H, W) into tokens, one for each position and channel group of a patch.
-
-    Returns:
-        Tokens (B * P, N2 * M, C / M) of the P patches of each map, patches row-major and the batch
-        outermost. Of a patch's N2 = hp * wp positions (row-major), token n * M + g holds group g,
-        of M = `channel_groups` contiguous ones, at position n.
-
-    Raises:
-        ValueError: If M does not divide C, or the patch (hp, wp) does not divide (H, W).
-    """
-    _require(x.ndim == 4, f"Maps must be (B, C, H, W), got shape {tuple(x.shape)}.")
-    batch, channels, height, width = x.shape
-    _check_groups(channels, channel_groups)
-    _check_patch(height, width, patch_size)
-    hp, wp = patch_size
-    size = channels // channel_groups
-    x = x.reshape(batch, channel_groups, size, height // hp, hp, width // wp, wp)
-    return x.permute(0, 3, 5, 4, 6, 1, 2).reshape(-1, hp * wp * channel_groups, size)
-
-
-def omni_contrastive_loss(
-    pred: Tensor,
-    target: Tensor,
-    *,
-    temperature: float,
-    channel_groups: int,
-    patch_size: tuple[int, int],
-    pool_size: int,
-) -> Tensor:
-    """Contrast each token of `pred` with the tokens of `target` in the same patch.
-
-    The similarity is the negative L1 distance of raw features. A token's positive is the same token
-    of `target`, its negatives are those of other channel groups at any position; the same group at
-    another position is neither. Works in float32 at least. `target` is not detached.
-
-    Args:
-        pred: Restored student maps, (B, C, H, W).
-        target: Teacher maps, of the same shape.
-        temperature: See `AfDCDLoss`, as for the other settings.
-        channel_groups: Divides C.
-        patch_size: Divides the height and width after pooling.
-        pool_size: A rest of rows or columns is dropped.
-
-    Returns:
-        A scalar: the mean over pooled positions, summed over groups and batch (not yet over B).
-
-    Raises:
-        ValueError: If a setting is out of range or the maps do not split so.
-    """
-    _check_contrast(temperature, channel_groups, patch_size, pool_size)
-    shapes = f"pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}"
-    _require(pred.ndim == 4 and pred.shape == target.shape, f"{shapes}; both are (B, C, H, W).")
-    pool = max(pool_size, 1)
-    height, width = pred.shape[2] // pool, pred.shape[3] // pool
-    _check_patch(height, width, patch_size)
-    pred, target = _at_least_float32(pred), _at_least_float32(target)
-    if pool > 1:
-        pred, target = F.max_pool2d(pred, pool), F.max_pool2d(target, pool)
-    anchors = omni_tokens(pred, channel_groups, patch_size)
-    keys = omni_tokens(target, channel_groups, patch_size)
-    logits = -torch.cdist(anchors, keys, p=1) / temperature  # (B * P, N2 * M, N2 * M)
-    index = torch.arange(anchors.shape[1], device=pred.device)
-    group = index % channel_groups
-    ignored = (group[:, None] == group) & (index[:, None] != index)
-    log_sum = logits.masked_fill(ignored, -math.inf).logsumexp(dim=2)
-    return (log_sum - logits.diagonal(dim1=1, dim2=2)).sum() / (height * width)
 
 
 class EnhancedGenerator(nn.Module):
@@ -163,18 +101,18 @@ class AfDCDLoss(nn.Module):
         """Check the settings and create the layers."""
         super().__init__()
         for name, channels in (("student", student_channels), ("teacher", teacher_channels)):
-            _require(channels >= 1, f"{name}_channels must be 1 or more, got {channels}.")
-        _check_contrast(temperature, channel_groups, patch_size, pool_size)
-        _check_groups(teacher_channels, channel_groups)
-        _require(0 <= mask_ratio < 1, f"mask_ratio (dropped) must be in [0, 1), got {mask_ratio}.")
+            require(channels >= 1, f"{name}_channels must be 1 or more, got {channels}.")
+        check_contrast(temperature, channel_groups, patch_size, pool_size)
+        check_groups(teacher_channels, channel_groups)
+        require(0 <= mask_ratio < 1, f"mask_ratio (dropped) must be in [0, 1), got {mask_ratio}.")
         for name, weight in (("fd_weight", fd_weight), ("ctr_weight", ctr_weight)):
-            _require(0 <= weight < math.inf, f"{name} must be finite, 0 or more, got {weight}.")
+            require(0 <= weight < math.inf, f"{name} must be finite, 0 or more, got {weight}.")
         for name, value, allowed in (
             ("generator", generator, get_args(GeneratorKind)),
             ("reduction", reduction, get_args(Reduction)),
             ("normalize", normalize, (None, *get_args(Normalize))),
         ):
-            _require(value in allowed, f"{name} must be one of {allowed}, got {value!r}.")
+            require(value in allowed, f"{name} must be one of {allowed}, got {value!r}.")
         self.channels = (student_channels, teacher_channels)
         self.contrast = {
             "temperature": temperature, "channel_groups": channel_groups,
@@ -216,15 +154,15 @@ class AfDCDLoss(nn.Module):
         _check_maps(student, teacher, self.channels)
         teacher = teacher.detach()
         if self.normalize:
-            rms = _at_least_float32(teacher).square().mean((1, 2, 3), keepdim=True).sqrt()
+            rms = at_least_float32(teacher).square().mean((1, 2, 3), keepdim=True).sqrt()
             rms = torch.where(rms > 0, rms, 1)  # zeros stay zeros
             student, teacher = (student / rms).to(student.dtype), (teacher / rms).to(teacher.dtype)
         mask = self.make_mask(student, rng) if mask is None else mask
         expected = (len(student), 1, *student.shape[2:])
-        _require(mask.shape == expected, f"mask must be {expected}, got {tuple(mask.shape)}.")
+        require(mask.shape == expected, f"mask must be {expected}, got {tuple(mask.shape)}.")
         aligned = self.align(student)
         reconstruction = self.generator(aligned * mask.to(aligned))
-        error = _at_least_float32(reconstruction) - _at_least_float32(teacher)
+        error = at_least_float32(reconstruction) - at_least_float32(teacher)
         feature = error.square().sum() / len(student)
         contrast = omni_contrastive_loss(reconstruction, teacher, **self.contrast) / len(student)
         if self.reduction == "mean":
@@ -256,7 +194,7 @@ class AfDCDLoss(nn.Module):
             state[name] = value
         given = {(name, tuple(value.shape)) for name, value in state.items()}
         own = {(name, tuple(value.shape)) for name, value in self.state_dict().items()}
-        _require(
+        require(
             given == own,
             f"state_dict does not fit: missing {sorted(own - given)}, unexpected "
             f"{sorted(given - own)}. Create the loss with its channels and generator.",
@@ -268,38 +206,10 @@ def _conv3x3(channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, padding=1)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_contrast(temperature: float, groups: int, patch: tuple[int, int], pool: int) -> None:
-    _require(0 < temperature < math.inf, f"temperature must be above 0, got {temperature}.")
-    _require(groups >= 2, f"channel_groups must be 2 or more (else no negatives), got {groups}.")
-    _require(len(patch) == 2 and min(patch) >= 1, f"patch_size must be two sizes, got {patch}.")
-    _require(pool >= 0, f"pool_size must be 0 (none) or more, got {pool}.")
-
-
-def _check_groups(channels: int, groups: int) -> None:
-    divides = groups >= 1 and channels % groups == 0
-    _require(divides, f"channel_groups must divide the {channels} channels, got {groups}.")
-
-
-def _check_patch(height: int, width: int, patch: tuple[int, int]) -> None:
-    # A map smaller than the patch has a rest too, unless pooling left nothing of it.
-    fits = min(height, width) > 0 and height % patch[0] == 0 and width % patch[1] == 0
-    size = f"{height} x {width} positions (after pooling)"
-    _require(fits, f"patch_size {patch} must divide {size}; change it or pool_size.")
-
-
 def _check_maps(student: Tensor, teacher: Tensor, channels: tuple[int, int]) -> None:
     for name, x, expected in zip(("student", "teacher"), (student, teacher), channels, strict=True):
         fits = x.ndim == 4 and x.shape[1] == expected and len(x) > 0
-        _require(fits, f"{name} must be (B, {expected}, H, W), got {tuple(x.shape)}.")
+        require(fits, f"{name} must be (B, {expected}, H, W), got {tuple(x.shape)}.")
     shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
     fits = len(student) == len(teacher) and student.shape[2:] == teacher.shape[2:]
-    _require(fits, f"student and teacher must agree in B, H and W, got {shapes}; resize before.")
+    require(fits, f"student and teacher must agree in B, H and W, got {shapes}; resize before.")
