@@ -1,0 +1,1 @@
+"""Losses that teach one network the features of another (torch only)."""
