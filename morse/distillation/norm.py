@@ -36,7 +36,7 @@ def norm_weight(progress: float, stages: tuple[tuple[float, float], ...] = CIFAR
 
 
 class NORMLoss(nn.Module):
-    """weight * sum over segments n of mean((E_n - T)^2) (NORM, arXiv:2305.13803); it has no parameters.
+    """weight * sum over segments n of mean((E_n - T)^2) (NORM, arXiv:2305.13803); no parameters.
 
     Segment n of the expanded student feature E is its block of channels from n*Ct to (n+1)*Ct. For
     features whose scale changes, such as a denoiser's, divide by the teacher feature's variance.
