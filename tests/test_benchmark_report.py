@@ -142,7 +142,9 @@ def test_latency_alone_needs_no_rows(tmp_path):
     assert "comparisons" not in text
 
 
-@pytest.mark.parametrize("name", ["benchmark.json", "controls/benchmark.json"])
+@pytest.mark.parametrize(
+    "name", ["benchmark.json", "controls/benchmark.json", "pfdiff/benchmark.json"]
+)
 def test_committed_results_are_drawn(name, tmp_path):
     committed = json.loads((ROOT / "eval/results/fashion_mnist" / name).read_text("utf-8"))
     render(committed, tmp_path)
