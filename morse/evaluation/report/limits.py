@@ -47,7 +47,9 @@ def claim_section(result: Result) -> Section:
     if len(methods) < len(wins):
         note += f" These {len(methods)} of {len(wins)} Morse methods win most comparisons."
     table = Table(title, header, tuple(lines), num_text=len(header), note=note)
-    text = f"{limits_sentence(result)} “{LIMITS_TITLE}” lists them."
+    text = limits_sentence(result)
+    if any(_verdicts(result)):
+        text += f" “{LIMITS_TITLE}” lists them."
     return Section("In short", (text,), (table,) if lines else ())
 
 
