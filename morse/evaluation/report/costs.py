@@ -81,7 +81,9 @@ def speed_ratios_section(result: Result) -> Section:
         for entry in result.get("speed_ratios", ())
     )
     header = ("batch", "LoRA", "mode", "N", "Dash, ms (quartiles)", "Dot, ms (quartiles)")
-    table = Table("N at each batch size", header, lines)
+    places = {entry["device"] for entry in result.get("speed_ratios", ()) if "device" in entry}
+    note = f"Measured on {', '.join(sorted(places))}." if places else ""
+    table = Table("N at each batch size", header, lines, note=note)
     title = "N, how many times faster Dot is than Dash"
     return Section(title, tables=(table,) if lines else ())
 
