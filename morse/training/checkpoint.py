@@ -51,11 +51,16 @@ def atomic_save_file(
     _replace(temporary, path)
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write JSON; a reader sees the old file or the whole new one."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file; a reader sees the old one or the whole new one."""
     temporary = _temporary(path)
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    temporary.write_bytes(content)
     _replace(temporary, path)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON as `write_bytes` does."""
+    write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from morse.evaluation.fid.extractors import state_sha256
 from morse.evaluation.fid.generation import Method, Request, check_prompts, generate
 from morse.plan import MorsePlan
+from morse.rates import adds_noise
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -17,15 +18,6 @@ if TYPE_CHECKING:
 
     from morse.evaluation.fid.command import FidConfig
 
-# They draw fresh noise at each step, in an order that depends on the steps.
-STOCHASTIC = (
-    "DDPMScheduler",
-    "DPMSolverSDEScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
-)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -161,10 +153,9 @@ def _settings(
 
 def _notes(config: "FidConfig", pipe: "DiffusionPipeline", fallbacks: dict[str, int]) -> list[str]:
     """Say what may surprise in a method's figures."""
-    name, settings = type(pipe.scheduler).__name__, pipe.scheduler.config
+    name = type(pipe.scheduler).__name__
     notes = [f"Dash ran in Dot's place: {fallbacks}"] if fallbacks else []
-    is_sde = str(settings.get("algorithm_type", "")).startswith("sde")
-    if (name in STOCHASTIC or is_sde) and config.reference_steps is not None:
+    if adds_noise(pipe.scheduler) and config.reference_steps is not None:
         notes.append(
             f"{name} draws fresh noise at each step, so images of other numbers of steps are other "
             "images and fidelity to the reference says little; give --scheduler dpmsolver++, say"

@@ -1,6 +1,6 @@
 """The features of a set of images, and their statistics in files that pytorch-fid shares."""
 
-import os
+import io
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from morse.evaluation.fid.image_sets import (
     read_batches,
 )
 from morse.evaluation.metrics import feature_statistics
+from morse.training.checkpoint import write_bytes
 
 STATISTICS_SUFFIX = ".npz"
 
@@ -156,16 +157,15 @@ def save_statistics(path: Path, features: FeatureSet, extractor: Extractor) -> N
     The rest is the number of images and what the features are of; `load_statistics` checks it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            mu=features.mean.numpy(),
-            sigma=features.covariance.numpy(),
-            num_images=np.int64(features.num_images),
-            **extractor.identity(),
-        )
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    np.savez(
+        content,
+        mu=features.mean.numpy(),
+        sigma=features.covariance.numpy(),
+        num_images=np.int64(features.num_images),
+        **extractor.identity(),
+    )
+    write_bytes(path, content.getvalue())
 
 
 def load_statistics(path: Path, extractor: Extractor) -> FeatureSet:

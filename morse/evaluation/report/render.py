@@ -1,6 +1,5 @@
 """The benchmark's report, drawn from its JSON alone: Markdown, one HTML page, plots, pictures."""
 
-import os
 from pathlib import Path
 
 from morse.evaluation.demo_report import join_strips
@@ -17,6 +16,7 @@ from morse.evaluation.report.plots import (
     to_svg_uri,
 )
 from morse.evaluation.report.sections import report_sections
+from morse.training.checkpoint import write_bytes
 
 TITLE = "Morse: quality against cost"
 PLOT, GRID = "benchmark.png", "benchmark_grid.png"
@@ -56,7 +56,7 @@ def render(result: Result, folder: Path) -> list[Path]:
     pictures = {"quality": _plots(panels), "pictures": strip_pictures(result, strips)}
     written["benchmark.html"] = to_html(TITLE, subtitle, sections, pictures).encode()
     for name, content in written.items():
-        _write(folder / name, content)
+        write_bytes(folder / name, content)
     return [folder / name for name in written]
 
 
@@ -91,10 +91,3 @@ def _subtitle(result: Result) -> str:
     if speed:
         parts.append(f"N = {speed['speed_ratio']:.2f}")
     return ", ".join(parts)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file; a reader sees the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
