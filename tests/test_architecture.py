@@ -12,7 +12,20 @@ PACKAGE = Path(morse.__file__).parent
 GROUPS = [
     ("plan", "spaces", "sampling", "modules", "distillation", "compression"),
     ("dot",),
-    ("clock", "steps", "rates", "controlnet", "switch", "summary", "calls", "attach", "pipeline"),
+    (
+        "clock",
+        "steps",
+        "rates",
+        "denoisers",
+        "branches",
+        "estimates",
+        "controlnet",
+        "switch",
+        "summary",
+        "calls",
+        "attach",
+        "pipeline",
+    ),  # fmt: skip
     ("training",),
     ("evaluation",),
     ("cli", "__main__"),
