@@ -25,7 +25,7 @@ GROUPS = [
         "calls",
         "attach",
         "pipeline",
-    ),  # fmt: skip
+    ),
     ("training",),
     ("evaluation",),
     ("cli", "__main__"),
