@@ -42,12 +42,13 @@ class Branches:
         """Start with nothing kept."""
         self._branches: list[_Branch] = []
         self._used: list[_Branch] = []
+        self._num_earlier = 0
 
     def start_step(self, forget: bool) -> None:
         """Begin another step; `forget` what was kept where this one is evaluated in full."""
         if forget:
             self._branches = []
-        self._used = []
+        self._used, self._num_earlier = [], len(self._branches)
 
     def keep(self, owner: object, call: Call, kept: object) -> None:
         """Keep something for a call of the module `owner`."""
@@ -77,7 +78,8 @@ class Branches:
 
     def why_missing(self, owner: object, call: Call) -> str:
         """Say why `find` found nothing."""
-        kept = [branch for branch in self._branches if branch.owner is owner]
+        earlier = self._branches[: self._num_earlier]
+        kept = [branch for branch in earlier if branch.owner is owner]
         if not kept:
             return "no earlier Dash evaluation"
         if all(branch.shape != call.sample.shape for branch in kept):

@@ -10,8 +10,9 @@ def scheduler_index(scheduler: object, timestep: Tensor | float) -> int | None:
     Schedulers that count their steps (`step_index`; PNDM's `counter`) are asked, and where they
     were told to begin (`begin_index`). For the others `timestep` is usually a view into
     `scheduler.timesteps`, whose place in memory tells without waiting for the device; else its
-    value is looked up, which is ambiguous where a value occurs twice. A value that is not there is
-    no obstacle before the first step of a scheduler that counts: some pipelines scale it.
+    value is looked up, which is ambiguous where a value occurs twice. Before its first step a
+    scheduler that counts stands at its beginning where that tells nothing: some pipelines scale the
+    value to [0, 1], where it may even be another timestep's.
 
     Args:
         scheduler: Any diffusers scheduler.
@@ -31,8 +32,11 @@ def scheduler_index(scheduler: object, timestep: Tensor | float) -> int | None:
     timesteps = torch.as_tensor(timesteps)
     if isinstance(timestep, Tensor) and _is_view(timestep, timesteps):
         return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
-    index = _look_up(torch.as_tensor(timestep), timesteps.cpu().double())
-    return 0 if index is None and hasattr(scheduler, "step_index") else index
+    timestep, counts = torch.as_tensor(timestep), hasattr(scheduler, "step_index")
+    if counts and float(timestep.reshape(-1)[0]) <= 1:
+        return 0
+    index = _look_up(timestep, timesteps.cpu().double())
+    return 0 if index is None and counts else index
 
 
 def _look_up(timestep: Tensor, timesteps: Tensor) -> int | None:

@@ -1,0 +1,257 @@
+"""Which models of which pipelines are switched, however they are named and called."""
+
+import inspect
+
+import diffusers
+import pytest
+import torch
+from pipeline_checks import check, counted, latents, own_dot
+from tiny_pipelines import loop_pipeline, tiny_vae
+from torch import nn
+
+from morse import enable_morse
+from morse.denoisers import _GROUPS, find_denoisers, result_of, take_apart
+
+
+class KandinskyPrior(diffusers.KandinskyV22PriorPipeline):
+    """With texts that are embedded already."""
+
+    def _encode_prompt(self, *args):
+        generator = torch.Generator().manual_seed(3)
+        shapes = (4, 8), (4, 5, 8)
+        embeds, hidden = (torch.randn(shape, generator=generator) for shape in shapes)
+        return embeds, hidden, torch.ones(4, 5, dtype=torch.bool)
+
+    def get_zero_embed(self, batch_size=1, device=None):
+        return torch.zeros(batch_size, 8)
+
+
+def test_kandinsky_prior():
+    """Its samples are vectors, (B, C)."""
+    torch.manual_seed(0)
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=8, num_embeddings=5
+    )
+    nn.init.ones_(prior.clip_std)  # scales the result, and starts at zero
+    scheduler = diffusers.UnCLIPScheduler(prediction_type="sample", variance_type="fixed_small_log")
+    parts = dict.fromkeys(("image_encoder", "text_encoder", "tokenizer", "image_processor"))
+    pipe = KandinskyPrior(prior=prior.eval(), scheduler=scheduler, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    check(pipe, own_dot, 6, 6, prompt=["", ""], output_type="pt")
+
+
+def cascade_unet(**options):
+    torch.manual_seed(0)
+    options = {
+        "conditioning_dim": 8,
+        "timestep_ratio_embedding_dim": 8,
+        "block_out_channels": (8, 8),
+        "num_attention_heads": (2, 2),
+        "down_num_layers_per_block": (1, 1),
+        "up_num_layers_per_block": (1, 1),
+        "clip_text_pooled_in_channels": 8,
+        "switch_level": (False,),
+        "clip_seq": 1,
+        **options,
+    }
+    unet = diffusers.models.StableCascadeUNet(**options).eval()
+    with torch.no_grad():
+        nn.init.normal_(unet.clf[1].weight, 0, 0.3)  # it starts at zero
+    return unet
+
+
+class TestStableCascade:
+    """Its scheduler has one timestep more than it makes steps and tells no number of steps."""
+
+    @staticmethod
+    def texts():
+        generator = torch.Generator().manual_seed(3)
+        names = ("", "_pooled")
+        embeds = {
+            f"{sign}prompt_embeds{name}": torch.randn(
+                2, 5 if not name else 1, 8, generator=generator
+            )
+            for name in names
+            for sign in ("", "negative_")
+        }
+        return embeds
+
+    def test_prior(self):
+        prior = cascade_unet(
+            in_channels=4, out_channels=4, clip_text_in_channels=8, clip_image_in_channels=8
+        )
+        # The text encoder is asked for its dtype only: the texts are embedded already.
+        parts = {"tokenizer": None, "text_encoder": tiny_vae(), "prior": prior}
+        pipe = diffusers.StableCascadePriorPipeline(
+            **parts, scheduler=diffusers.DDPMWuerstchenScheduler(), resolution_multiple=42.67
+        )
+        pipe.set_progress_bar_config(disable=True)
+        options = {"height": 256, "width": 256, "guidance_scale": 4.0, "output_type": "pt"}
+        check(pipe, own_dot, 6, 6, **self.texts(), **options)
+        pipe.to(torch.bfloat16)  # rounds the timesteps too
+        texts = {name: text.bfloat16() for name, text in self.texts().items()}
+        latents(enable_morse(pipe, own_dot), plan="Dooo" * 10, **texts, **options)
+        assert counted(pipe) == (10, 30) and pipe.last_run.fallbacks == {}
+
+    def test_decoder(self):
+        decoder = cascade_unet(in_channels=4, out_channels=4, effnet_in_channels=4)
+        parts = {"tokenizer": None, "text_encoder": None, "vqgan": None, "decoder": decoder}
+        pipe = diffusers.StableCascadeDecoderPipeline(
+            **parts, scheduler=diffusers.DDPMWuerstchenScheduler(), latent_dim_scale=2.0
+        )
+        pipe.set_progress_bar_config(disable=True)
+        image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+        options = {"guidance_scale": 1.1, "image_embeddings": image}
+        check(pipe, own_dot, 6, 6, **self.texts(), **options)
+
+
+class TestWhatIsFound:
+    @staticmethod
+    def pipe(*names, scheduler="scheduler"):
+        class Pipeline(diffusers.DiffusionPipeline):
+            def __init__(self, **parts):
+                super().__init__()
+                self.register_modules(**parts)
+
+        parts = {name: nn.Linear(1, 1) for name in names}
+        return Pipeline(**parts, **{scheduler: diffusers.DDIMScheduler()})
+
+    @pytest.mark.parametrize(
+        ("names", "found"),
+        [
+            (["vae", "unet"], ["unet"]),
+            (["unet", "prior"], ["unet"]),  # the prior has its own scheduler
+            (["transformer_2", "transformer"], ["transformer", "transformer_2"]),
+            (["transformer", "unconditional_transformer"],) * 2,
+            (["transformer_2"],) * 2,
+            (["prior", "text_encoder"], ["prior"]),
+            (["decoder", "vqgan"], ["decoder"]),
+        ],
+    )
+    def test_names(self, names, found):
+        assert list(find_denoisers(self.pipe(*names))) == found
+
+    @pytest.mark.parametrize(
+        ("names", "scheduler"),
+        [(["vae", "model"], "scheduler"), (["prior", "decoder"], "prior_scheduler")],
+    )
+    def test_refused(self, names, scheduler):
+        pipe = self.pipe(*names, scheduler=scheduler)
+        classes = type(pipe)
+        message = f"Pipeline has no unet or transformer.*its models are {names}".replace("[", r"\[")
+        with pytest.raises(ValueError, match=message):
+            enable_morse(pipe, own_dot)
+        assert type(pipe) is classes
+
+
+class Odd(nn.Module):
+    """A denoiser that is called or answers in another way."""
+
+    def __init__(self, unet, kind):
+        super().__init__()
+        self.unet, self.kind = unet, kind
+        self.config, self.device, self.dtype = unet.config, unet.device, unet.dtype
+
+    def forward(self, sample, timestep, return_dict=True):
+        if self.kind == "list":
+            output = self.unet(torch.stack(sample), timestep).sample
+            return ([*output],)
+        output = self.unet(sample, timestep).sample
+        return output if self.kind == "tensor" else (output, output + 1)
+
+
+class TestOddDenoisers:
+    @pytest.fixture
+    def make(self, build_unet):
+        def make(kind):
+            pipe = loop_pipeline(build_unet(), diffusers.DDIMScheduler(clip_sample=False))
+            odd = pipe.unet = Odd(pipe.unet, kind)
+            if kind == "tensor":
+                odd.register_forward_hook(lambda unet, given, output: output[None])
+            return pipe
+
+        return make
+
+    def run(self, pipe, **options):
+        return pipe(generator=torch.Generator().manual_seed(0), **options).images
+
+    def test_several_results_are_dash_alone(self, make):
+        pipe = make("several")
+        expected = self.run(pipe, num_inference_steps=4)
+        enable_morse(pipe, own_dot)
+        with pytest.warns(UserWarning, match="made none"):
+            assert torch.equal(self.run(pipe, plan="DoDo"), expected)
+        assert pipe.last_run.fallbacks == {"it returns several results": 2}
+
+    def test_a_list_of_samples_is_dash_alone(self, make):
+        pipe = make("list")
+        enable_morse(pipe, own_dot)
+        scale, step = pipe.scheduler.scale_model_input, pipe.scheduler.step
+        pipe.scheduler.scale_model_input = lambda sample, timestep: [*scale(sample, timestep)]
+        pipe.scheduler.step = lambda output, *rest: step(torch.stack([*output]), *rest)
+        with pytest.warns(UserWarning, match="made none"):
+            self.run(pipe, plan="DoDo")
+        reason = "the denoiser is not given one sample and one timestep"
+        assert pipe.last_run.fallbacks == {reason: 4} and pipe.last_run.num_dash == 4
+        assert pipe.last_run.lsd is not None and reason in pipe.morse_summary()
+
+
+def test_kinds_of_results():
+    tensor, other = torch.ones(2), torch.zeros(2)
+    result, container = result_of(tensor)
+    assert result is tensor and container(other) is other
+    result, container = result_of((tensor,))
+    assert result is tensor and container(other) == (other,)
+    output_class = diffusers.models.unets.unet_2d.UNet2DOutput
+    result, container = result_of(output_class(sample=tensor))
+    assert result is tensor and container(other).sample is other
+    assert result_of((tensor, other)) is None and result_of(([tensor],)) is None
+    assert result_of((tensor, None))[0] is tensor
+
+
+@pytest.mark.parametrize("names", [("sample", "timestep"), ("hidden_states", "timesteps")])
+def test_arguments_are_taken_apart_by_name(names):
+    sample, timestep = names
+
+    class Denoiser(nn.Module):
+        exec(f"def forward(self, {sample}, {timestep}, text=None, mask=None, **kwargs): pass")
+
+    x, text = torch.ones(2), torch.zeros(3)
+    call = take_apart(Denoiser(), (x, 5, text), {"mask": None, "more": 1, "return_dict": False})
+    assert call.sample is x and call.timestep == 5
+    assert call.conditions.keys() == {"text", "more"} and call.conditions["text"] is text
+    assert take_apart(Denoiser(), ([x], 5), {}) is None
+
+
+# Text models, decoders, up-samplers; UnCLIP, whose parts have schedulers of their own; Versatile
+# Diffusion's two UNets in one; what evaluates no denoiser.
+NOT_SUPPORTED = {
+    "DiffusionGemmaPipeline",
+    "FluxPriorReduxPipeline",
+    "LLaDA2Pipeline",
+    "LTX2LatentUpsamplePipeline",
+    "LTX2VideoDiffusionDecodePipeline",
+    "LTXLatentUpsamplePipeline",
+    "RFD4ProteinaPipeline",
+    "UnCLIPImageVariationPipeline",
+    "UnCLIPPipeline",
+    "VersatileDiffusionDualGuidedPipeline",
+    "VersatileDiffusionImageVariationPipeline",
+    "VersatileDiffusionPipeline",
+    "VersatileDiffusionTextToImagePipeline",
+}
+
+
+@pytest.mark.slow
+def test_diffusers_own_pipelines():
+    """Fails where a release of diffusers brings a pipeline whose denoiser we don't look for."""
+    found, missing = set(), set()
+    for name in dir(diffusers):
+        cls = getattr(diffusers, name) if name.endswith("Pipeline") else None
+        base = diffusers.DiffusionPipeline
+        if not inspect.isclass(cls) or not issubclass(cls, base) or cls is base:
+            continue
+        parts = inspect.signature(cls.__init__).parameters
+        known = any(part in parts for group in _GROUPS for part in group)
+        (found if known and "scheduler" in parts else missing).add(name)
+    assert missing == NOT_SUPPORTED and len(found) >= 270
