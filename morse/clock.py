@@ -42,12 +42,12 @@ def scheduler_index(scheduler: object, timestep: Tensor | float) -> int | None:
 def _look_up(timestep: Tensor, timesteps: Tensor) -> int | None:
     """Find a value, or the nearest where rounding to the timestep's dtype allows for one only."""
     errors = (timesteps - float(timestep.reshape(-1)[0])).abs()
-    rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-    for tolerance in (1e-4, rounding * float(timesteps.abs().max())):
-        matches = (errors < tolerance).nonzero()
-        if len(matches):
-            return int(matches[0]) if tolerance == 1e-4 or len(matches) == 1 else None
-    return None
+    exact = (errors < 1e-4).nonzero()
+    if len(exact) or not timestep.is_floating_point():
+        return int(exact[0]) if len(exact) else None
+    rounding = torch.finfo(timestep.dtype).eps * float(timesteps.abs().max())
+    near = (errors < rounding).nonzero()
+    return int(near[0]) if len(near) == 1 else None
 
 
 def _is_view(timestep: Tensor, timesteps: Tensor) -> bool:

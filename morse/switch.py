@@ -223,7 +223,11 @@ class _Switch:
         run = CURRENT_RUN.get()
         if run is None:
             return plain(*args, **kwargs)
-        return run.answer(self.module, plain, args, kwargs)
+        token = CURRENT_RUN.set(None)  # what runs inside, such as a Dot that calls Dash, is plain
+        try:
+            return run.answer(self.module, plain, args, kwargs)
+        finally:
+            CURRENT_RUN.reset(token)
 
 
 def install_switch(module: nn.Module) -> None:

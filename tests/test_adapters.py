@@ -3,8 +3,16 @@
 import diffusers
 import pytest
 import torch
-from pipeline_checks import check, latents, make_dot
-from tiny_pipelines import TEXT_CHANNELS, picture, stable_diffusion, text_inputs, text_unet, xl_unet
+from pipeline_checks import check, counted, latents, make_dot, own_dot
+from tiny_pipelines import (
+    TEXT_CHANNELS,
+    picture,
+    stable_diffusion,
+    text_inputs,
+    text_unet,
+    tiny_vae,
+    xl_unet,
+)
 from torch.nn import functional
 
 from morse import MorseDot, disable_morse, enable_morse
@@ -121,6 +129,41 @@ def test_controlnet_for_xl(options):
     calls.clear()
     latents(enable_morse(pipe, dot), plan="DooDoo", **inputs)
     assert len(calls) == 2
+
+
+def test_controlnet_for_a_transformer():
+    """Flux: scaled timesteps, and features for one of the two kinds of blocks only."""
+    shape = {
+        "in_channels": 16,
+        "attention_head_dim": 12,
+        "num_attention_heads": 1,
+        "joint_attention_dim": TEXT_CHANNELS,
+        "pooled_projection_dim": TEXT_CHANNELS,
+        "axes_dims_rope": (4, 4, 4),
+    }
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(**shape, num_layers=1, num_single_layers=1)
+    net = diffusers.FluxControlNetModel(**shape, num_layers=1, num_single_layers=0)
+    with torch.no_grad():
+        net.controlnet_blocks[0].weight.normal_(0, 0.3)
+    parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    vae = tiny_vae()
+    vae.register_to_config(shift_factor=0.0)
+    pipe = diffusers.FluxControlNetPipeline(
+        **dict.fromkeys(parts),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        transformer=transformer.eval(),
+        controlnet=net.eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    texts = text_inputs(pooled=True)
+    inputs = {name: texts[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    inputs |= {"control_image": picture(), "height": 32, "width": 32}
+    check(pipe, own_dot, 6, 6, **inputs)
+    calls = count_calls(net)
+    latents(enable_morse(pipe, own_dot), plan="DooDoo", **inputs)
+    assert len(calls) == 2 and counted(pipe) == (2, 4)
 
 
 def ip_adapter_weights(unet, seed=5):

@@ -196,6 +196,21 @@ class TestOddDenoisers:
         assert pipe.last_run.lsd is not None and reason in pipe.morse_summary()
 
 
+def test_a_dot_may_call_dash(make_pipe):
+    pipe = make_pipe()
+
+    def run(**options):
+        return pipe(generator=torch.Generator().manual_seed(0), output_type="pt", **options).images
+
+    def dot(sample, timestep, jump):
+        return pipe.unet(sample, timestep).sample - jump.model_output
+
+    expected = run(num_inference_steps=4)
+    enable_morse(pipe, dot)
+    torch.testing.assert_close(run(plan="DooD"), expected, rtol=1e-3, atol=1e-4)
+    assert counted(pipe) == (2, 2) and pipe.last_run.fallbacks == {}
+
+
 def test_kinds_of_results():
     tensor, other = torch.ones(2), torch.zeros(2)
     result, container = result_of(tensor)
