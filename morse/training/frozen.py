@@ -35,7 +35,7 @@ def load_frozen_dash(path: str | os.PathLike, device: torch.device) -> FrozenDas
     Raises:
         ValueError: If the pipeline's noise schedule or prediction type is not handled.
     """
-    from morse.calls import find_denoiser
+    from morse.denoisers import find_denoiser
     from morse.pipeline import MorsePipeline
 
     pipe = MorsePipeline.from_pretrained(path)
