@@ -6,6 +6,11 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
@@ -29,11 +34,11 @@ def tokenizer():
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
 
 
-def text_encoder(projected=False):
+def text_encoder(projected=False, half=False):
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=54,
-        hidden_size=TEXT_CHANNELS // 2 if projected is None else TEXT_CHANNELS,
+        hidden_size=TEXT_CHANNELS // 2 if half else TEXT_CHANNELS,
         intermediate_size=8,
         projection_dim=TEXT_CHANNELS,
         num_hidden_layers=2,
@@ -88,12 +93,62 @@ def xl_pipeline(unet):
     unet.register_to_config(sample_size=4)
     pipe = StableDiffusionXLPipeline(
         vae=grey_vae(),
-        text_encoder=text_encoder(),
-        text_encoder_2=text_encoder(projected=True),
+        text_encoder=text_encoder(half=True),
+        text_encoder_2=text_encoder(projected=True, half=True),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(),
         unet=unet,
         scheduler=scheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def dit_pipeline():
+    """DiTPipeline with a learned variance, whose null class is its 1000th."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=8,
+        patch_size=2,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        norm_num_groups=4,
+    ).eval()
+    pipe = DiTPipeline(transformer, grey_vae(), scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd3_pipeline(shift=3.0):
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=8,
+        pooled_projection_dim=16,
+        pos_embed_max_size=4,
+    ).eval()
+    vae = grey_vae()
+    vae.register_to_config(shift_factor=0.06)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=vae,
+        text_encoder=text_encoder(projected=True),
+        tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(projected=True),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -13,6 +13,8 @@ from morse.training.latents import LatentCodec
 from morse.training.schedule import NoiseSchedule, read_schedule
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from morse.training.config import TrainDotConfig
 
 _LARGE_DASH = 100_000_000
@@ -117,33 +119,50 @@ class FrozenPipeline:
 
 
 def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> FrozenPipeline:
-    """Load the pipeline that `config` names.
+    """Load the pipeline that `config` names and freeze it."""
+    from morse.pipeline import MorsePipeline
+
+    pipe = MorsePipeline.from_pretrained(config.pretrained_model_name_or_path).to(device)
+    return freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
+
+
+def freeze_pipeline(
+    pipe: "DiffusionPipeline",
+    resolution: int | None = None,
+    guidance_scale: tuple[float, ...] | None = None,
+    base_space: BaseSpace | None = None,
+) -> FrozenPipeline:
+    """Take from a pipeline what training needs.
+
+    Args:
+        pipe: The pipeline, on its device; its weights require gradients no more.
+        resolution: Height and width of images; what the denoiser is made for if None.
+        guidance_scale: Lowest and highest scale; None for `DEFAULT_GUIDANCE` where the pipeline has
+            something to guide away from.
+        base_space: See `MorseDot`; None for "raw", which deterministic schedulers use.
 
     Raises:
         ValueError: If its noise schedule, its conditions or its input are not handled.
     """
     from morse.calls import find_denoiser
-    from morse.pipeline import MorsePipeline
 
-    pipe = MorsePipeline.from_pretrained(config.pretrained_model_name_or_path)
-    pipe.to(device)
     denoiser = find_denoiser(pipe).requires_grad_(False).eval()
     codec = None
     if getattr(pipe, "vae", None) is not None:
         codec = LatentCodec(pipe.vae.requires_grad_(False).eval())
     _check_channels(denoiser, codec)
     factor = 1 if codec is None else codec.factor
-    resolution = config.resolution or denoiser.config.sample_size * factor
+    resolution = resolution or denoiser.config.sample_size * factor
     patches = (resolution // factor // (denoiser.config.get("patch_size") or 1)) ** 2
     schedule, prediction_type = read_schedule(pipe.scheduler, patches)
     encoder = make_encoder(pipe, denoiser, resolution)
     return FrozenPipeline(
-        FrozenDash(denoiser, schedule.to(device), prediction_type, config.base_space or "raw"),
+        FrozenDash(denoiser, schedule.to(denoiser.device), prediction_type, base_space or "raw"),
         codec,
         encoder,
         resolution,
         denoiser.config.in_channels if codec is None else codec.image_channels,
-        _choose_guidance(config.guidance_scale, encoder),
+        _choose_guidance(guidance_scale, encoder),
     )
 
 
