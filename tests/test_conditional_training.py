@@ -100,7 +100,13 @@ class TestSamplingIsTheSame:
 
     def test_xl(self, monkeypatch):
         pipe = xl_pipeline(xl_unet())
-        self.check(monkeypatch, pipe, random_dot(pipe.unet), {"prompt": PROMPTS, "output_type": "pt"}, PROMPTS)
+        self.check(
+            monkeypatch,
+            pipe,
+            random_dot(pipe.unet),
+            {"prompt": PROMPTS, "output_type": "pt"},
+            PROMPTS,
+        )
 
     def test_dit(self, monkeypatch):
         call = {"class_labels": [3, 7], "num_inference_steps": 10, "output_type": "pt"}

@@ -112,15 +112,16 @@ class TestStableDiffusion:
                    if name.startswith("conv_out"))  # fmt: skip
 
     def test_overfitted_it_beats_reuse(self, run, base):
-        folder = run(*CACHE, "--max_train_steps", "150", "--ema_max_decay", "0.9",
-                     "--train_batch_size", "8", "--guidance_scale", "3", "3")  # fmt: skip
+        """On the way that Dash's own estimates lead."""
+        folder = run(*CACHE, "--max_train_steps", "60", "--train_batch_size", "4", "--logging_steps",
+                     "60", "--ema_max_decay", "0.8", "--guidance_scale", "3", "3")  # fmt: skip
         untrained = run("--max_train_steps", "1", "--learning_rate", "1e-12")
-        expected, _ = sample(base, folder, "D" * 20, guidance_scale=3.0)
-        errors = [
-            (sample(base, dot, "Do" * 10, guidance_scale=3.0)[0] - expected).square().mean()
+        expected, _ = sample(base, folder, "D" * 10, guidance_scale=3.0)
+        trained, reuse = (
+            (sample(base, dot, "Do" * 5, guidance_scale=3.0)[0] - expected).square().mean()
             for dot in (folder, untrained)
-        ]
-        assert errors[0] < 0.8 * errors[1]
+        )
+        assert trained < 0.9 * reuse
 
     @pytest.mark.parametrize(
         "options",
