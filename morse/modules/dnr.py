@@ -4,8 +4,6 @@ Source: Cai, Yao and Chen, "Dynamic Normalization and Relay for Video Action Rec
 2021, and the authors' code where the two differ. The state is relayed from a norm to its neighbour:
 the next layer's (one cell shared by several norms), or the same layer's at the next step in time
 (a norm with its own cell). Nothing is kept in the modules; callers hand the state over.
-
-Shapes: N samples, C channels, any number of positions.
 """
 
 from typing import Literal, Self, get_args
@@ -23,7 +21,7 @@ Init = Literal["identity", "official"]
 
 
 class DynamicNormRelay(nn.Module):
-    """A norm with a relayed scale and shift: (N, C, *) -> (N, C, *) and the state after it.
+    """A norm with a relayed scale and shift: (N, C, *) -> the same and the state after it.
 
     The mean of x over its positions drives one step of the cell, to h and c (of its last layer).
     With init="official", y = norm(x) * h + c, as the authors': at the start h is about 1/4, so the
@@ -42,8 +40,8 @@ class DynamicNormRelay(nn.Module):
         channels: Channels C.
         base: The norm: "group" depends on no other sample; "batch" is the authors', with running
             statistics; "none" leaves x as it is.
-        num_groups: Groups of base="group", which divide C; None for the most that do, up to 32 and
-            of at least 4 channels.
+        num_groups: Groups of base="group", the only one with any; they divide C. None for the most
+            that do, up to 32 and of at least 4 channels.
         eps: Added to variances.
         momentum: Share of a batch in running statistics. `num_batches_tracked` stays at 0.
         cell: A cell shared with other norms, which the network must hold beside them; here it is no
@@ -77,7 +75,7 @@ class DynamicNormRelay(nn.Module):
             )
         self.channels, self.base, self.init = channels, base, init
         self.eps, self.momentum = eps, momentum
-        self.norm_groups = _checked_groups(channels, base, num_groups)
+        self.norm_groups = _checked_groups(channels, num_groups)
         # In a tuple, so that a shared cell is a child of the network alone.
         self._shared = () if cell is None else (cell,)
         if cell is None:
@@ -113,6 +111,9 @@ class DynamicNormRelay(nn.Module):
             layer = cls(norm.num_features, base="batch", init="identity", **options)
         else:
             raise TypeError(f"norm must be a GroupNorm or BatchNorm, got {type(norm).__name__}")
+        for name in ("weight", "bias"):
+            if getattr(norm, name) is None:
+                setattr(layer, name, None)
         state = norm.state_dict()
         if state:
             layer.to(next(iter(state.values())))
@@ -150,9 +151,9 @@ class DynamicNormRelay(nn.Module):
         if self.init == "official":
             return (normalized * scale + shift).to(normalized.dtype)
         # Apart from the relay's share, so that at a = 0 this is the plain norm to the last bit.
-        a = self.a.view(-1, *(1,) * (x.dim() - 2))
         plain = self._normalize(x, self.weight, self.bias)
-        return plain + (a * (normalized * scale + shift)).to(plain.dtype)
+        share = _per_channel(self.a, x) * (normalized * scale + shift)
+        return plain + share.to(plain.dtype)
 
     def _normalize(
         self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
@@ -162,16 +163,13 @@ class DynamicNormRelay(nn.Module):
         if self.base == "group":
             return functional.group_norm(x, self.norm_groups, weight, bias, self.eps)
         if self.base == "batch":
-            statistics = self.running_mean, self.running_var
-            if self.training and not update:
-                statistics = None, None
-            return functional.batch_norm(
-                x, *statistics, weight, bias, self.training, self.momentum, self.eps
-            )
+            moved = update or not self.training
+            statistics = (self.running_mean, self.running_var) if moved else (None, None)
+            options = weight, bias, self.training, self.momentum, self.eps
+            return functional.batch_norm(x, *statistics, *options)
         if weight is None:
             return x
-        shape = -1, *(1,) * (x.dim() - 2)
-        return x * weight.view(shape) + bias.view(shape)
+        return x * _per_channel(weight, x) + _per_channel(bias, x)
 
 
 class CrossTemporalNorm(DynamicNormRelay):
@@ -179,8 +177,7 @@ class CrossTemporalNorm(DynamicNormRelay):
 
     The frames of each clip are cut in order into groups; each group is one step of a relay that
     starts anew with every clip. In training with base="batch", each group is normalised by its own
-    statistics, which move the running ones once a group. A group sees none that come later. Its
-    defaults are the authors' layer, with their names.
+    statistics, which move the running ones once a group. The defaults are the authors' layer.
 
     >>> import torch
     >>> norm = CrossTemporalNorm(8, n_segment=4, num_groups=2)
@@ -191,12 +188,12 @@ class CrossTemporalNorm(DynamicNormRelay):
         channels: Channels C.
         n_segment: Frames T of a clip.
         num_groups: Groups that the frames are cut into; divides T.
-        base: As `DynamicNormRelay` takes it, like all that follow.
-        norm_groups: Its `num_groups`.
-        eps: Added to variances.
-        momentum: Share of a group in running statistics.
-        cell: A shared cell; None for an own one.
-        init: "official" or "identity".
+        base: As in `DynamicNormRelay`.
+        norm_groups: `num_groups` there.
+        eps: As there.
+        momentum: As there, where a group counts as a batch.
+        cell: As there.
+        init: As there.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -217,10 +214,7 @@ class CrossTemporalNorm(DynamicNormRelay):
     ) -> None:
         """Create the layer."""
         if num_groups < 1 or n_segment < 1 or n_segment % num_groups:
-            raise ValueError(
-                f"num_groups must divide n_segment={n_segment} and both be at least 1, got "
-                f"{num_groups}"
-            )
+            raise ValueError(f"num_groups must divide n_segment={n_segment}, got {num_groups}")
         super().__init__(
             channels, base=base, num_groups=norm_groups, eps=eps, momentum=momentum, cell=cell,
             init=init,
@@ -228,11 +222,9 @@ class CrossTemporalNorm(DynamicNormRelay):
         self.n_segment, self.num_groups = n_segment, num_groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise clips, whose frames follow each other; ValueError if x is not N*T of them."""
+        """Normalise clips, whose frames follow each other; ValueError if x is not N*T frames."""
         if len(x) % self.n_segment:
-            raise ValueError(
-                f"x must have a multiple of n_segment={self.n_segment} frames, got {len(x)}"
-            )
+            raise ValueError(f"x must be clips of n_segment={self.n_segment} frames, got {len(x)}")
         clips = x.unflatten(0, (-1, self.n_segment)).transpose(1, 2)  # (N, C, T, *)
         state, groups = None, []
         for group in clips.chunk(self.num_groups, 2):
@@ -241,12 +233,12 @@ class CrossTemporalNorm(DynamicNormRelay):
         return torch.cat(groups, 2).transpose(1, 2).flatten(0, 1)
 
 
-def _checked_groups(channels: int, base: Base, num_groups: int | None) -> int | None:
-    """Return the number of groups, chosen if None; ValueError unless it divides the channels."""
-    if base != "group":
-        if num_groups is not None:
-            raise ValueError(f"num_groups={num_groups} needs base='group', got {base!r}")
-        return None
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (x.dim() - 2))
+
+
+def _checked_groups(channels: int, num_groups: int | None) -> int:
+    """Return the groups that base="group" has; ValueError unless they divide the channels."""
     if num_groups is None:
         return next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
     if num_groups < 1 or channels % num_groups:
