@@ -96,7 +96,7 @@ def test_a_shared_cell_is_no_child(tmp_path):
     assert torch.equal(run(fresh, x), run(network, x))
 
 
-@pytest.mark.parametrize("backend, base", [("aot_eager", "group"), ("eager", "batch")])
+@pytest.mark.parametrize("backend, base", [("eager", "group"), ("eager", "batch")])
 def test_compiles_without_breaks(backend, base):
     norm = drawn(DynamicNormRelay(8, base=base), dtype=torch.float32).eval()
     x, counter = draw(2, 8, 4, 4, dtype=torch.float32), CompileCounterWithBackend(backend)
