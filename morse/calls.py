@@ -11,17 +11,21 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from morse.dot import MorseDot
+from morse.dot.card import pipeline_card
+from morse.dot.hub import Publishable
 from morse.plan import MorsePlan
+from morse.prepare import prepare_dot, remember
 from morse.rates import choose_base_space
 from morse.sampling import Dot
+from morse.slot import CURRENT_RUN, install_switch
 from morse.steps import count_evaluations, find_exact_steps, find_steps
 from morse.summary import SpeedRatio, summarize_run, warn_unless_engaged
-from morse.switch import CURRENT_RUN, MorseRun, install_switch
+from morse.switch import MorseRun
 
 DEFAULT_PLAN_RATIO = 2.0
 
 
-class MorseCalls:
+class MorseCalls(Publishable):
     """What `enable_morse` adds to a pipeline.
 
     Attributes:
@@ -33,10 +37,10 @@ class MorseCalls:
         last_run: What the latest planned call did; None after a call without a plan.
     """
 
-    dot: Dot | None
-    speed_ratio: float | None
-    measured: SpeedRatio | None
-    last_run: MorseRun | None
+    dot: Dot | None = None
+    speed_ratio: float | None = None
+    measured: SpeedRatio | None = None
+    last_run: MorseRun | None = None
 
     def __call__(
         self,
@@ -83,10 +87,10 @@ class MorseCalls:
 
     def _run(self, plan: MorsePlan, arguments: dict, timed: bool = False) -> object:
         denoiser, controlnet = find_denoiser(self), find_controlnet(self)
-        if isinstance(self.dot, MorseDot):
-            self.dot.bind(denoiser)
-        for module in filter(None, (denoiser, controlnet)):
-            install_switch(module)
+        prepare_dot(self, self.dot, denoiser)
+        remember(denoiser, self, self.dot)
+        if controlnet is not None:
+            install_switch(controlnet)
         base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"))
         run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None, base_space=base_space)
         run.denoiser, run.controlnet = denoiser, controlnet
@@ -100,7 +104,8 @@ class MorseCalls:
         finally:
             CURRENT_RUN.reset(token)
             run.finish(time.perf_counter() - started)
-        warn_unless_engaged(run)
+        if not getattr(self, "_interrupt", False):
+            warn_unless_engaged(run)
         return output
 
     def _make_plan(
@@ -206,6 +211,10 @@ class MorseCalls:
         if self.last_run is None:
             return "The latest call, if any, was not planned by Morse: give lsd= or plan=."
         return summarize_run(self.last_run, self.measured)
+
+    def model_card(self) -> str:
+        """Write the card that is saved along: what is known of the pipeline and its Dot."""
+        return pipeline_card(self, self.dot if isinstance(self.dot, MorseDot) else None)
 
 
 def _plan_from_counts(num_dash: int | None, num_dot: int | None, steps: int | None) -> MorsePlan:

@@ -2,20 +2,15 @@
 
 A ControlNet gets one too: it is not evaluated where Dot comes next.
 
-It sits in `nn.Module`'s private slot `_compiled_call_impl`, which a call consults first and which
-copies and saved files leave out. Unlike a replaced forward method, a proxy module or a hook it
-survives saving, loading, offloading and `from_pipe`. The name is used in this file only, and the
-switch is looked after at every pipeline call (`morse.calls`).
-
-Which run is going on is said by a context variable. So an interrupted run leaves nothing behind,
-the denoiser called outside the pipeline is plain Dash, and threads do not disturb each other.
+Calls come here from `morse.slot`, where a context variable says which run is going on. So an
+interrupted run leaves nothing behind, the denoiser called outside the pipeline is plain Dash, and
+threads do not disturb each other.
 """
 
 import inspect
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -24,12 +19,12 @@ from torch import Tensor, nn
 
 from morse.clock import scheduler_index
 from morse.controlnet import LatestFeatures
+from morse.dot.wrapped import unwrap
 from morse.plan import ModelName, MorsePlan
 from morse.rates import noise_rates, prediction_type
 from morse.sampling import Dot, JumpPoint, dot_estimate, estimate
 from morse.spaces import BaseSpace, Rates, rebase
 
-CURRENT_RUN: ContextVar["MorseRun | None"] = ContextVar("morse_run", default=None)
 _SAMPLE_NAMES = ("sample", "hidden_states")
 
 
@@ -207,7 +202,7 @@ def _take_apart(
     denoiser: nn.Module, args: tuple, kwargs: dict
 ) -> tuple[Tensor, Tensor | float, dict[str, object]]:
     """Split a denoiser's arguments into sample, timestep and the conditions that remain."""
-    given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
+    given = dict(_signature(type(unwrap(denoiser))).bind(denoiser, *args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     given.pop("self", None)
     given.pop("return_dict", None)
@@ -220,30 +215,3 @@ def _container_of(output: object) -> Callable[[Tensor], object]:
     if isinstance(output, tuple):
         return lambda tensor: (tensor,)
     return lambda tensor: type(output)(**{next(iter(output.keys())): tensor})
-
-
-class _Switch:
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.compiled = module._compiled_call_impl  # what `module.compile()` left there
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        plain = self.compiled or self.module._call_impl
-        run = CURRENT_RUN.get()
-        if run is not None and run.denoiser is self.module:
-            return run.evaluate(plain, args, kwargs)
-        if run is not None and run.controlnet is self.module:
-            return run.steer(plain, args, kwargs)
-        return plain(*args, **kwargs)
-
-
-def install_switch(module: nn.Module) -> None:
-    """Put the switch in place, on top of a compiled call where there is one; twice is safe."""
-    if not isinstance(module._compiled_call_impl, _Switch):
-        module._compiled_call_impl = _Switch(module)
-
-
-def remove_switch(module: nn.Module) -> None:
-    """Take the switch out and leave what was there before."""
-    if isinstance(module._compiled_call_impl, _Switch):
-        module._compiled_call_impl = module._compiled_call_impl.compiled

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from morse.dot.view import find_ports, make_shell
+from morse.dot.shell import make_shell
+from morse.dot.view import find_ports
 
 
 class _Provide(nn.Module):
@@ -88,3 +89,13 @@ def pool_features(conditions: dict[str, object], factor: int) -> dict[str, objec
 
     given = [name for name in _FEATURES if conditions.get(name) is not None]
     return conditions | {name: pool(conditions[name]) for name in given}
+
+
+def check_size(sample: Tensor, multiple: int, num_down_blocks: int) -> None:
+    """Raise `ValueError` unless height and width of a sample are multiples of `multiple`."""
+    height, width = sample.shape[-2:]
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"sample is {height}x{width}, but this Dot (num_down_blocks={num_down_blocks}) needs "
+            f"multiples of {multiple}: use such a size, or train a Dot with fewer down blocks."
+        )
