@@ -100,8 +100,9 @@ def disable_morse(pipe: DiffusionPipeline) -> DiffusionPipeline:
     base = getattr(type(pipe), "_morse_base", None)
     if base is None:
         return pipe
-    for module in filter(None, (find_denoiser(pipe), find_controlnet(pipe))):
-        remove_switch(module)
+    for module in (find_denoiser(pipe), find_controlnet(pipe)):
+        if module is not None:
+            remove_switch(module)
     pipe.__class__ = base
     for name in ("dot", "speed_ratio", "measured", "last_run"):
         vars(pipe).pop(name, None)

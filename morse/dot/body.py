@@ -18,14 +18,14 @@ class _Provide(nn.Module):
 
 
 def embed_time(
-    tree: nn.Module, timestep: Tensor, batch_size: int, guidance: Tensor | None = None
+    tree: nn.Module, timestep: Tensor, sample: Tensor, guidance: Tensor | None = None
 ) -> Tensor:
     """Embed timesteps with the tree's own layers.
 
     Args:
         tree: A tree of shells.
         timestep: () or (B,).
-        batch_size: B.
+        sample: Of which only the batch size B and the precision are looked at.
         guidance: The embedded guidance scale of latent consistency models, `timestep_cond`,
             (B, C), which their time embedding takes too.
 
@@ -33,10 +33,10 @@ def embed_time(
         (B, time_embed_dim).
     """
     ports = find_ports(tree)
-    timestep = timestep.reshape(-1).expand(batch_size)
+    timestep = timestep.reshape(-1).expand(sample.shape[0])
     projected = getattr(tree, ports.time_projection)(timestep)
     embedding = getattr(tree, ports.time_embedding)
-    projected = projected.to(next(embedding.parameters()).dtype)
+    projected = projected.to(sample.dtype)  # not the weights', which may be stored in float8
     return embedding(projected) if guidance is None else embedding(projected, guidance)
 
 

@@ -218,12 +218,11 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         self, sample: Tensor, timestep: Tensor, jump: JumpPoint, **dash_kwargs: object
     ) -> Tensor:
         tree = self._tree[0]
-        guidance, batch_size = dash_kwargs.get("timestep_cond"), sample.shape[0]
-        time_embedding = embed_time(tree, timestep, batch_size, guidance)
+        time_embedding = embed_time(tree, timestep, sample, dash_kwargs.get("timestep_cond"))
         inputs = sample
         if not self.independent:
             inputs = torch.cat([sample, jump.sample, jump.model_output], dim=1)
-            since = embed_time(tree, jump.timestep, batch_size)
+            since = embed_time(tree, jump.timestep, sample)
             time_embedding = time_embedding + self.jump_time(since)
         hidden, skips = self.conv_in(inputs), []
         for block in self.down_blocks:
