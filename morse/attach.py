@@ -89,6 +89,7 @@ def inherit_dot(pipe: DiffusionPipeline) -> DiffusionPipeline:
     dot, other = recall(find_denoiser(pipe))
     if dot is None or getattr(pipe, "dot", None) is not None:
         return pipe
+    _drop_from_config(pipe, "_dot")  # where `from_pipe` notes what the new class does not take
     enable_morse(pipe, dot, merge_lora=False)  # merged or not as it is
     if other is not None:
         pipe.speed_ratio, pipe.measured = other.speed_ratio, other.measured
@@ -106,6 +107,9 @@ def disable_morse(pipe: DiffusionPipeline) -> DiffusionPipeline:
     pipe.__class__ = base
     for name in ("dot", "speed_ratio", "measured", "last_run"):
         vars(pipe).pop(name, None)
-    config = {name: value for name, value in pipe.config.items() if name != "dot"}
-    pipe._internal_dict = FrozenDict(config)
+    _drop_from_config(pipe, "dot")
     return pipe
+
+
+def _drop_from_config(pipe: DiffusionPipeline, name: str) -> None:
+    pipe._internal_dict = FrozenDict({k: v for k, v in pipe.config.items() if k != name})
