@@ -11,10 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from morse.compression.surgery_mask import Flips, MaskedLayer, Thresholds, WeightMask, check_state
+from morse.compression.surgery_mask import Flips, MaskedLayer, Thresholds, check_state
 from morse.compression.surgery_targets import PerLayer, check_settings, find_targets, per_layer
-
-C_RATE, ITER_STOP = 3.0, 10000  # defaults
 
 
 class NetworkSurgery:
@@ -30,8 +28,7 @@ class NetworkSurgery:
     probability (1 + gamma * i) ** -power, while i < iter_stop; then its masks stay.
 
     The masks are buffers of the module, so they follow it in `to`, `deepcopy` and DDP's broadcast
-    (wrap it after this). Parameters stay the same objects, for optimizers made before; average the
-    raw ones for an EMA.
+    (wrap it after this). Parameters stay the same objects, for optimizers made before.
 
     Args:
         module: Network to prune, trained before (thresholds come from its weights).
@@ -74,10 +71,10 @@ class NetworkSurgery:
         self,
         module: nn.Module,
         *,
-        c_rate: PerLayer = C_RATE,
+        c_rate: PerLayer = 3.0,
         gamma: float = 1e-3,
         power: float = 1.0,
-        iter_stop: PerLayer = ITER_STOP,
+        iter_stop: PerLayer = 10000,
         low: float = 0.9,
         high: float = 1.1,
         prune_bias: bool = True,
@@ -87,11 +84,9 @@ class NetworkSurgery:
     ) -> None:
         """Check the settings and give every target a mask of ones."""
         check_settings(gamma, power, low, high)
-        if any(isinstance(part, WeightMask) for part in module.modules()):
-            raise ValueError("module is under another surgery; finalize() that one before.")
         targets = find_targets(module, include, exclude, prune_bias)
-        rates = per_layer("c_rate", c_rate, targets, C_RATE)
-        stops = per_layer("iter_stop", iter_stop, targets, ITER_STOP)
+        rates = per_layer("c_rate", c_rate, targets, 3.0)
+        stops = per_layer("iter_stop", iter_stop, targets, 10000)
         self.module = module
         self.gamma, self.power, self.low, self.high = gamma, power, low, high
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -158,7 +153,7 @@ class NetworkSurgery:
         if iteration < max(self.iteration, 0):
             raise ValueError(
                 f"iteration must not decrease, got {iteration} after {self.iteration}; "
-                "load_state_dict() goes back."
+                "load_state_dict() to go back."
             )
         if not self._thresholds and not self.frozen:
             self._thresholds = {
@@ -249,6 +244,6 @@ class NetworkSurgery:
                 raise ValueError(f"draws has {name!r}; the layers are {list(self._layers)}.")
             if not 0 <= draw <= 1:
                 raise ValueError(f"draws must be in [0, 1], got {draw!r} for layer {name!r}.")
-        device, count = self.generator.device, len(self._layers)
-        drawn = torch.rand(count, generator=self.generator, device=device).tolist()
+        source = {"generator": self.generator, "device": self.generator.device}
+        drawn = torch.rand(len(self._layers), **source).tolist()
         return dict(zip(self._layers, drawn, strict=True)) | dict(given)

@@ -36,11 +36,14 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.writelines([len(text).to_bytes(8, "little"), text, *chunks])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.writelines([len(text).to_bytes(8, "little"), text, *chunks])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -87,7 +87,7 @@ class MaskedLayer:
         """Compute the thresholds from the kept entries of all masked parameters together.
 
         Raises:
-            ValueError: If all of them are zero.
+            ValueError: If all of them are zero, or some not finite.
         """
         masks = self.masks
         kept = [raw[masks[full] & (raw != 0)].abs() for full, raw in self.raw.items()]
@@ -99,6 +99,8 @@ class MaskedLayer:
                 "before, or exclude it."
             )
         mu = sizes.mean().item()
+        if not math.isfinite(mu):
+            raise ValueError(f"layer {self.name!r} has weights that are not finite.")
         # Rounding can make the variance of equal entries negative.
         std = math.sqrt(max(sizes.square().mean().item() - mu**2, 0.0))
         # Without spread an infinite c_rate would give NaN.

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from morse.compression.surgery_mask import WeightMask
+
 PerLayer = float | Mapping[str, float]
 
 
@@ -46,9 +48,11 @@ def find_targets(
     linear layers. With it, those of them that it matches, and any parameter that it names in full.
 
     Raises:
-        ValueError: For a pattern that matches nothing, a frozen parameter asked for by name, a
-            parameter that two layers share, or if nothing is left.
+        ValueError: For a module under another surgery, a pattern that matches nothing, a frozen
+            parameter asked for by name, a parameter that two layers share, or if nothing is left.
     """
+    if any(isinstance(part, WeightMask) for part in module.modules()):
+        raise ValueError("module is under another surgery; finalize() that one before.")
     include, exclude = _patterns(include), _patterns(exclude) or ()
     entries = list(_entries(module))
     _check_known(exclude, module)
@@ -135,7 +139,8 @@ def _fits(pattern: str, layer: str, own: str | None = None) -> bool:
 
 
 def _check_known(patterns: Iterable[str], module: nn.Module) -> None:
-    names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
+    parameters = module.named_parameters(remove_duplicate=False)
+    names = [name for name, _ in (*module.named_modules(), *parameters)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
