@@ -42,7 +42,7 @@ class SurgeryConfig:
         default=0.7, metadata={"help": "share of these after which the masks stay"}
     )
     batch_size: int = field(default=64, metadata={"help": "images an update"})
-    quick: bool = field(default=False, metadata={"help": "one seed, 100 updates each"})
+    quick: bool = field(default=False, metadata={"help": "one seed, 50 updates each"})
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -52,7 +52,7 @@ class SurgeryConfig:
         if not 0 < self.iter_stop <= 1:
             raise ValueError(f"iter_stop is {self.iter_stop}; it must be in (0, 1]")
         if self.quick:
-            for name, value in (("seeds", 1), ("dense_steps", 100), ("prune_steps", 100)):
+            for name, value in (("seeds", 1), ("dense_steps", 50), ("prune_steps", 50)):
                 object.__setattr__(self, name, value)
 
 

@@ -34,7 +34,7 @@ class DualViewMimicking(nn.Module):
         frequency_weight: The same of the frequency view.
         low_cutoff: How many vertical and horizontal frequencies F removes, (kh, kw), those that
             are low in both. More than (1, 1) is not in the paper: a coarse map of h x w positions
-            holds the frequencies up to (h, w).
+            holds the frequencies up to (h, w). The map's own size leaves nothing: a loss of 0.
         reduction: "official" sums over positions; "mean" (not in the paper) averages.
 
     Raises:
@@ -83,13 +83,10 @@ class DualViewMimicking(nn.Module):
             The weighted losses, scalars, "spatial" and "frequency", in float32 at least.
 
         Raises:
-            ValueError: If a shape does not fit, or `low_cutoff` leaves nothing of the map.
+            ValueError: If a shape does not fit, or `low_cutoff` exceeds the map.
         """
         shape = tuple(teacher_map.shape)
         require(len(shape) == 4, f"teacher_map must be (B, Ct, H, W), got {shape}.")
-        height, width = shape[2:]
-        left = self.low_cutoff[0] < height or self.low_cutoff[1] < width
-        require(left, f"low_cutoff {self.low_cutoff} leaves nothing of {height} x {width}.")
         teacher = at_least_float32(teacher_map.detach())
         spatial = _to_map("tokens_spatial", tokens_spatial, teacher)
         frequency = _to_map("tokens_frequency", tokens_frequency, teacher)
@@ -102,10 +99,10 @@ class DualViewMimicking(nn.Module):
                 self.frequency_weight,
             ),
         }
-        count = len(teacher) * (height * width if self.reduction == "mean" else 1)
+        positions = math.prod(shape[2:]) if self.reduction == "mean" else 1
         return {
-            name: weight * (_normalize(student) - _normalize(goal)).square().sum() / count
-            for name, (student, goal, weight) in views.items()
+            name: weight * (_normalize(x) - _normalize(goal)).square().sum() / (len(x) * positions)
+            for name, (x, goal, weight) in views.items()
         }
 
 
