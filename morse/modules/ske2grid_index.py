@@ -30,7 +30,8 @@ class GraphNodeIndexTransform(nn.Module):
     Args:
         num_cells: Cells of the grid, at least 1.
         num_nodes: Nodes; as many by default.
-        solver: "greedy" is the authors' rule; "hungarian" gives the largest sum of scores.
+        solver: "greedy" is the authors' rule; "hungarian" gives the largest sum of scores, and is
+            slow for more than about 100 nodes.
         init: "uniform" draws the scores from [0, 1); a permutation, each cell's node, gives
             0.5 * onehot + 0.4 * uniform, from which either solver returns just that.
         trainable: Whether `scores` take gradients.
