@@ -232,10 +232,10 @@ def test_assignments_are_binary_and_invertible(seed, cover):
 
 
 def test_repair_takes_the_cell_that_loses_least():
-    scores = torch.tensor([[9.0, 1, 0], [5, 4, 3], [7, 0, 5.5], [8, 7.5, 0]])
+    scores = torch.tensor([[9.0, 1, 0], [5, 4.9, 3], [7, 0, 5.5], [8, 7.5, 6]])
     sgt = SemanticGridTransform(3, (2, 2), init=scores, cover="repair")
-    # Node 1 takes cell 3 (8 - 7.5), then node 2 cell 2 (7 - 5.5).
-    assert sgt.assignment().argmax(1).tolist() == [0, 0, 2, 1]
+    # Node 1 takes cell 1 (5 - 4.9), then node 2 cell 2 (7 - 5.5), both not where they score most.
+    assert sgt.assignment().argmax(1).tolist() == [0, 1, 2, 0]
     sgt = SemanticGridTransform(4, (2, 2), init=torch.zeros(2, 2).long(), cover="repair")
     assert sorted(sgt.assignment().argmax(1).tolist()) == [0, 1, 2, 3]
     whole = SemanticGridTransform(17, (5, 5), cover="repair").assignment()

@@ -138,7 +138,7 @@ def plain_greedy(scores):
 def sample_scores():
     torch.manual_seed(0)
     yield from (torch.rand(9, 9), torch.rand(16, 16), torch.randn(1, 1))
-    yield from (torch.zeros(7, 7), torch.randint(0, 3, (8, 8)).float(), torch.full((5, 5), -2.0))
+    yield from (torch.zeros(7, 7), torch.randint(0, 3, (64, 64)).float(), torch.full((5, 5), -2.0))
 
 
 @pytest.mark.parametrize("solver", ["greedy", "hungarian"])
