@@ -144,7 +144,7 @@ def freeze_pipeline(
     Raises:
         ValueError: If its noise schedule, its conditions or its input are not handled.
     """
-    from morse.calls import find_denoiser
+    from morse.denoisers import find_denoiser
 
     denoiser = find_denoiser(pipe).requires_grad_(False).eval()
     codec = None
