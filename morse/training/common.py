@@ -68,7 +68,8 @@ class TrainingConfig:
         default=1.0, metadata={"help": "gradients are clipped to this norm"}
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
-        default="no", metadata={"help": "autocast precision"}
+        default="no",
+        metadata={"help": "autocast precision; most CPUs are far slower in half precision"},
     )
     compile: bool = field(
         default=False, metadata={"help": "compile the trained network with torch.compile"}

@@ -110,7 +110,9 @@ def weighted_loss(
         weighting: By gap.
         even_guidance: Divide errors by (1 - w)^2 + w^2 for a guidance scale w. So much larger is
             the square of a guided error than that of its two branches, where these err
-            independently; without it the highest scales make most of the loss.
+            independently; without it the highest scales make most of the loss. (Of a
+            text-to-image model on Fashion-MNIST, the median error of reuse at scales from 8 to 10
+            is 7.5 times that at 2 to 4, and .65 times after the division.)
     """
     errors = (estimate.float() - pairs.target).square().flatten(1).mean(1)
     scale = pairs.conditions.guidance_scale
