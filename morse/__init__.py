@@ -14,13 +14,16 @@ _HOMES = {
     "MorsePipeline": "morse.pipeline",
 }
 __all__ = list(_HOMES)
+# diffusers loads a pipeline's component if its library has a base class of it under this name.
+_BASES = {"ModelMixin": "diffusers"}
 
 
 def __getattr__(name: str) -> object:
     """Import public names on first use, so that `import morse` stays instant."""
-    if name not in _HOMES:
+    home = (_HOMES | _BASES).get(name)
+    if home is None:
         raise AttributeError(f"module 'morse' has no attribute {name!r}; it has {__all__}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

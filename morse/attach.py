@@ -20,6 +20,7 @@ from morse.slot import remove_switch
 
 def _register_dot(pipe: DiffusionPipeline, dot: Dot | None) -> None:
     pipe.register_modules(dot=dot)
+    pipe.speed_ratio = dot.config.speed_ratio if isinstance(dot, MorseDot) else None
     if isinstance(dot, MorseDot):
         # What model_index.json will say; diffusers would write the inner module's name.
         pipe.register_to_config(dot=("morse", "MorseDot"))
@@ -74,8 +75,7 @@ def enable_morse(
     if is_component:
         _register_dot(pipe, dot)
     else:
-        pipe.dot = dot
-    pipe.speed_ratio = dot.config.speed_ratio if isinstance(dot, MorseDot) else None
+        pipe.dot, pipe.speed_ratio = dot, None
     pipe.measured = pipe.last_run = None
     remember(pipe, dot)
     return pipe

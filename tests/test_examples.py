@@ -1,6 +1,7 @@
 """Every example of pipelines/ runs, on tiny random models."""
 
 import importlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,3 +117,25 @@ class TestImages:
         options = {"--image": write_picture(tmp_path), "--controlnet": tmp_path / "controlnet"}
         arguments = [part for pair in options.items() for part in pair]
         run("controlnet", *arguments, "--prompt", "a boat", *BUDGET, folder=colour_folder)
+
+
+def test_custom_pipeline(tmp_path):
+    from diffusers import DiffusionPipeline
+
+    from morse import MorsePipeline
+
+    text = text_pipeline()
+    dot = MorseDot.from_dash(text.unet, num_down_blocks=1, lora_rank=2)
+    dot.register_to_config(speed_ratio=4.0)
+    expected = MorsePipeline.from_pipe(text, dot)
+    expected.save_pretrained(tmp_path)
+    place = Path(__file__).parents[1] / "pipelines" / "morse_pipeline.py"
+    found = DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline=str(place), trust_remote_code=True
+    )
+    images = [
+        pipe("a boat", lsd=3, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for pipe in (expected, found)
+    ]
+    assert found.last_run.num_dot == expected.last_run.num_dot > 0
+    np.testing.assert_allclose(images[0], images[1], atol=1e-5)  # one has its LoRA merged

@@ -7,6 +7,7 @@ def safetensors_only(kwargs: dict[str, object]) -> dict[str, object]:
     Raises:
         ValueError: If `use_safetensors` says otherwise.
     """
-    if kwargs.get("use_safetensors", True) is not True:
+    # diffusers hands on None to the components of a pipeline where its caller said nothing.
+    if kwargs.get("use_safetensors") not in (None, True):
         raise ValueError("use_safetensors must be True: Morse never reads pickled weights.")
     return {**kwargs, "use_safetensors": True}
