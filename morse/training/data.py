@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from morse.training.captions import read_metadata
 from morse.training.common import derive_seed
 from morse.training.idx import IDX_IMAGES, IDX_LABELS, fit_images, read_idx
 
@@ -26,15 +27,21 @@ class ImageDataset(Dataset):
         fetch: Turns a list of n indices into images, (n, C, H, W) uint8.
         length: The number of images.
         labels: Class numbers, (length,) int64, where the source has them.
+        captions: A text for each image, where they were asked for.
     """
 
     def __init__(
-        self, fetch: Callable[[list[int]], Tensor], length: int, labels: Tensor | None = None
+        self,
+        fetch: Callable[[list[int]], Tensor],
+        length: int,
+        labels: Tensor | None = None,
+        captions: list[str] | None = None,
     ) -> None:
         """Keep the source; nothing is read yet."""
         self.fetch = fetch
         self.length = length
         self.labels = labels
+        self.captions = captions
 
     def __len__(self) -> int:
         """Give the number of images."""
@@ -61,6 +68,7 @@ def open_images(
     channels: int,
     split: Literal["train", "test"] = "train",
     image_column: str = "image",
+    caption_column: str | None = None,
 ) -> ImageDataset:
     """Open images from exactly one source and give all of them the same size.
 
@@ -75,10 +83,12 @@ def open_images(
         channels: 1 for grey, 3 for colour.
         split: Which part of the data.
         image_column: The column of a hub dataset that holds the images.
+        caption_column: Where captions are found: a column of the hub dataset, or a name in the
+            image folder's `metadata.jsonl`; None for no captions.
 
     Raises:
         FileNotFoundError: `train_data_dir` doesn't exist.
-        ValueError: No or broken images; the message names the file.
+        ValueError: No or broken images, no captions; the message names the file.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (colour)")
@@ -90,16 +100,22 @@ def open_images(
             "give exactly one of the two"
         )
     if dataset_name is not None:
-        return _open_hub(dataset_name, resolution, channels, split, image_column)
+        return _open_hub(dataset_name, resolution, channels, split, image_column, caption_column)
     path = Path(train_data_dir)
     if not path.exists():
         raise FileNotFoundError(f"train_data_dir is {path}, which does not exist")
+    is_idx_folder = any(path.glob("*-images-idx3-ubyte*"))
+    if caption_column is not None and (path.is_file() or is_idx_folder):
+        raise ValueError(
+            f"caption_column is {caption_column!r}, but IDX files such as those of {path} have no "
+            "captions; give class_names instead"
+        )
     if path.is_file():
         return _open_idx(path, resolution, channels)
-    if any(path.glob("*-images-idx3-ubyte*")):
+    if is_idx_folder:
         prefix = IDX_PREFIXES[split]
         return _open_idx(_find_idx(path, f"{prefix}-images-idx3-ubyte"), resolution, channels)
-    return _open_folder(path, resolution, channels, split)
+    return _open_folder(path, resolution, channels, split, caption_column)
 
 
 def _find_idx(folder: Path, name: str) -> Path:
@@ -130,7 +146,9 @@ def _gather(images: Tensor, channels: int, indices: list[int]) -> Tensor:
     return chosen if channels == 1 else chosen.repeat(1, channels, 1, 1)
 
 
-def _open_folder(path: Path, resolution: int, channels: int, split: str) -> ImageDataset:
+def _open_folder(
+    path: Path, resolution: int, channels: int, split: str, caption_column: str | None
+) -> ImageDataset:
     has_splits = all((path / name).is_dir() for name in IDX_PREFIXES)
     path = path / split if has_splits else path
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
@@ -141,7 +159,9 @@ def _open_folder(path: Path, resolution: int, channels: int, split: str) -> Imag
         )
     if not has_splits:
         files = [files[index] for index in held_out_rows(len(files), split)]
-    return ImageDataset(partial(_read_files, files, resolution, channels), len(files))
+    captions = None if caption_column is None else read_metadata(files, caption_column)
+    fetch = partial(_read_files, files, resolution, channels)
+    return ImageDataset(fetch, len(files), captions=captions)
 
 
 def held_out_rows(length: int, split: str) -> range | list[int]:
@@ -175,7 +195,14 @@ def _to_bytes(image: Image.Image, resolution: int, channels: int) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def _open_hub(name: str, resolution: int, channels: int, split: str, column: str) -> ImageDataset:
+def _open_hub(
+    name: str,
+    resolution: int,
+    channels: int,
+    split: str,
+    column: str,
+    caption_column: str | None,
+) -> ImageDataset:
     try:
         from datasets import get_dataset_split_names, load_dataset
     except ImportError as error:
@@ -187,10 +214,13 @@ def _open_hub(name: str, resolution: int, channels: int, split: str, column: str
     rows = load_dataset(name, split=split if has_split else "train")
     if "test" not in get_dataset_split_names(name):
         rows = rows.select(held_out_rows(len(rows), split))
-    if column not in rows.column_names:
-        raise ValueError(f"image_column is {column!r}; {name} has columns {rows.column_names}")
+    for option, value in (("image_column", column), ("caption_column", caption_column)):
+        if value is not None and value not in rows.column_names:
+            raise ValueError(f"{option} is {value!r}; {name} has columns {rows.column_names}")
     labels = torch.tensor(rows["label"][:]) if "label" in rows.column_names else None
-    return ImageDataset(partial(_read_rows, rows, column, resolution, channels), len(rows), labels)
+    captions = None if caption_column is None else list(rows[caption_column][:])
+    fetch = partial(_read_rows, rows, column, resolution, channels)
+    return ImageDataset(fetch, len(rows), labels, captions)
 
 
 def _read_rows(

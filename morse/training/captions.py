@@ -1,0 +1,77 @@
+"""The text that belongs to each training image."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+METADATA_NAME = "metadata.jsonl"
+
+
+def read_metadata(files: Sequence[Path], column: str) -> list[str]:
+    """Read captions of image files from the `metadata.jsonl` in each one's folder.
+
+    It is the layout of the `datasets` library's image folders: one JSON object a line, with the
+    image's "file_name" and its caption under `column`.
+
+    Raises:
+        ValueError: If an image has no caption; the message names it.
+    """
+    tables: dict[Path, dict[str, dict[str, object]]] = {}
+    captions = []
+    for file in files:
+        folder = file.parent
+        if folder not in tables:
+            tables[folder] = _read_table(folder / METADATA_NAME)
+        caption = tables[folder].get(file.name, {}).get(column)
+        if not isinstance(caption, str):
+            raise ValueError(
+                f"caption_column is {column!r}, but {folder / METADATA_NAME} gives no such text "
+                f"for {file.name}; add a line "
+                f'{{"file_name": "{file.name}", "{column}": "..."}}'
+            )
+        captions.append(caption)
+    return captions
+
+
+def _read_table(path: Path) -> dict[str, dict[str, object]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return {row["file_name"]: row for row in rows}
+    except FileNotFoundError as error:
+        raise ValueError(f"captions are needed, but {path} does not exist") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path} needs one JSON object with "file_name" a line: {error}'
+        ) from error
+
+
+def name_classes(labels: Tensor | None, class_names: Sequence[str]) -> list[str]:
+    """Give every image the name of its class as caption.
+
+    Args:
+        labels: Class numbers, (N,).
+        class_names: Names in the order of the numbers.
+
+    Raises:
+        ValueError: If there are no labels or more classes than names.
+    """
+    if labels is None:
+        raise ValueError(
+            f"class_names is {tuple(class_names)}, but these images have no labels; give IDX files "
+            "with labels, a hub dataset with a label column, or captions instead"
+        )
+    if int(labels.max()) >= len(class_names):
+        raise ValueError(
+            f"class_names has {len(class_names)} names, but labels go up to {int(labels.max())}"
+        )
+    return [class_names[label] for label in labels.tolist()]
+
+
+def unique_captions(captions: Sequence[str]) -> tuple[list[str], Tensor]:
+    """Give the different captions in sorted order, and each image's index in them, (N,) int64."""
+    unique = sorted(set(captions))
+    index = {caption: number for number, caption in enumerate(unique)}
+    return unique, torch.tensor([index[caption] for caption in captions])

@@ -1,0 +1,222 @@
+"""Train a small text-to-image Dash in an autoencoder's latents: a StableDiffusionPipeline.
+
+The text encoder has CLIP's structure and learns together with the denoiser, from the captions of
+the training images alone; the autoencoder is given and stays as it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from morse.training.captions import name_classes, unique_captions
+from morse.training.common import TrainingConfig, derive_seed, require
+from morse.training.data import ImageDataset, open_images, to_model_range
+from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.training.text_model import (
+    TEXT_HEAD_SIZE,
+    TextDash,
+    build_model,
+    build_tokenizer,
+    make_pipeline,
+    tokenize,
+)
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+_ENCODING_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTextDashConfig(TrainingConfig):
+    """Train a small text-to-image model (Dash) and save it as a StableDiffusionPipeline."""
+
+    vae: Path = field(metadata={"help": "folder of the AutoencoderKL in whose latents it works"})
+    class_names: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "captions by class number, for images with labels"}
+    )
+    caption_column: str | None = field(
+        default=None, metadata={"help": "column or metadata.jsonl name that holds the captions"}
+    )
+    block_out_channels: tuple[int, ...] = field(
+        default=(64, 128), metadata={"help": "channels of the UNet's levels"}
+    )
+    layers_per_block: int = field(default=1, metadata={"help": "residual blocks a level"})
+    text_channels: int = field(default=64, metadata={"help": "width of the text encoder"})
+    text_layers: int = field(default=2, metadata={"help": "layers of the text encoder"})
+    max_tokens: int = field(default=8, metadata={"help": "tokens of a prompt, both ends included"})
+    vocabulary_size: int = field(default=1000, metadata={"help": "most tokens of the tokenizer"})
+    proportion_empty_prompts: float = field(
+        default=0.1, metadata={"help": "captions left out, for classifier-free guidance"}
+    )
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = field(
+        default="linear", metadata={"help": "noise schedule of 1,000 steps"}
+    )
+    save_images_steps: int = field(
+        default=2000, metadata={"help": "updates between two grids of samples; 0 for none"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations."""
+        super().__post_init__()
+        if (self.class_names is None) == (self.caption_column is None):
+            raise ValueError(
+                f"class_names is {self.class_names} and caption_column is {self.caption_column}; "
+                "give exactly one of the two"
+            )
+        levels = self.block_out_channels
+        fits = len(levels) > 1 and min(levels) > 0 and all(width % 8 == 0 for width in levels)
+        require(fits, "block_out_channels", levels, "two or more multiples of 8")
+        fits = self.text_channels > 0 and self.text_channels % TEXT_HEAD_SIZE == 0
+        require(fits, "text_channels", self.text_channels, f"a multiple of {TEXT_HEAD_SIZE}")
+        require(self.max_tokens > 2, "max_tokens", self.max_tokens, "3 or more")
+        require(self.vocabulary_size > 0, "vocabulary_size", self.vocabulary_size, "more than 0")
+        for name in ("layers_per_block", "text_layers"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        share = self.proportion_empty_prompts
+        require(0 <= share <= 1, "proportion_empty_prompts", share, "in [0, 1]")
+        require(
+            self.save_images_steps >= 0, "save_images_steps", self.save_images_steps, "0 or more"
+        )
+
+
+class EncodedImages:
+    """Latents and prompts of all training images; a batch is the indices of its images.
+
+    Attributes:
+        latents: Modes of the posteriors, of about unit variance, (N, C, h, w).
+        tokens: The different prompts, the empty one first, (U, L).
+        rows: Each image's prompt, (N,).
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, vae: "AutoencoderKL", tokenizer: "CLIPTokenizer"
+    ) -> None:
+        """Encode everything."""
+        unique, rows = unique_captions(dataset.captions)
+        self.tokens = tokenize(tokenizer, ["", *unique]).to(vae.device)
+        self.rows = (rows + 1).to(vae.device)
+        self.latents = _encode_images(dataset, vae)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """Give the indices themselves; the loss looks them up."""
+        return torch.tensor(indices)
+
+
+@torch.no_grad()
+def _encode_images(dataset: ImageDataset, vae: "AutoencoderKL") -> Tensor:
+    latents = []
+    for start in range(0, len(dataset), _ENCODING_BATCH):
+        indices = list(range(start, min(start + _ENCODING_BATCH, len(dataset))))
+        images = to_model_range(dataset.__getitems__(indices)).to(vae.device)
+        latents.append(vae.encode(images).latent_dist.mode() * vae.config.scaling_factor)
+    return torch.cat(latents)
+
+
+def text_dash_loss(
+    config: TrainTextDashConfig, encoded: EncodedImages, scheduler: "DDIMScheduler"
+) -> LossFunction:
+    """Give the denoising loss, with some of the prompts left out (Ho & Salimans 2022)."""
+
+    def compute_loss(model: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
+        device = encoded.latents.device
+        indices = indices.to(device)
+        clean = encoded.latents[indices]
+        dropped = torch.rand(len(indices), generator=generator, device=device)
+        rows = encoded.rows[indices] * (dropped >= config.proportion_empty_prompts)
+        steps = scheduler.config.num_train_timesteps
+        timesteps = torch.randint(steps, (len(clean),), generator=generator, device=device)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        used, rows = rows.unique(return_inverse=True)
+        return F.mse_loss(model(noisy, timesteps, encoded.tokens[used], rows).float(), noise)
+
+    return compute_loss
+
+
+def _sample_saver(
+    config: TrainTextDashConfig,
+    run: TrainingRun,
+    pipeline: "StableDiffusionPipeline",
+    prompts: list[str],
+) -> Callable[[int], None]:
+    """Give a function that draws a column of eight pictures for each prompt, with a step's weights.
+
+    `pipeline` is overwritten with the weights each time.
+    """
+    from diffusers.utils import make_image_grid
+
+    model = TextDash(pipeline.unet, pipeline.text_encoder)
+    shown = prompts[:10]
+
+    def save_samples(step: int) -> None:
+        if config.save_images_steps == 0 or step % config.save_images_steps:
+            return
+        run.copy_weights_to(model)
+        seeds = [derive_seed(config.seed, row) for row in range(8) for _ in shown]
+        images = pipeline(
+            shown * 8,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            guidance_scale=3.0,
+            num_inference_steps=25,
+        ).images
+        folder = config.output_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        make_image_grid(images, rows=8, cols=len(shown)).save(folder / f"step-{step:07d}.png")
+
+    return save_samples
+
+
+def _open_captioned(config: TrainTextDashConfig, vae: "AutoencoderKL") -> ImageDataset:
+    dataset = open_images(
+        config.train_data_dir,
+        config.dataset_name,
+        vae.config.sample_size,
+        vae.config.in_channels,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+    )
+    if config.class_names is not None:
+        dataset.captions = name_classes(dataset.labels, config.class_names)
+    return dataset
+
+
+def train_text_dash(config: TrainTextDashConfig) -> Path:
+    """Train a text-to-image Dash and save it for `StableDiffusionPipeline.from_pretrained`."""
+    from diffusers import AutoencoderKL, DDIMScheduler
+
+    accelerator = begin_run(config)
+    vae = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True)
+    vae = vae.requires_grad_(False).eval().to(accelerator.device)
+    dataset = _open_captioned(config, vae)
+    tokenizer = build_tokenizer(config, dataset.captions)
+    scheduler = DDIMScheduler(
+        beta_schedule=config.ddpm_beta_schedule,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+    encoded = EncodedImages(dataset, vae, tokenizer)
+    model, trained = (build_model(config, vae, tokenizer) for _ in range(2))
+    run = TrainingRun(
+        config, accelerator, model, encoded, text_dash_loss(config, encoded, scheduler)
+    )
+    trained = trained.to(accelerator.device).eval()
+    pipeline = make_pipeline(trained, vae, tokenizer, scheduler)
+    run.train(_sample_saver(config, run, pipeline, unique_captions(dataset.captions)[0]))
+    if accelerator.is_main_process:
+        run.copy_weights_to(trained)
+        pipeline.save_pretrained(config.output_dir)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return config.output_dir
