@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from morse.evaluation.bench.solver_pipeline import SolverPipeline
 
 
-def reuse_dot(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+def reuse_dot(sample: Tensor, timestep: Tensor, jump: JumpPoint, **conditions: object) -> Tensor:
     """Stand in for Dot with no correction at all: the control "reuse"."""
     return torch.zeros_like(sample)
 

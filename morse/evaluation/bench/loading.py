@@ -1,8 +1,10 @@
 """Loads a pipeline once and makes one of it for each solver."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,7 +67,8 @@ def load_bare(
 
     torch_device = resolve_device(device)
     with _quiet_loading():
-        loaded = MorsePipeline.from_pretrained(pipeline, dot=dot).to(torch_device)
+        absent = _absent_components(pipeline)
+        loaded = MorsePipeline.from_pretrained(pipeline, dot=dot, **absent).to(torch_device)
     if loaded.dot is None:
         raise ValueError(
             f"pipeline {pipeline!r} has no Dot; give one with --dot, or train one with "
@@ -76,6 +79,13 @@ def load_bare(
             model.to(memory_format=torch.channels_last)
     loaded_dot = loaded.dot
     return _bare_pipeline(disable_morse(loaded), pipeline), loaded_dot
+
+
+def _absent_components(pipeline: str) -> dict[str, None]:
+    """Name the components that a folder was saved without, which diffusers wants to be told."""
+    file = Path(pipeline) / "model_index.json"
+    entries = json.loads(file.read_text()) if file.is_file() else {}
+    return {name: None for name, value in entries.items() if value == [None, None]}
 
 
 def _bare_pipeline(bare: "DiffusionPipeline", name: str) -> "DiffusionPipeline":
