@@ -24,6 +24,9 @@ BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "lay
 # Timesteps between which attention is broadcast, as diffusers' documentation has them.
 BROADCAST_RANGE = (100, 800)
 SKIP_RANGE = (-1, 681)  # FasterCache's own default
+# What TaylorSeer's authors extrapolate; diffusers' own pattern misses DiT's `attn1`.
+EXTRAPOLATED = (r".*blocks\.\d+\.(attn\d*|ff|ff_context)",)
+WARM_UP_STEPS = 2  # in which cache-dit evaluates everything
 
 
 def tomesd_obstacle(pipe: "DiffusionPipeline") -> str | None:
@@ -133,7 +136,9 @@ def faster_cache(pipe: "DiffusionPipeline", every: float) -> object:
     from diffusers.hooks import FasterCacheConfig, apply_faster_cache
 
     def install(denoiser: nn.Module, timestep: Callable[[], float]) -> None:
+        # Where branches are evaluated one by one there is no batch to halve.
         config = FasterCacheConfig(
+            is_guidance_distilled=_names_branches(pipe),
             spatial_attention_block_skip_range=int(every),
             spatial_attention_timestep_skip_range=SKIP_RANGE,
             attention_weight_callback=lambda _: 0.3,  # as diffusers' example has it
@@ -149,7 +154,11 @@ def taylorseer(pipe: "DiffusionPipeline", interval: float) -> object:
     """Evaluate attention every so many steps, else extrapolate it linearly (Liu et al. 2025)."""
     from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
 
-    config = TaylorSeerCacheConfig(cache_interval=int(interval), taylor_factors_dtype=torch.float32)
+    config = TaylorSeerCacheConfig(
+        cache_interval=int(interval),
+        taylor_factors_dtype=torch.float32,
+        cache_identifiers=list(EXTRAPOLATED),
+    )
     return _installed(pipe, lambda denoiser, _: apply_taylorseer_cache(denoiser, config))
 
 
@@ -159,13 +168,27 @@ def cache_dit(pipe: "DiffusionPipeline", threshold: float) -> Iterator[None]:
     import cache_dit as package
 
     denoiser = find_denoiser(pipe)
-    package.enable_cache(
-        denoiser, cache_config=package.DBCacheConfig(residual_diff_threshold=threshold)
+    before = _attributes(denoiser)
+    config = package.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        max_warmup_steps=WARM_UP_STEPS,
+        residual_diff_threshold=threshold,
     )
+
+    def refresh() -> None:
+        steps = len(pipe.scheduler.timesteps)
+        package.refresh_context(denoiser, num_inference_steps=steps)
+
+    run = _Run(refresh)
+    watch = denoiser.register_forward_pre_hook(run.begin_evaluation, with_kwargs=True)
     try:
+        package.enable_cache(denoiser, cache_config=config)
         yield
     finally:
         package.disable_cache(denoiser)
+        watch.remove()
+        _restore(before)
 
 
 @contextmanager
@@ -178,48 +201,70 @@ def _installed(
         pipe: A pipeline.
         install: Called with the denoiser and a function that tells the current timestep.
     """
+    from diffusers.hooks import HookRegistry
+
     denoiser = find_denoiser(pipe)
-    before = {module: dict(vars(module)) for module in denoiser.modules()}
-    run = _Run(names_branches="cache_context(" in inspect.getsource(_base(pipe).__call__))
+    before = _attributes(denoiser)
+    for module in before:  # registries that remember the tree without these hooks
+        vars(module).pop("_diffusers_hook", None)
+    run = _Run(lambda: None if _names_branches(pipe) else _reset_caches(denoiser))
     watch = denoiser.register_forward_pre_hook(run.begin_evaluation, with_kwargs=True)
     try:
         install(denoiser, lambda: run.timestep)
+        HookRegistry.check_if_exists_or_initialize(denoiser).invalidate_child_registries_cache()
         yield
     finally:
         watch.remove()
-        for module, attributes in before.items():
-            for name in ("forward", "_diffusers_hook"):
-                vars(module).pop(name, None)
-                if name in attributes:
-                    setattr(module, name, attributes[name])
+        _restore(before)
 
 
-def _base(pipe: "DiffusionPipeline") -> type:
-    return getattr(type(pipe), "_morse_base", type(pipe))
+def _names_branches(pipe: "DiffusionPipeline") -> bool:
+    """Tell whether a pipeline tells caches which branch it evaluates, and resets them itself."""
+    base = getattr(type(pipe), "_morse_base", type(pipe))
+    return "cache_context(" in inspect.getsource(base.__call__)
+
+
+def _reset_caches(denoiser: nn.Module) -> None:
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+    HookRegistry.check_if_exists_or_initialize(denoiser).reset_stateful_hooks()
+    _set_cache_context(denoiser, CacheContext("both branches"))
+
+
+def _attributes(denoiser: nn.Module) -> dict[nn.Module, dict[str, object]]:
+    """Note the attributes and sub-modules of each module."""
+    return {m: {**vars(m), "_modules": dict(m._modules)} for m in denoiser.modules()}
+
+
+def _restore(before: dict[nn.Module, dict[str, object]]) -> None:
+    """Give modules the attributes and sub-modules that they had, where caches change them."""
+    for module, attributes in before.items():
+        for name in set(vars(module)) - set(attributes):
+            delattr(module, name)
+        for name in set(module._modules) - set(attributes["_modules"]):
+            del module._modules[name]
+        for name in {"forward", "_diffusers_hook"} & set(attributes):
+            setattr(module, name, attributes[name])
 
 
 class _Run:
-    """Follows a denoiser's evaluations, so that no cache outlives its run."""
+    """Follows a denoiser's evaluations, so that no cache outlives its run.
 
-    def __init__(self, names_branches: bool):
-        """Begin before the first run.
+    Attributes:
+        timestep: The latest one, in training steps: where they run up to 1 they are multiplied.
+    """
 
-        Args:
-            names_branches: Whether the pipeline tells caches which branch it evaluates.
-        """
-        self.names_branches = names_branches
+    def __init__(self, reset: Callable[[], None]):
+        """Begin before the first run; `reset` is called where a run begins."""
+        self.reset = reset
         self.timestep = self._first = float("nan")
 
     def begin_evaluation(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note the timestep, and reset the caches where it is as large as the first one."""
-        from diffusers.hooks import HookRegistry
-        from diffusers.hooks.hooks import CacheContext, _set_cache_context
-
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self.timestep = float(torch.as_tensor(timestep).flatten()[0])
-        if not self.timestep < self._first:  # each run's timesteps fall
-            self._first = self.timestep
-            if hasattr(module, "_diffusers_hook") or not self.names_branches:
-                HookRegistry.check_if_exists_or_initialize(module).reset_stateful_hooks()
-        if not self.names_branches:
-            _set_cache_context(module, CacheContext("both branches"))
+        """Note the timestep; a run begins where it is as large as the first one."""
+        value = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        timestep = float(torch.as_tensor(value).flatten()[0])
+        if not timestep < self._first:  # each run's timesteps fall
+            self._first = timestep
+            self.reset()
+        self.timestep = timestep * 1000 if self._first <= 1 else timestep
