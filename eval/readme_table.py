@@ -88,8 +88,13 @@ def _cell(result: Result, row: Measured | None) -> str:
 
 def update(text: str, result: Result) -> str:
     """Return README's text with the table between its marks redone."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{make_table(result)}\n{END}{rest.split(END)[1]}"
+    return replace_between(text, BEGIN, END, make_table(result))
+
+
+def replace_between(text: str, begin: str, end: str, content: str) -> str:
+    """Return a text with what stands between two marks replaced."""
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from functools import cache
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
-from morse.calls import MorseCalls, find_controlnet, find_denoiser
+from morse.calls import MorseCalls
+from morse.denoisers import find_controlnet, find_denoiser, find_denoisers
 from morse.dot import MorseDot
 from morse.sampling import Dot
 from morse.switch import install_switch, remove_switch
@@ -69,7 +70,8 @@ def enable_morse(
         pipe.dot = dot
     pipe.speed_ratio = dot.config.speed_ratio if isinstance(dot, MorseDot) else None
     pipe.measured = pipe.last_run = None
-    install_switch(denoiser)
+    for module in find_denoisers(pipe).values():
+        install_switch(module)
     return pipe
 
 
@@ -78,7 +80,7 @@ def disable_morse(pipe: DiffusionPipeline) -> DiffusionPipeline:
     base = getattr(type(pipe), "_morse_base", None)
     if base is None:
         return pipe
-    for module in filter(None, (find_denoiser(pipe), find_controlnet(pipe))):
+    for module in filter(None, (*find_denoisers(pipe).values(), find_controlnet(pipe))):
         remove_switch(module)
     pipe.__class__ = base
     for name in ("dot", "speed_ratio", "measured", "last_run"):

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from statistics import median, quantiles
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import nn
 
+from morse.denoisers import Denoiser, find_controlnet, find_denoisers
 from morse.dot import MorseDot
 from morse.plan import MorsePlan
 from morse.rates import choose_base_space
@@ -82,15 +81,18 @@ class MorseCalls:
         return {p.name: p.default for p in parameters if p.default is not p.empty} | arguments
 
     def _run(self, plan: MorsePlan, arguments: dict, timed: bool = False) -> object:
-        denoiser, controlnet = find_denoiser(self), find_controlnet(self)
-        if isinstance(self.dot, MorseDot):
-            self.dot.bind(denoiser)
-        for module in filter(None, (denoiser, controlnet)):
+        denoisers, controlnet = find_denoisers(self), find_controlnet(self)
+        for module in filter(None, (*denoisers.values(), controlnet)):
             install_switch(module)
         base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"))
         run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None, base_space=base_space)
-        run.denoiser, run.controlnet = denoiser, controlnet
-        run.dot, run.scheduler = self.dot, self.scheduler
+        # A weight-shared Dot belongs to the denoiser that starts.
+        shared_with = next(iter(denoisers)) if isinstance(self.dot, MorseDot) else None
+        run.denoisers = [
+            Denoiser(name, module, self.dot if shared_with in (None, name) else None)
+            for name, module in denoisers.items()
+        ]
+        run.controlnet, run.scheduler = controlnet, self.scheduler
         self.last_run, started = run, time.perf_counter()
         token = CURRENT_RUN.set(run)
         try:
@@ -217,21 +219,3 @@ def _plan_from_counts(num_dash: int | None, num_dot: int | None, steps: int | No
             "and num_inference_steps."
         )
     return MorsePlan.from_steps(steps, num_dash if num_dash is not None else steps - num_dot)
-
-
-def find_denoiser(pipe: DiffusionPipeline) -> nn.Module:
-    """Give a pipeline's `unet` or `transformer`.
-
-    Raises:
-        ValueError: If it has neither.
-    """
-    for name in ("unet", "transformer"):
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            return getattr(pipe, name)
-    raise ValueError(f"{type(pipe).__name__} has no unet or transformer to speed up.")
-
-
-def find_controlnet(pipe: DiffusionPipeline) -> nn.Module | None:
-    """Give a pipeline's `controlnet`, or None."""
-    controlnet = getattr(pipe, "controlnet", None)
-    return controlnet if isinstance(controlnet, nn.Module) else None

@@ -1,7 +1,8 @@
 """A ControlNet beside the denoiser runs where Dash runs; Dot is steered by its latest features.
 
 Pipelines evaluate it before every denoiser call, at about half of the denoiser's cost, so that it
-would eat up most of what Dot saves.
+would eat up most of what Dot saves. Several ControlNets are one module, which adds up what they
+return.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from morse.branches import Branches
+from morse.denoisers import Call
 from morse.plan import ModelName
 
 
@@ -16,32 +19,35 @@ from morse.plan import ModelName
 class LatestFeatures:
     """The features computed last, for each branch of a step, and what they were computed for."""
 
-    _kept: dict[int, tuple[object, object]] = field(default_factory=dict)
+    _branches: Branches = field(default_factory=Branches)
     _index: int | None = None
-    _branch: int = -1
 
     def answer(
-        self, index: int | None, model: ModelName, settings: object, compute: Callable[[], object]
+        self, index: int | None, model: ModelName, call: Call, compute: Callable[[], object]
     ) -> object:
         """Answer one call of the ControlNet.
 
         Args:
             index: Where the scheduler stands, or None.
             model: Which model the plan has for the denoiser call that follows.
-            settings: What must be as it was for features to be used again: size, strength.
+            call: What the ControlNet is given. Features are used again where size and conditions
+                are as they were: the strength, which its end sets to zero, the picture, the text.
             compute: Runs the ControlNet.
         """
-        again = index is not None and index == self._index
-        self._index, self._branch = index, self._branch + 1 if again else 0
-        kept_for, features = self._kept.get(self._branch, (None, None))
-        if model == "dash" or kept_for != settings:
+        if index is None or index != self._index:
+            self._branches.start_step(forget=model == "dash")
+        self._index = index
+        features = None if model == "dash" else self._branches.find(self, call)
+        if features is None:
             features = compute()
-            self._kept[self._branch] = settings, _clone(features)
+            self._branches.keep(self, call, _clone(features))
         return features
 
 
 def _clone(features: object) -> object:
     """Copy features: compiled models reuse their output buffers."""
+    if features is None:  # some models have features for one kind of their blocks only
+        return None
     if isinstance(features, Tensor):
         return features.clone()
     if isinstance(features, (list, tuple)):

@@ -29,6 +29,8 @@ def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], ste
     scheduler = copy.deepcopy(pipe.scheduler)
     steps = _set_timesteps(scheduler, arguments, steps)
     timesteps = scheduler.timesteps
+    if type(scheduler).__name__ == "DDPMWuerstchenScheduler":
+        timesteps = timesteps[:-1]  # the clean end, where nothing is evaluated
     cut = getattr(type(pipe), "get_timesteps", None)
     # Latent consistency's image-to-image has the method too, but its scheduler applies `strength`.
     if cut is not None and "strength" in arguments and "original_inference_steps" not in arguments:

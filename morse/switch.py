@@ -1,6 +1,6 @@
 """The switch at the denoiser: inside a planned run Dash or Dot, otherwise plain Dash.
 
-A ControlNet gets one too: it is not evaluated where Dot comes next.
+Each of several denoisers gets one, and a ControlNet too: it is not evaluated where Dot comes next.
 
 It sits in `nn.Module`'s private slot `_compiled_call_impl`, which a call consults first and which
 copies and saved files leave out. Unlike a replaced forward method, a proxy module or a hook it
@@ -11,26 +11,27 @@ Which run is going on is said by a context variable. So an interrupted run leave
 the denoiser called outside the pipeline is plain Dash, and threads do not disturb each other.
 """
 
-import inspect
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from morse.branches import Branches, steady_conditions
 from morse.clock import scheduler_index
 from morse.controlnet import LatestFeatures
+from morse.denoisers import Call, Denoiser, take_apart
+from morse.dot import MorseDot
+from morse.estimates import LatestEstimate, correct_estimate, keep_estimate
 from morse.plan import ModelName, MorsePlan
-from morse.rates import noise_rates, prediction_type
-from morse.sampling import Dot, JumpPoint, dot_estimate, estimate
-from morse.spaces import BaseSpace, Rates, rebase
+from morse.rates import noise_rates
+from morse.sampling import Dot
+from morse.spaces import BaseSpace, Rates
 
 CURRENT_RUN: ContextVar["MorseRun | None"] = ContextVar("morse_run", default=None)
-_SAMPLE_NAMES = ("sample", "hidden_states")
 
 
 @dataclass
@@ -56,24 +57,26 @@ class MorseRun:
     seconds: float = 0.0
     timings: list[tuple[ModelName, float]] | None = None
     base_space: BaseSpace = "raw"
-    denoiser: nn.Module | None = field(default=None, repr=False)
+    denoisers: Sequence[Denoiser] = field(default=(), repr=False)
     controlnet: nn.Module | None = field(default=None, repr=False)
-    dot: Dot | None = field(default=None, repr=False)
     scheduler: object = field(default=None, repr=False)
-    _jumps: dict[int, JumpPoint] = field(default_factory=dict, repr=False)
-    _rates: dict[int, Rates | None] = field(default_factory=dict, repr=False)
+    _branches: Branches = field(default_factory=Branches, repr=False)
     _features: LatestFeatures = field(default_factory=LatestFeatures, repr=False)
-    _container: Callable[[Tensor], object] = field(default=lambda tensor: (tensor,), repr=False)
+    _steps: list[Counter[ModelName]] = field(default_factory=list, repr=False)
+    _bound: set[str] = field(default_factory=set, repr=False)
     _index: int = field(default=-1, repr=False)
     _step: int = field(default=-1, repr=False)
-    _branch: int = field(default=-1, repr=False)
 
     @property
     def lsd(self) -> float | None:
-        """Cost of the evaluations made: 1 for Dash's, 1/N for Dot's; None where N is not known."""
+        """Cost of the steps made: 1 for Dash's, 1/N for Dot's; None where N is not known.
+
+        A step's evaluations, where guidance makes several, are a share of it each.
+        """
+        dash = sum(step["dash"] / step.total() for step in self._steps)
         if self.speed_ratio is None:
-            return None if self.num_dot else float(self.num_dash)
-        return self.num_dash + self.num_dot / self.speed_ratio
+            return None if self.num_dot else float(dash)
+        return dash + sum(step["dot"] / step.total() for step in self._steps) / self.speed_ratio
 
     @property
     def num_steps(self) -> int:
@@ -83,65 +86,96 @@ class MorseRun:
     def finish(self, seconds: float) -> None:
         """Note the wall time and let go of models and samples."""
         self.seconds = seconds
-        self.denoiser = self.controlnet = self.dot = self.scheduler = None
-        self._jumps.clear()
-        self._rates.clear()
-        self._features = LatestFeatures()
+        self.denoisers, self.controlnet, self.scheduler = (), None, None
+        self._branches, self._features = Branches(), LatestFeatures()
 
-    def evaluate(self, plain: Callable[..., object], args: tuple, kwargs: dict) -> object:
-        """Answer one call of the denoiser as planned (Equation 5).
+    def answer(
+        self, module: nn.Module, plain: Callable[..., object], args: tuple, kwargs: dict
+    ) -> object:
+        """Answer one call of a denoiser or ControlNet as planned (Equation 5).
 
         Args:
-            plain: Calls Dash itself.
+            module: What was called.
+            plain: Calls it without Morse.
             args: The call's arguments.
             kwargs: The call's keyword arguments.
 
         Returns:
-            What Dash would return: its own output, or Dot's estimate in the same container.
+            What it would return: its own output, or Dot's estimate in the same container.
         """
-        sample, timestep, conditions = _take_apart(self.denoiser, args, kwargs)
-        model = self._choose(sample, timestep)
-        started = self._now(sample)
-        timestep = torch.as_tensor(timestep, device=getattr(sample, "device", None))
-        here = self._rates_at(sample, timestep)
-        output = None
 
-        def dash(sample: Tensor, timestep: Tensor) -> Tensor:
-            nonlocal output
-            output = plain(*args, **kwargs)
-            return output[0]
+        def compute() -> object:
+            return plain(*args, **kwargs)
 
-        def residual(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
-            return self.dot(sample, timestep, jump, **conditions)
+        denoiser = next((each for each in self.denoisers if each.module is module), None)
+        if denoiser is None and module is not self.controlnet:
+            return compute()
+        call = take_apart(module, args, kwargs)
+        if call is None:
+            if denoiser is not None:
+                self.fallbacks["the denoiser is not given one sample and one timestep"] += 1
+                self._steps.append(Counter())
+                self._count("dash")
+            return compute()
+        if denoiser is None:
+            return self._steer(call, compute)
+        return self._evaluate(denoiser, call, compute)
 
-        def dot(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
-            return dot_estimate(residual, sample, timestep, jump, self._base(jump, sample, here))
-
-        residual.independent = getattr(self.dot, "independent", False)
-        dot.independent = True  # the base is in it
-        model_output, self._jumps[self._branch] = estimate(
-            model, sample, timestep, self._jumps.get(self._branch), dash, dot
-        )
-        if model == "dot":
-            self.num_dot += 1
-            output = self._container(model_output)
+    def _evaluate(self, denoiser: Denoiser, call: Call, compute: Callable[[], object]) -> object:
+        self._advance(call.timestep)
+        started, steady = self._now(call.sample), steady_conditions(call)
+        timestep = torch.as_tensor(call.timestep, device=call.sample.device)
+        rates = self._rates_at(call.sample, timestep)
+        latest = self._latest(denoiser, steady)
+        if latest is not None:
+            here = (timestep, rates, self.base_space, self.scheduler)
+            output = correct_estimate(latest, self._bind(denoiser), call, *here)
         else:
-            self.num_dash += 1
-            self._rates[self._branch] = here
-            self._container = _container_of(output)
+            output = compute()
+            kept = keep_estimate(output, call.sample, timestep, rates)
+            self._branches.keep(denoiser, steady, kept)
+        model: ModelName = "dash" if latest is None else "dot"
+        self._count(model)
         if self.timings is not None:
-            self.timings.append((model, self._now(sample) - started))
+            self.timings.append((model, self._now(call.sample) - started))
         return output
 
-    def steer(self, plain: Callable[..., object], args: tuple, kwargs: dict) -> object:
+    def _latest(self, denoiser: Denoiser, call: Call) -> LatestEstimate | None:
+        """Give what Dot is to correct; None where Dash runs, with the reason if not planned."""
+        if self._step >= len(self.plan):
+            self.fallbacks["the plan has ended"] += 1
+            return None
+        if self._planned(self._step) == "dash":
+            return None
+        if denoiser.dot is None:
+            kept: object = "it has no Dot"
+        else:
+            kept = self._branches.find(denoiser, call)
+        if isinstance(kept, LatestEstimate):
+            return kept
+        reason = kept or self._branches.why_missing(denoiser, call)
+        if len(self.denoisers) > 1:
+            reason = f"{denoiser.name}: {reason}"
+        self.fallbacks[reason] += 1
+        return None
+
+    def _bind(self, denoiser: Denoiser) -> Dot:
+        """Let a weight-shared Dot look at Dash once a run, as it is when Dot is first needed.
+
+        Not before the run: some pipelines give Dash other attention processors meanwhile.
+        """
+        if isinstance(denoiser.dot, MorseDot) and denoiser.name not in self._bound:
+            denoiser.dot.bind(denoiser.module)
+            self._bound.add(denoiser.name)
+        return denoiser.dot
+
+    def _steer(self, call: Call, compute: Callable[[], object]) -> object:
         """Answer one call of the ControlNet; its features are those of Dash where Dot is next."""
-        sample, timestep, _ = _take_apart(self.controlnet, args, kwargs)
-        index = scheduler_index(self.scheduler, timestep)
+        index = scheduler_index(self.scheduler, call.timestep)
         model: ModelName = "dash"
         if index is not None and index >= self._index:
             model = self._planned(self._step + (index > self._index))
-        settings = sample.shape, kwargs.get("conditioning_scale")
-        return self._features.answer(index, model, settings, lambda: plain(*args, **kwargs))
+        return self._features.answer(index, model, call, compute)
 
     def _planned(self, step: int) -> ModelName:
         return self.plan[step] if 0 <= step < len(self.plan) else "dash"
@@ -151,75 +185,32 @@ class MorseRun:
             return None
         return noise_rates(self.scheduler, self._index, timestep, sample)
 
-    def _base(self, jump: JumpPoint, sample: Tensor, here: Rates | None) -> Tensor | None:
-        if here is None:
-            return None
-        then = jump.sample, self._rates[self._branch]
-        kind = prediction_type(self.scheduler)
-        return rebase(self.base_space, jump.model_output, then, (sample, here), kind)
-
-    def _choose(self, sample: object, timestep: object) -> ModelName:
-        obstacle = self._advance(sample, timestep)
-        if self._step >= len(self.plan):
-            self.fallbacks["the plan has ended"] += 1
-            return "dash"
-        planned = self._planned(self._step)
-        if planned == "dot" and obstacle is not None:
-            self.fallbacks[obstacle] += 1
-            return "dash"
-        return planned
-
-    def _advance(self, sample: object, timestep: object) -> str | None:
-        """Follow the scheduler by one evaluation; returns why Dot can't make it, or None."""
+    def _advance(self, timestep: object) -> None:
+        """Follow the scheduler by one evaluation."""
         index = scheduler_index(self.scheduler, timestep)
+        if index is not None and index == self._index:
+            return  # another branch of the step, such as separate guidance
         if index is None:
             self.fallbacks["the scheduler does not tell its step"] += 1
-            self._index = self._step = -1
-            return None
-        # A step may evaluate several branches, such as separate guidance, one after the other.
-        self._branch = self._branch + 1 if index == self._index else 0
-        if index < self._index:  # another pass over the timesteps
-            self._jumps.clear()
+            index = self._step = -1
+        elif index < self._index:  # another pass over the timesteps
             self._step = 0
-        elif index > self._index:
+        else:
             # Counted, not taken from the index: image-to-image starts in the middle.
             self._step += 1
         self._index = index
-        jump = self._jumps.get(self._branch)
-        if jump is None:
-            return "no earlier Dash evaluation"
-        if jump.sample.shape != getattr(sample, "shape", None):
-            return "the sample changed its shape"
-        return None
+        self._steps.append(Counter())
+        self._branches.start_step(forget=self._planned(self._step) == "dash")
+
+    def _count(self, model: ModelName) -> None:
+        self.num_dash += model == "dash"
+        self.num_dot += model == "dot"
+        self._steps[-1][model] += 1
 
     def _now(self, sample: Tensor) -> float:
         if self.timings is not None and sample.device.type != "cpu":
             torch.accelerator.synchronize(sample.device)
         return time.perf_counter()
-
-
-@cache
-def _signature(denoiser_class: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(denoiser_class.forward)
-
-
-def _take_apart(
-    denoiser: nn.Module, args: tuple, kwargs: dict
-) -> tuple[Tensor, Tensor | float, dict[str, object]]:
-    """Split a denoiser's arguments into sample, timestep and the conditions that remain."""
-    given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
-    given |= given.pop("kwargs", {})
-    given.pop("self", None)
-    given.pop("return_dict", None)
-    sample_name = next(name for name in _SAMPLE_NAMES if name in given)
-    return given.pop(sample_name), given.pop("timestep"), given
-
-
-def _container_of(output: object) -> Callable[[Tensor], object]:
-    """Give the constructor of a denoiser's kind of output: a tuple, or a class of one field."""
-    if isinstance(output, tuple):
-        return lambda tensor: (tensor,)
-    return lambda tensor: type(output)(**{next(iter(output.keys())): tensor})
 
 
 class _Switch:
@@ -230,11 +221,13 @@ class _Switch:
     def __call__(self, *args: object, **kwargs: object) -> object:
         plain = self.compiled or self.module._call_impl
         run = CURRENT_RUN.get()
-        if run is not None and run.denoiser is self.module:
-            return run.evaluate(plain, args, kwargs)
-        if run is not None and run.controlnet is self.module:
-            return run.steer(plain, args, kwargs)
-        return plain(*args, **kwargs)
+        if run is None:
+            return plain(*args, **kwargs)
+        token = CURRENT_RUN.set(None)  # what runs inside, such as a Dot that calls Dash, is plain
+        try:
+            return run.answer(self.module, plain, args, kwargs)
+        finally:
+            CURRENT_RUN.reset(token)
 
 
 def install_switch(module: nn.Module) -> None:

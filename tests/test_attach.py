@@ -318,29 +318,32 @@ class TestFallbacks:
         assert pipe.last_run.fallbacks == {"the plan has ended": 2}
 
     def test_another_shape_falls_back(self, pipe, dot):
+        from morse.denoisers import Denoiser
         from morse.switch import MorseRun
 
         run = MorseRun(MorsePlan.from_string("Doo"), 5.0)
-        run.denoiser, run.dot, run.scheduler = pipe.unet, dot, pipe.scheduler
+        run.denoisers, run.scheduler = [Denoiser("unet", pipe.unet, dot)], pipe.scheduler
         pipe.scheduler.set_timesteps(3)
         for index, size in enumerate((16, 16, 8)):
             x = torch.randn(1, 1, size, size)
-            run.evaluate(pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
+            run.answer(pipe.unet, pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
         assert (run.num_dash, run.num_dot) == (2, 1)
         assert run.fallbacks == {"the sample changed its shape": 1}
 
     def test_a_second_pass_over_the_timesteps_starts_anew(self, pipe, dot):
+        from morse.denoisers import Denoiser
         from morse.switch import MorseRun
 
         run = MorseRun(MorsePlan.from_string("Do"), 5.0)
-        run.denoiser, run.dot, run.scheduler = pipe.unet, dot, pipe.scheduler
+        run.denoisers, run.scheduler = [Denoiser("unet", pipe.unet, dot)], pipe.scheduler
         pipe.scheduler.set_timesteps(2)
         x = torch.randn(1, 1, 16, 16)
         for index in (0, 1, 0, 1):
-            run.evaluate(pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
+            run.answer(pipe.unet, pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
         assert (run.num_dash, run.num_dot) == (2, 2)
 
     def test_separate_branches_of_a_step_have_their_own_jump_points(self, pipe, dot):
+        from morse.denoisers import Denoiser
         from morse.switch import MorseRun
 
         run = MorseRun(MorsePlan.from_string("Do"), 5.0)
@@ -350,12 +353,14 @@ class TestFallbacks:
             seen.append(jump.sample)
             return torch.zeros_like(x)
 
-        run.denoiser, run.dot, run.scheduler = pipe.unet, own, pipe.scheduler
+        run.denoisers, run.scheduler = [Denoiser("unet", pipe.unet, own)], pipe.scheduler
         pipe.scheduler.set_timesteps(2)
         branches = torch.randn(2, 1, 1, 16, 16)
         for index in range(2):
             for x in branches:
-                run.evaluate(pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
+                run.answer(
+                    pipe.unet, pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {}
+                )
         assert torch.equal(torch.stack(seen), branches)
 
 

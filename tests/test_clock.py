@@ -40,3 +40,28 @@ def test_repeated_values_are_told_apart_by_their_place():
 
 def test_a_scheduler_without_a_run_tells_nothing():
     assert scheduler_index(make_scheduler("ddim", CONFIG), torch.tensor(5)) is None
+
+
+def test_the_first_step_is_known_where_the_pipeline_scales_the_timestep():
+    """Flux's pipelines give the transformer timestep / 1000."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    sample = torch.randn(1, 1, 4, 4)
+    for index, timestep in enumerate(scheduler.timesteps):
+        assert scheduler_index(scheduler, timestep.repeat(2) / 1000) == index
+        sample = scheduler.step(sample * 0.1, timestep, sample).prev_sample
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(2)  # image to image
+    assert scheduler_index(scheduler, scheduler.timesteps[2].repeat(2) / 1000) == 2
+
+
+def test_timesteps_that_were_rounded():
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    assert not hasattr(scheduler, "num_inference_steps")
+    for dtype, count in ((torch.bfloat16, 60), (torch.float16, 500)):
+        scheduler.set_timesteps(count)
+        assert scheduler.timesteps[7].to(dtype) != scheduler.timesteps[7]
+        found = [scheduler_index(scheduler, t.to(dtype).repeat(2)) for t in scheduler.timesteps]
+        assert found == list(range(count + 1))
+    scheduler.set_timesteps(500)  # closer to each other than the rounding
+    assert scheduler_index(scheduler, scheduler.timesteps[7].bfloat16().repeat(2)) is None

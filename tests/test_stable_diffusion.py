@@ -3,19 +3,11 @@
 import diffusers
 import pytest
 import torch
+from pipeline_checks import check, latents, make_dot
 from tiny_pipelines import picture, stable_diffusion, text_inputs, text_unet, xl_unet
 
-from morse import MorseDot, disable_morse, enable_morse
+from morse import enable_morse
 from morse.plan import MorsePlan
-
-
-def make_dot(unet, num_down_blocks=1, **options):
-    torch.manual_seed(1)
-    dot = MorseDot.from_dash(unet, num_down_blocks, lora_rank=2, **options)
-    with torch.no_grad():
-        for parameter in dot.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return dot.eval()
 
 
 @pytest.fixture(scope="module")
@@ -26,34 +18,6 @@ def unet():
 @pytest.fixture(scope="module")
 def dot(unet):
     return make_dot(unet)
-
-
-def latents(pipe, **kwargs):
-    generator = torch.Generator().manual_seed(0)
-    return pipe(generator=generator, output_type="latent", **kwargs).images
-
-
-def check(pipe, dot, steps, length, state_steps=False, **kwargs):
-    """`steps` are num_inference_steps that make `length` evaluations of the bare pipeline.
-
-    They are to be found by Morse, or stated where other numbers give the same length.
-    """
-    classes, config = type(pipe), dict(pipe.config)
-    stated = {"num_inference_steps": steps} if state_steps else {}
-    counts = {"num_dash_steps": 2, "num_dot_steps": length - 2, **stated}
-    expected = latents(pipe, num_inference_steps=steps, **kwargs)
-    enable_morse(pipe, dot)
-    assert torch.equal(latents(pipe, plan="D" * length, **stated, **kwargs), expected)
-    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (length, 0)
-    assert pipe.last_run.fallbacks == {}
-    found = latents(pipe, **counts, **kwargs)
-    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, length - 2)
-    assert pipe.last_run.fallbacks == {}
-    assert found.isfinite().all() and not torch.equal(found, expected)
-    assert torch.equal(latents(pipe, **counts, **kwargs), found)
-    disable_morse(pipe)
-    assert type(pipe) is classes and dict(pipe.config) == config
-    assert torch.equal(latents(pipe, num_inference_steps=steps, **kwargs), expected)
 
 
 class TestTextToImage:

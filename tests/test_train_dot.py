@@ -179,7 +179,8 @@ class TestCache:
             total += count
             paths.append(tmp_path / f"{number}.safetensors")
             points = rows.reshape(-1, 1, 1, 1, 1).half()
-            tensors = {"timesteps": rows[:, None], "samples": points, "outputs": -points}
+            outputs = -points[:, :, None]
+            tensors = {"timesteps": rows[:, None], "samples": points, "outputs": outputs}
             save_file(tensors, paths[-1])
         cache = WindowCache(paths, torch.device("cpu"))
         # In bf16 training on a CPU, where concatenating half precision is refused.

@@ -4,14 +4,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch.testing import assert_close
 
 from morse.sampling import make_pair
-from morse.training.windows import (
-    Pairs,
-    draw_timesteps,
-    fresh_window,
-    make_window,
-    pick_pairs,
-    weighted_loss,
-)
+from morse.training.frozen import FrozenDash
+from morse.training.pairs import Pairs, weighted_loss
+from morse.training.schedule import NoiseSchedule
+from morse.training.windows import draw_timesteps, fresh_window, make_window, pick_pairs
 
 ALPHAS = DDPMScheduler().alphas_cumprod
 
@@ -22,6 +18,13 @@ def seeded(seed=0):
 
 def dash(sample, timestep):
     return torch.tanh(sample.roll(1, -1) + timestep.reshape(-1, 1, 1, 1) / 1000)
+
+
+def model(sample, timestep, return_dict):
+    return (dash(sample, timestep),)
+
+
+FROZEN = FrozenDash(model, NoiseSchedule.variance_preserving(ALPHAS), "epsilon")
 
 
 def data(batch_size=4, seed=0):
@@ -61,14 +64,14 @@ def test_plan_timesteps_are_neighbours_on_trailing_grids():
 def test_a_window_of_one_step_is_algorithm_1():
     clean, noise = data(), data(seed=1)
     timesteps = torch.tensor([[900, 700], [500, 499], [300, 20], [40, 0]])
-    window = make_window(dash, clean, noise, timesteps, torch.zeros(4).bool(), ALPHAS, "epsilon")
+    window = make_window(FROZEN, clean, noise, timesteps, torch.zeros(4).bool())
     jump, sample, target = make_pair(dash, clean, noise, timesteps.unbind(1), ALPHAS)
     # Windows round to half precision.
     assert_close(window.samples[:, 0], jump.sample, rtol=1e-3, atol=1e-3)
-    assert_close(window.outputs[:, 0], jump.model_output, rtol=1e-3, atol=2e-3)
+    assert_close(window.outputs[:, 0, 0], jump.model_output, rtol=1e-3, atol=2e-3)
     scale = sample.abs().amax()  # x_to magnifies rounding where alpha(t_s) is small
     assert_close(window.samples[:, 1] / scale, sample / scale, rtol=1e-2, atol=1e-2)
-    assert (window.outputs[:, 1] - target).abs().mean() < 0.02
+    assert (window.outputs[:, 1, 0] - target).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,7 @@ def test_a_window_follows_diffusers_solver(scheduler_class, second_order):
     grid = scheduler.timesteps[2:6]
     clean, noise = data(), data(seed=1)
     order = torch.full((4,), second_order)
-    window = make_window(dash, clean, noise, grid.expand(4, -1), order, ALPHAS, "epsilon")
+    window = make_window(FROZEN, clean, noise, grid.expand(4, -1), order)
     sample = window.samples[:, 0].clone()
     for index, timestep in enumerate(grid):
         assert_close(window.samples[:, index], sample, rtol=5e-3, atol=5e-3)
@@ -97,18 +100,18 @@ def test_a_dot_makes_the_steps_and_dash_the_targets():
 
     timesteps = torch.tensor([[600, 500, 400]]).expand(4, -1)
     order = torch.zeros(4).bool()
-    arguments = (data(), data(seed=1), timesteps, order, ALPHAS, "epsilon")
-    plain = make_window(dash, *arguments)
-    own = make_window(dash, *arguments, dot=constant_dot)
+    arguments = (data(), data(seed=1), timesteps, order)
+    plain = make_window(FROZEN, *arguments)
+    own = make_window(FROZEN, *arguments, dot=constant_dot)
     assert torch.equal(own.samples[:, :2], plain.samples[:, :2])
     assert (own.samples[:, 2] - plain.samples[:, 2]).abs().max() > 0.01
-    assert_close(own.outputs[:, 2], dash(own.samples[:, 2], timesteps[:, 2]), rtol=0, atol=1e-3)
+    assert_close(own.outputs[:, 2, 0], dash(own.samples[:, 2], timesteps[:, 2]), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_pairs_belong_together(first):
-    window = fresh_window(dash, data(50), seeded(), 6, "plans", ALPHAS, "epsilon")
-    pairs = pick_pairs(window, 7, seeded(1), first)
+    window = fresh_window(FROZEN, data(50), seeded(), 6, "plans")
+    pairs = pick_pairs(FROZEN, window, 7, seeded(1), first)
     assert pairs.sample.shape == (350, 1, 4, 4)
     assert (pairs.timestep < pairs.jump.timestep).all()
     assert_close(dash(pairs.sample, pairs.timestep), pairs.target, rtol=0, atol=1e-3)
@@ -120,8 +123,8 @@ def test_pairs_belong_together(first):
 
 
 def test_weights():
-    window = fresh_window(dash, data(), seeded(), 4, "plans", ALPHAS, "epsilon")
-    pairs: Pairs = pick_pairs(window, 8, seeded(1), first=False)
+    window = fresh_window(FROZEN, data(), seeded(), 4, "plans")
+    pairs: Pairs = pick_pairs(FROZEN, window, 8, seeded(1), first=False)
     for weighting in ("none", "gap"):
         assert weighted_loss(pairs.target, pairs, weighting) == 0
     assert_close(

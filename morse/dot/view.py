@@ -74,9 +74,14 @@ def lora_targets(dash: nn.Module) -> dict[str, dict[str, object]]:
     leaves = {
         name: describe_leaf(module)
         for name, module in dash.named_modules()
-        if name not in (ports.entry, ports.exit)
+        if name not in (ports.entry, ports.exit) and not _is_ip_adapter(name)
     }
     return {name: spec for name, spec in leaves.items() if spec is not None}
+
+
+def _is_ip_adapter(name: str) -> bool:
+    """Whether a module or parameter came with an IP-Adapter, which can be loaded at any time."""
+    return "encoder_hid_proj.image_projection_layers" in name or ".processor." in name
 
 
 def describe_dash(dash: nn.Module, num_down_blocks: int) -> dict[str, object]:
@@ -154,9 +159,10 @@ def fingerprint(dash: nn.Module) -> dict[str, object]:
     The projections are onto fixed cosines and change little with the dtype, so that the same
     weights in float16 still match.
     """
-    shapes = [(name, tuple(value.shape)) for name, value in dash.named_parameters()]
+    own = {name: value for name, value in dash.named_parameters() if not _is_ip_adapter(name)}
+    shapes = [(name, tuple(value.shape)) for name, value in own.items()]
     digest = hashlib.sha256(f"{type(dash).__name__} {shapes}".encode()).hexdigest()[:12]
-    weights = [value for _, value in dash.named_parameters() if value.ndim > 1]
+    weights = [value for value in own.values() if value.ndim > 1]
     # On "meta", where only shapes count, there are no values to look at.
     sampled = [w for w in weights[:: max(1, len(weights) // 8)][:8] if not w.is_meta]
     return {

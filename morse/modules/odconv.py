@@ -25,25 +25,14 @@ from morse.modules.odconv_attention import (
     head_widths,
     hidden_width,
     kaiming_,
-    linear_temperature,
     mix_candidates,
     square,
 )
+from morse.modules.temperature import linear_temperature, set_temperature
 
 __all__ = ["ODConv2d", "linear_temperature", "set_temperature"]
 
 Init = Literal["official", "identity"]
-
-
-def set_temperature(module: nn.Module, temperature: float) -> int:
-    """Set the temperature of every `ODConv2d` in `module`, itself included.
-
-    Returns how many there are; ValueError if `temperature` is not finite and above 0.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, ODConv2d)]
-    for layer in layers:
-        layer.set_temperature(temperature)
-    return len(layers)
 
 
 class ODConv2d(nn.Module):

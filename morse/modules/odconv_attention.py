@@ -13,27 +13,6 @@ from torch.nn import functional
 AttentionNorm = Literal["batch", "layer", "group", "none"]
 
 
-def linear_temperature(step: int, total: int, start: float = 30.0, end: float = 1.0) -> float:
-    """Anneal the attention's temperature in a straight line (ODConv, section 3.2 and its code).
-
-    Args:
-        step: Optimizer steps taken so far, counting the coming one, so that the last of `total`
-            lands on `end`; at least 0. Steps beyond `total` stay at `end`.
-        total: Steps of annealing, at least 1 (the paper's 10 epochs of ImageNet).
-        start: Temperature at step 0, above 0.
-        end: Temperature from `total` on, above 0.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-    if step < 0:
-        raise ValueError(f"step must be at least 0, got {step}")
-    if total < 1:
-        raise ValueError(f"total must be at least 1, got {total}; to stay at {end} call nothing")
-    left = max(0, total - step) / total
-    return checked_temperature(end) + (checked_temperature(start) - end) * left
-
-
 def head_widths(
     in_channels: int, out_channels: int, kernel_size: int, groups: int, kernel_num: int
 ) -> dict[str, int]:

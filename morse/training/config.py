@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
-from morse.training.windows import LossWeighting, TimestepSampling
+from morse.training.pairs import LossWeighting
+from morse.training.windows import TimestepSampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,33 @@ class TrainDotConfig(TrainingConfig):
         metadata={"help": "folder or hub id of the pipeline whose denoiser is the Dash"}
     )
     resolution: int | None = field(
-        default=None, metadata={"help": "height and width; the denoiser's sample size if not given"}
+        default=None,
+        metadata={"help": "height and width of images; what the denoiser is made for if not given"},
+    )
+    caption_column: str | None = field(
+        default=None,
+        metadata={"help": "captions: a hub dataset's column, or a name in metadata.jsonl"},
+    )
+    class_names: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "captions for labelled images: a text for each class"}
+    )
+    guidance_scale: tuple[float, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "LOW HIGH: scales are drawn uniformly between them; 1 1 for no guidance; "
+            "2 10, as in the paper, if not given and the pipeline has a negative prompt or class"
+        },
+    )
+    even_guidance: bool = field(
+        default=True,
+        metadata={"help": "keep high scales from dominating the loss: by 1 / ((1 - w)^2 + w^2)"},
+    )
+    base_space: BaseSpace | None = field(
+        default=None,
+        metadata={
+            "help": "what of Dash's latest estimate Dot corrects; if not given it is trained on "
+            "raw outputs and the scheduler decides when sampling"
+        },
     )
     num_down_blocks: Literal[1, 2, 3] = field(
         default=2, metadata={"help": "m: Dash's layers see 4^m times fewer positions"}
@@ -58,6 +86,10 @@ class TrainDotConfig(TrainingConfig):
     cache_dir: Path | None = field(
         default=None, metadata={"help": "where the cache lies; output_dir/pairs if not given"}
     )
+    cache_latents: bool = field(
+        default=False,
+        metadata={"help": "encode all images once; for fresh windows of a latent pipeline"},
+    )
     cuda_graphs: bool = field(
         default=False,
         metadata={"help": "replay Dot's kernels as CUDA graphs; for one process on one GPU"},
@@ -84,10 +116,30 @@ class TrainDotConfig(TrainingConfig):
             self.cache_pairs,
             "at least 1",
         )
+        self._check_conditions()
         if self.cuda_graphs and (self.compile or self.on_policy):
             raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
         if self.on_policy and (self.cache_pairs or self.window_steps == 1):
             raise ValueError(
                 f"on_policy needs fresh windows of several steps, but cache_pairs is "
                 f"{self.cache_pairs} and window_steps is {self.window_steps}"
+            )
+        if self.cache_latents and self.cache_pairs:
+            raise ValueError(
+                "cache_latents is True and cache_pairs is given, which holds latents already; "
+                "choose one"
+            )
+
+    def _check_conditions(self) -> None:
+        scale = self.guidance_scale
+        require(
+            scale is None or (len(scale) == 2 and 1 <= scale[0] <= scale[1]),
+            "guidance_scale",
+            scale,
+            "two numbers LOW HIGH with 1 <= LOW <= HIGH",
+        )
+        if self.caption_column is not None and self.class_names is not None:
+            raise ValueError(
+                f"caption_column is {self.caption_column!r} and class_names is "
+                f"{self.class_names}; give one of the two"
             )

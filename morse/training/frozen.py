@@ -1,50 +1,190 @@
-"""The Dash of a training run: a pretrained denoiser that is evaluated and never changed."""
+"""The pipeline of a training run, with its Dash: evaluated and never changed."""
 
-import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from morse.spaces import PredictionType, check_prediction_type
+from morse.spaces import BaseSpace, rebase
+from morse.training.conditions import ConditionEncoder, make_encoder
+from morse.training.guidance import UNCONDITIONAL, Conditions, each_branch, guide
+from morse.training.latents import LatentCodec
+from morse.training.schedule import NoiseSchedule, read_schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from morse.training.config import TrainDotConfig
+
+_LARGE_DASH = 100_000_000
+DEFAULT_GUIDANCE = (2.0, 10.0)  # Morse, section 4.2
 
 
 @dataclass(frozen=True)
 class FrozenDash:
-    """A denoiser with its noise schedule; calling it gives the bare model output.
+    """A denoiser with its noise schedule; calling it gives the bare output of every branch.
 
     Attributes:
         model: The denoiser, frozen and in evaluation mode.
-        alphas_cumprod: (T,), on the denoiser's device.
+        schedule: On the denoiser's device.
         prediction_type: What it predicts.
+        base_space: What of its latest estimate Dot's residual is added to.
     """
 
     model: nn.Module
-    alphas_cumprod: Tensor
-    prediction_type: PredictionType
+    schedule: NoiseSchedule
+    prediction_type: str
+    base_space: BaseSpace = "raw"
 
     @torch.no_grad()
-    def __call__(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """Evaluate at `sample` (B, C, H, W) and `timestep` (B,)."""
-        return self.model(sample, timestep, return_dict=False)[0].float()
+    def __call__(
+        self, sample: Tensor, position: Tensor, conditions: Conditions = UNCONDITIONAL
+    ) -> Tensor:
+        """Evaluate at `sample` (B, C, H, W) and positions (B,), giving (B, G, C_out, H, W)."""
+        branches = conditions.branches
+        output = self.model(
+            each_branch(sample, branches),
+            timestep=each_branch(self.schedule.timesteps[position], branches),
+            return_dict=False,
+            **conditions.inputs(),
+        )[0]
+        return output.float().unflatten(0, (-1, branches))
+
+    def guided(self, outputs: Tensor, guidance_scale: Tensor | None, like: Tensor) -> Tensor:
+        """Combine branches (B, G, C_out, H, W) into what the solver steps with, shaped as `like`.
+
+        A learned variance, in the channels beyond those of `like`, is not part of it: diffusers'
+        pipelines drop it before the scheduler's step.
+        """
+        return guide(outputs[:, :, : like.shape[1]], guidance_scale)
+
+    def base(
+        self, outputs: Tensor, jump: tuple[Tensor, Tensor], here: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Carry the outputs of a jump point to another, as `morse.switch` does when sampling.
+
+        Args:
+            outputs: (B, G, C_out, H, W).
+            jump: The jump point's sample, (B, C, H, W), and position, (B,).
+            here: The same of the point where Dot is evaluated.
+
+        Returns:
+            A row for each branch, (B * G, C_out, H, W).
+        """
+        branches, flat = outputs.shape[1], outputs.flatten(0, 1)
+        if self.base_space == "raw":
+            return flat
+        points = []
+        for sample, position in (jump, here):
+            rows = each_branch(sample, branches)
+            points.append((rows, self.schedule.rates(each_branch(position, branches), rows)))
+        return rebase(self.base_space, flat, *points, self.prediction_type)
 
 
-def load_frozen_dash(path: str | os.PathLike, device: torch.device) -> FrozenDash:
-    """Load the denoiser of a saved pipeline for training a Dot.
+@dataclass(frozen=True)
+class FrozenPipeline:
+    """A pretrained pipeline, as far as training needs it.
 
-    Raises:
-        ValueError: If the pipeline's noise schedule or prediction type is not handled.
+    Attributes:
+        dash: Its denoiser.
+        codec: Its autoencoder; None where it works on pixels.
+        encoder: How it encodes what it is conditioned on.
+        resolution: Height and width of images.
+        image_channels: Their channels.
+        guidance_scale: Lowest and highest scale to train for; (1, 1) for no guidance.
     """
-    from morse.calls import find_denoiser
+
+    dash: FrozenDash
+    codec: LatentCodec | None
+    encoder: ConditionEncoder
+    resolution: int
+    image_channels: int
+    guidance_scale: tuple[float, float]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that all of it is on."""
+        return self.dash.schedule.device
+
+    @property
+    def is_large(self) -> bool:
+        """Whether memory holds only few of the denoiser's samples at a time."""
+        return self.dash.model.num_parameters() > _LARGE_DASH
+
+    def to_images(self, samples: Tensor) -> Tensor:
+        """Turn samples of the denoiser's kind into images in [0, 1]."""
+        images = samples if self.codec is None else self.codec.decode(samples)
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> FrozenPipeline:
+    """Load the pipeline that `config` names and freeze it."""
     from morse.pipeline import MorsePipeline
 
-    pipe = MorsePipeline.from_pretrained(path)
-    alphas_cumprod = getattr(pipe.scheduler, "alphas_cumprod", None)
-    if alphas_cumprod is None:
+    pipe = MorsePipeline.from_pretrained(config.pretrained_model_name_or_path).to(device)
+    return freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
+
+
+def freeze_pipeline(
+    pipe: "DiffusionPipeline",
+    resolution: int | None = None,
+    guidance_scale: tuple[float, ...] | None = None,
+    base_space: BaseSpace | None = None,
+) -> FrozenPipeline:
+    """Take from a pipeline what training needs.
+
+    Args:
+        pipe: The pipeline, on its device; its weights require gradients no more.
+        resolution: Height and width of images; what the denoiser is made for if None.
+        guidance_scale: Lowest and highest scale; None for `DEFAULT_GUIDANCE` where the pipeline has
+            something to guide away from.
+        base_space: See `MorseDot`; None for "raw", which deterministic schedulers use.
+
+    Raises:
+        ValueError: If its noise schedule, its conditions or its input are not handled.
+    """
+    from morse.denoisers import find_denoiser
+
+    denoiser = find_denoiser(pipe).requires_grad_(False).eval()
+    codec = None
+    if getattr(pipe, "vae", None) is not None:
+        codec = LatentCodec(pipe.vae.requires_grad_(False).eval())
+    _check_channels(denoiser, codec)
+    factor = 1 if codec is None else codec.factor
+    resolution = resolution or denoiser.config.sample_size * factor
+    patches = (resolution // factor // (denoiser.config.get("patch_size") or 1)) ** 2
+    schedule, prediction_type = read_schedule(pipe.scheduler, patches)
+    encoder = make_encoder(pipe, denoiser, resolution)
+    return FrozenPipeline(
+        FrozenDash(denoiser, schedule.to(denoiser.device), prediction_type, base_space or "raw"),
+        codec,
+        encoder,
+        resolution,
+        denoiser.config.in_channels if codec is None else codec.image_channels,
+        _choose_guidance(guidance_scale, encoder),
+    )
+
+
+def _check_channels(denoiser: nn.Module, codec: LatentCodec | None) -> None:
+    given = denoiser.config.in_channels
+    latents = given if codec is None else codec.vae.config.latent_channels
+    if given != latents:
         raise ValueError(
-            f"{type(pipe.scheduler).__name__} has no alphas_cumprod; train_dot handles "
-            "variance-preserving schedules, such as DDPM's."
+            f"the denoiser takes {given} channels, but the pipeline's latents have {latents}; "
+            "train_dot does not handle masks or images as further input, so train for the "
+            "text-to-image pipeline."
         )
-    check_prediction_type(pipe.scheduler.config.prediction_type)
-    denoiser = find_denoiser(pipe).requires_grad_(False).eval().to(device)
-    return FrozenDash(denoiser, alphas_cumprod.to(device), pipe.scheduler.config.prediction_type)
+
+
+def _choose_guidance(
+    wanted: tuple[float, ...] | None, encoder: ConditionEncoder
+) -> tuple[float, float]:
+    if encoder.negative is None:
+        if wanted is not None and wanted[1] > 1:
+            raise ValueError(
+                f"guidance_scale is {wanted}, but this pipeline has no negative prompt or class "
+                "to guide away from; leave --guidance_scale away."
+            )
+        return (1.0, 1.0)
+    return DEFAULT_GUIDANCE if wanted is None else (wanted[0], wanted[1])

@@ -5,15 +5,17 @@ from torch import Tensor, nn
 
 from morse.dot import MorseDot
 from morse.sampling import JumpPoint
-from morse.training.windows import Pairs
+from morse.training.guidance import nest
+from morse.training.pairs import Pairs
 
 
 class _OnPairs(nn.Module):
     """A Dot whose arguments are all tensors, as graphs need them."""
 
-    def __init__(self, dot: MorseDot) -> None:
+    def __init__(self, dot: MorseDot, condition_names: tuple[str, ...]) -> None:
         super().__init__()
         self.dot = dot
+        self.condition_names = condition_names
 
     def forward(
         self,
@@ -22,15 +24,21 @@ class _OnPairs(nn.Module):
         jump_sample: Tensor,
         jump_timestep: Tensor,
         jump_output: Tensor,
+        *conditions: Tensor,
     ) -> Tensor:
         # Not `self.dot(...)`, which accelerate wraps in an autocast that caches weights.
         jump = JumpPoint(jump_sample, jump_timestep, jump_output)
-        return MorseDot.forward(self.dot, sample, timestep, jump)
+        inputs = nest(dict(zip(self.condition_names, conditions, strict=True)))
+        return MorseDot.forward(self.dot, sample, timestep, jump, **inputs)
 
 
 def _tensors(pairs: Pairs) -> tuple[Tensor, ...]:
     jump = pairs.jump
-    return pairs.sample, pairs.timestep, jump.sample, jump.timestep, jump.model_output
+    conditions = pairs.conditions.flat_inputs().values()
+    return (
+        *(pairs.sample, pairs.timestep, jump.sample, jump.timestep, jump.model_output),
+        *conditions,
+    )
 
 
 class GraphedDot:
@@ -53,11 +61,12 @@ class GraphedDot:
         self._graphed: nn.Module | None = None
 
     def residual(self, pairs: Pairs) -> Tensor:
-        """Predict the residuals of `pairs`, (B, C, H, W)."""
+        """Predict the residuals of `pairs`, a row for each branch."""
         if self._graphed is None:
             dtype = torch.get_autocast_dtype("cuda")
             enabled = torch.is_autocast_enabled("cuda")
             with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
                 example = tuple(tensor.clone() for tensor in _tensors(pairs))
-                self._graphed = torch.cuda.make_graphed_callables(_OnPairs(self.dot), example)
+                on_pairs = _OnPairs(self.dot, tuple(pairs.conditions.flat_inputs()))
+                self._graphed = torch.cuda.make_graphed_callables(on_pairs, example)
         return self._graphed(*_tensors(pairs))

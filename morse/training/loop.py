@@ -10,28 +10,36 @@ from morse.dot import MorseDot
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
-from morse.training.data import open_images, to_model_range
-from morse.training.frozen import FrozenDash, load_frozen_dash
+from morse.training.frozen import load_frozen_pipeline
 from morse.training.graphs import GraphedDot
+from morse.training.latent_cache import cache_latents
+from morse.training.pairs import weighted_loss
 from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.training.source import (
+    Batch,
+    ConditionedImages,
+    draw_windows,
+    open_source,
+)
 from morse.training.validation import make_validator
-from morse.training.windows import Window, fresh_window, pick_pairs, weighted_loss
+from morse.training.windows import pick_pairs
 
 __all__ = ["TrainDotConfig", "train_dot"]
 
 
-def build_dot(dash: FrozenDash, config: TrainDotConfig) -> MorseDot:
+def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
     """Build the Dot that `config` describes, with seeded weights or those of `init_from`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         dot = MorseDot.from_dash(
-            dash.model,
+            dash,
             num_down_blocks=config.num_down_blocks,
             block_out_channels=config.block_out_channels,
             lora_rank=config.lora_rank,
             lora_alpha=config.lora_alpha,
             layers_per_block=config.layers_per_block,
             independent=config.independent,
+            base_space=config.base_space,
         )
     if config.init_from is not None:
         path = Path(config.init_from) / "diffusion_pytorch_model.safetensors"
@@ -40,37 +48,29 @@ def build_dot(dash: FrozenDash, config: TrainDotConfig) -> MorseDot:
 
 
 def window_loss(
-    dash: FrozenDash, config: TrainDotConfig, cache: WindowCache | None
+    source: ConditionedImages, config: TrainDotConfig, cache: WindowCache | None
 ) -> LossFunction:
     """Give Algorithm 1's loss over pairs from fresh windows, or from cached ones."""
-
+    dash = source.pipeline.dash
     graphed: list[GraphedDot] = []
 
-    def compute_loss(dot: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+    def compute_loss(dot: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         if cache is not None:
-            window: Window = cache.gather(batch)
+            window = cache.gather(batch)
         else:
-            window = fresh_window(
-                dash,
-                to_model_range(batch),
-                generator,
-                config.window_steps + 1,
-                config.timestep_sampling,
-                dash.alphas_cumprod,
-                dash.prediction_type,
-                dot if config.on_policy else None,
-            )
-        pairs = pick_pairs(window, config.pairs_per_window, generator, first=config.on_policy)
+            maker = dot if config.on_policy else None
+            window = draw_windows(source, config, batch, generator, maker)
+        pairs = pick_pairs(dash, window, config.pairs_per_window, generator, config.on_policy)
         if config.cuda_graphs and not graphed:
             graphed.append(GraphedDot(dot))
         # The wrapped module is called, so that several processes share their gradients.
         residual = (
             graphed[0].residual(pairs)
             if config.cuda_graphs
-            else dot(pairs.sample, pairs.timestep, pairs.jump)
+            else dot(pairs.sample, pairs.timestep, pairs.jump, **pairs.conditions.inputs())
         )
-        estimate = residual if config.independent else pairs.jump.model_output + residual
-        return weighted_loss(estimate, pairs, config.loss_weighting)
+        estimate = pairs.guided(pairs.outputs(residual, config.independent))
+        return weighted_loss(estimate, pairs, config.loss_weighting, config.even_guidance)
 
     return compute_loss
 
@@ -78,26 +78,16 @@ def window_loss(
 def train_dot(config: TrainDotConfig) -> Path:
     """Train a Dot and save it into `config.output_dir` for `MorseDot.from_pretrained`."""
     accelerator = begin_run(config)
-    dash = load_frozen_dash(config.pretrained_model_name_or_path, accelerator.device)
-    dot = build_dot(dash, config)
-    trained = copy.deepcopy(dot).bind(dash.model).eval()  # takes the averaged weights
-    resolution = config.resolution or dash.model.config.sample_size
-    train, test = (
-        open_images(
-            config.train_data_dir,
-            config.dataset_name,
-            resolution,
-            dash.model.config.in_channels,
-            split=split,
-            image_column=config.image_column,
-        )
-        for split in ("train", "test")
-    )
-    cache = prepare_cache(dash, train, config, accelerator) if config.cache_pairs else None
-    run = TrainingRun(config, accelerator, dot, cache or train, window_loss(dash, config, cache))
-    validate = make_validator(
-        dash, test, config.validation_images, config.timestep_sampling, config.output_dir
-    )
+    pipeline = load_frozen_pipeline(config, accelerator.device)
+    dot = build_dot(pipeline.dash.model, config)
+    trained = copy.deepcopy(dot).bind(pipeline.dash.model).eval()  # takes the averaged weights
+    train, test = (open_source(pipeline, config, split) for split in ("train", "test"))
+    if config.cache_latents:
+        train = cache_latents(train, config, accelerator)
+    cache = prepare_cache(train, config, accelerator) if config.cache_pairs else None
+    loss = window_loss(train, config, cache)
+    run = TrainingRun(config, accelerator, dot, train if cache is None else cache, loss)
+    validate = make_validator(test, config)
 
     def after_step(step: int) -> None:
         if config.validation_steps and step % config.validation_steps == 0:

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
-# (model, images, generator) -> loss; images are (B, C, H, W) uint8 on the model's device.
-LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+# (model, batch, generator) -> loss; a batch is what the dataset gives, on the model's device:
+# images (B, C, H, W) uint8, or a tuple of them and what belongs to them.
+LossFunction = Callable[[nn.Module, Tensor | tuple[Tensor, ...], torch.Generator], Tensor]
 
 
 def begin_run(config: TrainingConfig) -> "Accelerator":
@@ -51,6 +52,12 @@ def begin_run(config: TrainingConfig) -> "Accelerator":
 
 def _plain(value: object) -> object:
     return value if value is None or isinstance(value, (int, float, str, tuple)) else str(value)
+
+
+def _move(batch: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tuple[Tensor, ...]:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return tuple(part.to(device, non_blocking=True) for part in batch)
 
 
 class TrainingRun:
@@ -162,7 +169,7 @@ class TrainingRun:
         accelerator.wait_for_everyone()
         return self.step
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _batches(self) -> Iterator[Tensor | tuple[Tensor, ...]]:
         config, accelerator = self.config, self.accelerator
         micro_steps = config.gradient_accumulation_steps
         batches = StepBatches(
@@ -177,16 +184,16 @@ class TrainingRun:
         pin = accelerator.device.type == "cuda"
         return iter(step_loader(self.dataset, batches, config.dataloader_num_workers, pin))
 
-    def _forward_backward(self, images: Tensor, micro_step: int) -> Tensor:
+    def _forward_backward(self, batch: Tensor | tuple[Tensor, ...], micro_step: int) -> Tensor:
         """Do one forward and backward pass, with the update after the last of a step."""
         config, accelerator = self.config, self.accelerator
         generator = step_generator(
             config.seed, self.step, accelerator.process_index, accelerator.device, micro_step
         )
-        images = images.to(accelerator.device, non_blocking=True)
+        batch = _move(batch, accelerator.device)
         with accelerator.accumulate(self.wrapped):
             with accelerator.autocast():
-                loss = self.compute_loss(self.wrapped, images, generator)
+                loss = self.compute_loss(self.wrapped, batch, generator)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)

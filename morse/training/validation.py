@@ -8,35 +8,44 @@ import torch
 from torch import Tensor, nn
 
 from morse.plan import MorsePlan
-from morse.sampling import dot_estimate, morse_sample
-from morse.spaces import ddim_step, signal_and_noise, to_noise_pred
+from morse.sampling import JumpPoint, morse_sample
+from morse.spaces import from_clean, to_clean
 from morse.training.checkpoint import write_json
-from morse.training.data import ImageDataset, to_model_range
+from morse.training.config import TrainDotConfig
 from morse.training.frozen import FrozenDash
-from morse.training.windows import Pairs, TimestepSampling, fresh_window, pick_pairs
+from morse.training.guidance import UNCONDITIONAL, Conditions, draw_guidance_scale
+from morse.training.pairs import Pairs, Point, dot_outputs, join_points
+from morse.training.source import ConditionedImages
+from morse.training.windows import fresh_window, pick_pairs
 
 # Bounds of t_s - t_i, as shares of the schedule, between which errors are reported apart.
 GAP_BOUNDS = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
-_BATCH_SIZE = 128
+_BATCH_SIZE, _LARGE_BATCH_SIZE = 128, 16
 _VALIDATION_STEPS = 3
+_PICTURES = 8
 
 
-def validation_pairs(
-    dash: FrozenDash, dataset: ImageDataset, num_images: int, sampling: TimestepSampling
-) -> list[Pairs]:
+def validation_pairs(source: ConditionedImages, config: TrainDotConfig) -> list[Pairs]:
     """Make fixed pairs from held-out images, in batches; always the same for the same Dash."""
-    count = min(num_images, len(dataset))
-    device = dash.alphas_cumprod.device
-    generator = torch.Generator(device).manual_seed(0)
-    steps = 1 if sampling == "uniform" else _VALIDATION_STEPS
+    count = min(config.validation_images, len(source))
+    pipeline = source.pipeline
+    generator = torch.Generator(pipeline.device).manual_seed(0)
+    steps = 1 if config.timestep_sampling == "uniform" else _VALIDATION_STEPS
+    size = _LARGE_BATCH_SIZE if pipeline.is_large else _BATCH_SIZE
     batches = []
-    for start in range(0, count, _BATCH_SIZE):
-        indices = list(range(start, min(start + _BATCH_SIZE, count)))
-        clean = to_model_range(dataset.__getitems__(indices)).to(device)
+    for start in range(0, count, size):
+        batch = source.__getitems__(list(range(start, min(start + size, count))))
+        clean = source.clean(batch)
+        scale = draw_guidance_scale(len(clean), pipeline.guidance_scale, generator)
         window = fresh_window(
-            dash, clean, generator, steps + 1, sampling, dash.alphas_cumprod, dash.prediction_type
+            pipeline.dash,
+            clean,
+            generator,
+            steps + 1,
+            config.timestep_sampling,
+            source.conditions(batch, scale),
         )
-        batches.append(pick_pairs(window, 2 * steps, generator, first=False))
+        batches.append(pick_pairs(pipeline.dash, window, 2 * steps, generator, first=False))
     return batches
 
 
@@ -46,16 +55,19 @@ def residual_ratios(
 ) -> dict[str, float]:
     """Mean square of Dot's error over that of reusing Dash's estimate; 0 is perfect, 1 no gain.
 
+    Under guidance both are errors of the guided estimate.
+
     Returns:
         "residual_ratio" over all pairs, and one "residual_ratio/LOW-HIGH" for each bin of
         t_s - t_i that has pairs, in timesteps.
     """
     errors, reuse, gaps = [], [], []
     for pairs in batches:
-        estimate = dot_estimate(dot, pairs.sample, pairs.timestep, pairs.jump)
-        errors.append((estimate.float() - pairs.target).square().flatten(1).mean(1))
-        reuse.append((pairs.jump.model_output - pairs.target).square().flatten(1).mean(1))
-        gaps.append((pairs.jump.timestep - pairs.timestep) / num_train_timesteps)
+        unchanged = pairs.outputs(torch.zeros_like(pairs.base))
+        for outputs, found in ((dot_outputs(dot, pairs), errors), (unchanged, reuse)):
+            wrong = pairs.guided(outputs) - pairs.target
+            found.append(wrong.square().flatten(1).mean(1))
+        gaps.append(pairs.gap / num_train_timesteps)
     error, base, gap = (torch.cat(parts) for parts in (errors, reuse, gaps))
     ratios = {"residual_ratio": float(error.sum() / base.sum())}
     for low, high in pairwise(GAP_BOUNDS):
@@ -68,53 +80,77 @@ def residual_ratios(
 
 @torch.no_grad()
 def sample_rows(
-    dash: FrozenDash, dot: nn.Module, shape: tuple[int, ...], num_dash: int = 6, num_dot: int = 12
+    dash: FrozenDash,
+    dot: nn.Module,
+    shape: tuple[int, ...],
+    conditions: Conditions = UNCONDITIONAL,
+    num_dash: int = 6,
+    num_dot: int = 12,
 ) -> Tensor:
-    """Sample the same noise with DDIM three ways, (3, *shape) in [0, 1].
+    """Sample the same noise with DDIM three ways, (3, *shape), as the denoiser's samples.
 
     The rows: Dash alone at all steps, Dash and Dot, Dash alone at as few steps as Dash had there.
     """
-    device, schedule = dash.alphas_cumprod.device, dash.alphas_cumprod
+    device, schedule = dash.schedule.device, dash.schedule
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
-    def step(model_output: Tensor, sample: Tensor, timestep: int, prev_timestep: int) -> Tensor:
-        start, end = (
-            signal_and_noise(schedule, torch.tensor(time, device=device), sample)
-            for time in (timestep, prev_timestep)
+    def everywhere(position: Tensor) -> Tensor:
+        return position.expand(shape[0])
+
+    def all_branches(sample: Tensor, position: Tensor) -> Tensor:
+        return dash(sample, everywhere(position), conditions)
+
+    def corrected(sample: Tensor, position: Tensor, jump: JumpPoint) -> Tensor:
+        start = Point(jump.sample, everywhere(jump.timestep), jump.model_output)
+        return dot_outputs(
+            dot, join_points(dash, start, Point(sample, everywhere(position)), conditions)
         )
-        noise_pred = to_noise_pred(model_output, sample, *start, dash.prediction_type)
-        return ddim_step(noise_pred, sample, start, end)
+
+    corrected.independent = True  # the base is in it
+
+    def step(outputs: Tensor, sample: Tensor, position: int, next_position: int) -> Tensor:
+        start, end = (
+            schedule.rates(torch.tensor(index, device=device), sample)
+            for index in (position, next_position)
+        )
+        estimate = dash.guided(outputs, conditions.guidance_scale, sample)
+        clean = to_clean(estimate, sample, start, dash.prediction_type)
+        return end[0] * clean + end[1] * from_clean(clean, sample, start, "epsilon")
 
     rows = []
-    total = num_dash + num_dot
     for plan in (
-        MorsePlan.uniform(total, 0),
+        MorsePlan.uniform(num_dash + num_dot, 0),
         MorsePlan.uniform(num_dash, num_dot),
         MorsePlan.uniform(num_dash, 0),
     ):
         count, last = len(plan), len(schedule)
-        timesteps = [round(last - index * last / count) - 1 for index in range(count)]
-        rows.append(morse_sample(dash, dot, step, noise, timesteps, plan))
-    return (torch.stack(rows).float() / 2 + 0.5).clamp(0, 1)
+        positions = [round(last - index * last / count) - 1 for index in range(count)]
+        rows.append(morse_sample(all_branches, corrected, step, noise, positions, plan))
+    return torch.stack(rows).float()
 
 
 def make_validator(
-    dash: FrozenDash,
-    dataset: ImageDataset,
-    num_images: int,
-    sampling: TimestepSampling,
-    output_dir: Path,
+    source: ConditionedImages, config: TrainDotConfig
 ) -> Callable[[nn.Module, int], dict[str, float]]:
-    """Give a function (dot, step) -> ratios that also writes them and a picture to `output_dir`."""
-    batches = validation_pairs(dash, dataset, num_images, sampling)
-    folder = output_dir / "validation"
+    """Give a function (dot, step) -> ratios that also writes them and a picture to `output_dir`.
+
+    The pictures are made at the mean guidance scale, for the first held-out captions or classes.
+    """
+    pipeline, batches = source.pipeline, validation_pairs(source, config)
+    folder = config.output_dir / "validation"
+    rows = [index % len(source) for index in range(_PICTURES)]
+    low, high = pipeline.guidance_scale
+    scale = torch.full((_PICTURES,), (low + high) / 2, device=pipeline.device)
+    conditions = source.conditions(source.__getitems__(rows), None if high == 1 else scale)
+    shape = (_PICTURES, *batches[0].sample.shape[1:])
 
     def validate(dot: nn.Module, step: int) -> dict[str, float]:
-        ratios = residual_ratios(dot, batches, len(dash.alphas_cumprod))
+        ratios = residual_ratios(dot, batches, len(pipeline.dash.schedule))
         folder.mkdir(exist_ok=True)
         write_json(folder / f"step-{step:07d}.json", ratios)
-        shape = (8, *batches[0].sample.shape[1:])
-        _save_picture(sample_rows(dash, dot, shape), folder / f"step-{step:07d}.png")
+        samples = sample_rows(pipeline.dash, dot, shape, conditions)
+        images = pipeline.to_images(samples.flatten(0, 1)).unflatten(0, samples.shape[:2])
+        _save_picture(images, folder / f"step-{step:07d}.png")
         return ratios
 
     return validate

@@ -3,19 +3,22 @@
 A window starts at noised data and makes `steps` solver steps. Any two of its points give a training
 pair: Dash's estimate at the earlier (t_s), what Dot sees at the later (t_i), and the target there.
 One step is the pair of Algorithm 1 (Morse, section 3.4); with more of them each evaluation of Dash
-serves in several pairs, and Dot meets samples that earlier Dot steps would have produced.
+serves in several pairs, and Dot meets samples that earlier Dot steps would have produced. Under
+guidance the steps follow the guided estimate, and the outputs of both branches are kept.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from morse.sampling import Dash, JumpPoint, dot_estimate
-from morse.spaces import PredictionType, signal_and_noise, to_noise_pred
+from morse.sampling import Dot
+from morse.spaces import Rates, to_clean
+from morse.training.frozen import FrozenDash
+from morse.training.guidance import UNCONDITIONAL, Conditions
+from morse.training.pairs import Pairs, Point, dot_outputs, join_points
 
-LossWeighting = Literal["none", "gap"]
 TimestepSampling = Literal["uniform", "plans"]
 # Numbers of evaluations of the plans that people run: from 5 LSD to 30 LSD at ratio 2.
 PLAN_EVALUATIONS = (6, 60)
@@ -26,24 +29,17 @@ class Window:
     """Points of trajectories, in sampling order.
 
     Attributes:
-        timesteps: (B, P) integers, decreasing.
+        timesteps: Positions in the noise schedule, (B, P) integers, decreasing; see
+            `morse.training.schedule`.
         samples: (B, P, C, H, W).
-        outputs: Dash's estimates there, like `samples`.
+        outputs: Dash's there for each branch of guidance, (B, P, G, C_out, H, W).
+        conditions: Of the B trajectories.
     """
 
     timesteps: Tensor
     samples: Tensor
     outputs: Tensor
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Training pairs: the jump point, and Dash's estimate `target` at a later point."""
-
-    jump: JumpPoint
-    sample: Tensor
-    timestep: Tensor
-    target: Tensor
+    conditions: Conditions = UNCONDITIONAL
 
 
 def draw_timesteps(
@@ -74,14 +70,13 @@ def draw_timesteps(
 
 @torch.no_grad()
 def make_window(
-    dash: Dash,
+    dash: FrozenDash,
     clean: Tensor,
     noise: Tensor,
     timesteps: Tensor,
     second_order: Tensor,
-    alphas_cumprod: Tensor,
-    prediction_type: PredictionType,
-    dot: nn.Module | None = None,
+    conditions: Conditions = UNCONDITIONAL,
+    dot: Dot | None = None,
 ) -> Window:
     """Noise data to the first timestep, then follow the solver through the others.
 
@@ -89,41 +84,36 @@ def make_window(
         dash: The pretrained denoiser.
         clean: Data, (B, C, H, W).
         noise: Standard normal, like `clean`.
-        timesteps: (B, P), decreasing.
+        timesteps: Positions in Dash's noise schedule, (B, P), decreasing.
         second_order: Booleans (B,): DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2) where true, DDIM,
             which is its first-order case, elsewhere.
-        alphas_cumprod: Dash's noise schedule, (T,).
-        prediction_type: What Dash predicts.
+        conditions: Of the B trajectories, with their guidance scales.
         dot: Where given, steps are made with its estimates from the first point on, as between two
             Dash evaluations of a run; `outputs` are Dash's all the same.
     """
-    rates = [signal_and_noise(alphas_cumprod, column, clean) for column in timesteps.unbind(1)]
+    rates = [dash.schedule.rates(column, clean) for column in timesteps.unbind(1)]
     sample = rates[0][0] * clean + rates[0][1] * noise
-    samples, outputs, cleans = [], [], []
-    jump = None
-    for index, timestep in enumerate(timesteps.unbind(1)):
+    points: list[Point] = []
+    cleans: list[Tensor] = []
+    for index, position in enumerate(timesteps.unbind(1)):
         # Windows are cached in half precision; Dash must have seen what will be read back.
         sample = sample.half().float()
-        samples.append(sample)
-        outputs.append(dash(sample, timestep).half().float())
-        estimate = outputs[-1]
-        if dot is not None and jump is not None:
-            estimate = dot_estimate(dot, sample, timestep, jump).float()
-        jump = jump or JumpPoint(sample, timestep, outputs[0])
-        noise_pred = to_noise_pred(estimate, sample, *rates[index], prediction_type)
-        alpha, sigma = rates[index]
-        cleans.append((sample - sigma * noise_pred) / alpha)
+        outputs = dash(sample, position, conditions).half().float()
+        points.append(Point(sample, position, outputs))
+        if dot is not None and index > 0:
+            outputs = dot_outputs(dot, join_points(dash, points[0], points[-1], conditions))
+        estimate = dash.guided(outputs, conditions.guidance_scale, sample)
+        cleans.append(to_clean(estimate, sample, rates[index], dash.prediction_type))
         if index + 1 < timesteps.shape[1]:
             direction = _direction(cleans, rates[: index + 2], second_order)
-            next_alpha, next_sigma = rates[index + 1]
+            (alpha, sigma), (next_alpha, next_sigma) = rates[index : index + 2]
             ratio = next_sigma / sigma
             sample = ratio * sample + (next_alpha - ratio * alpha) * direction
-    return Window(timesteps, torch.stack(samples, 1), torch.stack(outputs, 1))
+    samples = torch.stack([point.sample for point in points], 1)
+    return Window(timesteps, samples, torch.stack([p.outputs for p in points], 1), conditions)
 
 
-def _direction(
-    cleans: list[Tensor], rates: list[tuple[Tensor, Tensor]], second_order: Tensor
-) -> Tensor:
+def _direction(cleans: list[Tensor], rates: list[Rates], second_order: Tensor) -> Tensor:
     """The x_0 to step with: the last one, or extrapolated in log-SNR from the last two."""
     if len(cleans) < 2:
         return cleans[-1]
@@ -133,10 +123,13 @@ def _direction(
     return cleans[-1] + coefficient * (cleans[-1] - cleans[-2])
 
 
-def pick_pairs(window: Window, num_pairs: int, generator: torch.Generator, first: bool) -> Pairs:
-    """Pick pairs from every window at random, (B * num_pairs, ...) in all.
+def pick_pairs(
+    dash: FrozenDash, window: Window, num_pairs: int, generator: torch.Generator, first: bool
+) -> Pairs:
+    """Pick pairs from every window at random, B * num_pairs in all.
 
     Args:
+        dash: The one that the windows were made with.
         window: The windows.
         num_pairs: Pairs from each.
         generator: On the window's device.
@@ -154,45 +147,28 @@ def pick_pairs(window: Window, num_pairs: int, generator: torch.Generator, first
         start, gap = torch.zeros_like(start), (uniform[0] * (num_points - 1)).long() + 1
     rows = torch.arange(batch_size, device=device)[:, None].expand(shape)
 
-    def take(points: Tensor, index: Tensor) -> Tensor:
-        return points[rows, index].flatten(0, 1).float()
+    def take(index: Tensor) -> Point:
+        return Point(
+            window.samples[rows, index].flatten(0, 1).float(),
+            window.timesteps[rows, index].flatten().long(),
+            window.outputs[rows, index].flatten(0, 1).float(),
+        )
 
-    def take_time(index: Tensor) -> Tensor:
-        return window.timesteps[rows, index].flatten().long()
-
-    jump = JumpPoint(take(window.samples, start), take_time(start), take(window.outputs, start))
-    end = start + gap
-    return Pairs(jump, take(window.samples, end), take_time(end), take(window.outputs, end))
-
-
-def weighted_loss(estimate: Tensor, pairs: Pairs, weighting: LossWeighting) -> Tensor:
-    """Mean squared error of estimates for `pairs`: "none" as in Algorithm 1, "gap" weighted.
-
-    Unweighted errors come mostly from the widest gaps t_s - t_i, over which Dash's estimate
-    changes most (its square grows as the gap's), while plans with many evaluations have narrow
-    ones. Weights 1 / gap go half the way to equality.
-    """
-    errors = (estimate.float() - pairs.target).square().flatten(1).mean(1)
-    if weighting == "none":
-        return errors.mean()
-    weights = 1 / (pairs.jump.timestep - pairs.timestep)
-    return (errors * weights).sum() / weights.sum()
+    conditions = window.conditions.take(rows.flatten())
+    return join_points(dash, take(start), take(start + gap), conditions)
 
 
 def fresh_window(
-    dash: Dash,
+    dash: FrozenDash,
     clean: Tensor,
     generator: torch.Generator,
     num_points: int,
     sampling: TimestepSampling,
-    alphas_cumprod: Tensor,
-    prediction_type: PredictionType,
-    dot: nn.Module | None = None,
+    conditions: Conditions = UNCONDITIONAL,
+    dot: Dot | None = None,
 ) -> Window:
     """Draw timesteps, noise and solver orders, and make windows from data, (B, C, H, W)."""
-    timesteps = draw_timesteps(len(clean), num_points, sampling, len(alphas_cumprod), generator)
+    timesteps = draw_timesteps(len(clean), num_points, sampling, len(dash.schedule), generator)
     noise = torch.randn(clean.shape, generator=generator, device=clean.device)
     second_order = torch.rand(len(clean), generator=generator, device=clean.device) < 0.5
-    return make_window(
-        dash, clean, noise, timesteps, second_order, alphas_cumprod, prediction_type, dot
-    )
+    return make_window(dash, clean, noise, timesteps, second_order, conditions, dot)

@@ -136,7 +136,7 @@ def _settings(
     config: "FidConfig", pipe: "DiffusionPipeline", device: torch.device
 ) -> dict[str, object]:
     """Return what pixels depend on beside the method: weights, scheduler, precision, device."""
-    from morse.calls import find_denoiser
+    from morse.denoisers import find_denoiser
 
     return {
         "pipeline": config.pipeline,

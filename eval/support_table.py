@@ -1,0 +1,74 @@
+"""Redo README's table of what works from the tests that show it: `python -m eval.support_table`.
+
+A test says what it shows with `@pytest.mark.supports("Pipelines", "StableDiffusionPipeline")`; the
+first word is the table's row.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+
+from eval.readme_table import replace_between
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- begin support: python -m eval.support_table -->", "<!-- end support -->"
+# Row of the table -> its text; the marks use the keys.
+ROWS = {
+    "pipeline": "Pipelines, with a weight-shared Dot",
+    "pipeline, own Dot": "Pipelines, with a Dot of your own",
+    "denoiser": "Weight-shared Dots for",
+    "scheduler": "Schedulers",
+    "training": "`train_dot.py` for",
+    "interplay": "Together with",
+}
+
+
+class _Collector:
+    """A pytest plugin that keeps what tests are marked with and runs none of them."""
+
+    def __init__(self) -> None:
+        self.found: set[tuple[str, str]] = set()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            for mark in item.iter_markers("supports"):
+                row, *names = mark.args
+                if row not in ROWS:
+                    raise ValueError(f"{item.nodeid} supports {row!r}; rows are {list(ROWS)}")
+                self.found.update((row, name) for name in names)
+
+
+def collect_support() -> dict[str, list[str]]:
+    """Collect all tests and return what they show, by row of the table, sorted.
+
+    Raises:
+        RuntimeError: If the tests cannot be collected.
+    """
+    collector, output = _Collector(), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        options = ["--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")]
+        status = pytest.main(options, plugins=[collector])
+    if status != pytest.ExitCode.OK:
+        raise RuntimeError(f"the tests cannot be collected:\n{output.getvalue()}")
+    return {row: sorted(name for r, name in collector.found if r == row) for row in ROWS}
+
+
+def make_table(support: dict[str, list[str]]) -> str:
+    """Return the table as Markdown, without rows that have nothing."""
+    lines = ["| | shown by tests |", "|---|---|"]
+    lines += [f"| {ROWS[row]} | {', '.join(names)} |" for row, names in support.items() if names]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Rewrite README."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    table = make_table(collect_support())
+    readme.write_text(replace_between(text, BEGIN, END, table), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

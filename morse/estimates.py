@@ -1,0 +1,78 @@
+"""Dash's latest estimate in a pipeline's run, and how Dot corrects it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from morse.denoisers import Call, result_of
+from morse.rates import prediction_type
+from morse.sampling import Dot, JumpPoint, dot_estimate, estimate
+from morse.spaces import BaseSpace, Rates, rebase
+
+
+@dataclass(frozen=True, eq=False)
+class LatestEstimate:
+    """What a Dash evaluation leaves for the Dot evaluations that follow.
+
+    Attributes:
+        jump: Where Dash was evaluated and what it said.
+        rates: The scheduler's signal and noise rates there; None where they are not needed.
+        container: Puts a result into the kind of container that Dash returns.
+    """
+
+    jump: JumpPoint
+    rates: Rates | None
+    container: Callable[[Tensor], object]
+
+
+def keep_estimate(
+    output: object, sample: Tensor, timestep: Tensor, rates: Rates | None
+) -> LatestEstimate | str:
+    """Keep what Dot needs of a Dash evaluation; says why, where it can't be corrected."""
+    found = result_of(output)
+    if found is None:
+        return "it returns several results"
+    result, container = found
+    _, jump = estimate("dash", sample, timestep, None, lambda *_: result, None)
+    return LatestEstimate(jump, rates, container)
+
+
+def correct_estimate(
+    latest: LatestEstimate,
+    dot: Dot,
+    call: Call,
+    timestep: Tensor,
+    rates: Rates | None,
+    base_space: BaseSpace,
+    scheduler: object,
+) -> object:
+    """Evaluate Dot (Equation 5, second line).
+
+    Args:
+        latest: Dash's latest estimate for the same branch.
+        dot: Is given the call's conditions too.
+        call: What Dash would have been evaluated on.
+        timestep: The call's, as a tensor.
+        rates: The scheduler's rates here; None to take Dash's estimate as it is.
+        base_space: What of it to take otherwise.
+        scheduler: Says what the denoiser predicts.
+
+    Returns:
+        Dot's estimate in Dash's container.
+    """
+
+    def residual(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+        return dot(sample, timestep, jump, **call.conditions)
+
+    def based(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+        base = None
+        if rates is not None:
+            then, kind = (jump.sample, latest.rates), prediction_type(scheduler)
+            base = rebase(base_space, jump.model_output, then, (sample, rates), kind)
+        return dot_estimate(residual, sample, timestep, jump, base)
+
+    residual.independent = getattr(dot, "independent", False)
+    based.independent = True  # the base is in it
+    model_output, _ = estimate("dot", call.sample, timestep, latest.jump, None, based)
+    return latest.container(model_output)

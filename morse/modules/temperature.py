@@ -1,0 +1,54 @@
+"""The temperature that dynamic layers begin training with: one schedule, one setter for all."""
+
+import math
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+
+@runtime_checkable
+class HasTemperature(Protocol):
+    """A layer with a temperature; ValueError where its method cannot take a value."""
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set the layer's temperature."""
+        ...
+
+
+def set_temperature(module: nn.Module, temperature: float) -> int:
+    """Set the temperature of every dynamic layer in `module`, itself included.
+
+    Returns how many there are; ValueError if one cannot take `temperature`: `ODConv2d` takes any
+    finite one above 0, the layers of a `Warehouse` those in [0, 1].
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, HasTemperature)]
+    for layer in layers:
+        layer.set_temperature(temperature)
+    return len(layers)
+
+
+def linear_temperature(step: int, total: int, start: float = 30.0, end: float = 1.0) -> float:
+    """Anneal a temperature in a straight line (ODConv, section 3.2, and KernelWarehouse).
+
+    The defaults are ODConv's; KernelWarehouse goes from `start=1.0` to `end=0.0`.
+
+    Args:
+        step: Optimizer steps taken so far, counting the coming one, so that the last of `total`
+            lands on `end`; at least 0. Steps beyond `total` stay at `end`.
+        total: Steps of annealing, at least 1 (10 epochs of ImageNet for ODConv; 20 of 300 or 15
+            of 150 for KernelWarehouse).
+        start: Temperature at step 0, above 0.
+        end: Temperature from `total` on, at least 0.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    if step < 0:
+        raise ValueError(f"step must be at least 0, got {step}")
+    if total < 1:
+        raise ValueError(f"total must be at least 1, got {total}; to stay at {end} call nothing")
+    if not 0 < start < math.inf:
+        raise ValueError(f"start must be a finite temperature above 0, got {start}")
+    if not 0 <= end < math.inf:
+        raise ValueError(f"end must be a finite temperature of at least 0, got {end}")
+    return end + (start - end) * (max(0, total - step) / total)

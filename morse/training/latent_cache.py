@@ -1,0 +1,69 @@
+"""Latents kept on disk: each image is encoded once, and windows are drawn afresh all the same."""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from morse.dot.view import fingerprint
+from morse.training.cache import SHARD_WINDOWS, claim_folder, with_progress
+from morse.training.checkpoint import atomic_save_file, read_tensors
+from morse.training.config import TrainDotConfig
+from morse.training.data import ImageDataset
+from morse.training.source import ConditionedImages
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SHARD_IMAGES = SHARD_WINDOWS
+_BATCH_SIZE = 32
+
+
+def cache_latents(
+    source: ConditionedImages, config: TrainDotConfig, accelerator: "Accelerator"
+) -> ConditionedImages:
+    """Encode the missing shards of a cache of latents, and give the same data set of latents.
+
+    As with windows, shards are shared out among the processes and appear whole or not at all.
+
+    Raises:
+        ValueError: If the pipeline works on pixels, or the folder holds other latents.
+    """
+    pipeline = source.pipeline
+    if pipeline.codec is None:
+        raise ValueError(
+            "cache_latents is True, but this pipeline works on pixels; leave --cache_latents away."
+        )
+    folder = config.cache_dir or config.output_dir / "latents"
+    if accelerator.is_main_process:
+        description = {
+            "vae": fingerprint(pipeline.codec.vae),
+            "resolution": pipeline.resolution,
+            "images": len(source),
+            "data": str(config.train_data_dir or config.dataset_name),
+        }
+        claim_folder(folder, description)
+    accelerator.wait_for_everyone()
+    count = -(-len(source) // SHARD_IMAGES)
+    paths = [folder / f"latents-{number:05d}.safetensors" for number in range(count)]
+    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    missing = [number for number in mine if not paths[number].exists()]
+    for number in with_progress(missing, f"encoding, {SHARD_IMAGES} images a shard", accelerator):
+        rows = range(number * SHARD_IMAGES, min((number + 1) * SHARD_IMAGES, len(source)))
+        atomic_save_file({"latents": _encode(source, rows)}, paths[number])
+    accelerator.wait_for_everyone()
+    shards = [read_tensors(path)["latents"] for path in paths]
+    images = ImageDataset(partial(_fetch, shards), len(source))
+    return ConditionedImages(images, pipeline, source.numbers, source.table)
+
+
+def _encode(source: ConditionedImages, rows: range) -> Tensor:
+    chunks = (rows[start : start + _BATCH_SIZE] for start in range(0, len(rows), _BATCH_SIZE))
+    batches = (source.__getitems__(list(chunk)) for chunk in chunks)
+    return torch.cat([source.clean(batch).half().cpu() for batch in batches])
+
+
+def _fetch(shards: list[Tensor], indices: list[int]) -> Tensor:
+    rows = (divmod(index, SHARD_IMAGES) for index in indices)
+    return torch.stack([shards[shard][row] for shard, row in rows])

@@ -1,0 +1,122 @@
+"""Training pairs of two points of a trajectory, and the loss over them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from morse.sampling import Dot, JumpPoint, dot_estimate
+from morse.training.frozen import FrozenDash
+from morse.training.guidance import Conditions, each_branch
+
+LossWeighting = Literal["none", "gap"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Points of trajectories, one each.
+
+    Attributes:
+        sample: (B, C, H, W).
+        position: Where in the noise schedule, integers (B,).
+        outputs: Dash's there, for each branch, (B, G, C_out, H, W); None where not evaluated.
+    """
+
+    sample: Tensor
+    position: Tensor
+    outputs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N pairs: what Dot sees, with a row for each of G branches, and what it should reach.
+
+    Attributes:
+        jump: The jump point, N * G rows.
+        sample: Where Dot is evaluated, N * G rows.
+        timestep: What it is told there, (N * G,).
+        base: What its residual is added to, (N * G, C_out, H, W).
+        conditions: Of N pairs.
+        gap: Positions of the schedule between the two points, (N,).
+        target: Dash's guided estimate there, (N, C, H, W); None where it was not evaluated.
+        dash: The Dash that all of it comes from.
+    """
+
+    jump: JumpPoint
+    sample: Tensor
+    timestep: Tensor
+    base: Tensor
+    conditions: Conditions
+    gap: Tensor
+    target: Tensor | None
+    dash: FrozenDash
+
+    def outputs(self, residual: Tensor, independent: bool = False) -> Tensor:
+        """Add residuals (N * G, C_out, H, W) to the base, (N, G, C_out, H, W)."""
+        estimate = residual.float() if independent else self.base + residual.float()
+        return estimate.unflatten(0, (-1, self.conditions.branches))
+
+    def guided(self, outputs: Tensor) -> Tensor:
+        """Combine the branches as `target` is, (N, C, H, W)."""
+        branches = self.conditions.branches
+        return self.dash.guided(outputs, self.conditions.guidance_scale, self.sample[::branches])
+
+
+def join_points(dash: FrozenDash, jump: Point, here: Point, conditions: Conditions) -> Pairs:
+    """Make the pairs of jump points with later points of the same trajectories."""
+    branches, schedule = conditions.branches, dash.schedule
+    scale = conditions.guidance_scale
+    base = dash.base(jump.outputs, (jump.sample, jump.position), (here.sample, here.position))
+    return Pairs(
+        jump=JumpPoint(
+            each_branch(jump.sample, branches),
+            each_branch(schedule.timesteps[jump.position], branches),
+            jump.outputs.flatten(0, 1),
+        ),
+        sample=each_branch(here.sample, branches),
+        timestep=each_branch(schedule.timesteps[here.position], branches),
+        base=base,
+        conditions=conditions,
+        gap=jump.position - here.position,
+        target=None if here.outputs is None else dash.guided(here.outputs, scale, here.sample),
+        dash=dash,
+    )
+
+
+def dot_outputs(dot: Dot, pairs: Pairs) -> Tensor:
+    """Evaluate Dot for `pairs`, each branch from its own jump output, (N, G, C_out, H, W)."""
+    inputs = pairs.conditions.inputs()
+
+    def residual(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+        return dot(sample, timestep, jump, **inputs)
+
+    residual.independent = getattr(dot, "independent", False)
+    estimate = dot_estimate(residual, pairs.sample, pairs.timestep, pairs.jump, pairs.base)
+    return estimate.float().unflatten(0, (-1, pairs.conditions.branches))
+
+
+def weighted_loss(
+    estimate: Tensor, pairs: Pairs, weighting: LossWeighting, even_guidance: bool = False
+) -> Tensor:
+    """Mean squared error of guided estimates for `pairs`: "none" as in Algorithm 1, "gap" weighted.
+
+    Unweighted errors come mostly from the widest gaps t_s - t_i, over which Dash's estimate
+    changes most (its square grows as the gap's), while plans with many evaluations have narrow
+    ones. Weights 1 / gap go half the way to equality.
+
+    Args:
+        estimate: (N, C, H, W).
+        pairs: The pairs.
+        weighting: By gap.
+        even_guidance: Divide errors by (1 - w)^2 + w^2 for a guidance scale w. So much larger is
+            the square of a guided error than that of its two branches, where these err
+            independently; without it the highest scales make most of the loss.
+    """
+    errors = (estimate.float() - pairs.target).square().flatten(1).mean(1)
+    scale = pairs.conditions.guidance_scale
+    if even_guidance and scale is not None:
+        errors = errors / ((1 - scale) ** 2 + scale**2)
+    if weighting == "none":
+        return errors.mean()
+    weights = 1 / pairs.gap
+    return (errors * weights).sum() / weights.sum()

@@ -1,0 +1,300 @@
+"""train_dot for pipelines with text and classes, from data on disk to a Dot in the pipeline."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file
+from tiny_pipelines import xl_unet
+from tiny_text import dit_pipeline, sd3_pipeline, text_pipeline, xl_pipeline
+from torch.testing import assert_close
+
+from morse import MorseDot, MorsePipeline, enable_morse
+from morse.cli import parse_config
+from morse.training.cache import WindowCache, _join, prepare_cache
+from morse.training.common import make_accelerator
+from morse.training.frozen import freeze_pipeline, load_frozen_pipeline
+from morse.training.graphs import _OnPairs, _tensors
+from morse.training.loop import TrainDotConfig, train_dot
+from morse.training.pairs import dot_outputs
+from morse.training.source import open_source
+from morse.training.windows import pick_pairs
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("cat", "dog", "emu")
+OPTIONS = """--train_batch_size 3 --max_train_steps 5 --lr_warmup_steps 2 --learning_rate 1e-2
+    --checkpointing_steps 4 --logging_steps 2 --validation_steps 0 --validation_images 4 --seed 3
+    --num_down_blocks 1 --block_out_channels 4 --lora_rank 2"""
+CACHE = ("--cache_pairs", "40", "--window_steps", "3", "--pairs_per_window", "2",
+         "--timestep_sampling", "plans")  # fmt: skip
+
+
+def write_idx(path, array, magic):
+    header = b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape))
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("train", 10), ("t10k", 6)):
+        rng = np.random.default_rng(count)
+        write_idx(folder / f"{name}-images-idx3-ubyte", rng.integers(0, 256, (count, 8, 8)), 0x803)
+        write_idx(folder / f"{name}-labels-idx1-ubyte", np.arange(count) % 3, 0x801)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    text_pipeline().save_pretrained(folder)
+    return folder
+
+
+def arguments(base, data_dir, output_dir, *options):
+    return ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(data_dir),
+            "--output_dir", str(output_dir), *OPTIONS.split(), *options]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(base, data_dir, tmp_path_factory):
+    """A function that trains into a new folder."""
+
+    def train(*options, base=base, names=NAMES):
+        AcceleratorState._reset_state(reset_partial_state=True)  # else precisions can't differ
+        output_dir = tmp_path_factory.mktemp("runs") / "run"
+        named = ("--class_names", *names) if names else ()
+        given = arguments(base, data_dir, output_dir, *named, *options)
+        return train_dot(parse_config(TrainDotConfig, given))
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def whole_run(run):
+    return run(*CACHE)
+
+
+@pytest.fixture(scope="module")
+def source(base, data_dir, tmp_path_factory):
+    """The training images of a config with a small cache, and that config."""
+    output_dir = tmp_path_factory.mktemp("source")
+    given = arguments(base, data_dir, output_dir, "--class_names", *NAMES, *CACHE)
+    config = parse_config(TrainDotConfig, given)
+    return open_source(load_frozen_pipeline(config, torch.device("cpu")), config, "train"), config
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def sample(base, folder, plan, **options):
+    pipe = MorsePipeline.from_pretrained(base, dot=folder)
+    pipe.set_progress_bar_config(disable=True)
+    latents = pipe(list(NAMES), plan=plan, output_type="latent",
+                   generator=torch.Generator().manual_seed(0), **options).images  # fmt: skip
+    return latents, pipe.last_run
+
+
+class TestStableDiffusion:
+    def test_the_result_works_in_the_pipeline(self, whole_run, base):
+        latents, last_run = sample(base, whole_run, "DooDo")
+        assert latents.isfinite().all() and last_run.num_dot == 3 and not last_run.fallbacks
+        assert any(value.abs().max() > 0 for name, value in weights(whole_run).items()
+                   if name.startswith("conv_out"))  # fmt: skip
+
+    def test_overfitted_it_beats_reuse(self, run, base):
+        """On the way that Dash's own estimates lead."""
+        folder = run(*CACHE, "--max_train_steps", "60", "--train_batch_size", "4",
+                     "--ema_max_decay", "0.8", "--guidance_scale", "3", "3")  # fmt: skip
+        untrained = run("--max_train_steps", "1", "--learning_rate", "1e-12")
+        expected, _ = sample(base, folder, "D" * 10, guidance_scale=3.0)
+        trained, reuse = (
+            (sample(base, dot, "Do" * 5, guidance_scale=3.0)[0] - expected).square().mean()
+            for dot in (folder, untrained)
+        )
+        assert trained < 0.9 * reuse
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--cache_latents", "--on_policy", "--window_steps", "2"),
+            (*CACHE, "--mixed_precision", "bf16", "--base_space", "x0"),
+            ("--mixed_precision", "bf16", "--guidance_scale", "1", "1", "--independent"),
+            ("--no-even_guidance", "--guidance_scale", "1", "5", "--loss_weighting", "gap"),
+        ],
+    )
+    def test_options_run(self, run, base, options):
+        folder = run(*options)
+        wanted = "x0" if "--base_space" in options else None
+        assert MorseDot.from_pretrained(folder).config.base_space == wanted
+        assert (folder / "validation" / "step-0000005.png").is_file()
+        assert sample(base, folder, "Do")[0].isfinite().all()
+
+    @pytest.mark.parametrize("options", [CACHE, ("--cache_latents",)])
+    def test_resumed_it_gives_the_same_bits(self, run, base, data_dir, options, tmp_path):
+        whole = run(*options)
+        shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns(
+            "checkpoint-5", "config.json", "diffusion_pytorch_model.safetensors"))  # fmt: skip
+        given = arguments(base, data_dir, tmp_path / "run", "--class_names", *NAMES, *options,
+                          "--resume_from_checkpoint", "latest")  # fmt: skip
+        resumed = train_dot(parse_config(TrainDotConfig, given))
+        assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+    def test_latents_are_encoded_once(self, source, run):
+        folder = run("--cache_latents", "--max_train_steps", "1")
+        cached = load_file(folder / "latents" / "latents-00000.safetensors")["latents"]
+        images, _ = source
+        assert_close(cached.float(), images.clean(images.__getitems__(list(range(10)))),
+                     rtol=1e-3, atol=1e-3)  # fmt: skip
+
+    @pytest.mark.slow
+    def test_two_processes(self, base, data_dir, tmp_path):
+        given = arguments(base, data_dir, tmp_path / "run", "--class_names", *NAMES, *CACHE)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2",
+                   "--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
+                   "no", "training/train_dot.py", *given]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 4/5") == 1
+        assert sample(base, tmp_path / "run", "Do")[0].isfinite().all()
+
+
+class TestCache:
+    @pytest.fixture(scope="class")
+    def shards(self, source, tmp_path_factory):
+        """Paths of two shards, of 32 and 8 windows."""
+        patch = pytest.MonkeyPatch()
+        patch.setattr("morse.training.cache.SHARD_WINDOWS", 32)
+        cache = prepare_cache(*source, make_accelerator(source[1]))
+        patch.undo()
+        assert len(cache.shards) == 2
+        return sorted((source[1].output_dir / "pairs").glob("*.safetensors"))
+
+    def test_a_caption_is_kept_once(self, shards):
+        shard = load_file(shards[0])
+        assert shard["conditions/encoder_hidden_states"].shape == (3, 8, 8)
+        assert shard["negative/encoder_hidden_states"].shape == (1, 8, 8)
+        assert shard["outputs"].shape == (32, 4, 2, 4, 4, 4)
+        assert shard["rows"].unique().tolist() == [0, 1, 2]
+        assert shard["guidance_scale"].min() >= 2 and shard["guidance_scale"].max() <= 10
+
+    def test_windows_come_with_their_conditions(self, source, shards):
+        """Dash's outputs there, evaluated again, are those of the cache."""
+        indices, dash = torch.tensor([39, 0, 31, 32, 5]), source[0].pipeline.dash
+        joined = WindowCache(shards, torch.device("cpu"))
+        joined.shards = [_join(joined.shards, torch.device("cpu"))]  # as on CUDA
+        for cache in (WindowCache(shards, torch.device("cpu")), joined):
+            window = cache.gather(indices)
+            for point in range(4):
+                found = dash(window.samples[:, point].float(), window.timesteps[:, point].long(),
+                             window.conditions)  # fmt: skip
+                assert_close(found, window.outputs[:, point].float(), rtol=2e-3, atol=2e-3)
+
+    def test_other_conditions_are_refused(self, source, shards, run):
+        folder = shards[0].parent
+        for options, name in (
+            (("--guidance_scale", "2", "7"), "guidance_scale"),
+            (("--class_names", "cat", "dog", "fox"), "captions"),
+        ):
+            with pytest.raises(ValueError, match=rf"made with other \['{name}'\]"):
+                run(*CACHE, "--cache_dir", str(folder), *options)
+
+    def test_graphs_get_the_conditions(self, source, shards):
+        """As CUDA graphs call it, with tensors alone."""
+        dash = source[0].pipeline.dash
+        window = WindowCache(shards, torch.device("cpu")).gather(torch.tensor([1, 33]))
+        pairs = pick_pairs(dash, window, 2, torch.Generator().manual_seed(0), first=False)
+        dot = MorseDot.from_dash(dash.model, 1, (4,), lora_rank=2)
+        torch.nn.init.normal_(dot.conv_out.weight)
+        names = tuple(pairs.conditions.flat_inputs())
+        residual = _OnPairs(dot, names)(*_tensors(pairs))
+        assert_close(pairs.outputs(residual), dot_outputs(dot, pairs))
+
+
+def test_xl(run, tmp_path):
+    xl_pipeline(xl_unet()).save_pretrained(tmp_path)
+    folder = run(*CACHE, base=tmp_path)
+    shard = load_file(folder / "pairs" / "windows-00000.safetensors")
+    assert shard["conditions/added_cond_kwargs.time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]] * 3
+    assert sample(tmp_path, folder, "DooDo")[0].isfinite().all()
+
+
+def test_classes_without_guidance(run, build_unet, tmp_path):
+    unet = build_unet(channels=(8, 8), sample_size=8, num_class_embeds=3)
+    DDPMPipeline(unet, DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path)
+    folder = run(*CACHE, base=tmp_path, names=None)
+    shard = load_file(folder / "pairs" / "windows-00000.safetensors")
+    assert shard["conditions/class_labels"].tolist() == [0, 1, 2]
+    assert shard["outputs"].shape[2] == 1 and "guidance_scale" not in shard
+
+
+def test_transformers(run, monkeypatch):
+    """Class-conditional with a learned variance, and flow matching; or refused by name."""
+    for pipe, names, call in (
+        (dit_pipeline(), None, {"class_labels": [1, 2]}),
+        (sd3_pipeline(), NAMES, {"prompt": ["cat", "dog"]}),
+    ):
+        # In memory, since diffusers does not open a Stable Diffusion 3 saved without its T5.
+        frozen = freeze_pipeline(pipe)
+        monkeypatch.setattr("morse.training.loop.load_frozen_pipeline", lambda *_, f=frozen: f)
+        try:
+            MorseDot.from_dash(pipe.transformer, 1, (4,))
+        except ValueError:
+            name = type(pipe.transformer).__name__
+            with pytest.raises(ValueError, match=f"not supported for {name}; supported"):
+                run(names=names)
+            continue
+        folder = run(*CACHE, names=names)
+        enable_morse(pipe, MorseDot.from_pretrained(folder))
+        images = pipe(**call, plan="DooDo", output_type="pt").images
+        assert torch.as_tensor(images).isfinite().all() and pipe.last_run.num_dot == 3
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--guidance_scale", "7"), "guidance_scale is .7.0,.; it must be two numbers"),
+            (("--guidance_scale", "5", "2"), "guidance_scale is .5.0, 2.0.; it must be two"),
+            (("--class_names", "a", "--caption_column", "text"), "caption_column is 'text' and"),
+            (("--cache_latents", "--cache_pairs", "3"), "cache_latents is True and cache_pairs"),
+        ],
+    )
+    def test_they_are_checked(self, base, data_dir, tmp_path, options, message, capsys):
+        with pytest.raises(SystemExit):
+            parse_config(TrainDotConfig, arguments(base, data_dir, tmp_path, *options))
+        found = capsys.readouterr().err
+        assert re.search(message, found), found
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ((), "give --caption_column, or --class_names"),
+            (("--caption_column", "text"), "caption_column is 'text', but IDX files"),
+            (("--class_names", "cat"), "class_names has 1 names, but labels go up to 2"),
+        ],
+    )
+    def test_text_is_needed(self, run, options, message):
+        with pytest.raises(ValueError, match=message):
+            run(*options, names=None)
+
+    def test_text_for_a_pipeline_without(self, run, make_pipe, tmp_path):
+        make_pipe().save_pretrained(tmp_path)
+        for options, message in (
+            (("--class_names", *NAMES), "this pipeline takes no text"),
+            (("--cache_latents",), "this pipeline works on pixels"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                run(*options, base=tmp_path, names=None)
