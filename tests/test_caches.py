@@ -144,7 +144,8 @@ def test_a_peer_engages_and_leaves_no_trace(pipes, peer, name):
     pytest.importorskip({"cache-dit": "cache_dit", "tomesd": "tomesd"}.get(peer, "torch"))
     pipe = pipes[name]
     assert PEERS[peer].obstacle(pipe) is None
-    before, bare = traces(pipe), latents(pipe, name)
+    bare = latents(pipe, name)
+    before = traces(pipe)
     with PEERS[peer].apply(pipe, NUMBERS.get(peer, 2.0)):
         sped = latents(pipe, name)
         assert not torch.equal(sped, bare) and sped.isfinite().all()

@@ -8,6 +8,7 @@ import time
 import torch
 
 from morse.evaluation.bench.config import BenchmarkConfig
+from morse.evaluation.bench.flops import count_architectures
 from morse.evaluation.bench.latency import LatencySettings
 from morse.evaluation.bench.latency_report import run_architectures
 from morse.evaluation.bench.measuring import Part, conditions_facts, measure_cells
@@ -103,9 +104,13 @@ def _summarize(part: Part) -> dict[str, object]:
 
 
 def measure_architectures(config: BenchmarkConfig) -> dict[str, object]:
-    """Measure N and FLOPs of `config.arch`, eager, as CUDA graphs where there is CUDA, compiled
-    where asked for; see `run_benchmark`.
+    """Count FLOPs of `config.arch`, and unless `flops_only` measure N; see `run_benchmark`.
+
+    N is measured eager, as CUDA graphs where there is CUDA, and compiled where asked for.
     """
+    target = config.json or config.output_dir / "latency.json"
+    if config.flops_only:
+        return count_architectures(config.arch, target)
     device = resolve_device(config.device)
     modes = {"eager": True, "compiled": config.compile, "cuda_graph": device.type == "cuda"}
     settings = LatencySettings(
@@ -114,5 +119,4 @@ def measure_architectures(config: BenchmarkConfig) -> dict[str, object]:
         reduced=device.type == "cpu",
         dtype=AUTOCAST.get(config.mixed_precision, torch.float32),
     )
-    target = config.json or config.output_dir / "latency.json"
     return run_architectures(config.arch, device, settings, target)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from morse.calls import find_denoiser
+from morse.denoisers import find_denoiser
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -163,6 +163,10 @@ class BenchmarkConfig:
             f"({', '.join(ARCHITECTURES)}); fewer layers on a CPU"
         },
     )
+    flops_only: bool = field(
+        default=False,
+        metadata={"help": "with --arch: count FLOPs of the full-size models and time nothing"},
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
         default="no", metadata={"help": "autocast of the networks"}
     )
@@ -175,6 +179,8 @@ class BenchmarkConfig:
         check_solvers((*self.solvers, *self.control_solvers))
         for name in self.arch:
             find_architecture(name)
+        if self.flops_only and not self.arch:
+            raise ValueError("flops_only counts architectures; name some with --arch")
         for name, known in (("kinds", CHOOSABLE), ("peers", (*PEER_NAMES, "none"))):
             unknown = sorted(set(getattr(self, name)) - set(known))
             if unknown:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from morse.calls import find_denoiser
+from morse.denoisers import find_denoiser
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import call_parameters
 from morse.evaluation.environment import resolve_device

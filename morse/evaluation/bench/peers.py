@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from morse.calls import find_denoiser
+from morse.denoisers import find_denoiser
 from morse.evaluation.bench import caches
 from morse.evaluation.bench.deepcache import (
     deepcache,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from morse.calls import find_denoiser
+from morse.denoisers import find_denoiser
 from morse.evaluation.bench.engagement import timed
 from morse.evaluation.bench.loading import load_bare, make_pipeline, with_scheduler, with_solver
 from morse.evaluation.bench.peers import (

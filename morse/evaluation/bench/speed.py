@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from morse.calls import find_denoiser
+from morse.denoisers import find_denoiser
 from morse.evaluation.conditions import UNCONDITIONAL, Conditions
 
 if TYPE_CHECKING:
