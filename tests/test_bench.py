@@ -39,16 +39,31 @@ def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="peers has"):
         BenchmarkConfig(peers=("toaster",))
     with pytest.raises(ValueError, match="share images"):
-        BenchmarkConfig(seeds=(0, 90), device="cpu").resolved()
+        BenchmarkConfig(seeds=(0, 30), device="cpu").resolved()
 
 
 def test_what_is_left_out_depends_on_the_device_and_on_quick():
-    assert BenchmarkConfig(device="cpu").resolved().num_images == 96
+    slow = BenchmarkConfig(device="cpu").resolved()
+    assert slow.num_images == 40 and max(slow.lsd) == 30 and max(slow.baseline_lsd) == 40
+    assert BenchmarkConfig(lsd=(50,), device="cpu").resolved().lsd == (50,)
+    guided = BenchmarkConfig(guidance_scale=(3.0,), device="cpu").resolved()
+    assert guided.latency_batch_sizes == (0,) and slow.latency_batch_sizes == (1, 16, 64)
     assert BenchmarkConfig(device="cuda").resolved().num_images == 5000
     assert BenchmarkConfig(num_images=7, device="cuda").resolved().num_images == 7
     quick = BenchmarkConfig(quick=True, lsd=(5,), device="cpu").resolved()
     assert (quick.num_images, quick.lsd) == (12, (5,))
     assert {method.kind for method, _ in quick.tasks()} == {"baseline", "morse", "reuse"}
+
+
+def test_a_run_without_a_gpu_fits_into_an_hour():
+    """18.7 ms an image and evaluation of the embedded Dash, on two cores of an EPYC."""
+    for quick, most in ((True, 120), (False, 3600)):
+        config = BenchmarkConfig(quick=quick, device="cpu").resolved()
+        # What the embedded pipeline can't run is left out: its peers but DeepCache, and so on.
+        kinds = {"baseline", "morse", "reuse", "extrapolation", "pfdiff", "deepcache"}
+        lsd = sum(budget for method, budget in config.tasks() if method.kind in kinds)
+        seconds = (lsd + 100) * config.num_images * 0.0187
+        assert seconds < 0.85 * most  # leaves time for loading, warm-ups and N
 
 
 def test_baselines_and_morse_are_measured_first():

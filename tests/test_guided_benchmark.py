@@ -299,7 +299,7 @@ def test_a_class_conditional_pipeline_takes_names_and_numbers():
 
 def test_conditions_and_pipeline_must_suit_each_other(text_folder, tmp_path):
     pipe, _ = load_bare(str(text_folder), None, "cpu")
-    with pytest.raises(ValueError, match="makes images from text; give prompts"):
+    with pytest.raises(ValueError, match="makes images from text; give --prompts"):
         make_conditions(pipe)
     with pytest.raises(ValueError, match="only one of them"):
         make_conditions(pipe, prompts=NAMES, class_names=NAMES)

@@ -101,13 +101,15 @@ def call_parameters(pipe: "DiffusionPipeline") -> Mapping[str, inspect.Parameter
     return inspect.signature(base.__call__).parameters
 
 
-def read_prompts(file: Path) -> tuple[str, ...]:
-    """Read a file of prompts, one a line; empty lines are left out.
+def read_prompts(file: Path | None) -> tuple[str, ...]:
+    """Read a file of prompts, one a line; empty lines are left out, and None has none.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it has no prompt.
     """
+    if file is None:
+        return ()
     if not file.is_file():
         raise FileNotFoundError(f"prompts is {file}, which does not exist")
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -128,8 +130,8 @@ def _of_text(
     name = type(pipe).__name__
     if not prompts:
         raise ValueError(
-            f"{name} makes images from text; give prompts (--prompts, or --prompt_embeds FILE "
-            "where it has no text encoder)"
+            f"{name} makes images from text; give --prompts, or --prompt_embeds FILE where it has "
+            "no text encoder"
         )
     if "text_encoder" in pipe.components and pipe.text_encoder is None:
         raise ValueError(

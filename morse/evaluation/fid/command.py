@@ -69,6 +69,10 @@ class FidConfig:
     prompts: Path | None = field(
         default=None, metadata={"help": "file of prompts, one a line; image i takes i modulo all"}
     )
+    class_names: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "prompts in turn; for a class-conditional pipeline names or numbers"},
+    )
     guidance_scale: float | None = field(
         default=None, metadata={"help": "the pipeline's own if left out"}
     )

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from morse.evaluation.conditions import read_prompts
 from morse.evaluation.environment import command_line, environment
-from morse.evaluation.fid.budgets import progress_bar, read_prompts
+from morse.evaluation.fid.budgets import progress_bar
 from morse.evaluation.fid.extractors import Extractor
 from morse.evaluation.fid.feature_sets import (
     FeatureSet,
