@@ -15,6 +15,7 @@ from morse.cli import parse_config
 from morse.evaluation.bench import measuring
 from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
 from morse.evaluation.bench.loading import load_bare, load_pipelines
+from morse.evaluation.bench.peers import PEERS, Peer
 from morse.evaluation.bench.runs import sample_images
 from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.metrics import psnr
@@ -228,6 +229,27 @@ def test_batch_size_changes_no_picture(text_folder):
         both = sample_images(pipe, steps, range(5, 9), 4, conditions=wanted).images
         apart = sample_images(pipe, steps, range(5, 9), 3, conditions=wanted).images
         torch.testing.assert_close(both, apart, rtol=1e-4, atol=1e-4)
+
+
+def test_peers_that_raise_are_listed_and_others_measured(config, tmp_path, monkeypatch):
+    pytest.importorskip("DeepCache")
+
+    def broken(pipe, number):
+        raise IndexError("pop from empty list")
+
+    monkeypatch.setitem(PEERS, "tomesd", Peer(broken, lambda pipe: None))
+    few = {"solvers": ("ddim",), "kinds": ("baseline",), "guidance_scale": (3.0,), "num_images": 2}
+    few |= {"baseline_lsd": (), "peers": ("tomesd", "deepcache", "pab")}
+    result = run_benchmark(dataclasses.replace(config, **few, output_dir=tmp_path))
+    rows = [(row["kind"], row["setting"]) for row in result["rows"]]
+    assert rows == [("baseline", "")] + [("deepcache", f"interval {n}") for n in (3, 2, 5)]
+    (part,) = result["guidance"]
+    assert part["not_measured"] == [
+        "ToMe-DDIM ratio 0.5: it raised IndexError: pop from empty list",
+        "pab: not applicable: it caches the blocks of a transformer, and UNet2DConditionModel is "
+        "none",
+    ]
+    assert "it raised IndexError" in (tmp_path / "benchmark.md").read_text()
 
 
 def test_other_images_than_fashion_mnist_have_no_frechet_distance(tmp_path):
