@@ -13,8 +13,9 @@ from diffusers.configuration_utils import FrozenDict
 from morse.calls import MorseCalls
 from morse.denoisers import find_controlnet, find_denoiser, find_denoisers
 from morse.dot import MorseDot
+from morse.prepare import prepare_dot, recall, remember
 from morse.sampling import Dot
-from morse.switch import install_switch, remove_switch
+from morse.slot import remove_switch
 
 
 def _register_dot(pipe: DiffusionPipeline, dot: Dot | None) -> None:
@@ -28,6 +29,11 @@ def _register_dot(pipe: DiffusionPipeline, dot: Dot | None) -> None:
 def morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
     """Subclass a pipeline class under its own name, with an optional component `dot` if asked."""
     members: dict[str, object] = {"__module__": base.__module__, "_morse_base": base}
+
+    def from_pipe(cls: type, pipeline: DiffusionPipeline, **kwargs: object) -> DiffusionPipeline:
+        return inherit_dot(base.from_pipe(pipeline, **kwargs))
+
+    members["from_pipe"] = classmethod(from_pipe)
     if dot_is_component:
         signature = inspect.signature(base.__init__)
         dot = inspect.Parameter("dot", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -58,8 +64,9 @@ def enable_morse(
     """
     disable_morse(pipe)
     denoiser = find_denoiser(pipe)
+    prepare_dot(pipe, dot, denoiser)
     if isinstance(dot, MorseDot):
-        dot.eval().bind(denoiser)
+        dot.eval()
         if merge_lora:
             dot.merge_lora()
     is_component = isinstance(dot, ModelMixin)
@@ -70,8 +77,23 @@ def enable_morse(
         pipe.dot = dot
     pipe.speed_ratio = dot.config.speed_ratio if isinstance(dot, MorseDot) else None
     pipe.measured = pipe.last_run = None
-    for module in find_denoisers(pipe).values():
-        install_switch(module)
+    remember(pipe, dot)
+    return pipe
+
+
+def inherit_dot(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Attach the Dot that was attached last to this pipeline's denoiser, with its settings.
+
+    diffusers' `from_pipe` makes a bare pipeline of the same parts; this gives it its Dot again.
+    A pipeline whose denoiser knows of no Dot, or that has a Dot already, stays as it is.
+    """
+    dot, other = recall(find_denoiser(pipe))
+    if dot is None or getattr(pipe, "dot", None) is not None:
+        return pipe
+    _drop_from_config(pipe, "_dot")  # where `from_pipe` notes what the new class does not take
+    enable_morse(pipe, dot, merge_lora=False)  # merged or not as it is
+    if other is not None:
+        pipe.speed_ratio, pipe.measured = other.speed_ratio, other.measured
     return pipe
 
 
@@ -80,11 +102,15 @@ def disable_morse(pipe: DiffusionPipeline) -> DiffusionPipeline:
     base = getattr(type(pipe), "_morse_base", None)
     if base is None:
         return pipe
-    for module in filter(None, (*find_denoisers(pipe).values(), find_controlnet(pipe))):
-        remove_switch(module)
+    for module in (*find_denoisers(pipe).values(), find_controlnet(pipe)):
+        if module is not None:
+            remove_switch(module)
     pipe.__class__ = base
     for name in ("dot", "speed_ratio", "measured", "last_run"):
         vars(pipe).pop(name, None)
-    config = {name: value for name, value in pipe.config.items() if name != "dot"}
-    pipe._internal_dict = FrozenDict(config)
+    _drop_from_config(pipe, "dot")
     return pipe
+
+
+def _drop_from_config(pipe: DiffusionPipeline, name: str) -> None:
+    pipe._internal_dict = FrozenDict({k: v for k, v in pipe.config.items() if k != name})

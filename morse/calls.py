@@ -10,17 +10,21 @@ import torch
 
 from morse.denoisers import Denoiser, find_controlnet, find_denoisers
 from morse.dot import MorseDot
+from morse.dot.card import pipeline_card
+from morse.dot.hub import Publishable
 from morse.plan import MorsePlan
+from morse.prepare import prepare_dot, remember
 from morse.rates import choose_base_space
 from morse.sampling import Dot
+from morse.slot import CURRENT_RUN, install_switch
 from morse.steps import count_evaluations, find_exact_steps, find_steps
 from morse.summary import SpeedRatio, summarize_run, warn_unless_engaged
-from morse.switch import CURRENT_RUN, MorseRun, install_switch
+from morse.switch import MorseRun
 
 DEFAULT_PLAN_RATIO = 2.0
 
 
-class MorseCalls:
+class MorseCalls(Publishable):
     """What `enable_morse` adds to a pipeline.
 
     Attributes:
@@ -32,10 +36,10 @@ class MorseCalls:
         last_run: What the latest planned call did; None after a call without a plan.
     """
 
-    dot: Dot | None
-    speed_ratio: float | None
-    measured: SpeedRatio | None
-    last_run: MorseRun | None
+    dot: Dot | None = None
+    speed_ratio: float | None = None
+    measured: SpeedRatio | None = None
+    last_run: MorseRun | None = None
 
     def __call__(
         self,
@@ -82,8 +86,10 @@ class MorseCalls:
 
     def _run(self, plan: MorsePlan, arguments: dict, timed: bool = False) -> object:
         denoisers, controlnet = find_denoisers(self), find_controlnet(self)
-        for module in filter(None, (*denoisers.values(), controlnet)):
-            install_switch(module)
+        prepare_dot(self, self.dot, next(iter(denoisers.values())))
+        remember(self, self.dot)
+        if controlnet is not None:
+            install_switch(controlnet)
         base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"))
         run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None, base_space=base_space)
         # A weight-shared Dot belongs to the denoiser that starts.
@@ -102,7 +108,8 @@ class MorseCalls:
         finally:
             CURRENT_RUN.reset(token)
             run.finish(time.perf_counter() - started)
-        warn_unless_engaged(run)
+        if not getattr(self, "_interrupt", False):
+            warn_unless_engaged(run)
         return output
 
     def _make_plan(
@@ -208,6 +215,10 @@ class MorseCalls:
         if self.last_run is None:
             return "The latest call, if any, was not planned by Morse: give lsd= or plan=."
         return summarize_run(self.last_run, self.measured)
+
+    def model_card(self) -> str:
+        """Write the card that is saved along: what is known of the pipeline and its Dot."""
+        return pipeline_card(self, self.dot if isinstance(self.dot, MorseDot) else None)
 
 
 def _plan_from_counts(num_dash: int | None, num_dot: int | None, steps: int | None) -> MorsePlan:

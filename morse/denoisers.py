@@ -12,6 +12,7 @@ from functools import cache
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from morse.dot.wrapped import unwrap
 from morse.sampling import Dot
 
 # What a pipeline has of the first group that it has anything of.
@@ -87,7 +88,7 @@ def take_apart(module: nn.Module, args: tuple, kwargs: dict) -> Call | None:
     Returns:
         None where there is no sample or no timestep among them, or the sample is no tensor.
     """
-    given = dict(_signature(type(module)).bind(module, *args, **kwargs).arguments)
+    given = dict(_signature(type(unwrap(module))).bind(module, *args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     for name in ("self", "return_dict"):
         given.pop(name, None)

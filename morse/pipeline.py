@@ -8,7 +8,7 @@ from pathlib import Path
 import diffusers
 from diffusers import DDPMPipeline, DiffusionPipeline
 
-from morse.attach import enable_morse, morse_class
+from morse.attach import enable_morse, inherit_dot, morse_class
 from morse.dot import MorseDot
 from morse.dot.loading import safetensors_only
 
@@ -62,6 +62,7 @@ _HUB_OPTIONS = (
     "revision",
     "torch_dtype",
     "dtype",
+    "variant",
 )
 
 
@@ -106,7 +107,7 @@ class MorsePipeline:
         config = DiffusionPipeline.load_config(path, **hub_options)
         has_dot = config.get("dot", (None, None))[1] is not None
         if dot is None and has_dot:
-            dot = MorseDot.from_pretrained(path, subfolder="dot", **hub_options)
+            dot = _load_variant(path, "dot", **hub_options)
         elif isinstance(dot, (str, os.PathLike)):
             dot = load_dot(dot, **hub_options)
         loader = DiffusionPipeline
@@ -124,16 +125,22 @@ class MorsePipeline:
         scheduler: str | object | None = None,
         merge_lora: bool = True,
     ) -> DiffusionPipeline:
-        """Equip a pipeline in memory, as `enable_morse` does, and change its scheduler if asked."""
+        """Equip a pipeline in memory, as `enable_morse` does, and change its scheduler if asked.
+
+        Args:
+            pipe: A diffusers pipeline.
+            dot: A Dot; None for the one that the pipeline has or, where diffusers' `from_pipe` made
+                it of another pipeline's parts, the one that had, with N as set or measured there.
+            scheduler: As for `from_pretrained`.
+            merge_lora: See `enable_morse`; of no effect on a Dot that is in use.
+        """
         if isinstance(scheduler, str):
             scheduler = make_scheduler(scheduler, pipe.scheduler.config)
         if scheduler is not None:
             _check_scheduler(pipe, scheduler)
             pipe.scheduler = scheduler
-        if isinstance(dot, MorseDot):
-            dot.to(pipe.device)
-            if dot.dtype != pipe.dtype:
-                dot.to(dtype=pipe.dtype)
+        if dot is None and getattr(inherit_dot(pipe), "dot", None) is not None:
+            return pipe
         return enable_morse(pipe, dot, merge_lora)
 
 
@@ -150,8 +157,20 @@ def _check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
 
 def load_dot(path: str | os.PathLike, **kwargs: object) -> MorseDot:
     """Load a Dot from its own folder or from the `dot` folder of a saved pipeline."""
-    has_subfolder = (Path(path) / "dot").is_dir()
-    return MorseDot.from_pretrained(path, subfolder="dot" if has_subfolder else None, **kwargs)
+    return _load_variant(path, "dot" if (Path(path) / "dot").is_dir() else None, **kwargs)
+
+
+def _load_variant(
+    path: str | os.PathLike, subfolder: str | None, variant: str | None = None, **kwargs: object
+) -> MorseDot:
+    """Load a Dot in a variant ("fp16") if it was saved so, else its main weights, as diffusers."""
+    if variant is not None:
+        try:
+            return MorseDot.from_pretrained(path, subfolder=subfolder, variant=variant, **kwargs)
+        except OSError as error:
+            if variant not in str(error):
+                raise
+    return MorseDot.from_pretrained(path, subfolder=subfolder, **kwargs)
 
 
 def _resolve(path: str | os.PathLike) -> str | os.PathLike:

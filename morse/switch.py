@@ -2,19 +2,14 @@
 
 Each of several denoisers gets one, and a ControlNet too: it is not evaluated where Dot comes next.
 
-It sits in `nn.Module`'s private slot `_compiled_call_impl`, which a call consults first and which
-copies and saved files leave out. Unlike a replaced forward method, a proxy module or a hook it
-survives saving, loading, offloading and `from_pipe`. The name is used in this file only, and the
-switch is looked after at every pipeline call (`morse.calls`).
-
-Which run is going on is said by a context variable. So an interrupted run leaves nothing behind,
-the denoiser called outside the pipeline is plain Dash, and threads do not disturb each other.
+Calls come here from `morse.slot`, where a context variable says which run is going on. So an
+interrupted run leaves nothing behind, the denoiser called outside the pipeline is plain Dash, and
+threads do not disturb each other.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -30,8 +25,6 @@ from morse.plan import ModelName, MorsePlan
 from morse.rates import noise_rates
 from morse.sampling import Dot
 from morse.spaces import BaseSpace, Rates
-
-CURRENT_RUN: ContextVar["MorseRun | None"] = ContextVar("morse_run", default=None)
 
 
 @dataclass
@@ -211,32 +204,3 @@ class MorseRun:
         if self.timings is not None and sample.device.type != "cpu":
             torch.accelerator.synchronize(sample.device)
         return time.perf_counter()
-
-
-class _Switch:
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.compiled = module._compiled_call_impl  # what `module.compile()` left there
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        plain = self.compiled or self.module._call_impl
-        run = CURRENT_RUN.get()
-        if run is None:
-            return plain(*args, **kwargs)
-        token = CURRENT_RUN.set(None)  # what runs inside, such as a Dot that calls Dash, is plain
-        try:
-            return run.answer(self.module, plain, args, kwargs)
-        finally:
-            CURRENT_RUN.reset(token)
-
-
-def install_switch(module: nn.Module) -> None:
-    """Put the switch in place, on top of a compiled call where there is one; twice is safe."""
-    if not isinstance(module._compiled_call_impl, _Switch):
-        module._compiled_call_impl = _Switch(module)
-
-
-def remove_switch(module: nn.Module) -> None:
-    """Take the switch out and leave what was there before."""
-    if isinstance(module._compiled_call_impl, _Switch):
-        module._compiled_call_impl = module._compiled_call_impl.compiled

@@ -7,7 +7,7 @@ import torch
 
 from morse import MorseDot, disable_morse, enable_morse
 from morse.plan import MorsePlan
-from morse.switch import CURRENT_RUN
+from morse.slot import CURRENT_RUN
 
 
 def sample(pipe, batch_size=2, seed=0, **kwargs):

@@ -128,6 +128,7 @@ class TestSaving:
         dot = make_dot(dash, num_down_blocks=1, block_out_channels=(8,))
         dot.save_pretrained(tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == [
+            "README.md",
             "config.json",
             "diffusion_pytorch_model.safetensors",
         ]

@@ -1,4 +1,7 @@
-"""The contrast of Af-DCD (Fan et al. 2023, arXiv 2312.04168) as functions of feature maps."""
+"""Functions behind the losses: Af-DCD's contrast, ScaleKD's frequency view and logit term.
+
+Sources: Af-DCD, Fan et al. 2023, arXiv 2312.04168; ScaleKD, Fan et al. 2024, arXiv 2411.06786.
+"""
 
 import math
 
@@ -76,6 +79,91 @@ def omni_contrastive_loss(
     return (log_sum - logits.diagonal(dim1=1, dim2=2)).sum() / (height * width)
 
 
+def dct_matrix(
+    n: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """Return the DCT-II matrix (n, n), 2 cos(pi (2j + 1) k / (2n)) in row k and column j.
+
+    It is computed in float64, then cast to `dtype` or else the default dtype.
+
+    Raises:
+        ValueError: If n is below 1.
+    """
+    require(n >= 1, f"n must be 1 or more, got {n}.")
+    index = torch.arange(n, dtype=torch.float64)
+    matrix = 2 * torch.cos(math.pi * (2 * index + 1) * index[:, None] / (2 * n))
+    return matrix.to(device, dtype or torch.get_default_dtype())
+
+
+def dct2(x: Tensor) -> Tensor:
+    """Transform maps (..., H, W) by the unnormalised DCT-II along both axes."""
+    height, width = x.shape[-2:]
+    like = {"dtype": x.dtype, "device": x.device}
+    return dct_matrix(height, **like) @ x @ dct_matrix(width, **like).T
+
+
+def idct2(X: Tensor) -> Tensor:
+    """Undo `dct2`."""
+    height, width = X.shape[-2:]
+    return _inverse_dct(height, X) @ X @ _inverse_dct(width, X).T
+
+
+def _inverse_dct(n: int, like: Tensor) -> Tensor:
+    # The matrix's rows are orthogonal; their squared norms are 4n for the first, 2n for the others.
+    matrix = dct_matrix(n, dtype=torch.float64) / (2 * n)
+    matrix[0] /= 2
+    return matrix.T.to(like)
+
+
+def remove_low_frequencies(x: Tensor, cutoff: tuple[int, int] = (1, 1)) -> Tensor:
+    """Set the lowest DCT coefficients of maps to zero.
+
+    Args:
+        x: Maps, (..., H, W).
+        cutoff: How many of the lowest vertical and horizontal frequencies, (kh, kw); the kh x kw
+            coefficients that are low in both go. (1, 1) takes each map's mean away.
+
+    Raises:
+        ValueError: If the cutoff is negative or exceeds the map.
+    """
+    check_cutoff(cutoff)
+    height, width = x.shape[-2:]
+    fits = cutoff[0] <= height and cutoff[1] <= width
+    require(fits, f"cutoff {cutoff} exceeds the map, {height} x {width} positions.")
+    if tuple(cutoff) == (1, 1):
+        return x - x.mean((-2, -1), keepdim=True)
+    keep = torch.ones(height, width, dtype=x.dtype, device=x.device)
+    keep[: cutoff[0], : cutoff[1]] = 0
+    # Autocast would multiply the matrices in a lower precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return idct2(dct2(x) * keep)
+
+
+def logit_distillation_loss(
+    student: Tensor, teacher: Tensor, *, weight: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """Cross-entropy of the student's to the teacher's softened class probabilities (ScaleKD).
+
+    ScaleKD's code multiplies the task's own loss by 1 - `weight` beside it.
+
+    Args:
+        student: Logits, (B, K).
+        teacher: Logits, (B, K); detached.
+        weight: Factor, finite and at least 0.
+        temperature: T > 0 that divides the logits; the loss is multiplied by T^2.
+
+    Raises:
+        ValueError: If the shapes differ or an argument is out of its range.
+    """
+    shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+    require(student.ndim == 2 and student.shape == teacher.shape, f"Not twice (B, K): {shapes}.")
+    require(0 <= weight < math.inf, f"weight must be finite, 0 or more, got {weight}.")
+    require(0 < temperature < math.inf, f"temperature must be above 0, got {temperature}.")
+    goal = (at_least_float32(teacher.detach()) / temperature).softmax(1)
+    entropy = -(goal * (at_least_float32(student) / temperature).log_softmax(1)).sum(1).mean()
+    return weight * temperature**2 * entropy
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Return `x` in float32, or as it is if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -107,3 +195,9 @@ def check_patch(height: int, width: int, patch: tuple[int, int]) -> None:
     fits = min(height, width) > 0 and height % patch[0] == 0 and width % patch[1] == 0
     size = f"{height} x {width} positions (after pooling)"
     require(fits, f"patch_size {patch} must divide {size}; change it or pool_size.")
+
+
+def check_cutoff(cutoff: tuple[int, int]) -> None:
+    """Check that a cutoff is two counts of frequencies."""
+    fits = len(cutoff) == 2 and all(isinstance(k, int) and k >= 0 for k in cutoff)
+    require(fits, f"A cutoff must be two whole numbers of at least 0, got {cutoff}.")

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from morse.dot.view import find_ports, make_shell
+from morse.dot.shell import make_shell
+from morse.dot.view import find_ports
 
 
 class _Provide(nn.Module):
@@ -17,14 +18,14 @@ class _Provide(nn.Module):
 
 
 def embed_time(
-    tree: nn.Module, timestep: Tensor, batch_size: int, guidance: Tensor | None = None
+    tree: nn.Module, timestep: Tensor, sample: Tensor, guidance: Tensor | None = None
 ) -> Tensor:
     """Embed timesteps with the tree's own layers.
 
     Args:
         tree: A tree of shells.
         timestep: () or (B,).
-        batch_size: B.
+        sample: Of which only the batch size B and the precision are looked at.
         guidance: The embedded guidance scale of latent consistency models, `timestep_cond`,
             (B, C), which their time embedding takes too.
 
@@ -32,10 +33,10 @@ def embed_time(
         (B, time_embed_dim).
     """
     ports = find_ports(tree)
-    timestep = timestep.reshape(-1).expand(batch_size)
+    timestep = timestep.reshape(-1).expand(sample.shape[0])
     projected = getattr(tree, ports.time_projection)(timestep)
     embedding = getattr(tree, ports.time_embedding)
-    projected = projected.to(next(embedding.parameters()).dtype)
+    projected = projected.to(sample.dtype)  # not the weights', which may be stored in float8
     return embedding(projected) if guidance is None else embedding(projected, guidance)
 
 
@@ -88,3 +89,13 @@ def pool_features(conditions: dict[str, object], factor: int) -> dict[str, objec
 
     given = [name for name in _FEATURES if conditions.get(name) is not None]
     return conditions | {name: pool(conditions[name]) for name in given}
+
+
+def check_size(sample: Tensor, multiple: int, num_down_blocks: int) -> None:
+    """Raise `ValueError` unless height and width of a sample are multiples of `multiple`."""
+    height, width = sample.shape[-2:]
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"sample is {height}x{width}, but this Dot (num_down_blocks={num_down_blocks}) needs "
+            f"multiples of {multiple}: use such a size, or train a Dot with fewer down blocks."
+        )

@@ -9,22 +9,26 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from morse.dot.blocks import DotDownBlock, DotUpBlock, check_options, num_groups
-from morse.dot.body import embed_time, pool_features, run_body
+from morse.dot.body import check_size, embed_time, pool_features, run_body
+from morse.dot.card import dot_card
+from morse.dot.hub import Publishable
 from morse.dot.loading import safetensors_only
 from morse.dot.lora import LowRank, nest_adapter
+from morse.dot.shell import moves_weights, run_hooked, update_tree
 from morse.dot.view import (
+    TreeState,
     check_fingerprint,
     describe_dash,
     lora_targets,
     make_shared_tree,
     merge_shared_tree,
-    tree_state,
 )
+from morse.dot.wrapped import unwrap
 from morse.sampling import JumpPoint
 from morse.spaces import BaseSpace, check_base_space
 
 
-class MorseDot(ModelMixin, ConfigMixin):
+class MorseDot(Publishable, ModelMixin, ConfigMixin):
     """Predicts what to add to Dash's latest estimate, from both points of the trajectory.
 
     The sample, the jump point's sample and the jump point's estimate go through
@@ -112,7 +116,7 @@ class MorseDot(ModelMixin, ConfigMixin):
         # In tuples, so that neither becomes a child of Dot.
         self._dash: tuple[nn.Module, ...] = ()
         self._tree: tuple[nn.Module, ...] = ()
-        self._tree_state: tuple[object, ...] = ()
+        self._tree_state: TreeState | None = None
 
     @classmethod
     def from_dash(
@@ -135,6 +139,7 @@ class MorseDot(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If the denoiser's class is not supported or an option is out of range.
         """
+        dash = unwrap(dash)
         dot = cls(
             **describe_dash(dash, num_down_blocks),
             lora_specs=lora_targets(dash) if lora_rank else {},
@@ -153,29 +158,29 @@ class MorseDot(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If `dash` is not the model that this Dot was made for.
         """
+        dash = unwrap(dash)
         if not self._dash or self._dash[0] is not dash:
             check_fingerprint(dash, self.config.dash_fingerprint)
             self._unbind()
             self._dash = (dash,)
-        # Layers may have been replaced, moved or given other attention processors since.
-        state = tree_state(dash)
-        if not self._tree or state != self._tree_state:
-            self._build_tree(state)
+        # Its layers may have been replaced, moved or set otherwise since.
+        state = TreeState(dash, self.adapters if self.is_merged else None)
+        if self._tree and state == self._tree_state:
+            update_tree(self._tree[0], dash)
+        else:
+            build = merge_shared_tree if self.is_merged else make_shared_tree
+            self._tree, self._tree_state = (build(dash, self.adapters),), state
         return self
-
-    def _build_tree(self, state: tuple[object, ...]) -> None:
-        build = merge_shared_tree if self._merged else make_shared_tree
-        self._tree, self._tree_state = (build(self._dash[0], self.adapters),), state
 
     @property
     def is_merged(self) -> bool:
-        """Whether the LoRA is merged into a copy of Dash's weights."""
-        return self._merged
+        """Whether the LoRA is merged into a copy of Dash's weights; never of an offloaded Dash."""
+        return self._merged and not (self._dash and moves_weights(self._dash[0]))
 
     def merge_lora(self) -> Self:
         """Run with the LoRA added to a copy of Dash's weights: faster, more memory, no training.
 
-        Call it again after changing the LoRA's weights.
+        Call it again after changing the LoRA's weights. An offloaded Dash is not copied.
         """
         self._merged = bool(self.adapters)
         self._tree = ()
@@ -204,16 +209,20 @@ class MorseDot(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If height or width do not fit, or no Dash is bound.
         """
-        self._check_size(sample)
+        check_size(sample, self.config.size_multiple, self.config.num_down_blocks)
         if not self._tree:
             self.bind(self._bound_dash())
+        return run_hooked(self._dash[0], self._residual, sample, timestep, jump, **dash_kwargs)
+
+    def _residual(
+        self, sample: Tensor, timestep: Tensor, jump: JumpPoint, **dash_kwargs: object
+    ) -> Tensor:
         tree = self._tree[0]
-        guidance, batch_size = dash_kwargs.get("timestep_cond"), sample.shape[0]
-        time_embedding = embed_time(tree, timestep, batch_size, guidance)
+        time_embedding = embed_time(tree, timestep, sample, dash_kwargs.get("timestep_cond"))
         inputs = sample
         if not self.independent:
             inputs = torch.cat([sample, jump.sample, jump.model_output], dim=1)
-            since = embed_time(tree, jump.timestep, batch_size)
+            since = embed_time(tree, jump.timestep, sample)
             time_embedding = time_embedding + self.jump_time(since)
         hidden, skips = self.conv_in(inputs), []
         for block in self.down_blocks:
@@ -230,20 +239,15 @@ class MorseDot(ModelMixin, ConfigMixin):
         """Load a saved Dot as `ModelMixin.from_pretrained` does, from safetensors only."""
         return super().from_pretrained(path, **safetensors_only(kwargs))
 
+    def model_card(self) -> str:
+        """Write the card that is saved along: what the config and the bound Dash tell."""
+        return dot_card(self, self._dash[0].config.get("_name_or_path") if self._dash else None)
+
     def _bound_dash(self) -> nn.Module:
         if not self._dash:
             raise ValueError("dot has no Dash yet: call dot.bind(dash) or enable_morse(pipe, dot).")
         return self._dash[0]
 
-    def _check_size(self, sample: Tensor) -> None:
-        multiple, (height, width) = self.config.size_multiple, sample.shape[-2:]
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"sample is {height}x{width}, but this Dot (num_down_blocks="
-                f"{self.config.num_down_blocks}) needs multiples of {multiple}: "
-                "use such a size, or train a Dot with fewer down blocks."
-            )
-
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave Dash behind; bind them again."""
-        return {**super().__getstate__(), "_dash": (), "_tree": (), "_tree_state": ()}
+        return {**super().__getstate__(), "_dash": (), "_tree": (), "_tree_state": None}

@@ -9,12 +9,15 @@ method still handles class labels, extra conditions and attention masks.
 import hashlib
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from morse.dot.lora import LowRank, describe_leaf, lora_class
+from morse.dot.shell import make_shell
+from morse.dot.wrapped import base_layer, named_layers, named_weights, read_weight, unwrap
 
 
 @dataclass(frozen=True)
@@ -58,22 +61,12 @@ def find_ports(dash: nn.Module) -> Ports:
     )
 
 
-def make_shell(module: nn.Module) -> nn.Module:
-    """Make a shell of one module: shared tensors and settings, a children table of its own."""
-    shell = object.__new__(type(module))
-    shell.__dict__.update(module.__dict__)
-    # Both would run the original module in place of its shell.
-    shell.__dict__.pop("_compiled_call_impl", None)
-    shell.__dict__["_modules"] = dict(module._modules)
-    return shell
-
-
 def lora_targets(dash: nn.Module) -> dict[str, dict[str, object]]:
     """Describe every Linear and Conv2d of Dash that Dot shares, by name."""
     ports = find_ports(dash)
     leaves = {
         name: describe_leaf(module)
-        for name, module in dash.named_modules()
+        for name, module in named_layers(dash)
         if name not in (ports.entry, ports.exit) and not _is_ip_adapter(name)
     }
     return {name: spec for name, spec in leaves.items() if spec is not None}
@@ -87,7 +80,7 @@ def _is_ip_adapter(name: str) -> bool:
 def describe_dash(dash: nn.Module, num_down_blocks: int) -> dict[str, object]:
     """Give the options of a `MorseDot` with `num_down_blocks` that follow from its Dash."""
     ports = find_ports(dash)
-    entry, last = getattr(dash, ports.entry), getattr(dash, ports.exit)
+    entry, last = (base_layer(getattr(dash, name)) for name in (ports.entry, ports.exit))
     halvings = 0 if ports.any_size else len(dash.config.block_out_channels) - 1
     return {
         "dash_fingerprint": fingerprint(dash),
@@ -101,15 +94,15 @@ def describe_dash(dash: nn.Module, num_down_blocks: int) -> dict[str, object]:
 
 def make_shared_tree(dash: nn.Module, adapters: dict[str, LowRank]) -> nn.Module:
     """Make shells of Dash and all it contains, with `adapters` (by module name) on its leaves."""
-    names = {module: name for name, module in dash.named_modules()}
+    names = {module: name for name, module in named_layers(dash)}
     done: dict[nn.Module, nn.Module] = {}
 
     def copy(module: nn.Module) -> nn.Module:
         if module not in done:
             shell = done[module] = make_shell(module)
             for child_name, child in module._modules.items():
-                shell._modules[child_name] = None if child is None else copy(child)
-            adapter = adapters.get(names[module])
+                shell._modules[child_name] = None if child is None else copy(unwrap(child))
+            adapter = adapters.get(names.get(module))
             if adapter is not None:
                 shell.__class__ = lora_class(type(module))
                 shell._modules["dot_lora"] = adapter
@@ -121,36 +114,51 @@ def make_shared_tree(dash: nn.Module, adapters: dict[str, LowRank]) -> nn.Module
 def merge_shared_tree(dash: nn.Module, adapters: dict[str, LowRank]) -> nn.Module:
     """Make the same tree with the low-rank updates added to copies of the weights: faster."""
     tree = make_shared_tree(dash, {})
+    layers = dict(named_layers(tree))
     for name, adapter in adapters.items():
-        leaf = tree.get_submodule(name)
+        leaf = layers[name]
         merged = leaf.weight.detach().float() + adapter.delta_weight().detach()
         leaf.__dict__["_parameters"] = dict(leaf._parameters)
         leaf._parameters["weight"] = nn.Parameter(merged.to(leaf.weight), requires_grad=False)
     return tree
 
 
-def tree_state(dash: nn.Module) -> tuple[object, ...]:
-    """What a tree of shells was made from; compares unequal once the tree would differ."""
-    parameter = next(dash.parameters())
-    modules = tuple(dash.modules())
-    processors = tuple(vars(module).get("processor") for module in modules)
-    return parameter.device, parameter.dtype, _Identities(modules), _Identities(processors)
+class TreeState:
+    """What a tree of shells was made from; unequal to a later state once the tree would differ.
 
+    A merged tree also differs when Dash's weights do (`.to()` another precision, a fused LoRA), so
+    sixteen values of every merged weight are looked at.
+    """
 
-class _Identities:
-    """Objects compared by identity; holding them keeps their addresses from being reused."""
-
-    def __init__(self, objects: tuple[object, ...]) -> None:
-        self.objects = objects
+    def __init__(self, dash: nn.Module, merged: Iterable[str] | None) -> None:
+        """Take the state of Dash; `merged` names the layers with merged weights, if there are."""
+        # Holding the modules keeps their addresses from being used again.
+        self.modules = tuple(dash.modules())
+        self.weights: Tensor | None = None
+        if merged is not None:
+            layers = dict(named_layers(dash))
+            self.weights = torch.cat([_some_values(layers[name].weight) for name in merged])
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, _Identities)
-            and len(self.objects) == len(other.objects)
-            and all(map(operator.is_, self.objects, other.objects))
+            isinstance(other, TreeState)
+            and len(self.modules) == len(other.modules)
+            and all(map(operator.is_, self.modules, other.modules))
+            and _same(self.weights, other.weights)
         )
 
     __hash__ = None
+
+
+def _some_values(weight: Tensor) -> Tensor:
+    count = min(16, weight.numel())
+    return weight.detach().as_strided((count,), (weight.numel() // count,), weight.storage_offset())
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def fingerprint(dash: nn.Module) -> dict[str, object]:
@@ -159,17 +167,17 @@ def fingerprint(dash: nn.Module) -> dict[str, object]:
     The projections are onto fixed cosines and change little with the dtype, so that the same
     weights in float16 still match.
     """
-    own = {name: value for name, value in dash.named_parameters() if not _is_ip_adapter(name)}
-    shapes = [(name, tuple(value.shape)) for name, value in own.items()]
+    parameters = [place for place in named_weights(dash) if not _is_ip_adapter(place[0])]
+    shapes = [(name, tuple(value.shape)) for name, value, *_ in parameters]
     digest = hashlib.sha256(f"{type(dash).__name__} {shapes}".encode()).hexdigest()[:12]
-    weights = [value for value in own.values() if value.ndim > 1]
-    # On "meta", where only shapes count, there are no values to look at.
-    sampled = [w for w in weights[:: max(1, len(weights) // 8)][:8] if not w.is_meta]
+    weights = [place for _, *place in parameters if place[0].ndim > 1]
+    sampled = [read_weight(*place) for place in weights[:: max(1, len(weights) // 8)][:8]]
     return {
         "class": type(dash).__name__,
         "parameters": sum(math.prod(shape) for _, shape in shapes),
         "structure": digest,
-        "weights": [round(_project(weight), 3) for weight in sampled],
+        # On "meta", where only shapes count, there are no values to look at.
+        "weights": [round(_project(weight), 3) for weight in sampled if weight is not None],
     }
 
 
@@ -182,13 +190,16 @@ def _project(weight: Tensor) -> float:
 def check_fingerprint(dash: nn.Module, expected: dict[str, object]) -> None:
     """Raise `ValueError`, showing both fingerprints, unless `dash` is the expected one."""
     found = fingerprint(dash)
-    same = found["structure"] == expected["structure"] and all(
-        # A bfloat16 copy moves a projection by about 0.002, other weights by about 0.7.
-        abs(one - other) < 0.05
-        for one, other in zip(found["weights"], expected["weights"], strict=True)
+    pairs = zip(found["weights"], expected["weights"], strict=False)
+    # A bfloat16 copy moves a projection by about 0.002, other weights by about 0.7. Where weights
+    # have no values ("meta"), the structure alone must do.
+    alike = len(found["weights"]) != len(expected["weights"]) or all(
+        abs(one - other) < 0.05 for one, other in pairs
     )
+    same = found["structure"] == expected["structure"] and alike
     if not same:
         raise ValueError(
             f"dot was trained for another Dash.\n  expected: {expected}\n  found:    {found}\n"
-            "Load the model it was trained for, or train a Dot for this one (train_dot.py)."
+            "Load the model it was trained for (without a LoRA fused into its weights), or train a "
+            "Dot for this one (train_dot.py)."
         )

@@ -1,0 +1,105 @@
+"""Shells: second objects for Dash's modules, which share all but their tables of children."""
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+
+from torch import nn
+
+from morse.dot.wrapped import unwrap
+
+# A shell's own; what else a module has, its shell gets at every `update_shell`.
+_KEPT = ("_modules", "_parameters")
+_NOT_SHARED = (*_KEPT, "_compiled_call_impl", "forward")
+
+
+def make_shell(module: nn.Module) -> nn.Module:
+    """Make a shell of one module: shared tensors and settings, a children table of its own."""
+    shell = object.__new__(type(module))
+    vars(shell)["_modules"] = dict(module._modules)
+    vars(shell)["_parameters"] = module._parameters
+    update_shell(shell, module)
+    return shell
+
+
+def update_shell(shell: nn.Module, module: nn.Module) -> None:
+    """Give a shell the settings that its module has now: attention processor, FreeU, ..."""
+    own = vars(shell)
+    state = {name: value for name, value in vars(module).items() if name not in _NOT_SHARED}
+    forward = _forward_for(shell, module)
+    if forward is not None:
+        state["forward"] = forward
+    for name in [name for name in own if name not in state and name not in _KEPT]:
+        del own[name]
+    own.update(state)
+
+
+def update_tree(tree: nn.Module, dash: nn.Module) -> None:
+    """Do that for a tree of shells, which was made of the modules that Dash has now."""
+    done: set[nn.Module] = set()
+
+    def update(shell: nn.Module, module: nn.Module) -> None:
+        if module in done:
+            return
+        done.add(module)
+        update_shell(shell, module)
+        for name, child in module._modules.items():
+            if child is not None:
+                update(shell._modules[name], unwrap(child))
+
+    update(tree, dash)
+
+
+def _forward_for(shell: nn.Module, module: nn.Module) -> Callable[..., object] | None:
+    """Give what stands in a shell's `forward`; None for its class's own method.
+
+    Removing a hook leaves the module's own method there. As it stands it would run the module in
+    place of its shell, and with it layers that carry no LoRA.
+    """
+    if _is_hooked(module):
+        return partial(_run_shell, shell, module)
+    forward = vars(module).get("forward")
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        return MethodType(forward.__func__, shell)
+    return forward
+
+
+def _run_shell(shell: nn.Module, module: nn.Module, *args: object, **kwargs: object) -> object:
+    return run_hooked(module, partial(type(shell).forward, shell), *args, **kwargs)
+
+
+def run_hooked(
+    module: nn.Module, function: Callable[..., object], *args: object, **kwargs: object
+) -> object:
+    """Call `function` between the hooks of `module` that move or cast its weights.
+
+    These are accelerate's and diffusers' (model, sequential and group offloading, layerwise
+    casting). Hooks that answer in the module's place (caches) belong to Dash's calls alone.
+    """
+    hooks = _hooks_of(module)
+    for hook in reversed(hooks):
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    output = function(*args, **kwargs)
+    for hook in hooks:
+        output = hook.post_forward(module, output)
+    return output
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    state = vars(module)
+    return "_hf_hook" in state or bool(getattr(state.get("_diffusers_hook"), "hooks", None))
+
+
+def _hooks_of(module: nn.Module) -> list[object]:
+    """List the hooks to run, from the innermost outwards."""
+    state = vars(module)
+    hooks = [state["_hf_hook"]] if "_hf_hook" in state else []
+    registry = state.get("_diffusers_hook")
+    if registry is not None:
+        hooks += [hook for hook in registry.hooks.values() if not hasattr(hook, "new_forward")]
+    return hooks
+
+
+def moves_weights(model: nn.Module) -> bool:
+    """Tell whether hooks move or cast a model's weights while it runs."""
+    return any(_hooks_of(module) for module in model.modules())

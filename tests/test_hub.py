@@ -1,0 +1,187 @@
+"""Publishing on the hub (with a fake of it), model cards, and loading without a network."""
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attached import planned, text_pipe, trained_dot
+from huggingface_hub import ModelCard
+
+from morse import MorseDot, MorsePipeline, enable_morse
+from morse.dot.card import hub_id
+
+NO_TEXT_MODELS = {"text_encoder": None, "tokenizer": None}
+
+
+@pytest.fixture
+def pipe():
+    pipe = text_pipe()
+    dot = trained_dot(pipe.unet)
+    dot.register_to_config(speed_ratio=6.5, plan_ratio={"default": 2.0, "DDIMScheduler": 1.75})
+    return enable_morse(pipe, dot)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that is a folder."""
+    root = tmp_path / "hub"
+
+    calls = []
+
+    class FakeApi:
+        def __init__(self, token=None):
+            self.token = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert exist_ok
+            calls.append((repo_id, private, self.token))
+            full_name = repo_id if "/" in repo_id else f"somebody/{repo_id}"
+            (root / full_name).mkdir(parents=True, exist_ok=True)
+            return SimpleNamespace(repo_id=full_name)
+
+        def file_exists(self, repo_id, filename):
+            return (root / repo_id / filename).exists()
+
+        def upload_folder(
+            self, repo_id, folder_path, path_in_repo, commit_message, create_pr, ignore_patterns
+        ):
+            calls.append((commit_message, create_pr))
+            ignored = shutil.ignore_patterns(*ignore_patterns) if ignore_patterns else None
+            target = root / repo_id / (path_in_repo or "")
+            shutil.copytree(folder_path, target, dirs_exist_ok=True, ignore=ignored)
+            return "a commit"
+
+    monkeypatch.setattr("morse.dot.hub.HfApi", FakeApi)
+    return SimpleNamespace(root=root, calls=calls)
+
+
+class TestPublishing:
+    def test_a_dot(self, pipe, hub):
+        commit = pipe.dot.push_to_hub("my-dot", "First", private=True, token="t", create_pr=True)
+        assert commit == "a commit" and hub.calls == [("my-dot", True, "t"), ("First", True)]
+        folder = hub.root / "somebody" / "my-dot"
+        assert {path.name for path in folder.iterdir()} == {
+            "README.md",
+            "config.json",
+            "diffusion_pytorch_model.safetensors",
+        }
+        other = text_pipe()
+        enable_morse(other, MorseDot.from_pretrained(folder))
+        assert torch.equal(planned(other), planned(pipe))
+
+    def test_a_pipeline(self, pipe, hub):
+        pipe.push_to_hub("us/pipe")
+        folder = hub.root / "us" / "pipe"
+        assert (folder / "dot" / "README.md").exists() and (folder / "model_index.json").exists()
+        loaded = MorsePipeline.from_pretrained(folder, **NO_TEXT_MODELS)
+        loaded.set_progress_bar_config(disable=True)
+        assert torch.equal(planned(loaded), planned(pipe))
+
+    @pytest.mark.parametrize("name", ["dot", "pipe"])
+    def test_while_saving(self, pipe, hub, tmp_path, name):
+        model = pipe.dot if name == "dot" else pipe
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="us/it", private=False)
+        model.save_pretrained(tmp_path / "named", push_to_hub=True)
+        assert hub.calls[0] == ("us/it", False, None) and hub.calls[2][0] == "named"
+        for folder in (tmp_path / "saved", hub.root / "us" / "it", hub.root / "somebody" / "named"):
+            assert "# " in (folder / "README.md").read_text()
+
+    def test_into_a_subfolder_as_a_variant(self, pipe, hub):
+        pipe.dot.push_to_hub("us/it", variant="fp16", subfolder="small")
+        names = {path.name for path in (hub.root / "us" / "it" / "small").iterdir()}
+        assert "diffusion_pytorch_model.fp16.safetensors" in names
+
+    def test_a_card_that_is_there_stays(self, pipe, hub, tmp_path):
+        for folder in (hub.root / "us" / "it", tmp_path / "saved"):
+            folder.mkdir(parents=True)
+            (folder / "README.md").write_text("mine")
+        pipe.dot.push_to_hub("us/it")
+        pipe.dot.save_pretrained(tmp_path / "saved")
+        for folder in (hub.root / "us" / "it", tmp_path / "saved"):
+            assert (folder / "README.md").read_text() == "mine"
+            assert (folder / "config.json").exists()
+
+
+class TestCards:
+    def card(self, model, folder):
+        model.save_pretrained(folder)
+        return ModelCard.load(folder / "README.md")
+
+    def test_a_dots_card_says_what_its_config_says(self, pipe, tmp_path):
+        card = self.card(pipe.dot, tmp_path)
+        assert card.data.license == "unknown" and card.data.library_name == "diffusers"
+        assert card.data.tags == ["morse"] and card.data.base_model is None
+        rows = dict(re.findall(r"^\| (\S.*?) \| (.*?) \|$", card.text, re.MULTILINE))
+        assert rows["base model"] == "not recorded"
+        assert rows["N (Dash's time over Dot's)"] == "6.5"
+        assert rows["evaluations per LSD"] == "default: 2.0; DDIMScheduler: 1.75"
+        assert rows["m (extra down-sampling blocks)"] == "1" and rows["LoRA rank"] == "2"
+        assert rows["base that Dot corrects (`base_space`)"] == "by the scheduler"
+        parameters = sum(value.numel() for value in pipe.unet.parameters())
+        assert rows["Dash"] == f"UNet2DConditionModel, {parameters:,} parameters"
+
+    def test_what_is_not_known_is_not_made_up(self, tmp_path):
+        dot = MorseDot.from_dash(text_pipe().unet, 1)
+        rows = self.card(dot, tmp_path).text
+        for name in ("N (Dash's time over Dot's)", "evaluations per LSD", "base model"):
+            assert f"| {name} | not recorded |" in rows
+        assert str(tmp_path) not in rows
+
+    def test_the_base_model_where_it_is_known(self, pipe, tmp_path):
+        pipe.register_to_config(_name_or_path="owner/base")
+        assert self.card(pipe, tmp_path / "pipe").data.base_model == "owner/base"
+        place = "/cache/hub/models--owner--base-1.5/snapshots/0a1b/unet"
+        pipe.unet.register_to_config(_name_or_path=place)
+        card = self.card(pipe.dot, tmp_path / "dot")
+        assert card.data.base_model == "owner/base-1.5" and place not in card.text
+        assert 'from_pretrained("owner/base-1.5", dot="THIS MODEL")' in card.text
+
+    def test_of_a_pipeline_without_a_dot(self, tmp_path):
+        card = self.card(enable_morse(text_pipe(), None), tmp_path)
+        assert "| pipeline | StableDiffusionPipeline |" in card.text and "LoRA" not in card.text
+
+    def test_places_that_are_no_hub_ids(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        for place in (None, "", "name", "a/b", "./a/b", "../a", "/a/b/c", str(tmp_path)):
+            assert hub_id(place) is None
+        assert hub_id("c/d") == "c/d"
+
+
+class TestWithoutNetwork:
+    """Nothing is asked of the network for a local folder; what is missing is named."""
+
+    @pytest.fixture(autouse=True)
+    def no_network(self, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("the network was asked")
+
+        monkeypatch.setattr("socket.socket.connect", refuse)
+
+    @pytest.fixture
+    def saved(self, pipe, tmp_path):
+        pipe.save_pretrained(tmp_path / "pipe")
+        return tmp_path / "pipe"
+
+    def test_a_saved_folder(self, saved):
+        for options in ({}, {"local_files_only": True}):
+            assert MorsePipeline.from_pretrained(saved, **NO_TEXT_MODELS, **options).dot
+
+    @pytest.mark.parametrize(
+        "name",
+        ["model_index.json", "dot/config.json", "dot/diffusion_pytorch_model.safetensors"],
+    )
+    def test_a_missing_file_is_named(self, saved, name):
+        (saved / name).unlink()
+        with pytest.raises(OSError, match=re.escape(Path(name).name)) as error:
+            MorsePipeline.from_pretrained(saved, **NO_TEXT_MODELS)
+        assert str(saved) in str(error.value)
+
+    @pytest.mark.parametrize("load", [MorsePipeline.from_pretrained, MorseDot.from_pretrained])
+    def test_an_id_that_was_never_downloaded(self, load, tmp_path):
+        with pytest.raises((OSError, ValueError), match="nobody/nothing") as error:
+            load("nobody/nothing", local_files_only=True, cache_dir=tmp_path)
+        assert re.search(r"model_index\.json|config\.json", str(error.value))
