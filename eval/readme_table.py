@@ -10,6 +10,7 @@ from pathlib import Path
 from morse.evaluation.bench.runs import TRAINING_FREE
 from morse.evaluation.report.data import (
     CONTROLS,
+    READABLE_SCHEMAS,
     Measured,
     Result,
     elsewhere,
@@ -41,15 +42,15 @@ def make_table(result: Result) -> str:
     """Return Fréchet distance and PSNR of training-free solvers, Morse and controls, as Markdown.
 
     Args:
-        result: The benchmark's JSON, schema 2.
+        result: The benchmark's JSON, of a pipeline without guidance.
 
     Raises:
         ValueError: If it has another schema.
     """
-    if result["schema_version"] != 2:
+    if result["schema_version"] not in READABLE_SCHEMAS:
         raise ValueError(
-            f"schema_version is {result['schema_version']}, but the table is made from 2: write "
-            f"{RESULTS / 'benchmark.json'} anew with `morse bench`"
+            f"schema_version is {result['schema_version']}, but the table is made from "
+            f"{READABLE_SCHEMAS}: write {RESULTS / 'benchmark.json'} anew with `morse bench`"
         )
     budgets = shown_budgets(result)
     rows = {

@@ -206,7 +206,7 @@ def test_the_command_line():
 
 
 def test_prompts_need_some_text(tmp_path):
-    from morse.evaluation.fid.budgets import read_prompts
+    from morse.evaluation.conditions import read_prompts
 
     (tmp_path / "p.txt").write_text("a cat\n\n  a dog \n")
     assert read_prompts(tmp_path / "p.txt") == ("a cat", "a dog")

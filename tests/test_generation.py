@@ -9,14 +9,15 @@ import torch
 from evaluation_fixtures import tiny_folder  # noqa: F401
 from PIL import Image
 
-from morse.evaluation.fid.generation import Method, Request, check_prompts, generate, generated_set
+from morse.evaluation.conditions import UNCONDITIONAL, Conditions, make_conditions
+from morse.evaluation.fid.generation import Method, Request, generate, generated_set
 from morse.evaluation.fid.image_sets import open_image_set
 from morse.pipeline import MorsePipeline
 from morse.plan import MorsePlan
 
 MORSE = Method("Morse, 2 LSD", "lsd_2", "morse", MorsePlan.from_string("DooDo"), 2)
 BARE = Method("2 steps", "steps_2", "baseline", 2, 2)
-REQUEST = Request(7, 5, 2, (), None, {"pipeline": "tiny"})
+REQUEST = Request(7, 5, 2, UNCONDITIONAL, {"pipeline": "tiny"})
 
 
 def alone():
@@ -112,7 +113,7 @@ def test_nothing_is_sampled_when_all_images_are_there(pipe, tmp_path):
 
 def test_images_of_other_settings_are_not_mixed(pipe, tmp_path):
     generate(pipe, BARE, REQUEST, tmp_path, alone())
-    other = Request(7, 6, 2, (), None, {"pipeline": "other"})
+    other = Request(7, 6, 2, UNCONDITIONAL, {"pipeline": "other"})
     with pytest.raises(ValueError, match="other settings") as caught:
         generate(pipe, BARE, other, tmp_path, alone())
     assert 'pipeline was "tiny" and is "other"; seed was 5 and is 6' in str(caught.value)
@@ -151,7 +152,7 @@ class Recorder:
 
 def test_image_i_takes_prompt_i_modulo_all(tmp_path):
     recorder = Recorder()
-    request = Request(5, 0, 2, ("a", "b", "c"), 7.5, {})
+    request = Request(5, 0, 2, Conditions(("a", "b", "c"), guidance_scale=7.5), {})
     folder, _ = generate(recorder, BARE, request, tmp_path, alone())
     assert [call["prompt"] for call in recorder.calls] == [["a", "b"], ["c", "a"], ["b"]]
     assert all(call["guidance_scale"] == 7.5 for call in recorder.calls)
@@ -165,16 +166,15 @@ def test_images_that_are_not_finite_are_refused(tmp_path, value):
     assert [file.name for file in (tmp_path / "steps_2").iterdir()] == ["settings.json"]
 
 
-def test_prompts_and_pipelines_must_suit_each_other(pipe):
-    class Classes:
-        def __call__(self, class_labels=None):
-            pass
+def test_image_i_takes_class_i_modulo_all(tmp_path):
+    recorder = Recorder()
+    request = Request(3, 0, 2, Conditions(class_labels=(4, 7)), {})
+    folder, _ = generate(recorder, BARE, request, tmp_path, alone())
+    assert [call["class_labels"] for call in recorder.calls] == [[4, 7], [4]]
+    assert json.loads((folder / "settings.json").read_text())["class_labels"] == [4, 7]
 
-    check_prompts(pipe, ())
-    check_prompts(Recorder(), ("a",))
+
+def test_prompts_and_pipelines_must_suit_each_other(pipe):
+    assert make_conditions(pipe).arguments(range(2)) == {"batch_size": 2}
     with pytest.raises(ValueError, match="takes none"):
-        check_prompts(pipe, ("a",))
-    with pytest.raises(ValueError, match="give --prompts FILE"):
-        check_prompts(Recorder(), ())
-    with pytest.raises(ValueError, match="class labels"):
-        check_prompts(Classes(), ())
+        make_conditions(pipe, ("a",))

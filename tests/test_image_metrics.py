@@ -1,10 +1,11 @@
 import math
 import sys
-from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from morse.evaluation.fid.extractors import Extractor
 from morse.evaluation.fid.feature_sets import FeatureSet, load_statistics, save_statistics
@@ -19,6 +20,7 @@ from morse.evaluation.fid.image_metrics import (
     precision_recall,
 )
 from morse.evaluation.fid.image_sets import ImageSet
+from morse.evaluation.fid.lpips import alexnet_features, load_lpips
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
 from morse.evaluation.torch_fidelity_loader import fidelity_module, torchmetrics_module
 
@@ -230,12 +232,58 @@ def test_fidelity_of_a_known_error():
     assert scores["ssim"].value == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_lpips_without_torchvision_says_what_is_missing():
-    if find_spec("torchvision") is not None:
-        pytest.skip("torchvision is installed")
-    images = image_set(np.zeros((2, 64, 64, 3), np.uint8))
-    with pytest.raises(ValueError, match="lpips needs torchvision"):
-        fidelity_scores(images, images, 2, lpips=True)
+@pytest.fixture(scope="module")
+def alexnet_file(tmp_path_factory):
+    """AlexNet's convolutions with random weights, and a tensor of its classifier."""
+    torch.manual_seed(0)
+    state = {f"features.{k}": v for k, v in alexnet_features().state_dict().items()}
+    file = tmp_path_factory.mktemp("alexnet") / "alexnet.safetensors"
+    save_file({**state, "classifier.6.bias": torch.zeros(3)}, file)
+    return file
+
+
+def test_lpips_is_the_published_formula_over_alexnet(alexnet_file):
+    """Zhang et al. 2018, Equation 1, with torchmetrics' linear layers."""
+    theirs = torchmetrics_module("functional.image.lpips")
+    heads = Path(theirs.__file__).parent / "lpips_models" / "alex.pth"
+    weights = torch.load(heads, map_location="cpu", weights_only=True)
+    network = alexnet_features()
+    prefix = "features."
+    state = {k.removeprefix(prefix): v for k, v in load_file(alexnet_file).items() if prefix in k}
+    network.load_state_dict(state)
+    generator = torch.Generator().manual_seed(0)
+    images, references = torch.rand(2, 3, 3, 32, 32, generator=generator)
+    shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
+    scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+    pair, expected = [(2 * x - 1 - shift) / scale for x in (images, references)], 0
+    with torch.no_grad():
+        for index, layer in enumerate(network[:12]):
+            pair = [layer(x) for x in pair]
+            if index in (1, 4, 7, 9, 11):  # after each ReLU
+                unit = [x / (x.square().sum(1, keepdim=True).sqrt() + 1e-8) for x in pair]
+                head = weights[f"lin{(1, 4, 7, 9, 11).index(index)}.model.1.weight"]
+                expected = expected + ((unit[0] - unit[1]) ** 2 * head).sum(1).mean((1, 2))
+    measure = load_lpips(alexnet_file)
+    torch.testing.assert_close(measure(images, references), expected, rtol=1e-4, atol=1e-5)
+    assert measure(images, images).abs().max() < 1e-6
+
+
+def test_lpips_is_measured_beside_psnr(alexnet_file):
+    rng = np.random.default_rng(0)
+    first, second = (image_set(rng.integers(0, 256, (3, 32, 32, 3), np.uint8)) for _ in range(2))
+    scores = fidelity_scores(first, second, 2, load_lpips(alexnet_file))
+    assert set(scores) == {"psnr", "ssim", "lpips"} and scores["lpips"].value > 0
+
+
+def test_lpips_without_weights_names_file_and_option(tmp_path, alexnet_file):
+    with pytest.raises(ValueError, match=r"--lpips_weights: download alexnet-owt-7be5be79\.pth"):
+        load_lpips(None)
+    with pytest.raises(FileNotFoundError, match="lpips_weights is"):
+        load_lpips(tmp_path / "none.safetensors")
+    other = tmp_path / "other.safetensors"
+    save_file({"features.0.weight": torch.zeros(1)}, other)
+    with pytest.raises(ValueError, match="does not hold the tensors of alexnet-owt-7be5be79"):
+        load_lpips(other)
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):

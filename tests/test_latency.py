@@ -122,6 +122,21 @@ def test_the_benchmark_command_measures_architectures(tiny, tmp_path):
     assert BenchmarkConfig(arch=("dit",)).resolved().latency_batch_sizes == (1, 4, 16)
 
 
+def test_flops_are_counted_without_timing_anything(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "measure_pair", None)
+    monkeypatch.setattr("morse.evaluation.bench.benchmark.run_architectures", None)
+    config = BenchmarkConfig(arch=("unet",), flops_only=True, output_dir=tmp_path, device="cpu")
+    result = run_benchmark(config)
+    combinations = [(e["num_down_blocks"], e["merged"]) for e in result["entries"]]
+    assert combinations == [(m, merged) for m in (1, 2) for merged in (True, False)]
+    assert {entry["speed_ratio"] for entry in result["entries"]} == {"not measured"}
+    assert json.loads((tmp_path / "latency.json").read_text()) == result
+    text = (tmp_path / "latency.md").read_text()
+    assert text.count("| not measured |") == 4 and "N itself was not measured" in text
+    with pytest.raises(ValueError, match="name some with --arch"):
+        BenchmarkConfig(flops_only=True)
+
+
 def test_unknown_modes_are_named():
     with pytest.raises(ValueError, match=r"modes is .*'fast'"):
         LatencySettings(modes=("fast",))

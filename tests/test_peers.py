@@ -1,19 +1,20 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
-from morse.evaluation.bench import peers
-from morse.evaluation.bench.loading import load_pipelines, make_pipeline
-from morse.evaluation.bench.peers import (
+from morse.evaluation.bench import deepcache as module
+from morse.evaluation.bench.deepcache import (
     deepcache,
     deepcache_cost,
+    deepcache_obstacle,
     deepcache_steps,
     measure_deepcache,
-    obstacle,
-    timed,
-    why_not_engaged,
 )
+from morse.evaluation.bench.engagement import timed, why_not_engaged
+from morse.evaluation.bench.loading import load_pipelines, make_pipeline
 from morse.evaluation.bench.runs import sample_images
 
 CONFIG = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
@@ -97,7 +98,7 @@ def test_a_peer_that_does_nothing_is_marked(dash):
 def test_an_unengaged_peer_never_looks_engaged(dash, monkeypatch):
     from contextlib import nullcontext
 
-    monkeypatch.setattr(peers, "deepcache", lambda pipe, interval: nullcontext())
+    monkeypatch.setattr(module, "deepcache", lambda pipe, interval: nullcontext())
     measured = measure_deepcache(make_pipeline(dash, "ddim", CONFIG), 2, batch_size=1, repeats=1)
     assert not measured["engaged"] and "bit for bit" in measured["note"]
 
@@ -125,13 +126,12 @@ def test_every_call_is_timed(dash):
 
 
 def test_obstacles_are_told(dash, monkeypatch, tiny_folder):  # noqa: F811
-    scheduler = DDIMScheduler()
-    assert "transformer blocks" in obstacle("tomesd", dash, scheduler)
-    assert "transformer blocks" in obstacle("diffusers-cache", dash, scheduler)
-    monkeypatch.setattr(peers, "find_spec", lambda name: "found")
-    assert obstacle("deepcache", dash, scheduler) is None
-    assert "uses some twice" in obstacle("deepcache", dash, HeunDiscreteScheduler())
-    assert "no down_blocks" in obstacle("deepcache", torch.nn.Linear(2, 2), scheduler)
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    assert "pip install" in obstacle("deepcache", dash, scheduler)
+    pipe = make_pipeline(dash, "ddim", CONFIG)
+    monkeypatch.setattr(module, "find_spec", lambda name: "found")
+    assert deepcache_obstacle(pipe) is None
+    assert "uses some twice" in deepcache_obstacle(make_pipeline(dash, "heun", CONFIG))
+    other = SimpleNamespace(transformer=torch.nn.Linear(2, 2), scheduler=pipe.scheduler)
+    assert "no down_blocks" in deepcache_obstacle(other)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert "pip install" in deepcache_obstacle(pipe)
     assert load_pipelines(str(tiny_folder), None, ("ddim",), "cpu")  # needs no peer

@@ -77,10 +77,11 @@ def test_the_loop_gives_the_bits_of_diffusers_own(make_pipe, dash, solver):
     assert torch.equal(ours.images, torch.from_numpy(expected).permute(0, 3, 1, 2))
 
 
-def test_a_pipeline_with_more_parts_is_refused(tiny_folder, monkeypatch):  # noqa: F811
-    components = property(lambda pipe: {"unet": 1, "scheduler": 2, "vae": 3})
+def test_a_pipeline_that_starts_from_a_picture_is_refused(tiny_folder, monkeypatch):  # noqa: F811
+    components = property(lambda pipe: {"unet": pipe.unet, "scheduler": pipe.scheduler, "vae": 3})
     monkeypatch.setattr("diffusers.DDPMPipeline.components", components)
-    with pytest.raises(ValueError, match=r"\['vae'\]"):
+    monkeypatch.setattr("diffusers.DDPMPipeline.__call__", lambda self, image, batch_size: None)
+    with pytest.raises(ValueError, match=r"DDPMPipeline, which takes \['image', 'batch_size'\]"):
         load_pipelines(str(tiny_folder), None, ("ddim",), "cpu")
 
 

@@ -3,7 +3,13 @@ import torch
 
 from morse.evaluation.features import extract_features, load_features, load_reference
 from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
-from morse.evaluation.scoring import AXES, REFERENCE_AXES, Scorer, structural_similarity
+from morse.evaluation.scoring import (
+    AXES,
+    REFERENCE_AXES,
+    Scorer,
+    is_fashion_like,
+    structural_similarity,
+)
 
 
 def random_images(count, channels=1, size=32, seed=0):
@@ -44,10 +50,19 @@ def test_the_scorer_returns_every_image_for_itself():
     torch.testing.assert_close(scores.psnr, psnr(images, reference).float())
     alone = Scorer(classifier, real, reference[2:3]).score(images[2:3])
     torch.testing.assert_close(alone.ssim, scores.ssim[2:3])
-    assert scorer.frechet(scores) == pytest.approx(
-        frechet_distance(*feature_statistics(scores.features), *real)
-    )
+    distance = frechet_distance(*feature_statistics(scores.features), *real)
+    assert scorer.summary(scores).startswith(f"Fréchet {distance:.3f}, PSNR ")
     torch.testing.assert_close(scorer.reference_features, extract_features(classifier, reference))
+
+
+def test_images_of_other_shapes_are_scored_without_features():
+    reference, images = random_images(3, 3, 16), random_images(3, 3, 16, seed=1)
+    assert not is_fashion_like(images) and is_fashion_like(random_images(2))
+    scorer = Scorer(None, None, reference)
+    scores = scorer.score(images)
+    assert scores.features.shape == (3, 0)
+    torch.testing.assert_close(scores.psnr, psnr(images, reference).float())
+    assert scorer.summary(scores) == f"PSNR {scores.psnr.mean():.2f} dB"
 
 
 def test_the_reference_scores_perfectly_against_itself():

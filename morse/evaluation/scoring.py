@@ -42,6 +42,7 @@ AXES = {
     "psnr": Axis("Same-noise PSNR to the reference", "dB", "higher", "fidelity"),
     "ssim": Axis("Same-noise SSIM to the reference", "", "higher", "fidelity"),
 }
+FEATURE_AXES = ("frechet", "frechet_to_reference")  # axes that need features
 # Axes on which the reference is perfect by definition, so that its own point says nothing.
 REFERENCE_AXES = ("frechet_to_reference", "psnr", "ssim")
 
@@ -51,7 +52,7 @@ class ImageScores:
     """What one method's images are like, image by image; everything else is computed from it.
 
     Attributes:
-        features: (N, D), float32.
+        features: (N, D), float32; D = 0 where there are none.
         psnr: Against the reference's image from the same noise, in dB, float32, (R,): of the first
             R images, for which there is a reference.
         ssim: Likewise, in [-1, 1], (R,), float32.
@@ -65,30 +66,49 @@ class ImageScores:
 class Scorer:
     """Scores images against the real data and against the reference sampler's images."""
 
-    def __init__(self, classifier: FashionFeatures, real: tuple[Tensor, Tensor], reference: Tensor):
+    def __init__(
+        self,
+        classifier: FashionFeatures | None,
+        real: tuple[Tensor, Tensor] | None,
+        reference: Tensor,
+    ):
         """Prepare the reference.
 
         Args:
-            classifier: Gives the features.
-            real: Mean (D,) and covariance (D, D) of the real images' features.
-            reference: The reference sampler's images, (R, 1, 32, 32) in [0, 1]; R may be less than
+            classifier: Gives the features, of grey images of 32x32; None for none.
+            real: Mean (D,) and covariance (D, D) of the real images' features; None without.
+            reference: The reference sampler's images, (R, C, H, W) in [0, 1]; R may be less than
                 the number of images to score, because each costs as much as many of those.
         """
         self.classifier, self.real, self.reference = classifier, real, reference
-        self.reference_features = extract_features(classifier, reference)
+        self.reference_features = self._features(reference)
 
     def score(self, images: Tensor) -> ImageScores:
-        """Score images (N, 1, 32, 32), the first of which start from the reference's noise."""
+        """Score images (N, C, H, W), the first of which start from the reference's noise."""
         paired = images[: len(self.reference)]
         return ImageScores(
-            extract_features(self.classifier, images),
+            self._features(images),
             psnr(paired, self.reference).float(),
             structural_similarity(paired, self.reference),
         )
 
-    def frechet(self, scores: ImageScores) -> float:
-        """Return the Fréchet distance to the real images, for a line of progress."""
-        return frechet_distance(*feature_statistics(scores.features), *self.real)
+    def summary(self, scores: ImageScores) -> str:
+        """Return the scores' means in a line, for progress."""
+        parts = [f"PSNR {float(scores.psnr.mean()):.2f} dB"]
+        if self.real is not None:
+            distance = frechet_distance(*feature_statistics(scores.features), *self.real)
+            parts.insert(0, f"Fréchet {distance:.3f}")
+        return ", ".join(parts)
+
+    def _features(self, images: Tensor) -> Tensor:
+        if self.classifier is None:
+            return torch.empty(len(images), 0)
+        return extract_features(self.classifier, images.mean(dim=1, keepdim=True))
+
+
+def is_fashion_like(images: Tensor) -> bool:
+    """Tell whether images (N, C, H, W) have the shape of Fashion-MNIST's, padded: grey, 32x32."""
+    return images.shape[1:] == (1, 32, 32)
 
 
 def structural_similarity(images: Tensor, reference: Tensor, batch_size: int = 500) -> Tensor:

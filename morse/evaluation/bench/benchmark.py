@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
+import math
+import time
 
 import torch
-from torch import Tensor
 
 from morse.evaluation.bench.config import BenchmarkConfig
+from morse.evaluation.bench.flops import count_architectures
 from morse.evaluation.bench.latency import LatencySettings
 from morse.evaluation.bench.latency_report import run_architectures
-from morse.evaluation.bench.measuring import measure_cells, reference_name
-from morse.evaluation.bench.sampler import AUTOCAST
+from morse.evaluation.bench.measuring import Part, conditions_facts, measure_cells
+from morse.evaluation.bench.parts import join_parts, part_folders
+from morse.evaluation.bench.sampler import AUTOCAST, Bench
 from morse.evaluation.bench.store import CellStore
 from morse.evaluation.environment import command_line, resolve_device
 from morse.evaluation.features import load_reference
+from morse.evaluation.report.data import READABLE_SCHEMAS, SCHEMA_VERSION
 from morse.evaluation.report.render import render
 from morse.evaluation.stats.points import Statistics
 from morse.evaluation.stats.summary import rounded, summarize
@@ -21,7 +25,6 @@ from morse.training.checkpoint import write_json
 
 __all__ = ["BenchmarkConfig", "measure_benchmark", "run_benchmark"]
 
-SCHEMA_VERSION = 2
 UNTOLD = (
     "output_dir",
     "json",
@@ -47,10 +50,10 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, object]:
         return measure_architectures(config.resolved())
     if config.from_json is not None:
         result = json.loads(config.from_json.read_text())
-        if result.get("schema_version") != SCHEMA_VERSION:
+        if result.get("schema_version") not in READABLE_SCHEMAS:
             raise ValueError(
                 f"{config.from_json} has schema_version {result.get('schema_version')}, but this "
-                f"version draws {SCHEMA_VERSION}; measure again"
+                f"version draws {READABLE_SCHEMAS}; measure again"
             )
     else:
         result = measure_benchmark(config.resolved())
@@ -65,21 +68,23 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     Args:
         config: Settings without gaps (`BenchmarkConfig.resolved`).
     """
-    store = CellStore(config.output_dir, config.identity(), config.resume)
-    facts = measure_cells(config, store)
-    asked = [(*task, seed) for task in config.tasks() for seed in config.seeds]
-    cells = [store.get(*cell) for cell in asked if store.has(*cell)]
-    references = {
-        seed: store.features(reference_name(seed), Tensor) for seed in {cell.seed for cell in cells}
-    }
-    statistics = Statistics(config.num_replicates)
+    bench = Bench(config)
+    deadline = time.monotonic() + (config.max_seconds or math.inf)
+    scales = bench.guidance_scales()
+    conditions = [bench.conditions(scale) for scale in scales]  # what is wrong is told at once
+    parts = [
+        Part(config, CellStore(folder, config.identity(), config.resume), bench, wanted, deadline)
+        for folder, wanted in zip(part_folders(config.output_dir, scales), conditions, strict=True)
+    ]
+    facts = [measure_cells(part) for part in parts]
+    figures = [_summarize(part) for part in parts]
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     result = {
         "schema_version": SCHEMA_VERSION,
         "command": command_line(),
-        **facts,
+        **conditions_facts(parts[0]),
         "settings": {name: settings[name] for name in settings if name not in UNTOLD},
-        **rounded(summarize(cells, load_reference(), references, statistics)),
+        **join_parts(scales, facts, figures),
     }
     target = config.json or config.output_dir / "benchmark.json"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +93,24 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     return result
 
 
+def _summarize(part: Part) -> dict[str, object]:
+    config, references = part.config, part.references()
+    asked = [(*task, seed) for task in config.tasks() for seed in config.seeds]
+    cells = [part.store.get(*cell) for cell in asked if part.store.has(*cell)]
+    without = any(features.shape[1] == 0 for features in references.values())
+    real = None if without else load_reference()
+    statistics = Statistics(config.num_replicates)
+    return rounded(summarize(cells, real, references, statistics))
+
+
 def measure_architectures(config: BenchmarkConfig) -> dict[str, object]:
-    """Measure N and FLOPs of `config.arch`, eager, as CUDA graphs where there is CUDA, compiled
-    where asked for; see `run_benchmark`.
+    """Count FLOPs of `config.arch`, and unless `flops_only` measure N; see `run_benchmark`.
+
+    N is measured eager, as CUDA graphs where there is CUDA, and compiled where asked for.
     """
+    target = config.json or config.output_dir / "latency.json"
+    if config.flops_only:
+        return count_architectures(config.arch, target)
     device = resolve_device(config.device)
     modes = {"eager": True, "compiled": config.compile, "cuda_graph": device.type == "cuda"}
     settings = LatencySettings(
@@ -100,5 +119,4 @@ def measure_architectures(config: BenchmarkConfig) -> dict[str, object]:
         reduced=device.type == "cpu",
         dtype=AUTOCAST.get(config.mixed_precision, torch.float32),
     )
-    target = config.json or config.output_dir / "latency.json"
     return run_architectures(config.arch, device, settings, target)

@@ -1,20 +1,19 @@
 """What the benchmark measures: its settings, and the list of methods and budgets they make."""
 
 import dataclasses
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from morse.evaluation.bench.architectures import ARCHITECTURES, find_architecture
-from morse.evaluation.bench.peers import INTERVALS, PEERS
-from morse.evaluation.bench.runs import KINDS, PLANNED, Method
+from morse.evaluation.bench.runs import Method
 from morse.evaluation.bench.solvers import check_solvers
+from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS, list_tasks
 from morse.evaluation.environment import resolve_device
 
-CHOOSABLE = tuple(kind for kind in KINDS if kind not in PEERS)
-PFDIFF_SOLVER = "ddim"  # a first-order one, as its authors use
+PEER_NAMES = tuple(PEER_SETTINGS)
 # What --quick puts in the place of settings that were left at their defaults.
 QUICK: dict[str, object] = {
     "num_images": 12,
@@ -26,6 +25,13 @@ QUICK: dict[str, object] = {
     "ddim_ratios": (2.0,),
     "dpm_ratios": (1.75,),
     "latency_batch_sizes": (0,),
+}
+# Likewise without a GPU: all in under an hour on two cores. 52 minutes are estimated: 3728 LSD an
+# image at the embedded Dash's 18.7 ms, and 6 minutes of warm-ups and of measuring N.
+WITHOUT_GPU: dict[str, object] = {
+    "num_images": 40,
+    "lsd": (4, 6, 8, 12, 20, 30),
+    "baseline_lsd": (3, 5, 10, 15, 25, 40),
 }
 
 
@@ -49,7 +55,36 @@ class BenchmarkConfig:
         metadata={"help": "few images, budgets and methods: under two minutes on two CPU cores"},
     )
     pipeline: str = field(
-        default="fashion-mnist", metadata={"help": "the embedded pipeline, or a folder"}
+        default="fashion-mnist",
+        metadata={
+            "help": "the embedded pipeline, or a folder",
+            "alias": "pretrained_model_name_or_path",
+        },
+    )
+    prompts: tuple[str, ...] = field(
+        default=(), metadata={"help": "for a text pipeline; image i takes prompt i modulo all"}
+    )
+    class_names: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "the same as prompts; for a class-conditional pipeline names or numbers"},
+    )
+    prompt_embeds: Path | None = field(
+        default=None,
+        metadata={
+            "help": "safetensors file with prompt_embeds (P, L, D), negative_prompt_embeds and so "
+            "on, for a pipeline without a text encoder"
+        },
+    )
+    guidance_scale: tuple[float, ...] = field(
+        default=(),
+        metadata={"help": "figures at each; the pipeline's own default if left out"},
+    )
+    features: Literal["auto", "fashion-mnist", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "what Fréchet distances are measured in; auto takes the Fashion-MNIST "
+            "classifier's where images are grey, 32x32"
+        },
     )
     dot: str | None = field(
         default=None, metadata={"help": "another Dot's folder; the pipeline's own if left out"}
@@ -63,7 +98,7 @@ class BenchmarkConfig:
     num_images: int | None = field(
         default=None,
         metadata={
-            "help": "images of each method, budget and seed; if left out 5000 on a GPU, else 96"
+            "help": "images of each method, budget and seed; if left out 5000 on a GPU, else 40"
         },
     )
     num_reference_images: int | None = field(
@@ -72,11 +107,12 @@ class BenchmarkConfig:
     )
     batch_size: int = field(default=250, metadata={"help": "images at a time"})
     lsd: tuple[int, ...] = field(
-        default=(4, 6, 8, 12, 20, 30, 50), metadata={"help": "budgets in LSD"}
+        default=(4, 6, 8, 12, 20, 30, 50),
+        metadata={"help": "budgets in LSD; without a GPU up to 30"},
     )
     baseline_lsd: tuple[int, ...] = field(
         default=(3, 5, 10, 15, 25, 40, 70, 100),
-        metadata={"help": "budgets of the training-free solvers beside --lsd"},
+        metadata={"help": "of training-free solvers beside --lsd; without a GPU up to 40"},
     )
     solvers: tuple[str, ...] = field(
         default=("ddim", "dpmsolver++", "unipc", "deis", "pndm", "heun"),
@@ -86,7 +122,8 @@ class BenchmarkConfig:
         default=CHOOSABLE, metadata={"help": f"kinds of method: {', '.join(CHOOSABLE)}"}
     )
     peers: tuple[str, ...] = field(
-        default=PEERS, metadata={"help": f"other accelerators: {', '.join(PEERS)}, or none"}
+        default=PEER_NAMES,
+        metadata={"help": f"other accelerators: {', '.join(PEER_NAMES)}, or none"},
     )
     control_solvers: tuple[str, ...] = field(
         default=("ddim", "dpmsolver++"),
@@ -134,6 +171,10 @@ class BenchmarkConfig:
             f"({', '.join(ARCHITECTURES)}); fewer layers on a CPU"
         },
     )
+    flops_only: bool = field(
+        default=False,
+        metadata={"help": "with --arch: count FLOPs of the full-size models and time nothing"},
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
         default="no", metadata={"help": "autocast of the networks"}
     )
@@ -146,7 +187,9 @@ class BenchmarkConfig:
         check_solvers((*self.solvers, *self.control_solvers))
         for name in self.arch:
             find_architecture(name)
-        for name, known in (("kinds", CHOOSABLE), ("peers", (*PEERS, "none"))):
+        if self.flops_only and not self.arch:
+            raise ValueError("flops_only counts architectures; name some with --arch")
+        for name, known in (("kinds", CHOOSABLE), ("peers", (*PEER_NAMES, "none"))):
             unknown = sorted(set(getattr(self, name)) - set(known))
             if unknown:
                 raise ValueError(f"{name} has {unknown}, choose from {list(known)}")
@@ -155,6 +198,8 @@ class BenchmarkConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} is {value}, but must be {minimum} or more")
+        if min(self.guidance_scale, default=0) < 0:
+            raise ValueError(f"guidance_scale is {self.guidance_scale}, but each must be 0 or more")
         for name in ("lsd", "baseline_lsd", "ddim_ratios", "dpm_ratios"):
             if min(getattr(self, name), default=1) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
@@ -169,18 +214,16 @@ class BenchmarkConfig:
 
     def resolved(self) -> "BenchmarkConfig":
         """Fill in what depends on the device and on --quick."""
-        changes = {}
-        if self.quick:
-            defaults = {option.name: option.default for option in dataclasses.fields(self)}
-            changes = {
-                name: value
-                for name, value in QUICK.items()
-                if getattr(self, name) == defaults[name]
-            }
+        on_gpu = resolve_device(self.device).type == "cuda"
+        wanted = QUICK if self.quick else {"num_images": 5000} if on_gpu else WITHOUT_GPU
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        changes = {
+            name: value for name, value in wanted.items() if getattr(self, name) == defaults[name]
+        }
         if self.latency_batch_sizes is None and "latency_batch_sizes" not in changes:
-            changes["latency_batch_sizes"] = (1, 4, 16) if self.arch else (1, 16, 64)
-        if self.num_images is None and "num_images" not in changes:
-            changes["num_images"] = 5000 if resolve_device(self.device).type == "cuda" else 96
+            guided = len(self.guidance_scale) > 0
+            default = (1, 4, 16) if self.arch else (0,) if guided else (1, 16, 64)
+            changes["latency_batch_sizes"] = default
         return dataclasses.replace(self, **changes)
 
     @property
@@ -190,38 +233,11 @@ class BenchmarkConfig:
 
     def tasks(self) -> list[tuple[Method, int]]:
         """List every method with every budget it is measured at, what matters most first."""
-        order = {"morse": 1, "baseline": 2, "reuse": 3}  # what is not named comes last
-
-        def stage(task: tuple[Method, int]) -> int:
-            method, budget = task
-            if method.kind == "baseline" and budget in self.lsd:
-                return 0
-            return order.get(method.kind, 4)
-
-        return [] if self.latency_only else sorted(self._all_tasks(), key=stage)
-
-    def _all_tasks(self) -> Iterator[tuple[Method, int]]:
-        for solver in self.solvers:
-            for method in self._methods(solver):
-                extra = self.baseline_lsd if method.kind == "baseline" else ()
-                for lsd in sorted({*self.lsd, *extra}):
-                    yield method, lsd
-
-    def _methods(self, solver: str) -> Iterator[Method]:
-        ratios = self.ddim_ratios if solver == "ddim" else self.dpm_ratios
-        for kind in self.kinds:
-            if kind not in ("baseline", "morse", "reuse") and solver not in self.control_solvers:
-                continue
-            if kind == "pfdiff" and solver != PFDIFF_SOLVER:
-                continue
-            for ratio in ratios if kind in PLANNED else (1.0,):
-                yield Method(solver, kind, ratio)
-        if "deepcache" in self.peers and solver in self.control_solvers:
-            for interval in INTERVALS:
-                yield Method(solver, "deepcache", setting=f"interval {interval}")
+        return list_tasks(self)
 
     def identity(self) -> dict[str, object]:
-        """Return the settings that a cell depends on; a resumed run may only add cells."""
+        """Return the settings that a cell depends on, as JSON; a resumed run may only add cells."""
         names = ("pipeline", "dot", "independent_dot", "num_images", "batch_size", "speed_ratio")
         names += ("num_reference_images", "merge_lora", "mixed_precision", "device", "compile")
-        return {name: getattr(self, name) for name in names}
+        names += ("prompts", "class_names", "prompt_embeds", "features")
+        return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))

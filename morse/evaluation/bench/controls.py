@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from morse.evaluation.bench.solver_pipeline import SolverPipeline
 
 
-def reuse_dot(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
+def reuse_dot(sample: Tensor, timestep: Tensor, jump: JumpPoint, **conditions: object) -> Tensor:
     """Stand in for Dot with no correction at all: the control "reuse"."""
     return torch.zeros_like(sample)
 
@@ -100,13 +100,16 @@ class PFDiffScheduler(DDIMScheduler):
         self.num_inference_steps = num_inference_steps
         self._index, self._anchor = 0, None
 
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> SimpleNamespace:
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SimpleNamespace | tuple[Tensor]:
         """Move on by one evaluation.
 
         Args:
             model_output: The estimate at the springboard, (B, C, H, W).
             timestep: Its timestep; ignored, since the evaluations come in their order.
             sample: The springboard, like `model_output`.
+            return_dict: Whether to return an object rather than a tuple.
 
         Returns:
             `prev_sample`: the next springboard, or the clean image after the last evaluation.
@@ -117,10 +120,10 @@ class PFDiffScheduler(DDIMScheduler):
         )
         start, anchor = (here - 1, self._anchor) if here else (0, sample)
         self._anchor = self._move(noise_pred, anchor, start, here + 1)
-        if self._index == self.num_inference_steps:
-            return SimpleNamespace(prev_sample=self._anchor)
-        springboard = self._move(noise_pred, self._anchor, here + 1, here + 2)
-        return SimpleNamespace(prev_sample=springboard)
+        prev_sample = self._anchor
+        if self._index < self.num_inference_steps:
+            prev_sample = self._move(noise_pred, self._anchor, here + 1, here + 2)
+        return SimpleNamespace(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def _rates(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         return signal_and_noise(self.alphas_cumprod, torch.tensor(self._grid[index]), like)

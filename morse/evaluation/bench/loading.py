@@ -1,17 +1,28 @@
 """Loads a pipeline once and makes one of it for each solver."""
 
+import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from morse.denoisers import find_denoiser
 from morse.evaluation.bench.solvers import make_solver
+from morse.evaluation.conditions import call_parameters
 from morse.evaluation.environment import resolve_device
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from morse.dot import MorseDot
     from morse.evaluation.bench.solver_pipeline import SolverPipeline
     from morse.pipeline import MorsePipeline
+
+# What a pipeline's call may ask for beside noise.
+ASKED_FOR = ("prompt", "class_labels", "batch_size")
 
 
 def load_pipelines(
@@ -20,40 +31,98 @@ def load_pipelines(
     """Load one pipeline a solver, quiet, on `device`; all share one Dash and one Dot.
 
     Args:
-        pipeline: "fashion-mnist" or a folder with an unconditional pipeline of pixels.
-        dot: A Dot's folder; None for the one that comes with the pipeline.
+        pipeline: As for `load_bare`, like `dot` and `device`.
+        dot: See there.
         solvers: Keys of `SOLVERS`.
-        device: A torch device, or "auto" for a GPU where there is one.
+        device: See there.
 
     Returns:
-        Morse pipelines whose class is `SolverPipeline`.
+        Morse pipelines: `SolverPipeline`s where there is a unet and a scheduler alone, else of the
+        folder's own class.
+    """
+    from morse.pipeline import MorsePipeline
+
+    bare, loaded_dot = load_bare(pipeline, dot, device)
+    return {
+        solver: MorsePipeline.from_pipe(with_solver(bare, solver), loaded_dot) for solver in solvers
+    }
+
+
+def load_bare(
+    pipeline: str, dot: str | None, device: str
+) -> tuple["DiffusionPipeline", "MorseDot"]:
+    """Load a pipeline without Morse in which every solver works, and its Dot, on `device`.
+
+    Args:
+        pipeline: "fashion-mnist" or a folder with a pipeline that starts from noise alone, or from
+            noise and prompts or classes. A safety checker is left out: it would paint over images.
+        dot: A Dot's folder; None for the one that comes with the pipeline.
+        device: A torch device, or "auto" for a GPU where there is one.
 
     Raises:
-        ValueError: If the device is unknown, or the pipeline has no Dot or other components.
+        ValueError: If the device is unknown, or the pipeline has no Dot or is of another kind.
     """
+    from morse.attach import disable_morse
     from morse.pipeline import MorsePipeline
 
     torch_device = resolve_device(device)
     with _quiet_loading():
-        loaded = MorsePipeline.from_pretrained(pipeline, dot=dot).to(torch_device)
-    others = sorted(set(loaded.components) - {"unet", "scheduler", "dot"})
-    if others:
-        raise ValueError(
-            f"pipeline {pipeline!r} has {others}; use one with a unet and a scheduler alone"
-        )
+        absent = _absent_components(pipeline)
+        loaded = MorsePipeline.from_pretrained(pipeline, dot=dot, **absent).to(torch_device)
     if loaded.dot is None:
         raise ValueError(
             f"pipeline {pipeline!r} has no Dot; give one with --dot, or train one with "
             "`morse train-dot`"
         )
     if torch_device.type == "cuda":  # the layout that its convolutions want
-        for model in (loaded.unet, loaded.dot):
+        for model in (find_denoiser(loaded), loaded.dot):
             model.to(memory_format=torch.channels_last)
-    config = loaded.scheduler.config
-    return {
-        solver: MorsePipeline.from_pipe(make_pipeline(loaded.unet, solver, config), loaded.dot)
-        for solver in solvers
-    }
+    loaded_dot = loaded.dot
+    return _bare_pipeline(disable_morse(loaded), pipeline), loaded_dot
+
+
+def _absent_components(pipeline: str) -> dict[str, None]:
+    """Name the components that a folder was saved without, which diffusers wants to be told."""
+    file = Path(pipeline) / "model_index.json"
+    entries = json.loads(file.read_text()) if file.is_file() else {}
+    return {name: None for name, value in entries.items() if value == [None, None]}
+
+
+def _bare_pipeline(bare: "DiffusionPipeline", name: str) -> "DiffusionPipeline":
+    if set(bare.components) == {"unet", "scheduler"}:
+        return make_pipeline(bare.unet, "ddim", bare.scheduler.config)
+    parameters = call_parameters(bare)
+    if not set(ASKED_FOR) & set(parameters) or "image" in parameters:
+        raise ValueError(
+            f"pipeline {name!r} is a {type(bare).__name__}, which takes {list(parameters)[1:6]}; "
+            f"the benchmark samples from noise and one of {list(ASKED_FOR)}"
+        )
+    if not hasattr(bare.scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"pipeline {name!r} has a {type(bare.scheduler).__name__}, but the benchmark's solvers "
+            "are for models that were trained with a noise schedule of alphas"
+        )
+    if getattr(bare, "safety_checker", None) is not None:
+        bare.register_modules(safety_checker=None)
+    bare.set_progress_bar_config(disable=True)
+    return bare
+
+
+def with_solver(bare: "DiffusionPipeline", solver: str) -> "DiffusionPipeline":
+    """Copy a pipeline that has no Morse, with the same models and another scheduler.
+
+    Args:
+        bare: Any pipeline with a scheduler.
+        solver: A key of `SOLVERS`.
+    """
+    return with_scheduler(bare, make_solver(solver, bare.scheduler.config))
+
+
+def with_scheduler(bare: "DiffusionPipeline", scheduler: object) -> "DiffusionPipeline":
+    """Copy a pipeline that has no Morse, with the same models and `scheduler`."""
+    pipe = copy.copy(bare)  # its class's constructor might change the scheduler's settings
+    pipe.register_modules(scheduler=scheduler)
+    return pipe
 
 
 def make_pipeline(

@@ -2,13 +2,18 @@
 
 import math
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from morse.evaluation.bench.grid import COLUMNS, grid_budgets, strip_png
 from morse.evaluation.bench.runs import REFERENCE_SOLVER, REFERENCE_STEPS, Method, Samples
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.store import Cell, CellStore
+from morse.evaluation.bench.tasks import PEER_SETTINGS
+from morse.evaluation.conditions import Conditions
 from morse.evaluation.environment import environment
 from morse.evaluation.features import (
     features_sha256,
@@ -17,7 +22,7 @@ from morse.evaluation.features import (
     read_features_config,
 )
 from morse.evaluation.metrics import FRECHET_LABEL
-from morse.evaluation.scoring import Scorer
+from morse.evaluation.scoring import Scorer, is_fashion_like
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
@@ -25,106 +30,151 @@ if TYPE_CHECKING:
 Task = tuple[Method, int]
 
 
-def measure_cells(config: "BenchmarkConfig", store: CellStore) -> dict[str, object]:
-    """Measure each method, budget and seed that `store` lacks.
+@dataclass(frozen=True)
+class Part:
+    """What is measured at one guidance scale, or all of it where there is none.
 
-    Args:
+    Attributes:
         config: Settings without gaps (`BenchmarkConfig.resolved`).
         store: Where finished cells are kept.
+        bench: The loaded pipelines.
+        conditions: What images are of.
+        deadline: By `time.monotonic`: no measurement begins later.
+    """
+
+    config: "BenchmarkConfig"
+    store: CellStore
+    bench: Bench
+    conditions: Conditions
+    deadline: float = math.inf
+
+    def references(self) -> dict[int, Tensor]:
+        """Return the features of the reference's images, (R, D), of each seed that was begun."""
+        return {
+            seed: self.store.features(reference_name(seed), Tensor)
+            for seed in self.config.seeds
+            if self.store.has_features(reference_name(seed))
+        }
+
+
+def measure_cells(part: Part) -> dict[str, object]:
+    """Measure each method, budget and seed that the store lacks.
 
     Returns:
-        What the figures were measured with (device, versions, N, extractor, reference), "grid"
-        and "not_measured".
+        "speed_ratio" (N), "speed_ratios", "grid" and "not_measured".
     """
-    bench = Bench(config)
-    deadline = time.monotonic() + (config.max_seconds or math.inf)
+    config, store, bench = part.config, part.store, part.bench
     batch_sizes = [size for size in config.latency_batch_sizes if size > 0]
-    if config.compile:  # before they are compiled, for comparison
-        store.once("speed_table", lambda: bench.speed_table(batch_sizes))
+
+    def table(*merged: bool) -> list[dict[str, object]]:
+        return bench.speed_table(batch_sizes, part.conditions, merged)
+
+    if config.compile and bench.mode == "eager":  # before they are compiled, for comparison
+        store.once("speed_table", lambda: table(True, False))
         bench.compile()
-    speed = store.once("speed", lambda: _speed(config, bench))
+    speed = store.once("speed", lambda: _speed(part))
     for seed in config.seeds if not config.latency_only else ():
-        _measure_seed(config, store, bench, speed["speed_ratio"], seed, deadline)
-    speeds = store.once("speed_table", lambda: bench.speed_table(batch_sizes))
+        _measure_seed(part, speed["speed_ratio"], seed)
+    speeds = store.once("speed_table", lambda: table(True, False))
     if config.compile:
-        speeds += store.once(
-            "speed_table_compiled", lambda: bench.speed_table(batch_sizes, (True,))
-        )
+        speeds += store.once("speed_table_compiled", lambda: table(True))
     return {
-        **environment(bench.device, config.mixed_precision),
         "speed_ratio": speed,
         "speed_ratios": speeds,
+        "grid": _grid(config, store),
+        "not_measured": _not_measured(part),
+    }
+
+
+def conditions_facts(part: Part) -> dict[str, object]:
+    """Tell what every part's figures were measured with: device, versions, extractor, reference."""
+    facts = {
+        **environment(part.bench.device, part.config.mixed_precision),
+        "pipeline_class": part.bench.pipeline_class,
+        "reference": f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps, the same noise",
+    }
+    if any(features.shape[1] == 0 for features in part.references().values()):
+        return facts
+    return facts | {
         "metric": FRECHET_LABEL,
         "features_sha256": features_sha256(),
         "features_test_accuracy": read_features_config().get("test_accuracy"),
         "real_images": "Fashion-MNIST, 60,000 training images",
-        "reference": f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps, the same noise",
-        "grid": _grid(config, store),
-        "not_measured": _not_measured(config, store, bench),
     }
 
 
-def _speed(config: "BenchmarkConfig", bench: Bench) -> dict[str, object]:
-    if config.speed_ratio is not None:
-        return {"speed_ratio": config.speed_ratio, "how": "given by --speed_ratio"}
-    return bench.speed()
+def _speed(part: Part) -> dict[str, object]:
+    if part.config.speed_ratio is not None:
+        return {"speed_ratio": part.config.speed_ratio, "how": "given by --speed_ratio"}
+    return part.bench.speed(part.conditions)
 
 
-def _not_measured(config: "BenchmarkConfig", store: CellStore, bench: Bench) -> list[str]:
+def _not_measured(part: Part) -> list[str]:
     """List methods that can't be measured, with the reason, and cells that time ran out for."""
-    lines = []
-    kinds = {method.kind for method, _ in config.tasks()}
-    for peer in sorted(set(config.chosen_peers) - kinds):
-        lines.append(f"{peer}: {bench.peer_obstacle(peer) or 'not a method of this run'}")
+    lines, config, store = [], part.config, part.store
     for method, budget in config.tasks():
-        reason = bench.obstacle(method)
+        reason = part.bench.obstacle(method) or _peer_error(store, method)
         if reason is not None:
-            lines.append(f"{method.label}: {reason}")
+            applies = not reason.startswith("not applicable")
+            lines.append(f"{method.label if applies else method.kind}: {reason}")
         elif not all(store.has(method, budget, seed) for seed in config.seeds):
             lines.append(f"{method.label}, {budget} LSD")
     return list(dict.fromkeys(lines))
 
 
-def _measure_seed(
-    config: "BenchmarkConfig",
-    store: CellStore,
-    bench: Bench,
-    speed_ratio: float,
-    seed: int,
-    deadline: float,
-) -> None:
+def _peer_error(store: CellStore, method: Method) -> str | None:
+    """Tell what a peer raised when it was tried out; None if nothing, or it was not tried."""
+    if method.kind not in PEER_SETTINGS or not store.knows(_peer_name(method)):
+        return None
+    return store.once(_peer_name(method), dict).get("error")
+
+
+def _measure_seed(part: Part, speed_ratio: float, seed: int) -> None:
     """Sample and score what is missing of one repetition."""
     from rich.progress import track
 
+    config, store, bench = part.config, part.store, part.bench
     missing = [task for task in config.tasks() if not store.has(*task, seed)]
     missing = [task for task in missing if bench.obstacle(task[0]) is None]
     if not missing:
         return
     seeds = range(seed, seed + config.num_images)
 
-    def sample(method: Method, budget: int, seeds: range = seeds) -> Samples:
-        peer = None
-        if method.kind == "deepcache":
-            name = f"deepcache-{method.setting.replace(' ', '-')}"
-            peer = store.once(name, lambda: bench.measure_peer(method))
-        return bench.sample(method, budget, seeds, speed_ratio, peer)
+    def sample_reference() -> Tensor:
+        few, method = seeds[: config.num_reference_images], Method(REFERENCE_SOLVER)
+        return bench.sample(method, REFERENCE_STEPS, few, speed_ratio, part.conditions).images
 
-    reference = store.images(
-        reference_name(seed),
-        lambda: (
-            sample(
-                Method(REFERENCE_SOLVER), REFERENCE_STEPS, seeds[: config.num_reference_images]
-            ).images
-        ),
-    )
-    scorer = Scorer(load_features().to(bench.device), load_reference(), reference)
+    reference = store.images(reference_name(seed), sample_reference)
+    scorer = _make_scorer(part, reference)
     store.features(reference_name(seed), lambda: scorer.reference_features)
-    for method, budget in track(missing, f"seed {seed}"):
-        if time.monotonic() > deadline:
+    scale = part.conditions.guidance_scale
+    at = "" if scale is None else f", guidance {scale:g}"
+    for method, budget in track(missing, f"seed {seed}{at}"):
+        if time.monotonic() > part.deadline:
             print("max_seconds is over; --resume measures what is missing")
             return
-        samples = sample(method, budget)
+        peer = None
+        if method.kind in PEER_SETTINGS:
+            peer = store.once(
+                _peer_name(method), lambda m=method: bench.measure_peer(m, part.conditions)
+            )
+            if "error" in peer:
+                continue
+        samples = bench.sample(method, budget, seeds, speed_ratio, part.conditions, peer)
         _keep(store, scorer, (method, budget), seed, samples, speed_ratio)
+
+
+def _make_scorer(part: Part, reference: Tensor) -> Scorer:
+    wanted = part.config.features
+    if wanted == "none" or (wanted == "auto" and not is_fashion_like(reference)):
+        return Scorer(None, None, reference)
+    return Scorer(load_features().to(part.bench.device), load_reference(), reference)
+
+
+def _peer_name(method: Method) -> str:
+    """Return the name of what was measured of a peer; DeepCache's cost is any solver's."""
+    solver = "" if method.kind == "deepcache" else f"{method.solver}-"
+    return f"{method.kind}-{solver}{method.setting}".replace(" ", "-").replace("+", "p")
 
 
 def _keep(
@@ -151,8 +201,7 @@ def _keep(
         batch_seconds=samples.quartiles,
     )
     store.add(cell)
-    frechet, ratio = scorer.frechet(scores), float(scores.psnr.mean())
-    figures = f"Fréchet {frechet:.3f}, PSNR {ratio:.2f} dB, {samples.seconds:.1f} s"
+    figures = f"{scorer.summary(scores)}, {samples.seconds:.1f} s"
     print(f"{method.label}, {budget} LSD: {figures}", flush=True)
     if samples.note:
         print(f"  {samples.note}", flush=True)

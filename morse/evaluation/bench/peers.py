@@ -1,185 +1,185 @@
 """Peers: other training-free accelerators, at the same budgets as Morse.
 
-Only DeepCache (Ma et al. 2024, arXiv 2312.00858) applies to the `UNet2DModel`s that the benchmark
-samples with. tomesd and diffusers' own caches work on transformer blocks, which it has none of;
-`obstacle` says so for whoever asks for them.
+| peer | what it leaves out | applies to |
+|---|---|---|
+| deepcache | the deep layers of a UNet in most steps | UNets |
+| tomesd | tokens like others, in self-attention | UNets with transformer blocks |
+| fbcache | all blocks but the first, where that changed little (First Block Cache) | transformers |
+| pab | attention in every second step (Pyramid Attention Broadcast) | transformers |
+| fastercache | the branch without a prompt, and attention, in most steps | transformers |
+| taylorseer | attention in most steps, extrapolated from earlier ones | transformers |
+| cache-dit | the middle blocks, where the first ones changed little | transformers |
+
+An LSD is what one evaluation of the bare pipeline costs, in seconds; a peer's evaluations are
+measured in it, in turn with the bare ones.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from morse.evaluation.bench.runs import sample_images
+from morse.denoisers import find_denoiser
+from morse.evaluation.bench import caches
+from morse.evaluation.bench.deepcache import (
+    deepcache,
+    deepcache_cost,
+    deepcache_obstacle,
+    deepcache_steps,
+    measure_deepcache,
+)
+from morse.evaluation.bench.engagement import LEAST_GAIN, timed, why_not_engaged
+from morse.evaluation.bench.runs import Method, Samples, sample_images
+from morse.evaluation.conditions import Conditions
 
 if TYPE_CHECKING:
-    from morse.evaluation.bench.solver_pipeline import SolverPipeline
+    from diffusers import DiffusionPipeline
 
-PEERS = ("deepcache", "tomesd", "diffusers-cache")
-INTERVALS = (3, 2, 5)  # the first is what DeepCache's authors recommend
-LEAST_GAIN = 0.05  # share of time that a peer must save to count as engaged
+MEASURED_STEPS = 12  # in which every peer but DeepCache is tried out
 
 
-def obstacle(peer: str, unet: nn.Module, scheduler: object) -> str | None:
-    """Tell why a peer can't be measured; None if it can.
+@dataclass(frozen=True)
+class Peer:
+    """A training-free accelerator.
 
-    Args:
-        peer: One of `PEERS`.
-        unet: The denoiser.
-        scheduler: The scheduler to sample with.
+    Attributes:
+        apply: (pipeline, number of its setting) -> a context in which the pipeline is sped up.
+        obstacle: (pipeline) -> why it can't be measured, or None.
+        adaptive: Whether what a step costs depends on the images or on the number of steps, so
+            that every run must be timed.
     """
-    model = type(unet).__name__
-    if peer == "tomesd":
-        return f"not applicable: it merges tokens of transformer blocks, which {model} lacks"
-    if peer == "diffusers-cache":
-        return f"not applicable: diffusers' caches skip transformer blocks, which {model} lacks"
-    if find_spec("DeepCache") is None:
-        return "the package DeepCache is not installed: pip install --no-deps DeepCache==0.1.1"
-    if not hasattr(unet, "down_blocks"):
-        return f"not applicable: DeepCache needs a UNet, and {model} has no down_blocks"
-    if _repeats_timesteps(scheduler):
-        return (
-            "not applicable: DeepCache counts steps by their timesteps, and "
-            f"{type(scheduler).__name__} uses some twice"
-        )
-    return None
+
+    apply: Callable[["DiffusionPipeline", float], AbstractContextManager]
+    obstacle: Callable[["DiffusionPipeline"], str | None]
+    adaptive: bool = True
 
 
-def _repeats_timesteps(scheduler: object) -> bool:
-    copy = type(scheduler).from_config(scheduler.config)
-    copy.set_timesteps(6)
-    return len(copy.timesteps.unique()) < len(copy.timesteps)
+# The names and their settings are in `bench.tasks`.
+PEERS = {
+    "deepcache": Peer(
+        lambda pipe, number: deepcache(pipe, int(number)), deepcache_obstacle, adaptive=False
+    ),
+    "tomesd": Peer(caches.tomesd, caches.tomesd_obstacle, adaptive=False),
+    "fbcache": Peer(caches.first_block_cache, caches.block_obstacle),
+    "pab": Peer(caches.pyramid_attention, caches.attention_obstacle),
+    "fastercache": Peer(caches.faster_cache, caches.faster_cache_obstacle),
+    "taylorseer": Peer(caches.taylorseer, caches.attention_obstacle),
+    "cache-dit": Peer(caches.cache_dit, caches.cache_dit_obstacle),
+}
 
 
-@contextmanager
-def deepcache(pipe: "SolverPipeline", interval: int, branch: int = 0) -> Iterator[None]:
-    """Sample with DeepCache's helper; afterwards the pipeline is what it was, bit for bit.
-
-    The helper replaces the forward methods of the denoiser and of its blocks and puts them back as
-    attributes of the objects, where they would hide what is set on the classes later; these are
-    removed too.
-
-    Args:
-        pipe: A pipeline with a `unet`.
-        interval: Every so many steps all layers run, and between them those of one branch alone.
-        branch: DeepCache's `cache_branch_id`; 0 is the shallowest and fastest.
-    """
-    from DeepCache import DeepCacheSDHelper
-
-    before = {module: vars(module).get("forward") for module in pipe.unet.modules()}
-    helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=interval, cache_branch_id=branch)
-    helper.enable()
-    try:
-        yield
-    finally:
-        helper.disable()
-        for module, forward in before.items():
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+def number_of(method: Method) -> float:
+    """Read the number out of a peer's setting, such as "interval 3"."""
+    return float(method.setting.rpartition(" ")[2])
 
 
-def measure_deepcache(
-    pipe: "SolverPipeline", interval: int, batch_size: int, repeats: int = 3
+def apply_peer(pipe: "DiffusionPipeline", method: Method) -> AbstractContextManager:
+    """Return the context in which `pipe` samples by a peer; afterwards it is what it was."""
+    return PEERS[method.kind].apply(pipe, number_of(method))
+
+
+def measure_peer(
+    pipe: "DiffusionPipeline", method: Method, batch_size: int, conditions: Conditions
 ) -> dict[str, object]:
-    """Measure what a cached step costs, in turn with the bare pipeline, and whether it engages.
+    """Measure what a peer's steps cost, and whether it engages.
+
+    Returns:
+        As from `measure_deepcache` or `measure_steps`; or "error", where the peer raised one.
+    """
+    try:
+        if method.kind == "deepcache":
+            interval = int(number_of(method))
+            return measure_deepcache(pipe, interval, batch_size, conditions=conditions)
+        return measure_steps(pipe, method, batch_size, conditions=conditions)
+    except Exception as error:  # whatever a foreign program may raise is told, not a crash
+        first = (str(error).strip().splitlines() or [""])[0]
+        return {"error": f"it raised {type(error).__name__}: {first[:200]}"}
+
+
+def measure_steps(
+    pipe: "DiffusionPipeline",
+    method: Method,
+    batch_size: int,
+    conditions: Conditions,
+    repeats: int = 2,
+) -> dict[str, object]:
+    """Measure what an evaluation of a peer costs, averaged over a run, in turn with bare ones.
 
     Args:
         pipe: A bare pipeline.
-        interval: As for `deepcache`.
+        method: The peer and its setting.
         batch_size: The batch size to sample with.
-        repeats: Timed runs of each, two intervals long; one more of each warms up.
+        conditions: What the images are of.
+        repeats: Timed runs of each; one more of each warms up.
 
     Returns:
-        `cached_lsd`: median seconds of a cached evaluation over those of a bare one. `engaged`:
-        whether the images differ from the bare pipeline's and the time is at least `LEAST_GAIN`
-        shorter. `note`: which of the two failed, else "". `time_ratio`: an interval's seconds over
-        the bare pipeline's.
+        `step_lsd`: seconds of a peer's run over those of a bare one, the median. `bare_seconds`:
+        what a bare step takes. `engaged` and `note`: as from `measure_deepcache`.
     """
-    bare, full, cached = [], [], []
-    seeds, steps = range(batch_size), 2 * interval
+    bare, ratios = [], []
+    denoiser, seeds = find_denoiser(pipe), range(batch_size)
     for run in range(repeats + 1):
-        with timed(pipe.unet) as bare_seconds:
-            plain = sample_images(pipe, steps, seeds, batch_size).images
-        with deepcache(pipe, interval), timed(pipe.unet) as seconds:
-            images = sample_images(pipe, steps, seeds, batch_size).images
+        with timed(denoiser) as bare_seconds:
+            plain = sample_images(pipe, MEASURED_STEPS, seeds, batch_size, conditions=conditions)
+        with apply_peer(pipe, method), timed(denoiser) as seconds:
+            sped = sample_images(pipe, MEASURED_STEPS, seeds, batch_size, conditions=conditions)
         if run:
-            bare += bare_seconds
-            full += seconds[::interval]
-            cached += [value for step, value in enumerate(seconds) if step % interval]
-    interval_seconds = median(full) + (interval - 1) * median(cached)
-    time_ratio = interval_seconds / (interval * median(bare))
-    note = why_not_engaged(torch.equal(plain, images), time_ratio)
+            bare.append(sum(bare_seconds) / MEASURED_STEPS)
+            ratios.append(sum(seconds) / sum(bare_seconds))
+    note = why_not_engaged(torch.equal(plain.images, sped.images), median(ratios))
     return {
-        "interval": interval,
+        "setting": method.setting,
         "batch_size": batch_size,
-        "cached_lsd": median(cached) / median(bare),
-        "time_ratio": time_ratio,
+        "step_lsd": median(ratios),
+        "bare_seconds": median(bare),
         "engaged": not note,
         "note": note,
     }
 
 
-def why_not_engaged(is_identical: bool, time_ratio: float) -> str:
-    """Tell why a peer counts as not engaged; "" if it does engage.
+def peer_steps(method: Method, budget: float, measured: dict[str, object]) -> int:
+    """Return how many steps of a peer `budget` LSD pay for, as it was measured; at least 1."""
+    if method.kind == "deepcache":
+        return deepcache_steps(budget, int(number_of(method)), measured["cached_lsd"])
+    return max(1, math.floor(budget / measured["step_lsd"] + 1e-9))
+
+
+def peer_facts(
+    method: Method,
+    measured: dict[str, object],
+    samples: Samples,
+    seconds: list[float],
+) -> tuple[dict[str, object], str]:
+    """Tell what a peer's images cost.
 
     Args:
-        is_identical: Whether its images are the bare pipeline's, bit for bit.
-        time_ratio: Its time over the bare pipeline's for as many steps.
+        method: The peer and its setting.
+        measured: What `measure_peer` returned.
+        samples: Its images.
+        seconds: Of each call of the denoiser while they were sampled.
+
+    Returns:
+        Attributes of `Samples` to change (num_dash, lsd, engaged), and a note.
     """
-    if is_identical:
-        return "not engaged: its images are the bare pipeline's, bit for bit"
-    if time_ratio > 1 - LEAST_GAIN:
-        return (
-            f"not engaged: it took {time_ratio:.0%} of the bare pipeline's time, and less than "
-            f"{1 - LEAST_GAIN:.0%} was asked for"
-        )
-    return ""
+    steps, note = samples.num_dash, str(measured["note"])
+    if method.kind == "deepcache":
+        cached = measured["cached_lsd"]
+        full, cost = deepcache_cost(steps, int(number_of(method)), cached)
+        told = f"{steps} steps, {full} of them full; a cached one costs {cached:.2f} LSD"
+        return {"num_dash": full, "lsd": cost, "engaged": measured["engaged"]}, _join(told, note)
+    step_lsd, engaged = measured["step_lsd"], measured["engaged"]
+    if PEERS[method.kind].adaptive:
+        batches = len(samples.images) / samples.batch_size  # the last may be smaller
+        step_lsd = sum(seconds) / (measured["bare_seconds"] * steps * batches)
+        if engaged and step_lsd > 1 - LEAST_GAIN:
+            engaged, note = False, why_not_engaged(False, step_lsd)
+    told = f"{steps} steps of {step_lsd:.2f} LSD"
+    return {"lsd": steps * step_lsd, "engaged": engaged}, _join(told, note)
 
 
-@contextmanager
-def timed(model: nn.Module) -> Iterator[list[float]]:
-    """Collect the seconds that each call of `model` takes, on whatever device it is."""
-    seconds: list[float] = []
-
-    def now() -> float:
-        if model.device.type != "cpu":
-            torch.accelerator.synchronize(model.device)
-        return perf_counter()
-
-    def start(*_: object) -> None:
-        seconds.append(-now())
-
-    def stop(*_: object) -> None:
-        seconds[-1] += now()
-
-    handles = [model.register_forward_pre_hook(start), model.register_forward_hook(stop)]
-    try:
-        yield seconds
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def deepcache_cost(steps: int, interval: int, cached_lsd: float) -> tuple[int, float]:
-    """Return how many of `steps` evaluate all layers, and what all of them cost in LSD.
-
-    A step that evaluates all layers is one of Dash and costs 1; a cached step costs `cached_lsd`.
-    """
-    full = math.ceil(steps / interval)
-    return full, full + (steps - full) * cached_lsd
-
-
-def deepcache_steps(budget: float, interval: int, cached_lsd: float) -> int:
-    """Return the largest number of steps that `budget` LSD pay for."""
-    steps = 1
-    while deepcache_cost(steps + 1, interval, cached_lsd)[1] <= budget + 1e-9:
-        steps += 1
-    return steps
+def _join(*parts: str) -> str:
+    return "; ".join(filter(None, parts))

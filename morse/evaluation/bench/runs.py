@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from morse.evaluation.bench.solvers import SOLVERS
+from morse.evaluation.conditions import UNCONDITIONAL, Conditions
 from morse.plan import MorsePlan
 from morse.steps import find_exact_steps
 
@@ -21,19 +22,28 @@ if TYPE_CHECKING:
 
 REFERENCE_SOLVER, REFERENCE_STEPS = "dpmsolver++", 100
 Kind = Literal[
-    "baseline", "morse", "reuse", "extrapolation", "pfdiff", "independent", "shrunk", "deepcache"
-]
+    "baseline", "morse", "reuse", "extrapolation", "pfdiff", "ays", "independent", "shrunk",
+    "deepcache", "tomesd", "fbcache", "pab", "fastercache", "taylorseer", "cache-dit",
+]  # fmt: skip
 KINDS: dict[Kind, str] = {
     "baseline": "",
     "morse": "Morse-",
     "reuse": "Reuse-",
     "extrapolation": "Extrapolation-",
     "pfdiff": "PFDiff-",
+    "ays": "AYS-",
     "independent": "Independent-",
     "shrunk": "Shrunk-",
     "deepcache": "DeepCache-",
+    "tomesd": "ToMe-",
+    "fbcache": "FirstBlockCache-",
+    "pab": "PAB-",
+    "fastercache": "FasterCache-",
+    "taylorseer": "TaylorSeer-",
+    "cache-dit": "cache-dit-",
 }
-TRAINING_FREE = ("baseline", "pfdiff")  # kinds that Morse has to beat: Dash with another solver
+# Kinds that Morse has to beat: Dash with another solver, or at other timesteps.
+TRAINING_FREE = ("baseline", "pfdiff", "ays")
 PLANNED = ("morse", "reuse", "extrapolation", "independent")  # kinds that run Morse's plan
 
 
@@ -46,7 +56,8 @@ class Method:
         kind: "baseline": Dash alone. "morse": Dash and Dot. The controls "reuse", "extrapolation"
             and "independent" run Morse's plan, counted as if they had its cost, with something
             else in Dot's place; "pfdiff" and "shrunk" are controls with plans of their own (all
-            in `bench.controls`). "deepcache": a peer (`bench.peers`).
+            in `bench.controls`). "ays": Dash at tuned timesteps (`bench.ays`). Everything else: a
+            peer (`bench.peers`).
         ratio: Evaluations per LSD that the plan aims at (see `MorsePlan.from_budget`).
         setting: A peer's setting, such as "interval 3"; "" for everyone else.
     """
@@ -86,7 +97,7 @@ class Samples:
         images: (N, C, H, W) in [0, 1], float32, on the CPU.
         num_dash: Dash evaluations an image.
         num_dot: Dot evaluations an image.
-        seconds: Wall time for all N, from noise to pixels.
+        seconds: Wall time for all N, from noise, and where there is one the text, to pixels.
         plan: Which evaluations were Dash's, "DooDoo"; "" where Dash makes all.
         fallbacks: Why Dash ran where Dot should have, and how often; {} if all went to plan.
         batch_seconds: Wall time of each batch; the last may be smaller than the others.
@@ -140,6 +151,7 @@ def sample_images(
     seeds: range,
     batch_size: int,
     on_step: Callable[[], object] | None = None,
+    conditions: Conditions = UNCONDITIONAL,
 ) -> Samples:
     """Sample one image a seed; neither batch size nor device changes the noise it starts from.
 
@@ -149,6 +161,7 @@ def sample_images(
         seeds: The seed of each image's own CPU generator.
         batch_size: Images at a time.
         on_step: Called after each step of each batch, for progress bars.
+        conditions: What each image is of; image 0 is that of the first seed.
 
     Raises:
         ValueError: If the pipeline's scheduler can't make so many evaluations.
@@ -168,7 +181,8 @@ def sample_images(
             began = time.perf_counter()
             chunk = seeds[first : first + batch_size]
             generators = [torch.Generator().manual_seed(seed) for seed in chunk]
-            output = pipe(batch_size=len(chunk), generator=generators, output_type="np", **settings)
+            wanted = conditions.arguments(range(first, first + len(chunk)))
+            output = pipe(generator=generators, output_type="np", **wanted, **settings)
             # Pixels on the CPU: the device has finished.
             batch_seconds.append(time.perf_counter() - began)
             parts.append(torch.from_numpy(output.images).permute(0, 3, 1, 2).float())

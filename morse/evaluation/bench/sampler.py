@@ -1,6 +1,7 @@
 """The loaded pipelines of the benchmark: one a solver and kind of method, over one Dash."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,16 +9,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from morse.evaluation.bench.loading import load_pipelines, make_pipeline
+from morse.denoisers import find_denoiser
+from morse.evaluation.bench.engagement import timed
+from morse.evaluation.bench.loading import load_bare, make_pipeline, with_scheduler, with_solver
 from morse.evaluation.bench.peers import (
     PEERS,
-    deepcache,
-    deepcache_cost,
-    deepcache_steps,
-    measure_deepcache,
-    obstacle,
+    apply_peer,
+    measure_peer,
+    peer_facts,
+    peer_steps,
 )
-from morse.evaluation.bench.runs import PLANNED, REFERENCE_SOLVER, Method, Samples, sample_images
+from morse.evaluation.bench.runs import REFERENCE_SOLVER, Method, Samples, sample_images
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.speed import (
     Mode,
@@ -26,13 +28,15 @@ from morse.evaluation.bench.speed import (
     measure_speed_table,
     set_merged,
 )
+from morse.evaluation.conditions import Conditions, call_parameters, make_conditions
 from morse.plan import MorsePlan
 from morse.steps import find_steps
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from morse.evaluation.bench.config import BenchmarkConfig
     from morse.evaluation.bench.controls import ShrunkDash
-    from morse.evaluation.bench.solver_pipeline import SolverPipeline
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Evaluations of a warm-up that every solver can make, and that reach a cached step of a peer.
@@ -49,17 +53,47 @@ class Bench:
 
     def __init__(self, config: "BenchmarkConfig"):
         """Load Dash, Dot and the controls' networks."""
-        solvers = tuple(dict.fromkeys((*config.solvers, REFERENCE_SOLVER)))
+        from morse.evaluation.bench.solver_pipeline import SolverPipeline
+        from morse.pipeline import MorsePipeline
+
         self.config = config
         self.mode: Mode = "eager"
-        self._by_solver = load_pipelines(config.pipeline, config.dot, solvers, config.device)
+        self._bare, dot = load_bare(config.pipeline, config.dot, config.device)
+        self._is_conditional = not isinstance(self._bare, SolverPipeline)
+        self._by_solver: dict[str, MorsePipeline] = {
+            solver: MorsePipeline.from_pipe(with_solver(self._bare, solver), dot)
+            for solver in dict.fromkeys((*config.solvers, REFERENCE_SOLVER))
+        }
         self._main = self._by_solver[REFERENCE_SOLVER]
         self.device = self._main.device
         set_merged(self._main, config.merge_lora)
         self._shrunk = self._load_shrunk()
         # Made once: to enable Morse anew would make its Dot be compiled anew.
-        self._pipes: dict[tuple[str, str], SolverPipeline] = {}
-        self._warm: set[tuple[Method, int]] = set()
+        self._pipes: dict[tuple[str, str], DiffusionPipeline] = {}
+        self._warm: set[tuple[Method, int, float | None]] = set()
+
+    @property
+    def pipeline_class(self) -> str:
+        """The name of the pipeline's class."""
+        return type(self._bare).__name__
+
+    def guidance_scales(self) -> tuple[float | None, ...]:
+        """Return the guidance scales to measure at: (None,) for a pipeline without guidance."""
+        if self.config.guidance_scale:
+            return tuple(sorted(set(self.config.guidance_scale)))
+        parameter = call_parameters(self._bare).get("guidance_scale")
+        default = None if parameter is None else parameter.default
+        return (None if default is inspect.Parameter.empty else default,)
+
+    def conditions(self, guidance_scale: float | None) -> Conditions:
+        """Return what images are asked for at a guidance scale.
+
+        Raises:
+            ValueError: If the settings and the pipeline don't suit each other.
+        """
+        config = self.config
+        asked = config.prompts, config.class_names, config.prompt_embeds
+        return make_conditions(self._bare, *asked, guidance_scale)
 
     def _load_shrunk(self) -> "ShrunkDash | None":
         from morse.evaluation.bench.controls import ShrunkDash
@@ -72,7 +106,7 @@ class Bench:
             dot.to(memory_format=torch.channels_last)
         if self.config.merge_lora:
             dot.merge_lora()
-        return ShrunkDash(dot, self._main.unet)
+        return ShrunkDash(dot, find_denoiser(self._main))
 
     def compile(self) -> None:
         """Compile Dash and Dot from now on."""
@@ -81,34 +115,43 @@ class Bench:
             self._shrunk.dot.compile(dynamic=False)
         self.mode = "compiled"
 
-    def speed(self) -> dict[str, object]:
+    def speed(self, conditions: Conditions) -> dict[str, object]:
         """Measure N at the batch size and in the precision that is sampled in."""
         with self._autocast():
-            return measure_speed(self._main, self._batch_size(), self.mode)
+            return measure_speed(self._main, self._batch_size(), self.mode, conditions)
 
     def speed_table(
-        self, batch_sizes: list[int], merged: tuple[bool, ...] = (True, False)
+        self,
+        batch_sizes: list[int],
+        conditions: Conditions,
+        merged: tuple[bool, ...] = (True, False),
     ) -> list[dict[str, object]]:
         """Measure N at each batch size, LoRA merged and not, in that precision."""
         with self._autocast():
-            return measure_speed_table(self._main, batch_sizes, self.mode, merged)
+            return measure_speed_table(self._main, batch_sizes, self.mode, merged, conditions)
 
     def obstacle(self, method: Method) -> str | None:
         """Tell why a method can't be measured; None if it can."""
-        if method.kind in ("independent", "shrunk") and self._shrunk is None:
+        from morse.evaluation.bench.ays import ays_name
+
+        pipe, kind = self._by_solver[method.solver], method.kind
+        if type(pipe).__name__ == "DiTPipeline" and pipe.scheduler.init_noise_sigma != 1:
+            return f"DiTPipeline does not do the scaling that {SOLVERS[method.solver]} needs"
+        if kind in ("independent", "shrunk") and self._shrunk is None:
             return "no --independent_dot was given"
-        return self.peer_obstacle(method.kind, method.solver) if method.kind in PEERS else None
-
-    def peer_obstacle(self, peer: str, solver: str = REFERENCE_SOLVER) -> str | None:
-        """Tell why one of `PEERS` can't be measured with a solver; None if it can."""
-        if self.mode == "compiled":
+        if kind in ("extrapolation", "shrunk") and self._is_conditional:
+            return "it is made for unconditional pipelines of pixels"
+        if kind == "ays" and ays_name(self._bare) is None:
+            return "not applicable: there are timesteps for Stable Diffusion 1.5 and XL alone"
+        if kind in PEERS and self.mode == "compiled":
             return "it replaces forward methods, which --compile has compiled"
-        return obstacle(peer, self._main.unet, self._by_solver[solver].scheduler)
+        return PEERS[kind].obstacle(pipe) if kind in PEERS else None
 
-    def measure_peer(self, method: Method) -> dict[str, object]:
-        """Measure what a cached step of DeepCache costs, which is the same with every solver."""
+    def measure_peer(self, method: Method, conditions: Conditions) -> dict[str, object]:
+        """Measure what a peer's steps cost; see `peers.measure_peer`."""
+        pipe = self._by_solver[method.solver]
         with self._autocast():
-            return measure_deepcache(self._main, interval_of(method), self._batch_size())
+            return measure_peer(pipe, method, self._batch_size(), conditions)
 
     def sample(
         self,
@@ -116,6 +159,7 @@ class Bench:
         budget: int,
         seeds: range,
         speed_ratio: float,
+        conditions: Conditions,
         peer: dict[str, object] | None = None,
     ) -> Samples:
         """Sample with what `budget` LSD pay for; a method's first time, warm up before.
@@ -125,24 +169,27 @@ class Bench:
             budget: LSD.
             seeds: One an image.
             speed_ratio: N, which plans are made with.
+            conditions: What the images are of.
             peer: What `measure_peer` returned, for a peer.
         """
         pipe, batch_size = self._pipe(method), self._batch_size(len(seeds))
         steps, note = self._steps(method, budget, speed_ratio, pipe, peer)
-        with self._autocast(), self._set_up(method, pipe):
-            if (method, batch_size) not in self._warm:
+        warm = method, batch_size, conditions.guidance_scale
+        with self._autocast(), self._set_up(method, pipe) as seconds:
+            if warm not in self._warm:
                 warm_up = WARM_UP_PLAN if isinstance(steps, MorsePlan) else WARM_UP
-                sample_images(pipe, warm_up, seeds[:batch_size], batch_size)
-                self._warm.add((method, batch_size))
-            samples = sample_images(pipe, steps, seeds, batch_size)
+                few = seeds[:batch_size]
+                sample_images(pipe, warm_up, few, batch_size, conditions=conditions)
+                self._warm.add(warm)
+                seconds.clear()
+            samples = sample_images(pipe, steps, seeds, batch_size, conditions=conditions)
         notes = [note, samples.note]
         changes: dict[str, object] = {}
         if method.kind == "shrunk":
             changes = {"num_dash": 0, "num_dot": samples.num_dash}
-        elif method.kind == "deepcache":
-            full, cost = deepcache_cost(steps, interval_of(method), peer["cached_lsd"])
-            changes = {"num_dash": full, "lsd": cost, "engaged": peer["engaged"]}
-            notes.append(peer["note"])
+        elif method.kind in PEERS:
+            changes, told = peer_facts(method, peer, samples, seconds)
+            notes.append(told)
         return dataclasses.replace(samples, note="; ".join(filter(None, notes)), **changes)
 
     def _batch_size(self, num_images: int | None = None) -> int:
@@ -153,7 +200,7 @@ class Bench:
         method: Method,
         budget: int,
         speed_ratio: float,
-        pipe: "SolverPipeline",
+        pipe: "DiffusionPipeline",
         peer: dict[str, object] | None,
     ) -> tuple[int | MorsePlan, str]:
         """Choose what to run within a budget, and say where the solver can't use all of it."""
@@ -165,57 +212,52 @@ class Bench:
             wanted = budget
             if method.kind == "shrunk":
                 wanted = math.floor(speed_ratio * budget)
-            elif method.kind == "deepcache":
-                wanted = deepcache_steps(budget, interval_of(method), peer["cached_lsd"])
+            elif method.kind in PEERS:
+                wanted = peer_steps(method, budget, peer)
             wanted = min(wanted, pipe.scheduler.config.num_train_timesteps)
             steps = made = find_steps(pipe, {}, wanted)[1]
-        notes = []
-        if made < wanted:
-            notes.append(f"{made} of {wanted} evaluations: {SOLVERS[method.solver]} can't make all")
-        if method.kind == "deepcache":
-            full, cached = deepcache_cost(steps, interval_of(method), 0)[0], peer["cached_lsd"]
-            notes.append(f"{steps} steps, {full} of them full; a cached one costs {cached:.2f} LSD")
-        return steps, "; ".join(notes)
+        note = f"{made} of {wanted} evaluations: {SOLVERS[method.solver]} can't make all"
+        return steps, note if made < wanted else ""
 
     def _autocast(self) -> AbstractContextManager:
         if self.config.mixed_precision == "no":
             return nullcontext()
         return torch.autocast(self.device.type, AUTOCAST[self.config.mixed_precision])
 
-    def _pipe(self, method: Method) -> "SolverPipeline":
-        if method.kind in ("baseline", "morse", "deepcache"):
+    def _pipe(self, method: Method) -> "DiffusionPipeline":
+        if method.kind in ("baseline", "morse", *PEERS):
             return self._by_solver[method.solver]
         key = method.solver, method.kind
         if key not in self._pipes:
             self._pipes[key] = self._make_pipe(method)
         return self._pipes[key]
 
-    def _make_pipe(self, method: Method) -> "SolverPipeline":
+    def _make_pipe(self, method: Method) -> "DiffusionPipeline":
         from morse.attach import enable_morse
+        from morse.evaluation.bench.ays import AysScheduler, ays_name
         from morse.evaluation.bench.controls import ExtrapolationDot, PFDiffScheduler, reuse_dot
 
-        unet = self._shrunk if method.kind == "shrunk" else self._main.unet
-        config = self._by_solver[method.solver].scheduler.config
-        pipe = make_pipeline(unet, method.solver, config)
+        scheduler = self._by_solver[method.solver].scheduler
+        if method.kind == "shrunk":
+            return make_pipeline(self._shrunk, method.solver, scheduler.config)
         if method.kind == "pfdiff":
-            pipe.scheduler = PFDiffScheduler.from_config(pipe.scheduler.config)
-        if method.kind in PLANNED:
-            dot = reuse_dot if method.kind == "reuse" else ExtrapolationDot()
-            if method.kind == "independent":
-                dot = self._shrunk.dot
-            enable_morse(pipe, dot, merge_lora=self.config.merge_lora)
-        return pipe
+            return with_scheduler(self._bare, PFDiffScheduler.from_config(scheduler.config))
+        if method.kind == "ays":
+            return with_scheduler(self._bare, AysScheduler.of(scheduler, ays_name(self._bare)))
+        dot = reuse_dot if method.kind == "reuse" else ExtrapolationDot()
+        if method.kind == "independent":
+            dot = self._shrunk.dot
+        pipe = with_solver(self._bare, method.solver)
+        return enable_morse(pipe, dot, merge_lora=self.config.merge_lora)
 
     @contextmanager
-    def _set_up(self, method: Method, pipe: "SolverPipeline") -> Iterator[None]:
-        """Put in place what a method needs while it samples."""
-        with (
-            deepcache(pipe, interval_of(method)) if method.kind == "deepcache" else nullcontext(),
-            pipe.dot.watching(pipe) if method.kind == "extrapolation" else nullcontext(),
-        ):
-            yield
-
-
-def interval_of(method: Method) -> int:
-    """Read DeepCache's interval out of a method's setting, such as "interval 3"."""
-    return int(method.setting.rpartition(" ")[2])
+    def _set_up(self, method: Method, pipe: "DiffusionPipeline") -> Iterator[list[float]]:
+        """Put in place what a method needs while it samples; yields a peer's seconds a call."""
+        if method.kind == "extrapolation":
+            with pipe.dot.watching(pipe):
+                yield []
+        elif method.kind in PEERS:
+            with apply_peer(pipe, method), timed(find_denoiser(pipe)) as seconds:
+                yield seconds
+        else:
+            yield []

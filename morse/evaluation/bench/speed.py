@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from morse.denoisers import find_denoiser
+from morse.evaluation.conditions import UNCONDITIONAL, Conditions
+
 if TYPE_CHECKING:
     from morse.pipeline import MorsePipeline
 
@@ -10,7 +13,10 @@ Mode = Literal["eager", "compiled"]
 
 
 def measure_speed(
-    pipe: "MorsePipeline", batch_size: int, mode: Mode = "eager"
+    pipe: "MorsePipeline",
+    batch_size: int,
+    mode: Mode = "eager",
+    conditions: Conditions = UNCONDITIONAL,
 ) -> dict[str, object]:
     """Measure N as the pipeline is, Dash and Dot interleaved in one process.
 
@@ -18,14 +24,17 @@ def measure_speed(
         pipe: A pipeline with a Dot.
         batch_size: Images at a time.
         mode: What the pipeline's models are; only told.
+        conditions: What the images are of. Where guidance evaluates two branches in one batch, an
+            evaluation is both.
 
     Returns:
         speed_ratio (median), and the quartiles of seconds an evaluation takes: dash_seconds and
         dot_seconds, each [q25, median, q75].
     """
+    arguments = conditions.arguments(range(batch_size))
     if mode == "compiled":  # compiles in its first evaluations, outside the timed ones
-        pipe.measure_speed_ratio(batch_size=batch_size, repeats=2)
-    measured = pipe.measure_speed_ratio(batch_size=batch_size, repeats=15)
+        pipe.measure_speed_ratio(**arguments, repeats=2)
+    measured = pipe.measure_speed_ratio(**arguments, repeats=15)
     return {
         "batch_size": batch_size,
         "mode": mode,
@@ -41,6 +50,7 @@ def measure_speed_table(
     batch_sizes: Sequence[int],
     mode: Mode = "eager",
     merged: Sequence[bool] = (True, False),
+    conditions: Conditions = UNCONDITIONAL,
 ) -> list[dict[str, object]]:
     """Measure N at each batch size with Dot's LoRA merged and unmerged.
 
@@ -51,6 +61,7 @@ def measure_speed_table(
         batch_sizes: Images at a time.
         mode: As for `measure_speed`.
         merged: Whether to merge, one round each.
+        conditions: As for `measure_speed`.
     """
     before, was_merged = pipe.speed_ratio, pipe.dot.is_merged
     table = []
@@ -58,7 +69,8 @@ def measure_speed_table(
         for merge in merged:
             set_merged(pipe, merge)
             for batch_size in batch_sizes:
-                table.append({"merged": merge, **measure_speed(pipe, batch_size, mode)})
+                entry = measure_speed(pipe, batch_size, mode, conditions)
+                table.append({"merged": merge, **entry})
     finally:
         set_merged(pipe, was_merged)
         pipe.speed_ratio = before
@@ -73,5 +85,5 @@ def set_merged(pipe: "MorsePipeline", merged: bool) -> None:
 
 def compile_models(pipe: "MorsePipeline") -> None:
     """Compile the pipeline's Dash and Dot, once for each shape, for as long as they live."""
-    pipe.unet.compile(dynamic=False)
+    find_denoiser(pipe).compile(dynamic=False)
     pipe.dot.compile(dynamic=False)

@@ -136,6 +136,14 @@ class CellStore:
             write_json(file, measure())
         return json.loads(file.read_text())
 
+    def knows(self, name: str) -> bool:
+        """Tell whether `once` was asked for under this name."""
+        return (self.folder / f"{name}.json").exists()
+
+    def has_features(self, name: str) -> bool:
+        """Tell whether `features` was asked for under this name."""
+        return (self.folder / f"{name}-features.safetensors").exists()
+
     def images(self, name: str, sample: Callable[[], Tensor]) -> Tensor:
         """Return the images that `sample` returned when first asked for under this name."""
         return self._tensor(name, "images", sample)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from morse.evaluation.conditions import make_conditions, read_prompts
 from morse.evaluation.fid.extractors import state_sha256
-from morse.evaluation.fid.generation import Method, Request, check_prompts, generate
+from morse.evaluation.fid.generation import Method, Request, generate
 from morse.plan import MorsePlan
 from morse.rates import adds_noise
 
@@ -30,16 +31,17 @@ def generate_all(
         The facts of each method: its row of the result, without scores.
 
     Raises:
-        ValueError: If the pipeline has no Dot or no N for --lsd, or does not suit --prompts.
+        ValueError: If the pipeline has no Dot or no N for --lsd, or does not suit the
+            prompts or classes.
     """
-    pipe, prompts = _load_pipeline(config, device), read_prompts(config.prompts)
-    check_prompts(pipe, prompts)
+    pipe = _load_pipeline(config, device)
+    asked = read_prompts(config.prompts), config.class_names
+    conditions = make_conditions(pipe, *asked, guidance_scale=config.guidance_scale)
     request = Request(
         num_images=config.num_images,
         seed=config.seed,
         batch_size=config.batch_size,
-        prompts=prompts,
-        guidance_scale=config.guidance_scale,
+        conditions=conditions,
         settings=_settings(config, pipe, device),
     )
     rows = []
@@ -49,24 +51,6 @@ def generate_all(
         row = _row(method, folder, fallbacks, pipe.speed_ratio)
         rows.append({**row, "notes": _notes(config, pipe, fallbacks)})
     return rows
-
-
-def read_prompts(file: Path | None) -> tuple[str, ...]:
-    """Read a file of prompts, one a line; empty lines are left out, and None has none.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it has no prompt.
-    """
-    if file is None:
-        return ()
-    if not file.is_file():
-        raise FileNotFoundError(f"prompts is {file}, which does not exist")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise ValueError(f"prompts is {file}, which has no prompt; write one a line")
-    return prompts
 
 
 @contextmanager

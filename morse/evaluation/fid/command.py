@@ -56,7 +56,10 @@ class FidConfig:
     )
     lpips: bool = field(
         default=False,
-        metadata={"help": "and LPIPS, which needs torchvision and its AlexNet weights"},
+        metadata={"help": "and LPIPS, which needs --lpips_weights"},
+    )
+    lpips_weights: Path | None = field(
+        default=None, metadata={"help": "safetensors file of torchvision's AlexNet"}
     )
     num_images: int = field(default=5000, metadata={"help": "images to generate for each budget"})
     seed: int = field(default=0, metadata={"help": "image i starts from the noise of seed + i"})
@@ -65,6 +68,10 @@ class FidConfig:
     )
     prompts: Path | None = field(
         default=None, metadata={"help": "file of prompts, one a line; image i takes i modulo all"}
+    )
+    class_names: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "prompts in turn; for a class-conditional pipeline names or numbers"},
     )
     guidance_scale: float | None = field(
         default=None, metadata={"help": "the pipeline's own if left out"}
@@ -177,6 +184,7 @@ def run_fid(config: FidConfig) -> dict[str, object] | None:
         ValueError: If images, weights, packages or settings are not what is needed.
     """
     from morse.evaluation.fid.budgets import generate_all
+    from morse.evaluation.fid.lpips import check_lpips_weights
     from morse.evaluation.fid.measuring import check_real, measure
     from morse.evaluation.fid.report import print_result
     from morse.training.checkpoint import write_json
@@ -186,6 +194,8 @@ def run_fid(config: FidConfig) -> dict[str, object] | None:
     if state.is_main_process:  # first, so that what is missing is told before hours of sampling
         extractor = config.load_extractor(device)
         check_real(config, extractor)
+        if config.lpips:
+            check_lpips_weights(config.lpips_weights)
     rows = generate_all(config, state, device) if config.pipeline is not None else None
     is_main = state.is_main_process
     if state.num_processes > 1:

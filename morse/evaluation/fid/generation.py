@@ -1,6 +1,5 @@
 """Images written by a pipeline, one PNG a seed, by any number of processes with the same result."""
 
-import inspect
 import json
 import os
 from collections import Counter
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from morse.evaluation.conditions import Conditions
 from morse.evaluation.fid.image_sets import ImageSet, image_files
 from morse.plan import MorsePlan
 from morse.training.checkpoint import write_json
@@ -52,26 +52,20 @@ class Request:
         num_images: Image i of `num_images` starts from seed `seed` + i.
         seed: Of image 0.
         batch_size: Consecutive images that make one batch, on every number of processes.
-        prompts: Image i takes prompt i modulo their number; () for a pipeline without text.
-        guidance_scale: Handed to the pipeline; None for the pipeline's own default.
+        conditions: What each image is of.
         settings: What else the images depend on; recorded in each folder.
     """
 
     num_images: int
     seed: int
     batch_size: int
-    prompts: tuple[str, ...]
-    guidance_scale: float | None
+    conditions: Conditions
     settings: dict[str, object]
 
     def batches(self) -> list[range]:
         """Return the image numbers of each batch."""
         starts = range(0, self.num_images, self.batch_size)
         return [range(first, min(first + self.batch_size, self.num_images)) for first in starts]
-
-    def prompts_of(self, images: range) -> list[str]:
-        """Return the prompt of each image."""
-        return [self.prompts[i % len(self.prompts)] for i in images]
 
 
 def generate(
@@ -133,30 +127,21 @@ def generated_set(folder: Path, num_images: int) -> ImageSet:
     return image_files(folder, [_file(folder, index) for index in range(num_images)])
 
 
-def check_prompts(pipe: "DiffusionPipeline", prompts: tuple[str, ...]) -> None:
-    """Raise ValueError if a pipeline needs prompts and has none, the reverse, or needs classes."""
-    pipeline_class = getattr(type(pipe), "_morse_base", type(pipe))
-    parameters, name = inspect.signature(pipeline_class.__call__).parameters, type(pipe).__name__
-    takes_text = "prompt" in parameters
-    if takes_text and not prompts:
-        raise ValueError(f"{name} makes images from text; give --prompts FILE, one prompt a line")
-    if prompts and not takes_text:
-        raise ValueError(f"prompts were given, but {name} takes none; leave out --prompts")
-    if "class_labels" in parameters:
-        raise ValueError(f"{name} takes class labels, which this command does not supply")
-
-
 def _settings(method: Method, request: Request) -> dict[str, object]:
     """Return all that a folder's pixels depend on, as JSON gives it back."""
     planned = isinstance(method.steps, MorsePlan)
+    # Only where there are any, so that folders made before there were can be gone on with.
+    classes = request.conditions.class_labels
+    labels = {"class_labels": classes} if classes else {}
     content = {
         "steps": len(method.steps) if planned else method.steps,
         "plan": str(method.steps) if planned else None,
         "num_images": request.num_images,
         "seed": request.seed,
         "batch_size": request.batch_size,
-        "prompts": list(request.prompts),
-        "guidance_scale": request.guidance_scale,
+        "prompts": list(request.conditions.prompts),
+        "guidance_scale": request.conditions.guidance_scale,
+        **labels,
         **request.settings,
     }
     return json.loads(json.dumps(content))
@@ -208,12 +193,7 @@ def _sample(
     """Sample one batch; returns bytes (B, H, W, C)."""
     planned = isinstance(method.steps, MorsePlan)
     settings = {"plan": method.steps} if planned else {"num_inference_steps": method.steps}
-    if request.prompts:
-        settings["prompt"] = request.prompts_of(batch)
-    else:
-        settings["batch_size"] = len(batch)
-    if request.guidance_scale is not None:
-        settings["guidance_scale"] = request.guidance_scale
+    settings |= request.conditions.arguments(batch)
     generators = [torch.Generator().manual_seed(request.seed + index) for index in batch]
     images = np.asarray(pipe(generator=generators, output_type="np", **settings).images)
     broken = [

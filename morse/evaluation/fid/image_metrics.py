@@ -10,9 +10,10 @@ from torch import Tensor
 from morse.evaluation.fid.extractors import Extractor
 from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.fid.image_sets import ImageSet, ReadingFacts, read_batches
+from morse.evaluation.fid.lpips import Lpips
 from morse.evaluation.metrics import frechet_distance, psnr
 from morse.evaluation.scoring import structural_similarity
-from morse.evaluation.torch_fidelity_loader import fidelity_module, torchmetrics_module
+from morse.evaluation.torch_fidelity_loader import fidelity_module
 
 KID_SUBSETS, PRC_NEIGHBOURS, IS_SPLITS = 100, 3, 10  # the values of published figures
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
@@ -180,7 +181,7 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Score:
 
 
 def fidelity_scores(
-    images: ImageSet, references: ImageSet, batch_size: int, lpips: bool = False
+    images: ImageSet, references: ImageSet, batch_size: int, lpips: Lpips | None = None
 ) -> dict[str, Score]:
     """Compare images with references made from the same noise, one by one, as 8-bit RGB.
 
@@ -188,7 +189,7 @@ def fidelity_scores(
         images: What is measured.
         references: As many, in the same order.
         batch_size: Images at a time.
-        lpips: Also measure LPIPS (Zhang et al. 2018), which needs torchvision and its AlexNet.
+        lpips: From `load_lpips`; None leaves LPIPS out.
 
     Returns:
         Mean and standard error of "psnr", "ssim" and, if asked for, "lpips".
@@ -199,28 +200,14 @@ def fidelity_scores(
     ):
         found.setdefault("psnr", []).append(psnr(image, reference))
         found.setdefault("ssim", []).append(structural_similarity(image, reference))
-        if lpips:
-            found.setdefault("lpips", []).append(_lpips(image, reference))
+        if lpips is not None:
+            found.setdefault("lpips", []).append(lpips(image, reference))
     return {axis: _mean(torch.cat(parts)) for axis, parts in found.items()}
 
 
 def _floats(images: ImageSet, batch_size: int) -> Iterator[Tensor]:
     for batch in read_batches(images, 3, batch_size, ReadingFacts(), strict=True):
         yield batch.float() / 255
-
-
-def _lpips(images: Tensor, references: Tensor) -> Tensor:
-    module = torchmetrics_module("functional.image.lpips")
-    try:
-        distances = module.learned_perceptual_image_patch_similarity(
-            images, references, net_type="alex", reduction="none", normalize=True
-        )
-    except (ModuleNotFoundError, OSError) as error:
-        raise ValueError(
-            f"lpips needs torchvision and its AlexNet weights ({error}); install torchvision and "
-            "run once where there is a network, or leave out --lpips"
-        ) from error
-    return distances.reshape(-1)
 
 
 def _mean(values: Tensor) -> Score:

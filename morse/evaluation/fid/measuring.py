@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from morse.evaluation.conditions import read_prompts
 from morse.evaluation.environment import command_line, environment
-from morse.evaluation.fid.budgets import progress_bar, read_prompts
+from morse.evaluation.fid.budgets import progress_bar
 from morse.evaluation.fid.extractors import Extractor
 from morse.evaluation.fid.feature_sets import (
     FeatureSet,
@@ -24,6 +25,7 @@ from morse.evaluation.fid.image_metrics import (
     fidelity_scores,
 )
 from morse.evaluation.fid.image_sets import open_image_set
+from morse.evaluation.fid.lpips import load_lpips
 
 if TYPE_CHECKING:
     from morse.evaluation.fid.command import FidConfig
@@ -126,7 +128,8 @@ def _measure_generated(
     reference = next((other for other in rows if other["kind"] == "reference"), None)
     if reference is not None and reference is not row:
         references = generated_set(Path(reference["source"]), config.num_images)
-        scores |= fidelity_scores(images, references, config.batch_size, config.lpips)
+        lpips = load_lpips(config.lpips_weights) if config.lpips else None
+        scores |= fidelity_scores(images, references, config.batch_size, lpips)
     return _finish({**row, "num_images": config.num_images}, fake, scores)
 
 

@@ -1,4 +1,8 @@
-"""What the benchmark's JSON (schema 2) holds, read once for all its reports."""
+"""What the benchmark's JSON (schema 3 or 2) holds, read once for all its reports.
+
+Schema 3 adds a `guidance_scale` to each row, speed-up and test, and "guidance": what belongs to one
+guidance scale as a whole. Schema 2 knew no guidance, and reads as one part of it.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from morse.evaluation.bench.runs import TRAINING_FREE
+from morse.evaluation.bench.tasks import PEER_SETTINGS
 
 Result = Mapping[str, Any]  # the JSON's content
 Measured = Mapping[str, Any]  # one of its "rows": a method at a budget
 Verdict = Literal["better", "within noise", "worse"]
 
+SCHEMA_VERSION, READABLE_SCHEMAS = 3, (2, 3)
 BEST_TRAINING_FREE = "best training-free solver"
 CONTROLS = ("reuse", "extrapolation", "independent", "shrunk")
-KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, "deepcache")
+KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, *PEER_SETTINGS)
 FOOTNOTE_MARKS = "†‡§¶"
 NONE = "–"
 Z_95 = 1.96  # a normal variable lies within so many standard deviations in 95 % of cases
@@ -77,6 +83,24 @@ class Score:
         if self.interval is not None:
             return f"{text} [{self.interval[0]:.{decimals}f}, {self.interval[1]:.{decimals}f}]"
         return text
+
+
+def guidance_parts(result: Result) -> list[Result]:
+    """Take a result apart by guidance scale; each part reads as a result of its own.
+
+    A part has "guidance_scale" (None without guidance, where the result is the only part).
+    """
+    if not result.get("guidance"):
+        return [{**result, "guidance_scale": None}]
+    parts = []
+    for own in result["guidance"]:
+        scale = own["guidance_scale"]
+        kept = {
+            key: [entry for entry in result.get(key, ()) if entry.get("guidance_scale") == scale]
+            for key in ("rows", "speedups", "lossless")
+        }
+        parts.append({**result, **own, **kept, "guidance": ()})
+    return parts
 
 
 def read_axes(result: Result) -> list[Axis]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from morse.evaluation.demo_report import join_strips
 from morse.evaluation.report.curves import MAX_CURVES, quality_panels
-from morse.evaluation.report.data import Result
+from morse.evaluation.report.data import READABLE_SCHEMAS, Result, guidance_parts
 from morse.evaluation.report.html import Picture, to_html
 from morse.evaluation.report.markdown import to_markdown
 from morse.evaluation.report.pictures import png_bytes, read_strips, strip_pictures
@@ -15,21 +15,22 @@ from morse.evaluation.report.plots import (
     to_png,
     to_svg_uri,
 )
-from morse.evaluation.report.sections import report_sections
+from morse.evaluation.report.sections import figure_name, report_sections
 from morse.training.checkpoint import write_bytes
 
 TITLE = "Morse: quality against cost"
-PLOT, GRID = "benchmark.png", "benchmark_grid.png"
-FIGURES = {"quality": PLOT, "pictures": GRID}  # name in `Section.figures` -> file
+# A figure's name in `Section.figures` -> its file, with the guidance scale in the braces.
+FILES = {"quality": "benchmark{}.png", "pictures": "benchmark_grid{}.png"}
 
 
 def render(result: Result, folder: Path) -> list[Path]:
     """Write benchmark.md, benchmark.html, benchmark.png and benchmark_grid.png into `folder`.
 
-    A plot needs rows with scores, the grid pictures; what has nothing to show is not written.
+    A plot needs rows with scores, the grid pictures; what has nothing to show is not written. With
+    guidance each scale has a plot and a grid of its own: benchmark-guidance-3.png.
 
     Args:
-        result: The content of benchmark.json, schema 2.
+        result: The content of benchmark.json, schema 3 or 2.
         folder: Made if it is missing.
 
     Returns:
@@ -38,26 +39,38 @@ def render(result: Result, folder: Path) -> list[Path]:
     Raises:
         ValueError: If `result` has another schema version, or a picture in it is no PNG.
     """
-    if result.get("schema_version") != 2:
+    if result.get("schema_version") not in READABLE_SCHEMAS:
         raise ValueError(
-            f"schema_version is {result.get('schema_version')!r}, but this version draws 2; "
-            "measure again"
+            f"schema_version is {result.get('schema_version')!r}, but this version draws "
+            f"{READABLE_SCHEMAS}; measure again"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    sections, panels = report_sections(result), quality_panels(result)
-    strips, subtitle = read_strips(result), _subtitle(result)
     written: dict[str, bytes] = {}
-    if panels:
-        written[PLOT] = to_png(draw_panels(panels, subtitle))
-    if strips:
-        written[GRID] = png_bytes(join_strips(strips))
-    files = {name: file for name, file in FIGURES.items() if file in written}
+    files: dict[str, str] = {}
+    pictures: dict[str, list[Picture]] = {}
+    for part in guidance_parts(result):
+        panels, strips = quality_panels(part), read_strips(part)
+        drawn = {
+            "quality": panels and to_png(draw_panels(panels, _subtitle(part))),
+            "pictures": strips and png_bytes(join_strips(strips)),
+        }
+        for name, content in drawn.items():
+            if content:
+                file = FILES[name].format(_mark(part))
+                files[figure_name(name, part)], written[file] = file, content
+        pictures[figure_name("quality", part)] = _plots(panels)
+        pictures[figure_name("pictures", part)] = strip_pictures(part, strips)
+    sections, subtitle = report_sections(result), _subtitle(result)
     written["benchmark.md"] = to_markdown(TITLE, subtitle, sections, files).encode()
-    pictures = {"quality": _plots(panels), "pictures": strip_pictures(result, strips)}
     written["benchmark.html"] = to_html(TITLE, subtitle, sections, pictures).encode()
     for name, content in written.items():
         write_bytes(folder / name, content)
     return [folder / name for name in written]
+
+
+def _mark(part: Result) -> str:
+    scale = part["guidance_scale"]
+    return "" if scale is None else f"-guidance-{scale:g}"
 
 
 def _plots(panels: list[Panel]) -> list[Picture]:
@@ -81,13 +94,19 @@ def _plots(panels: list[Panel]) -> list[Picture]:
 
 
 def _subtitle(result: Result) -> str:
-    """Return the conditions in a line."""
-    speed, settings = result["speed_ratio"], result["settings"]
+    """Return the conditions of a result, or of a part of it, in a line."""
+    settings = result["settings"]
     parts = [result["device"], result["dtype"]]
     if result["rows"]:
         seeds = len(settings.get("seeds", ()))
         repeated = f" from each of {seeds} seeds" if seeds > 1 else ""
         parts.insert(0, f"{settings['num_images']:,} images a point{repeated}")
-    if speed:
-        parts.append(f"N = {speed['speed_ratio']:.2f}")
+    if result.get("guidance_scale") is not None:
+        parts.insert(0, f"guidance {result['guidance_scale']:g}")
+    speeds = [part["speed_ratio"] for part in result.get("guidance") or [result]]
+    if all(speeds):
+        parts.append("N = " + ", ".join(f"{speed['speed_ratio']:.2f}" for speed in speeds))
+    if result.get("guidance"):
+        scales = (f"{part['guidance_scale']:g}" for part in result["guidance"])
+        parts.append("guidance " + ", ".join(scales))
     return ", ".join(parts)

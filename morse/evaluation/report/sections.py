@@ -22,6 +22,7 @@ from morse.evaluation.report.data import (
     elsewhere,
     engaged_rows,
     footnotes,
+    guidance_parts,
     headline_axes,
     morse_names,
     read_axes,
@@ -32,40 +33,63 @@ from morse.evaluation.report.data import (
 from morse.evaluation.report.limits import claim_section, limits_section
 from morse.evaluation.report.speedups import lossless_section, speedups_section
 
+MAX_PROMPTS = 12  # that the report writes out
+
 
 def report_sections(result: Result) -> list[Section]:
     """Return the whole report, what a reader wants first; sections without content are left out."""
+    parts = guidance_parts(result)
     if not result["rows"]:
-        sections = [conditions_section(result), speed_ratios_section(result)]
+        sections = [conditions_section(result)]
+        sections += [at_guidance(speed_ratios_section(part), part) for part in parts]
     else:
-        sections = [
-            claim_section(result),
-            conditions_section(result),
-            quality_section(result),
-            limits_section(result),
-            pictures_section(result),
-            speedups_section(result),
-            lossless_section(result),
-            costs_section(result),
-            speed_ratios_section(result),
-            remarks_section(result),
-            missing_section(result),
-            not_engaged_section(result),
-        ]
+        sections = [at_guidance(claim_section(part), part) for part in parts]
+        sections.append(conditions_section(result))
+        for part in parts:
+            sections += [at_guidance(section, part) for section in _measured_sections(part)]
     return [part for part in sections if part.text or part.tables or part.folded]
+
+
+def _measured_sections(part: Result) -> list[Section]:
+    return [
+        quality_section(part),
+        limits_section(part),
+        pictures_section(part),
+        speedups_section(part),
+        lossless_section(part),
+        costs_section(part),
+        speed_ratios_section(part),
+        remarks_section(part),
+        missing_section(part),
+        not_engaged_section(part),
+    ]
+
+
+def at_guidance(section: Section, part: Result) -> Section:
+    """Name a section, and its figures, after the guidance scale of its part, if it has one."""
+    if part["guidance_scale"] is None:
+        return section
+    figures = tuple(figure_name(name, part) for name in section.figures)
+    title = f"{section.title} at guidance {part['guidance_scale']:g}"
+    return replace(section, title=title, figures=figures)
+
+
+def figure_name(name: str, part: Result) -> str:
+    """Return what `Section.figures` calls a part's figure; as words, each a class of the page."""
+    scale = part["guidance_scale"]
+    return name if scale is None else f"{name} guidance-{scale:g}"
 
 
 def conditions_section(result: Result) -> Section:
     """What everything was measured with, in a paragraph."""
-    settings, speed = result["settings"], result["speed_ratio"]
+    settings = result["settings"]
     parts = [f"{result['device']}, {result['dtype']}."]
     if result["rows"]:
         seeds, batch = settings.get("seeds", ()), settings.get("batch_size")
         each = f" from each of {len(seeds)} seeds ({_join(seeds)})" if len(seeds) > 1 else ""
         size = f", batch {batch}" if batch else ""
         parts.append(f"{settings['num_images']:,} images of each method and budget{each}{size}.")
-    if speed:
-        parts.append(f"N = {speed['speed_ratio']:.2f} ({speed['how']}).")
+    parts.append(_speed_words(result))
     for title, key in (("Reference", "reference"), ("Real images", "real_images")):
         if result.get(key):
             parts.append(f"{title}: {result[key]}.")
@@ -82,7 +106,36 @@ def conditions_section(result: Result) -> Section:
         words += " r is a plan's ratio, evaluations per LSD."
     if any(_has_error(row, axis) for row in result["rows"] for axis in read_axes(result)):
         words += " ± is the bootstrap's standard error over images."
-    return Section("Conditions", (" ".join(parts), words), code=result["command"])
+    texts = (" ".join(filter(None, parts)), words, *_guidance_words(result))
+    return Section("Conditions", texts, code=result["command"])
+
+
+def _speed_words(result: Result) -> str:
+    found = []
+    for part in guidance_parts(result):
+        scale, speed = part["guidance_scale"], part["speed_ratio"]
+        at = "" if scale is None else f" at guidance {scale:g}"
+        found += [f"N = {speed['speed_ratio']:.2f}{at} ({speed['how']})."] * bool(speed)
+    return " ".join(found)
+
+
+def _guidance_words(result: Result) -> list[str]:
+    """Say what images were asked for and what an LSD is with guidance; [] without it."""
+    if not result.get("guidance"):
+        return []
+    settings = result["settings"]
+    asked = [str(text) for text in settings.get("prompts") or settings.get("class_names") or ()]
+    scales = _join(f"{entry['guidance_scale']:g}" for entry in result["guidance"])
+    first = f"{result.get('pipeline_class', 'A guided pipeline')} at guidance {scales}."
+    if asked:
+        some = "; ".join(asked[:MAX_PROMPTS]) + "; ..." * (len(asked) > MAX_PROMPTS)
+        first += f" Image i is of prompt or class i modulo {len(asked)}: {some}."
+    return [
+        f"{first} The reference has the same guidance.",
+        "An LSD is one evaluation step of Dash at the guidance of its section. Where guidance is "
+        "above 1, a step evaluates the branches with and without the prompt in one batch, and both "
+        "together are 1 LSD. Wall times are end to end: text encoder, denoiser, decoder.",
+    ]
 
 
 def _has_error(row: Measured, axis: Axis) -> bool:

@@ -117,7 +117,7 @@ class SeedBootstrap:
         self,
         num_images: int,
         reference_features: Tensor,
-        real: Gaussians,
+        real: Gaussians | None,
         num_replicates: int,
         rng: np.random.Generator,
     ):
@@ -127,17 +127,21 @@ class SeedBootstrap:
             num_images: N, images of each method.
             reference_features: Of the reference sampler's images, the first R <= N, (R, D).
             real: From `draw_real`, with as many replicates; shared by all repetitions, because
-                there is only one real set.
+                there is only one real set. None where images have no features.
             num_replicates: How many resamples.
             rng: Makes the draws; another stream for each repetition.
         """
         self.real = real
         self.counts = draw_counts(num_images, num_replicates, rng)
         self.paired_counts = self.counts[:, : len(reference_features)]
-        self.reference = resample(reference_features.numpy(), self.paired_counts)
+        self.reference = None
+        if real is not None:
+            self.reference = resample(reference_features.numpy(), self.paired_counts)
 
     def draws(self, scores: ImageScores) -> dict[str, np.ndarray]:
         """Return each axis' value on all images, then on each resample, (1 + replicates,).
+
+        Without real images there are only the axes that need no features.
 
         A Fréchet distance grows as images get fewer, and a resample holds fewer different ones than
         were sampled. So the replicates are moved by a constant that makes their mean the value on
@@ -146,25 +150,28 @@ class SeedBootstrap:
         Raises:
             ValueError: If `scores` are of other numbers of images.
         """
-        counts, expected = self.counts, (self.counts.shape[1], self.paired_counts.shape[1])
+        expected = self.counts.shape[1], self.paired_counts.shape[1]
         found = (len(scores.features), len(scores.psnr))
         if found != expected:
             raise ValueError(
                 f"scores are of {found[0]} images, {found[1]} of them paired with the reference's, "
                 f"but {expected[0]} and {expected[1]} are needed; measure the method again"
             )
-        features, weights = scores.features.numpy(), self.paired_counts
-        weights = weights / weights.sum(axis=1, keepdims=True)
-        paired = resample(features[: expected[1]], self.paired_counts)
+        weights = self.paired_counts / self.paired_counts.sum(axis=1, keepdims=True)
         draws = {
-            "frechet": frechet_distances(resample(features, counts), self.real),
-            "frechet_to_reference": frechet_distances(paired, self.reference),
             "psnr": weights @ scores.psnr.double().numpy(),
             "ssim": weights @ scores.ssim.double().numpy(),
         }
-        for axis in ("frechet", "frechet_to_reference"):
-            draws[axis] = _centered(draws[axis]).clip(min=0)
-        return draws
+        return draws if self.real is None else self._frechet_draws(scores) | draws
+
+    def _frechet_draws(self, scores: ImageScores) -> dict[str, np.ndarray]:
+        features = scores.features.numpy()
+        paired = resample(features[: self.paired_counts.shape[1]], self.paired_counts)
+        draws = {
+            "frechet": frechet_distances(resample(features, self.counts), self.real),
+            "frechet_to_reference": frechet_distances(paired, self.reference),
+        }
+        return {axis: _centered(values).clip(min=0) for axis, values in draws.items()}
 
 
 def _centered(draws: np.ndarray) -> np.ndarray:

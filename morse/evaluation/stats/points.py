@@ -73,7 +73,7 @@ class Point:
 
 def make_points(
     cells: Sequence[Cell],
-    real: tuple[Tensor, Tensor],
+    real: tuple[Tensor, Tensor] | None,
     references: Mapping[int, Tensor],
     statistics: Statistics,
 ) -> list[Point]:
@@ -81,7 +81,7 @@ def make_points(
 
     Args:
         cells: What was measured.
-        real: Mean (D,) and covariance (D, D) of the real images' features.
+        real: Mean (D,) and covariance (D, D) of the real images' features; None without features.
         references: Features of the reference's images, (R, D), of each repetition's seed.
         statistics: How to resample.
 
@@ -100,7 +100,7 @@ def make_points(
 
 def _draw(
     cells: Sequence[Cell],
-    real: tuple[Tensor, Tensor],
+    real: tuple[Tensor, Tensor] | None,
     references: Mapping[int, Tensor],
     statistics: Statistics,
 ) -> dict[Cell, Draws]:
@@ -112,7 +112,7 @@ def _draw(
             "features of the reference's images from the same seeds"
         )
     rng = np.random.default_rng([statistics.seed])
-    reals = draw_real(real, statistics.num_real, number, rng)
+    reals = None if real is None else draw_real(real, statistics.num_real, number, rng)
     for seed in dict.fromkeys(cell.seed for cell in cells):
         # numpy pads seeds with zeros, so that [s, 0] would repeat the stream of [s]: hence + 1.
         rng = np.random.default_rng([statistics.seed, seed + 1])
@@ -133,7 +133,7 @@ def _estimates(
             {cell.seed: float(draws[cell][axis][0]) for cell in group},
         )
         for axis in AXES
-        if axis not in known
+        if axis not in known and axis in draws[group[0]]
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from morse.evaluation.bench.store import Cell
-from morse.evaluation.scoring import AXES
+from morse.evaluation.scoring import AXES, FEATURE_AXES
 from morse.evaluation.stats.bootstrap import Estimate
 from morse.evaluation.stats.curves import UNKNOWN, matched_quality_speedup
 from morse.evaluation.stats.lossless import lossless_test
@@ -28,7 +28,7 @@ COSTS = ("lsd", "seconds")
 
 def summarize(
     cells: Sequence[Cell],
-    real: tuple[Tensor, Tensor],
+    real: tuple[Tensor, Tensor] | None,
     references: Mapping[int, Tensor],
     statistics: Statistics | None = None,
 ) -> dict[str, object]:
@@ -38,23 +38,25 @@ def summarize(
 
     Args:
         cells: What was measured. Repetitions of a method at a budget are averaged.
-        real: Mean (D,) and covariance (D, D) of the real images' features.
+        real: Mean (D,) and covariance (D, D) of the real images' features; None where images have
+            no features, and then there are only the axes that need none.
         references: Features of the reference's images, (R, D), of each repetition's seed.
         statistics: How; the defaults if left out.
     """
     statistics = statistics or Statistics()
     everything = make_points(cells, real, references, statistics)
     points = [point for point in everything if all(cell.engaged for cell in point.cells)]
+    axes = [name for name in AXES if real is not None or name not in FEATURE_AXES]
     return {
-        "axes": {name: dataclasses.asdict(axis) for name, axis in AXES.items()},
-        "rows": [_row(point) for point in everything],
-        "baseline_curves": {axis: _describe(best_points(points, axis), axis) for axis in AXES},
-        "speedups": [entry for axis in AXES for entry in _speedups(points, axis)],
-        "lossless": [entry for axis in AXES for entry in _lossless(points, axis, statistics)],
+        "axes": {name: dataclasses.asdict(AXES[name]) for name in axes},
+        "rows": [_row(point, axes) for point in everything],
+        "baseline_curves": {axis: _describe(best_points(points, axis), axis) for axis in axes},
+        "speedups": [entry for axis in axes for entry in _speedups(points, axis)],
+        "lossless": [entry for axis in axes for entry in _lossless(points, axis, statistics)],
     }
 
 
-def _row(point: Point) -> dict[str, object]:
+def _row(point: Point, axes: Sequence[str]) -> dict[str, object]:
     cells, first = point.cells, point.cells[0]
     fallbacks = sum((Counter(cell.fallbacks) for cell in cells), Counter())
     memory = [cell.peak_memory_mib for cell in cells if cell.peak_memory_mib is not None]
@@ -74,7 +76,7 @@ def _row(point: Point) -> dict[str, object]:
         "batch_seconds": first.batch_seconds,
         "images_per_second": float(np.mean([cell.images_per_second for cell in cells])),
         "peak_memory_mib": max(memory, default=None),
-        "scores": {axis: _score(point.estimates.get(axis)) for axis in AXES},
+        "scores": {axis: _score(point.estimates.get(axis)) for axis in axes},
     }
 
 

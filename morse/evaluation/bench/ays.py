@@ -1,0 +1,77 @@
+"""Align Your Steps (Sabour et al. 2024, arXiv 2404.14507): timesteps tuned for one model.
+
+The authors give ten for each model, as diffusers has them in `AysSchedules`; for other numbers of
+steps they advise to interpolate the noise levels log-linearly, which is done here.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.schedulers import AysSchedules
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+AYS_SOLVER = "dpmsolver++"  # which the authors use, and diffusers' class for it takes timesteps
+# The name in `AysSchedules` of a pipeline class and the width of its prompts' embeddings.
+TUNED = {
+    ("StableDiffusionPipeline", 768): "StableDiffusion",
+    ("StableDiffusionXLPipeline", 2048): "StableDiffusionXL",
+}
+
+
+def ays_name(pipe: "DiffusionPipeline") -> str | None:
+    """Return the name that `AysSchedules` has for a pipeline's model; None for none.
+
+    A model is known by its class and width: a fine-tuned one keeps its timesteps.
+    """
+    config = getattr(getattr(pipe, "unet", None), "config", {})
+    return TUNED.get((type(pipe).__name__, config.get("cross_attention_dim")))
+
+
+def ays_timesteps(name: str, steps: int, alphas_cumprod: Tensor) -> list[int]:
+    """Return `steps` decreasing timesteps for a model, the authors' own for 10.
+
+    Args:
+        name: As from `ays_name`.
+        steps: At least 1.
+        alphas_cumprod: Of the noise schedule, (T,).
+    """
+    tuned = AysSchedules[f"{name}Timesteps"]
+    if steps == len(tuned):
+        return list(tuned)
+    alphas = alphas_cumprod.double().numpy()
+    log_sigmas = np.log((1 - alphas) / alphas) / 2  # increasing in the timestep
+    places, wanted = np.linspace(0, 1, len(tuned)), np.linspace(0, 1, steps)
+    logs = np.interp(wanted, places, log_sigmas[tuned])
+    found = np.interp(logs, log_sigmas, np.arange(len(alphas))).round().astype(int).tolist()
+    for index in range(1, steps):  # rounding must not give two steps the same timestep
+        found[index] = max(min(found[index], found[index - 1] - 1), 0)
+    return found
+
+
+class AysScheduler(DPMSolverMultistepScheduler):
+    """DPM-Solver++ at the timesteps of Align Your Steps."""
+
+    model_name: str
+
+    @classmethod
+    def of(cls, scheduler: DPMSolverMultistepScheduler, model_name: str) -> "AysScheduler":
+        """Make one with another scheduler's settings, for a name of `ays_name`."""
+        made = cls.from_config(scheduler.config)
+        made.model_name = model_name
+        return made
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Lay out the tuned grid, or the one that is given."""
+        if timesteps is None:
+            timesteps = ays_timesteps(self.model_name, num_inference_steps, self.alphas_cumprod)
+        super().set_timesteps(timesteps=timesteps, device=device)

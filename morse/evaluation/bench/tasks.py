@@ -1,0 +1,58 @@
+"""The list of methods and budgets that the benchmark's settings make."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from morse.evaluation.bench.runs import KINDS, PLANNED, Method
+
+if TYPE_CHECKING:
+    from morse.evaluation.bench.config import BenchmarkConfig
+
+# Each peer (`bench.peers`) and what it is measured with; the number at the end is its parameter.
+PEER_SETTINGS = {
+    "deepcache": ("interval 3", "interval 2", "interval 5"),  # the first is its authors' advice
+    "tomesd": ("ratio 0.5",),
+    "fbcache": ("threshold 0.1",),
+    "pab": ("every 2",),
+    "fastercache": ("every 2",),
+    "taylorseer": ("interval 3",),
+    "cache-dit": ("threshold 0.1",),
+}
+CHOOSABLE = tuple(kind for kind in KINDS if kind not in PEER_SETTINGS)
+# Kinds that work with one solver alone, the one that their authors use.
+OWN_SOLVER = {"pfdiff": "ddim", "ays": "dpmsolver++"}
+STAGES = {"morse": 1, "baseline": 2, "reuse": 3}  # what is not named comes last
+
+
+def list_tasks(config: "BenchmarkConfig") -> list[tuple[Method, int]]:
+    """List every method with every budget it is measured at, what matters most first."""
+
+    def stage(task: tuple[Method, int]) -> int:
+        method, budget = task
+        if method.kind == "baseline" and budget in config.lsd:
+            return 0
+        return STAGES.get(method.kind, 4)
+
+    return [] if config.latency_only else sorted(_all_tasks(config), key=stage)
+
+
+def _all_tasks(config: "BenchmarkConfig") -> Iterator[tuple[Method, int]]:
+    for solver in config.solvers:
+        for method in _methods(config, solver):
+            extra = config.baseline_lsd if method.kind == "baseline" else ()
+            for lsd in sorted({*config.lsd, *extra}):
+                yield method, lsd
+
+
+def _methods(config: "BenchmarkConfig", solver: str) -> Iterator[Method]:
+    ratios = config.ddim_ratios if solver == "ddim" else config.dpm_ratios
+    for kind in config.kinds:
+        if kind not in ("baseline", "morse", "reuse") and solver not in config.control_solvers:
+            continue
+        if OWN_SOLVER.get(kind, solver) != solver:
+            continue
+        for ratio in ratios if kind in PLANNED else (1.0,):
+            yield Method(solver, kind, ratio)
+    for peer in config.chosen_peers if solver in config.control_solvers else ():
+        for setting in PEER_SETTINGS[peer]:
+            yield Method(solver, peer, setting=setting)

@@ -1,0 +1,174 @@
+"""What a pipeline is asked for beside the noise: a prompt or a class, and how strongly.
+
+An image's prompt depends on its number alone, so that every method, batch size and number of
+processes asks for the same images.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """What images are asked for; image i takes prompt, label or row i modulo their number.
+
+    Attributes:
+        prompts: Texts.
+        class_labels: Numbers of classes.
+        embeds: A call's argument, such as "prompt_embeds" -> one row a prompt, (P, ...); a tensor
+            of one row belongs to every prompt.
+        guidance_scale: Handed to the pipeline; None for the pipeline's own default.
+    """
+
+    prompts: tuple[str, ...] = ()
+    class_labels: tuple[int, ...] = ()
+    embeds: Mapping[str, Tensor] = field(default_factory=dict)
+    guidance_scale: float | None = None
+
+    def arguments(self, images: Sequence[int]) -> dict[str, object]:
+        """Return what the pipeline's call takes for images of these numbers."""
+        arguments: dict[str, object] = {}
+        if self.guidance_scale is not None:
+            arguments["guidance_scale"] = self.guidance_scale
+        if self.embeds:
+            return arguments | {
+                name: rows[[i % len(rows) for i in images]] for name, rows in self.embeds.items()
+            }
+        if self.prompts:
+            return arguments | {"prompt": [self.prompts[i % len(self.prompts)] for i in images]}
+        if self.class_labels:
+            labels = [self.class_labels[i % len(self.class_labels)] for i in images]
+            return arguments | {"class_labels": labels}
+        return arguments | {"batch_size": len(images)}
+
+
+UNCONDITIONAL = Conditions()
+
+
+def make_conditions(
+    pipe: "DiffusionPipeline",
+    prompts: tuple[str, ...] = (),
+    class_names: tuple[str, ...] = (),
+    prompt_embeds: Path | None = None,
+    guidance_scale: float | None = None,
+) -> Conditions:
+    """Find out what a pipeline is called with, and check that it was given.
+
+    Args:
+        pipe: With or without Morse.
+        prompts: For a pipeline that takes text.
+        class_names: The same as prompts there; for a class-conditional pipeline names that its
+            `labels` know, or numbers.
+        prompt_embeds: A safetensors file for a pipeline without a text encoder: "prompt_embeds"
+            and what else its call takes, "negative_prompt_embeds" for example, one row a prompt.
+        guidance_scale: As in `Conditions`.
+
+    Raises:
+        ValueError: If the pipeline takes none of what was given, or needs something else.
+        FileNotFoundError: If there is no file `prompt_embeds`.
+    """
+    given = {"prompts": prompts, "class_names": class_names, "prompt_embeds": prompt_embeds}
+    named = [name for name, value in given.items() if value]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} were given, but only one of them can be used")
+    parameters, name = call_parameters(pipe), type(pipe).__name__
+    if guidance_scale is not None and "guidance_scale" not in parameters:
+        raise ValueError(f"guidance_scale was given, but {name} takes none; leave it out")
+    if "prompt" in parameters:
+        return _of_text(pipe, prompts or class_names, prompt_embeds, guidance_scale)
+    if prompts or prompt_embeds:
+        raise ValueError(f"prompts were given, but {name} takes none; leave out --{named[0]}")
+    if "class_labels" in parameters:
+        return Conditions(
+            class_labels=_class_numbers(pipe, class_names), guidance_scale=guidance_scale
+        )
+    if class_names:
+        raise ValueError(f"class_names were given, but {name} takes none; leave them out")
+    return Conditions(guidance_scale=guidance_scale)
+
+
+def call_parameters(pipe: "DiffusionPipeline") -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a pipeline's own call, without what Morse adds."""
+    base = getattr(type(pipe), "_morse_base", type(pipe))
+    return inspect.signature(base.__call__).parameters
+
+
+def read_prompts(file: Path | None) -> tuple[str, ...]:
+    """Read a file of prompts, one a line; empty lines are left out, and None has none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no prompt.
+    """
+    if file is None:
+        return ()
+    if not file.is_file():
+        raise FileNotFoundError(f"prompts is {file}, which does not exist")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"prompts is {file}, which has no prompt; write one a line")
+    return prompts
+
+
+def _of_text(
+    pipe: "DiffusionPipeline",
+    prompts: tuple[str, ...],
+    file: Path | None,
+    guidance_scale: float | None,
+) -> Conditions:
+    if file is not None:
+        return Conditions(embeds=_read_embeds(pipe, file), guidance_scale=guidance_scale)
+    name = type(pipe).__name__
+    if not prompts:
+        raise ValueError(
+            f"{name} makes images from text; give --prompts, or --prompt_embeds FILE where it has "
+            "no text encoder"
+        )
+    if "text_encoder" in pipe.components and pipe.text_encoder is None:
+        raise ValueError(
+            f"prompts were given, but this {name} has no text encoder; give --prompt_embeds FILE"
+        )
+    return Conditions(prompts=prompts, guidance_scale=guidance_scale)
+
+
+def _read_embeds(pipe: "DiffusionPipeline", file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise FileNotFoundError(f"prompt_embeds is {file}, which does not exist")
+    try:
+        embeds = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"prompt_embeds is {file}, which is no safetensors file") from error
+    unknown = sorted(set(embeds) - set(call_parameters(pipe)))
+    if "prompt_embeds" not in embeds or unknown:
+        raise ValueError(
+            f"prompt_embeds is {file}, which holds {sorted(embeds)}; it must hold prompt_embeds "
+            f"(P, L, D), and beside it only what a call of {type(pipe).__name__} takes"
+        )
+    dtype = pipe.dtype
+    return {name: rows.to(pipe.device, dtype) for name, rows in embeds.items()}
+
+
+def _class_numbers(pipe: "DiffusionPipeline", names: tuple[str, ...]) -> tuple[int, ...]:
+    """Translate names of classes, or numbers written out, into numbers."""
+    if not names:
+        raise ValueError(
+            f"{type(pipe).__name__} makes images of classes; give --class_names, names or numbers"
+        )
+    labels: Mapping[str, int] = getattr(pipe, "labels", None) or {}
+    unknown = [name for name in names if name not in labels and not name.isdecimal()]
+    if unknown:
+        some = f"such as {list(labels)[:5]}" if labels else "and the pipeline has no names: numbers"
+        raise ValueError(f"class_names has {unknown}, which are no classes; choose some, {some}")
+    return tuple(labels[name] if name in labels else int(name) for name in names)
