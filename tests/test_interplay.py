@@ -447,5 +447,4 @@ def test_copies(pipe):
     assert torch.equal(planned(twin), expected)
     disable_morse(pipe)
     assert torch.equal(planned(twin), expected)
-    with pytest.raises(TypeError, match="plan"):  # it is bare
-        latents(pipe, plan=PLAN)
+    assert not hasattr(pipe, "last_run")
