@@ -447,4 +447,4 @@ def test_copies(pipe):
     assert torch.equal(planned(twin), expected)
     disable_morse(pipe)
     assert torch.equal(planned(twin), expected)
-    assert not hasattr(pipe, "last_run")  # it is bare
+    assert not hasattr(pipe, "last_run")

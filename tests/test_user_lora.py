@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attached import PLAN, check_treated, difference, latents, planned, text_pipe, trained_dot
+from attached import check_treated, difference, latents, planned, text_pipe, trained_dot
 
 from morse import MorseDot, enable_morse
 from morse.dot.view import fingerprint
@@ -79,19 +79,18 @@ def test_fused_and_unfused_again(merge_lora):
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])
 def test_scale_of_one_call(scale):
-    def treat(pipe):
-        # diffusers scales the text encoder's LoRA too, and wants there to be an encoder.
-        pipe.register_modules(text_encoder=tiny_text_encoder())
-        load(pipe)
-
-    check_treated(treat, cross_attention_kwargs={"scale": scale})
+    check_treated(load, make_pipe=encoded_pipe, cross_attention_kwargs={"scale": scale})
 
 
-def tiny_text_encoder():
+def encoded_pipe():
+    """With a text encoder: diffusers scales its LoRA too, and wants there to be one."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
-    return CLIPTextModel(CLIPTextConfig(vocab_size=8, num_hidden_layers=1, **sizes))
+    pipe = text_pipe()
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=8, num_hidden_layers=1, **sizes))
+    pipe.register_modules(text_encoder=encoder)
+    return pipe
 
 
 @BOTH
@@ -167,8 +166,7 @@ class TestFingerprint:
 
         A slight change, or one of few layers, is taken for the same Dash.
         """
-        pipe = text_pipe()
-        dot = trained_dot(pipe.unet)
+        pipe, dot = text_pipe(), trained_dot(UNET)
         attached = text_pipe()
         enable_morse(attached, trained_dot(attached.unet))
         for each in (pipe, attached):
@@ -208,7 +206,3 @@ def test_with_offloading():
         pipe.enable_model_cpu_offload(device="cpu")
 
     assert torch.equal(check_treated(treat), check_treated(load, merge_lora=False))
-
-
-def test_the_plan_of_the_tests_has_both_models():
-    assert {"D", "o"} <= set(PLAN)
