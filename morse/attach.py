@@ -39,7 +39,10 @@ def morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
         signature = inspect.signature(base.__init__)
         dot = inspect.Parameter("dot", inspect.Parameter.KEYWORD_ONLY, default=None)
 
-        def __init__(self: object, *args: object, dot: Dot | None = None, **kwargs: object) -> None:
+        # Not `Dot`: diffusers checks components by these hints and can't read a Callable's.
+        def __init__(
+            self: object, *args: object, dot: ModelMixin | None = None, **kwargs: object
+        ) -> None:
             base.__init__(self, *args, **kwargs)
             _register_dot(self, dot)
 
