@@ -22,7 +22,7 @@ def scheduler_index(scheduler: object, timestep: Tensor | float) -> int | None:
     timesteps = getattr(scheduler, "timesteps", None)
     if getattr(scheduler, "num_inference_steps", None) is None or timesteps is None:
         return None
-    for name in ("step_index", "counter"):
+    for name in ("step_index", "counter", "begin_index"):
         count = getattr(scheduler, name, None)
         if count is not None:
             return int(count)

@@ -9,53 +9,24 @@ method still handles class labels, extra conditions and attention masks.
 import hashlib
 import math
 import operator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from morse.dot.lora import LowRank, describe_leaf, lora_class
+from morse.dot.lora import LowRank, lora_class
 
 
-@dataclass(frozen=True)
-class Ports:
-    """Names of the layers of a denoiser class that Dot replaces or reuses.
+class Provide(nn.Module):
+    """Takes a layer's place and returns what was already computed for it."""
 
-    Attributes:
-        entry: First layer, from the sample to features.
-        exit: Last layer, from features to the model output.
-        time_projection: From timesteps to sinusoids.
-        time_embedding: From sinusoids to the embedding that the blocks take.
-        any_size: Whether its up-sampling blocks follow sizes that its levels don't divide.
-    """
+    def __init__(self, value: Tensor) -> None:
+        """Keep the value."""
+        super().__init__()
+        self.value = value
 
-    entry: str
-    exit: str
-    time_projection: str
-    time_embedding: str
-    any_size: bool
-
-
-_UNET_PORTS = ("conv_in", "conv_out", "time_proj", "time_embedding")
-PORTS = {
-    "UNet2DModel": Ports(*_UNET_PORTS, any_size=False),
-    "UNet2DConditionModel": Ports(*_UNET_PORTS, any_size=True),
-}
-
-
-def find_ports(dash: nn.Module) -> Ports:
-    """Look up the ports of a denoiser's class or of the class that it derives from.
-
-    Raises:
-        ValueError: If a weight-shared Dot is not supported for the class; the known ones are named.
-    """
-    for cls in type(dash).__mro__:
-        if cls.__name__ in PORTS:
-            return PORTS[cls.__name__]
-    raise ValueError(
-        f"A weight-shared Dot is not supported for {type(dash).__name__}; supported: "
-        f"{sorted(PORTS)}. Your own Dot can still be attached with enable_morse(pipe, dot)."
-    )
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Return it, whatever comes in."""
+        return self.value
 
 
 def make_shell(module: nn.Module) -> nn.Module:
@@ -68,30 +39,19 @@ def make_shell(module: nn.Module) -> nn.Module:
     return shell
 
 
-def lora_targets(dash: nn.Module) -> dict[str, dict[str, object]]:
-    """Describe every Linear and Conv2d of Dash that Dot shares, by name."""
-    ports = find_ports(dash)
-    leaves = {
-        name: describe_leaf(module)
-        for name, module in dash.named_modules()
-        if name not in (ports.entry, ports.exit)
-    }
-    return {name: spec for name, spec in leaves.items() if spec is not None}
-
-
-def describe_dash(dash: nn.Module, num_down_blocks: int) -> dict[str, object]:
-    """Give the options of a `MorseDot` with `num_down_blocks` that follow from its Dash."""
-    ports = find_ports(dash)
-    entry, last = getattr(dash, ports.entry), getattr(dash, ports.exit)
-    halvings = 0 if ports.any_size else len(dash.config.block_out_channels) - 1
-    return {
-        "dash_fingerprint": fingerprint(dash),
-        "sample_channels": entry.in_channels,
-        "output_channels": last.out_channels,
-        "feature_channels": entry.out_channels,
-        "time_embed_dim": getattr(dash, ports.time_embedding).linear_2.out_features,
-        "size_multiple": 2 ** (num_down_blocks + halvings),
-    }
+def with_replaced(root: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
+    """Make a shell of `root` with other modules under some dotted names; `root` stays as it is."""
+    shells = {"": make_shell(root)}
+    for path, module in replacements.items():
+        *parents, last = path.split(".")
+        name, parent = "", shells[""]
+        for part in parents:
+            name = f"{name}.{part}"
+            if name not in shells:
+                shells[name] = parent._modules[part] = make_shell(parent._modules[part])
+            parent = shells[name]
+        parent._modules[last] = module
+    return shells[""]
 
 
 def make_shared_tree(dash: nn.Module, adapters: dict[str, LowRank]) -> nn.Module:
@@ -124,12 +84,30 @@ def merge_shared_tree(dash: nn.Module, adapters: dict[str, LowRank]) -> nn.Modul
     return tree
 
 
+# What of a module may change after its shell was made, and must then be taken over.
+_SETTINGS = ("processor", "gradient_checkpointing", "training")
+
+
 def tree_state(dash: nn.Module) -> tuple[object, ...]:
     """What a tree of shells was made from; compares unequal once the tree would differ."""
     parameter = next(dash.parameters())
     modules = tuple(dash.modules())
-    processors = tuple(vars(module).get("processor") for module in modules)
-    return parameter.device, parameter.dtype, _Identities(modules), _Identities(processors)
+    settings = tuple(vars(module).get(name) for module in modules for name in _SETTINGS)
+    return parameter.device, parameter.dtype, _Identities(modules), _Identities(settings)
+
+
+def check_projections(dash: nn.Module) -> None:
+    """Raise `ValueError` if attention uses fused projections, in which Dot's LoRA has no part."""
+    for name, module in dash.named_modules():
+        if not getattr(module, "fused_projections", False):
+            continue
+        processor = type(getattr(module, "processor", None)).__name__
+        # Classes that can't take the fused layer away again only change their processor.
+        if processor.startswith("Fused") or hasattr(module, "unfuse_projections"):
+            raise ValueError(
+                f"Dash's attention {name!r} uses fused projections, but Dot shares and adapts the "
+                "separate ones: call unfuse_qkv_projections() on it, or load it without fusing."
+            )
 
 
 class _Identities:

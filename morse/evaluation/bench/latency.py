@@ -66,7 +66,7 @@ def make_pair(
 ) -> Pair:
     """Make the calls for one architecture; `model` may lie on "meta"."""
     from morse.dot import MorseDot
-    from morse.dot.view import PORTS
+    from morse.dot.ports import PORTS
     from morse.sampling import JumpPoint
 
     architecture = find_architecture(name)
