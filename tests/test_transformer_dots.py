@@ -442,10 +442,10 @@ class TestConditions:
             block.register_forward_pre_hook(lambda block, args, n=number: seen.append(n))
             for number, block in enumerate(dot.bind(dash)._tree[0].transformer_blocks)
         ]
-        self.residual("sd3", dot, skip_layers=[1])
+        self.residual("sd3", dot, skip_layers=[0])
         for hook in hooks:
             hook.remove()
-        assert seen == [0, 2]
+        assert seen == [1]
 
     @pytest.mark.parametrize(
         ("name", "feature"),

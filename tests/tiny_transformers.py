@@ -3,8 +3,6 @@
 import torch
 from tiny_pipelines import TEXT_CHANNELS
 
-WIDTH = 12
-
 
 def _fill(model):
     """Random weights everywhere: some layers start at zero, which would hide what they get."""
@@ -39,7 +37,7 @@ def tiny_sd3(**options):
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(0)
-    settings = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 3}
+    settings = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 2}
     settings |= {"attention_head_dim": 4, "num_attention_heads": 3, "caption_projection_dim": 12}
     settings |= {"joint_attention_dim": TEXT_CHANNELS, "pooled_projection_dim": TEXT_CHANNELS}
     settings |= {"pos_embed_max_size": 12, "dual_attention_layers": (0,), "qk_norm": "rms_norm"}

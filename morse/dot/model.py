@@ -140,14 +140,11 @@ class MorseDot(ModelMixin, ConfigMixin):
             options: The other options of the class: `layers_per_block`, `lora_alpha`, ...
 
         Raises:
-            ValueError: If the denoiser's class is not supported, an option is out of range, or
-                the denoiser's attention uses fused projections.
+            ValueError: If its class is not supported, its attention fused, or an option is wrong.
         """
-        find_ports(dash)
-        check_projections(dash)
         dot = cls(
-            dash_fingerprint=fingerprint(dash),
             **describe_layers(dash, num_down_blocks),
+            dash_fingerprint=fingerprint(dash),
             lora_specs=lora_targets(dash) if lora_rank else {},
             num_down_blocks=num_down_blocks,
             block_out_channels=tuple(block_out_channels or default_widths(dash)[:num_down_blocks]),
@@ -162,8 +159,7 @@ class MorseDot(ModelMixin, ConfigMixin):
         """Share the layers of `dash` from now on.
 
         Raises:
-            ValueError: If `dash` is not the model that this Dot was made for, or its attention
-                uses fused projections.
+            ValueError: If it is not the Dash of this Dot, or its attention is fused.
         """
         check_projections(dash)
         if not self._dash or self._dash[0] is not dash:
@@ -173,12 +169,9 @@ class MorseDot(ModelMixin, ConfigMixin):
         # Layers may have been replaced, moved or given other attention processors since.
         state = tree_state(dash)
         if not self._tree or state != self._tree_state:
-            self._build_tree(state)
+            build = merge_shared_tree if self._merged else make_shared_tree
+            self._tree, self._tree_state = (build(dash, self.adapters),), state
         return self
-
-    def _build_tree(self, state: tuple[object, ...]) -> None:
-        build = merge_shared_tree if self._merged else make_shared_tree
-        self._tree, self._tree_state = (build(self._dash[0], self.adapters),), state
 
     @property
     def is_merged(self) -> bool:
@@ -226,8 +219,7 @@ class MorseDot(ModelMixin, ConfigMixin):
         inputs = [sample]
         if not self.independent:
             inputs += [jump.sample, jump.model_output]
-            since = embed_time(tree, jump.timestep.reshape(-1).expand(len(sample)))
-            shift = self.jump_time(since)
+            shift = self.jump_time(embed_time(tree, jump.timestep.reshape(-1).expand(len(sample))))
             times = {name: time + shift for name, time in times.items()}
         time_embedding = next(iter(times.values()))
         hidden = self.conv_in(torch.cat([grid.spread(each) for each in inputs], dim=1))
