@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,26 @@ def test_merging_the_lora_saves_operations():
 def test_a_transformer_without_text_scales_with_its_tokens(num_down_blocks, ratio):
     counted = count_flops("dit-xl-2", num_down_blocks, True)
     assert counted["dash_flops"] == pytest.approx(2 * 118.6e9, rel=0.01)  # Peebles and Xie 2023
-    assert counted["flop_ratio"] == pytest.approx(ratio, rel=0.03)
+    # Attention gains more than the number of tokens, and Dot's own blocks cost a few percent.
+    assert counted["flop_ratio"] == pytest.approx(ratio, rel=0.06)
+
+
+def test_text_tokens_stay_as_many():
+    # Stable Diffusion 3 at 1024x1024: 4096 tokens of the picture, of which 256 are left, and 333.
+    counted = count_flops("sd3", 2, True)
+    assert counted["flop_ratio"] == pytest.approx(10.4, rel=0.01)
+    assert counted["flop_ratio"] < (4096 + 333) / (256 + 333) * 1.5
+
+
+def _tiny(name):
+    """A published transformer with two narrow heads, one block of a kind and 4x4 tokens."""
+    published, width = find_architecture(name), {"num_attention_heads": 2, "num_layers": 1}
+    if name == "flux":
+        return replace(
+            published, config={**published.config, **width, "num_single_layers": 1}, size=4
+        )
+    width |= {"attention_head_dim": 8, "caption_projection_dim": 16}
+    return replace(published, config={**published.config, **width}, size=8)
 
 
 @pytest.fixture
@@ -64,7 +84,8 @@ def tiny(monkeypatch):
         4,
         lambda batch: {"class_labels": (batch,)},
     )
-    monkeypatch.setattr(architectures, "ARCHITECTURES", {"unet": unet, "dit": dit})
+    known = {"unet": unet, "dit": dit, "sd3": _tiny("sd3"), "flux": _tiny("flux")}
+    monkeypatch.setattr(architectures, "ARCHITECTURES", known)
     monkeypatch.setattr(latency, "DOT_CHANNELS", (8, 8))
 
 
@@ -76,18 +97,19 @@ def test_every_combination_is_measured(tiny):
         (m, merged, b) for m in (1, 2) for merged in (True, False) for b in (1, 2)
     ]
     for entry in entries:
-        assert entry["what"] == "Dot" and entry["mode"] == "eager"
+        assert entry["mode"] == "eager"
         assert entry["speed_ratio"] == pytest.approx(
             entry["dash_seconds"][1] / entry["dot_seconds"][1]
         )
 
 
-def test_a_class_without_a_dot_is_measured_shrunk_and_says_so(tiny):
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux"])
+def test_transformers_are_measured_with_their_dots(tiny, name):
     settings = LatencySettings(batch_sizes=(1,), repeats=2)
-    entries = list(measure_architecture("dit", torch.device("cpu"), settings))
-    assert [entry["what"] for entry in entries] == ["shrunk Dash"] * 2
-    # Two pixels a patch: 64 tokens, and 16 or 4 of them.
-    assert [entry["num_down_blocks"] for entry in entries] == [1, 2]
+    entries = list(measure_architecture(name, torch.device("cpu"), settings))
+    combinations = [(entry["num_down_blocks"], entry["merged"]) for entry in entries]
+    assert combinations == [(m, merged) for m in (1, 2) for merged in (True, False)]
+    assert all(entry["speed_ratio"] > 0 for entry in entries)
 
 
 @pytest.mark.skipif(" " in torch.__file__, reason="torch cannot link in a path with a space")
@@ -104,10 +126,10 @@ def test_a_table_and_a_file_come_out(tiny, tmp_path, capsys):
     file = tmp_path / "deep" / "latency.json"
     result = run_architectures(("unet", "dit"), torch.device("cpu"), settings, file)
     assert json.loads(file.read_text()) == result
-    assert len(result["entries"]) == 4 + 2
+    assert len(result["entries"]) == 4 + 4
     assert result["reduced"] is True and result["dtype"] == "float32"
     printed = capsys.readouterr().out
-    assert "shrunk Dash" in printed and "FLOP ratio" in printed
+    assert "separate" in printed and "FLOP ratio" in printed
 
 
 def test_the_benchmark_command_measures_architectures(tiny, tmp_path):
@@ -115,7 +137,7 @@ def test_the_benchmark_command_measures_architectures(tiny, tmp_path):
         arch=("dit",), output_dir=tmp_path, latency_batch_sizes=(2,), device="cpu"
     )
     result = run_benchmark(config)
-    assert [entry["batch_size"] for entry in result["entries"]] == [2, 2]
+    assert [entry["batch_size"] for entry in result["entries"]] == [2] * 4
     assert [path.name for path in tmp_path.iterdir()] == ["latency.json"]
     with pytest.raises(ValueError, match="arch 'sd99' is unknown"):
         BenchmarkConfig(arch=("sd99",))

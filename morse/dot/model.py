@@ -9,17 +9,19 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from morse.dot.blocks import DotDownBlock, DotUpBlock, check_options, num_groups
-from morse.dot.body import check_size, embed_time, pool_features, run_body
+from morse.dot.body import embed_time, embed_times, run_body
 from morse.dot.card import dot_card
+from morse.dot.grid import find_grid
 from morse.dot.hub import Publishable
 from morse.dot.loading import safetensors_only
 from morse.dot.lora import LowRank, nest_adapter
+from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
 from morse.dot.shell import moves_weights, run_hooked, update_tree
 from morse.dot.view import (
     TreeState,
     check_fingerprint,
-    describe_dash,
-    lora_targets,
+    check_projections,
+    fingerprint,
     make_shared_tree,
     merge_shared_tree,
 )
@@ -58,6 +60,7 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         base_space: What of Dash's latest estimate the residual is added to: "raw", "x0" or "v"; by
             the scheduler if None (`morse.rates.choose_base_space`). After the deterministic step
             that Dot is trained on, "raw" and "x0" of an epsilon agree.
+        patch_size: Rows and columns of the sample in one token of a transformer; 1 for UNets.
     """
 
     @register_to_config
@@ -79,6 +82,7 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         plan_ratio: dict[str, float] | None = None,
         output_channels: int | None = None,
         base_space: BaseSpace | None = None,
+        patch_size: int = 1,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
@@ -95,7 +99,9 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         self.jump_time = None if independent else nn.Linear(time_embed_dim, time_embed_dim)
         output_channels = output_channels or sample_channels
         jump_channels = 0 if independent else sample_channels + output_channels
-        self.conv_in = nn.Conv2d(sample_channels + jump_channels, first, 3, padding=1)
+        channels = sample_channels + jump_channels
+        # Patches with a margin of one; without patches, a plain 3x3 convolution.
+        self.conv_in = nn.Conv2d(channels, first, patch_size + 2, patch_size, padding=1)
         self.down_blocks = nn.ModuleList(
             DotDownBlock(channels, deeper, time_embed_dim, layers_per_block)
             for channels, deeper in pairwise(levels)
@@ -105,7 +111,7 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
             for channels, deeper in reversed(list(pairwise(levels)))
         )
         self.norm_out = nn.GroupNorm(num_groups(first), first)
-        self.conv_out = nn.Conv2d(first, output_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(first, output_channels * patch_size**2, 3, padding=1)
         for layer in filter(None, (self.jump_time, self.conv_out)):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -130,21 +136,23 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         """Create an untrained Dot for a pretrained denoiser, bound to it.
 
         Args:
-            dash: The denoiser; it is not changed. Supported classes: see `morse.dot.view.PORTS`.
+            dash: The denoiser; it is not changed. Supported classes: see `morse.dot.ports.PORTS`.
             num_down_blocks: m, from 1 to 3; Dash's layers see 4^m times fewer positions.
-            block_out_channels: m widths, from full resolution inwards; None for 16, 32, 64.
+            block_out_channels: m widths, from full resolution inwards; None for 16, 32, 64, four
+                times as many on a transformer's tokens.
             lora_rank: Rank of the LoRA on every Linear and Conv2d of Dash; 0 for none.
             options: The other options of the class: `layers_per_block`, `lora_alpha`, ...
 
         Raises:
-            ValueError: If the denoiser's class is not supported or an option is out of range.
+            ValueError: If its class is not supported, its attention fused, or an option is wrong.
         """
         dash = unwrap(dash)
         dot = cls(
-            **describe_dash(dash, num_down_blocks),
+            **describe_layers(dash, num_down_blocks),
+            dash_fingerprint=fingerprint(dash),
             lora_specs=lora_targets(dash) if lora_rank else {},
             num_down_blocks=num_down_blocks,
-            block_out_channels=tuple(block_out_channels or (16, 32, 64)[:num_down_blocks]),
+            block_out_channels=tuple(block_out_channels or default_widths(dash)[:num_down_blocks]),
             lora_rank=lora_rank,
             **options,
         )
@@ -156,9 +164,10 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         """Share the layers of `dash` from now on.
 
         Raises:
-            ValueError: If `dash` is not the model that this Dot was made for.
+            ValueError: If it is not the Dash of this Dot, or its attention is fused.
         """
         dash = unwrap(dash)
+        check_projections(dash)
         if not self._dash or self._dash[0] is not dash:
             check_fingerprint(dash, self.config.dash_fingerprint)
             self._unbind()
@@ -198,18 +207,17 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         """Predict the residual at `timestep`.
 
         Args:
-            sample: x_ti, (B, C, H, W).
-            timestep: t_i, () or (B,).
+            sample: x_ti, (B, C, H, W), or packed as Flux has it, (B, L, C).
+            timestep: t_i, () or (B,), as Dash's forward method takes it.
             jump: The latest Dash evaluation, of the same batch.
             dash_kwargs: Conditions (class labels, ...), as Dash's forward method takes them.
 
         Returns:
-            eta(x_ts, x_ti, z_ts, t_s, t_i) of Equation 5, (B, C_out, H, W).
+            eta(x_ts, x_ti, z_ts, t_s, t_i) of Equation 5, (B, C_out, H, W), or packed.
 
         Raises:
             ValueError: If height or width do not fit, or no Dash is bound.
         """
-        check_size(sample, self.config.size_multiple, self.config.num_down_blocks)
         if not self._tree:
             self.bind(self._bound_dash())
         return run_hooked(self._dash[0], self._residual, sample, timestep, jump, **dash_kwargs)
@@ -218,21 +226,27 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         self, sample: Tensor, timestep: Tensor, jump: JumpPoint, **dash_kwargs: object
     ) -> Tensor:
         tree = self._tree[0]
-        time_embedding = embed_time(tree, timestep, sample, dash_kwargs.get("timestep_cond"))
-        inputs = sample
+        grid = find_grid(find_ports(tree), sample, dash_kwargs.get("img_ids"), self.config)
+        timestep = timestep.reshape(-1).expand(len(sample))
+        times = embed_times(tree, timestep, sample.dtype, dash_kwargs.get("timestep_cond"))
+        inputs = [sample]
         if not self.independent:
-            inputs = torch.cat([sample, jump.sample, jump.model_output], dim=1)
-            since = embed_time(tree, jump.timestep, sample)
-            time_embedding = time_embedding + self.jump_time(since)
-        hidden, skips = self.conv_in(inputs), []
+            inputs += [jump.sample, jump.model_output]
+            since = jump.timestep.reshape(-1).expand(len(sample))
+            shift = self.jump_time(embed_time(tree, since, sample.dtype))
+            times = {name: time + shift for name, time in times.items()}
+        time_embedding = next(iter(times.values()))
+        hidden = self.conv_in(torch.cat([grid.spread(each) for each in inputs], dim=1))
+        skips = []
         for block in self.down_blocks:
             hidden, skip = block(hidden, time_embedding)
             skips.append(skip)
-        conditions = pool_features(dash_kwargs, 2 ** len(self.down_blocks))
-        hidden = run_body(tree, hidden, timestep, time_embedding, **conditions)
+        factor = 2 ** len(self.down_blocks)
+        hidden = run_body(tree, hidden, timestep, times, grid, factor, dash_kwargs)
         for block in self.up_blocks:
             hidden = block(hidden, skips.pop(), time_embedding)
-        return self.conv_out(nn.functional.silu(self.norm_out(hidden)))
+        residual = self.conv_out(nn.functional.silu(self.norm_out(hidden)))
+        return grid.gather(nn.functional.pixel_shuffle(residual, self.config.patch_size))
 
     @classmethod
     def from_pretrained(cls, path: str, **kwargs: object) -> Self:

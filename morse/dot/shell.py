@@ -4,13 +4,26 @@ from collections.abc import Callable
 from functools import partial
 from types import MethodType
 
-from torch import nn
+from torch import Tensor, nn
 
 from morse.dot.wrapped import unwrap
 
 # A shell's own; what else a module has, its shell gets at every `update_shell`.
 _KEPT = ("_modules", "_parameters")
 _NOT_SHARED = (*_KEPT, "_compiled_call_impl", "forward")
+
+
+class Provide(nn.Module):
+    """Takes a layer's place and returns what was already computed for it."""
+
+    def __init__(self, value: Tensor) -> None:
+        """Keep the value."""
+        super().__init__()
+        self.value = value
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Return it, whatever comes in."""
+        return self.value
 
 
 def make_shell(module: nn.Module) -> nn.Module:
@@ -20,6 +33,21 @@ def make_shell(module: nn.Module) -> nn.Module:
     vars(shell)["_parameters"] = module._parameters
     update_shell(shell, module)
     return shell
+
+
+def with_replaced(root: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
+    """Make a shell of `root` with other modules under some dotted names; `root` stays as it is."""
+    shells = {"": make_shell(root)}
+    for path, module in replacements.items():
+        *parents, last = path.split(".")
+        name, parent = "", shells[""]
+        for part in parents:
+            name = f"{name}.{part}"
+            if name not in shells:
+                shells[name] = parent._modules[part] = make_shell(parent._modules[part])
+            parent = shells[name]
+        parent._modules[last] = module
+    return shells[""]
 
 
 def update_shell(shell: nn.Module, module: nn.Module) -> None:

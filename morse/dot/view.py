@@ -10,86 +10,13 @@ import hashlib
 import math
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from morse.dot.lora import LowRank, describe_leaf, lora_class
+from morse.dot.lora import LowRank, lora_class
 from morse.dot.shell import make_shell
-from morse.dot.wrapped import base_layer, named_layers, named_weights, read_weight, unwrap
-
-
-@dataclass(frozen=True)
-class Ports:
-    """Names of the layers of a denoiser class that Dot replaces or reuses.
-
-    Attributes:
-        entry: First layer, from the sample to features.
-        exit: Last layer, from features to the model output.
-        time_projection: From timesteps to sinusoids.
-        time_embedding: From sinusoids to the embedding that the blocks take.
-        any_size: Whether its up-sampling blocks follow sizes that its levels don't divide.
-    """
-
-    entry: str
-    exit: str
-    time_projection: str
-    time_embedding: str
-    any_size: bool
-
-
-_UNET_PORTS = ("conv_in", "conv_out", "time_proj", "time_embedding")
-PORTS = {
-    "UNet2DModel": Ports(*_UNET_PORTS, any_size=False),
-    "UNet2DConditionModel": Ports(*_UNET_PORTS, any_size=True),
-}
-
-
-def find_ports(dash: nn.Module) -> Ports:
-    """Look up the ports of a denoiser's class or of the class that it derives from.
-
-    Raises:
-        ValueError: If a weight-shared Dot is not supported for the class; the known ones are named.
-    """
-    for cls in type(dash).__mro__:
-        if cls.__name__ in PORTS:
-            return PORTS[cls.__name__]
-    raise ValueError(
-        f"A weight-shared Dot is not supported for {type(dash).__name__}; supported: "
-        f"{sorted(PORTS)}. Your own Dot can still be attached with enable_morse(pipe, dot)."
-    )
-
-
-def lora_targets(dash: nn.Module) -> dict[str, dict[str, object]]:
-    """Describe every Linear and Conv2d of Dash that Dot shares, by name."""
-    ports = find_ports(dash)
-    leaves = {
-        name: describe_leaf(module)
-        for name, module in named_layers(dash)
-        if name not in (ports.entry, ports.exit) and not _is_ip_adapter(name)
-    }
-    return {name: spec for name, spec in leaves.items() if spec is not None}
-
-
-def _is_ip_adapter(name: str) -> bool:
-    """Whether a module or parameter came with an IP-Adapter, which can be loaded at any time."""
-    return "encoder_hid_proj.image_projection_layers" in name or ".processor." in name
-
-
-def describe_dash(dash: nn.Module, num_down_blocks: int) -> dict[str, object]:
-    """Give the options of a `MorseDot` with `num_down_blocks` that follow from its Dash."""
-    ports = find_ports(dash)
-    entry, last = (base_layer(getattr(dash, name)) for name in (ports.entry, ports.exit))
-    halvings = 0 if ports.any_size else len(dash.config.block_out_channels) - 1
-    return {
-        "dash_fingerprint": fingerprint(dash),
-        "sample_channels": entry.in_channels,
-        "output_channels": last.out_channels,
-        "feature_channels": entry.out_channels,
-        "time_embed_dim": getattr(dash, ports.time_embedding).linear_2.out_features,
-        "size_multiple": 2 ** (num_down_blocks + halvings),
-    }
+from morse.dot.wrapped import is_ip_adapter, named_layers, named_weights, read_weight, unwrap
 
 
 def make_shared_tree(dash: nn.Module, adapters: dict[str, LowRank]) -> nn.Module:
@@ -161,13 +88,27 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
+def check_projections(dash: nn.Module) -> None:
+    """Raise `ValueError` if attention uses fused projections, in which Dot's LoRA has no part."""
+    for name, module in dash.named_modules():
+        if not getattr(module, "fused_projections", False):
+            continue
+        processor = type(getattr(module, "processor", None)).__name__
+        # Classes that can't take the fused layer away again only change their processor.
+        if processor.startswith("Fused") or hasattr(module, "unfuse_projections"):
+            raise ValueError(
+                f"Dash's attention {name!r} uses fused projections, but Dot shares and adapts the "
+                "separate ones: call unfuse_qkv_projections() on it, or load it without fusing."
+            )
+
+
 def fingerprint(dash: nn.Module) -> dict[str, object]:
     """Identify a Dash by its structure and by projections of a few of its weights.
 
     The projections are onto fixed cosines and change little with the dtype, so that the same
     weights in float16 still match.
     """
-    parameters = [place for place in named_weights(dash) if not _is_ip_adapter(place[0])]
+    parameters = [place for place in named_weights(dash) if not is_ip_adapter(place[0])]
     shapes = [(name, tuple(value.shape)) for name, value, *_ in parameters]
     digest = hashlib.sha256(f"{type(dash).__name__} {shapes}".encode()).hexdigest()[:12]
     weights = [place for _, *place in parameters if place[0].ndim > 1]

@@ -72,3 +72,8 @@ def read_weight(parameter: Tensor, layer: nn.Module, wrapper: nn.Module | None) 
             for adapter in getattr(wrapper, "merged_adapters", ()):
                 value = value - wrapper.get_delta_weight(adapter).to(value)
     return value
+
+
+def is_ip_adapter(name: str) -> bool:
+    """Whether a module or parameter came with an IP-Adapter, which can be loaded at any time."""
+    return "encoder_hid_proj.image_projection_layers" in name or ".processor." in name

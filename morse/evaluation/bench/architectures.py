@@ -160,14 +160,13 @@ def build_architecture(
 
 
 def make_inputs(
-    architecture: Architecture, batch_size: int, down: int, like: Tensor
+    architecture: Architecture, batch_size: int, like: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, object]]:
-    """Make a sample, a timestep and conditions at 2^`down` times fewer rows and columns.
+    """Make a sample, a timestep and conditions at the model's own resolution.
 
     Args:
         architecture: What they are for.
         batch_size: Samples.
-        down: 0 for the model's own resolution.
         like: A tensor of the device and dtype to use.
 
     Returns:
@@ -177,7 +176,7 @@ def make_inputs(
     def random(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, device=like.device, dtype=like.dtype)
 
-    size = architecture.size // 2**down
+    size = architecture.size
     conditions: dict[str, object] = {}
     for name, shape in architecture.shapes(batch_size).items():
         value = random(shape)
@@ -190,6 +189,9 @@ def make_inputs(
             conditions[name] = value
     timestep = torch.full((batch_size,), 500, device=like.device)
     if architecture.packed:
-        conditions["img_ids"] = random((size * size, 3))
+        places = torch.arange(size, device=like.device, dtype=like.dtype)
+        rows, columns = torch.meshgrid(places, places, indexing="ij")
+        ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
+        conditions["img_ids"] = ids.flatten(0, 1)
         return random((batch_size, size * size, architecture.channels)), timestep, conditions
     return random((batch_size, architecture.channels, size, size)), timestep, conditions

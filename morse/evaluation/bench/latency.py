@@ -47,18 +47,15 @@ class LatencySettings:
 
 @dataclass(frozen=True)
 class Pair:
-    """Dash and what takes Dot's place, as calls without arguments, for one m and batch.
+    """Dash and Dot, as calls without arguments, for one m and batch.
 
     Attributes:
         dash: Evaluates Dash.
         dot: Evaluates Dot.
-        what: "Dot", or "shrunk Dash" where a weight-shared Dot does not exist for the class: Dash
-            at low resolution without Dot's own layers, so that its N is an upper bound.
     """
 
     dash: Call
     dot: Call
-    what: str
 
 
 def make_pair(
@@ -66,16 +63,12 @@ def make_pair(
 ) -> Pair:
     """Make the calls for one architecture; `model` may lie on "meta"."""
     from morse.dot import MorseDot
-    from morse.dot.view import PORTS
     from morse.sampling import JumpPoint
 
     architecture = find_architecture(name)
     like = next(model.parameters())
-    sample, timestep, conditions = make_inputs(architecture, batch_size, 0, like)
+    sample, timestep, conditions = make_inputs(architecture, batch_size, like)
     dash = _bound(model, architecture, sample, timestep, conditions)
-    if architecture.class_name not in PORTS:
-        small = make_inputs(architecture, batch_size, num_down_blocks, like)
-        return Pair(dash, _bound(model, architecture, *small), "shrunk Dash")
     dot = MorseDot.from_dash(
         model,
         num_down_blocks=num_down_blocks,
@@ -85,8 +78,10 @@ def make_pair(
     ).eval()
     if merged:
         dot.merge_lora()
-    jump = JumpPoint(sample, timestep, sample)
-    return Pair(dash, lambda: dot(sample, timestep, jump, **conditions), "Dot")
+    shape = list(sample.shape)
+    shape[2 if architecture.packed else 1] = dot.config.output_channels
+    jump = JumpPoint(sample, timestep, sample.new_zeros(shape))
+    return Pair(dash, lambda: dot(sample, timestep, jump, **conditions))
 
 
 def _bound(
@@ -126,7 +121,7 @@ def measure_architecture(
     """Measure N for m = 1 and 2, LoRA merged and not, at each batch size and in each mode.
 
     Yields:
-        One entry a combination: arch, num_down_blocks, merged, mode, batch_size, what, flop_ratio,
+        One entry a combination: arch, num_down_blocks, merged, mode, batch_size, flop_ratio,
         speed_ratio (of medians) and the quartiles of seconds, dash_seconds and dot_seconds; or
         "error" in place of the last three where the device cannot run it.
     """
@@ -144,12 +139,9 @@ def measure_architecture(
                         "merged": merged,
                         "mode": mode,
                         "batch_size": batch_size,
-                        "what": pair.what,
                         **flops,
                         **measure_pair(pair, mode, device, settings.repeats),
                     }
-            if pair.what != "Dot":
-                break  # there is no LoRA to leave unmerged
 
 
 @torch.no_grad()

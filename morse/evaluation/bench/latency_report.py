@@ -58,12 +58,12 @@ def _table(result: dict[str, object]) -> "Table":
     title = f"{result['device']}, {result['dtype']}, random weights{depth}"
     caption = "FLOP ratio: at full depth, batch 1. N: ratio of medians."
     table = Table(title=title, caption=caption)
-    for header in ("arch", "m", "in Dot's place", "LoRA", "mode", "batch", "FLOP ratio", "N"):
+    for header in ("arch", "m", "LoRA", "mode", "batch", "FLOP ratio", "N"):
         table.add_column(header, justify="left" if header in ("arch", "mode") else "right")
     for entry in result["entries"]:
-        lora = ("merged" if entry["merged"] else "separate") if entry["what"] == "Dot" else "none"
+        lora = "merged" if entry["merged"] else "separate"
         ratio = f"{entry['speed_ratio']:.2f}" if "speed_ratio" in entry else entry["error"]
-        cells = (entry["arch"], entry["num_down_blocks"], entry["what"], lora, entry["mode"])
+        cells = (entry["arch"], entry["num_down_blocks"], lora, entry["mode"])
         cells += (entry["batch_size"], f"{entry['flop_ratio']:.2f}", ratio)
         table.add_row(*map(str, cells))
     return table
