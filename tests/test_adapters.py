@@ -45,6 +45,7 @@ def load_ip_adapter(pipe):
     pipe.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
 
 
+@pytest.mark.supports("interplay", "IP-Adapter")
 class TestIPAdapter:
     @pytest.fixture
     def pipe(self, unet):
@@ -118,6 +119,9 @@ def attention_first(unet):
     return type(unet).from_config({**unet.config, **blocks}).eval()
 
 
+@pytest.mark.supports(
+    "pipeline", "StableDiffusionAdapterPipeline", "StableDiffusionXLAdapterPipeline"
+)
 class TestT2IAdapter:
     @pytest.fixture
     def unet(self):

@@ -58,6 +58,7 @@ def test_enable_twice_and_disable_restore_the_pipeline(pipe, dot):
     assert torch.equal(sample(enable_morse(pipe, dot), plan="DoDo"), with_dot)
 
 
+@pytest.mark.supports("pipeline", "DDPMPipeline")
 def test_matches_the_reference_loop(pipe, dot):
     """The attached pipeline does what `morse_sample` does with the same solver."""
     from morse import morse_sample

@@ -42,6 +42,7 @@ def count_calls(module):
     return calls
 
 
+@pytest.mark.supports("interplay", "several ControlNets")
 class TestSeveralControlNets:
     @pytest.fixture
     def pipe(self, unet):
@@ -103,6 +104,11 @@ class TestSeveralControlNets:
         ),
     ],
 )
+@pytest.mark.supports(
+    "pipeline",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+)
 def test_controlnet_on_pictures(unet, dot, pipeline, more):
     pipe = stable_diffusion(getattr(diffusers, pipeline), unet, controlnet=controlnet(unet))
     calls = count_calls(pipe.controlnet)
@@ -115,6 +121,7 @@ def test_controlnet_on_pictures(unet, dot, pipeline, more):
 
 
 @pytest.mark.parametrize("options", [{}, {"guess_mode": True}, {"control_guidance_start": 0.5}])
+@pytest.mark.supports("pipeline", "StableDiffusionXLControlNetPipeline")
 def test_controlnet_for_xl(options):
     unet = xl_unet()
     pipe = stable_diffusion(
@@ -128,6 +135,7 @@ def test_controlnet_for_xl(options):
     assert len(calls) == 2
 
 
+@pytest.mark.supports("pipeline, own Dot", "FluxControlNetPipeline")
 def test_controlnet_for_a_transformer():
     """Flux: scaled timesteps, and features for one of the two kinds of blocks only."""
     shape = {

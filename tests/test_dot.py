@@ -22,6 +22,7 @@ def inputs(size=16, batch_size=2, channels=1, seed=0):
 
 
 @pytest.mark.parametrize("num_down_blocks", [1, 2, 3])
+@pytest.mark.supports("denoiser", "UNet2DModel")
 def test_an_untrained_dot_is_exactly_reuse(dash, num_down_blocks):
     dot = MorseDot.from_dash(dash, num_down_blocks=num_down_blocks)
     assert (dot(*inputs()) == 0).all()
@@ -269,6 +270,7 @@ def text_dash():
     ).eval()
 
 
+@pytest.mark.supports("denoiser", "UNet2DConditionModel")
 def test_a_text_conditional_dash_hands_its_text_to_the_shared_layers(text_dash, make_dot):
     sample, timestep, jump = inputs(channels=4)
     text = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))

@@ -41,6 +41,7 @@ WAYS = pytest.mark.parametrize(
 
 
 @WAYS
+@pytest.mark.supports("interplay", "`from_pipe`, `AutoPipeline`")
 def test_another_pipeline_of_the_same_parts(pipe, make):
     inputs = {"image": picture(), "strength": 0.5}
     expected = image_latents(image_to_image(make), num_inference_steps=8, **inputs)

@@ -65,6 +65,7 @@ def unet():
     return text_unet()
 
 
+@pytest.mark.supports("interplay", "guidance in separate calls")
 class TestSeparateCalls:
     @pytest.fixture
     def pipe(self, unet):
@@ -129,6 +130,7 @@ class TestSeparateCalls:
         assert pipe.last_run.fallbacks == {"unconditional_transformer: it has no Dot": 4}
 
 
+@pytest.mark.supports("pipeline", "StableDiffusionPAGPipeline")
 class TestPerturbedAttention:
     """PAG: a third branch, whose attention processors are set while the pipeline runs."""
 

@@ -58,6 +58,7 @@ def hub(monkeypatch, tmp_path):
     return SimpleNamespace(root=root, calls=calls)
 
 
+@pytest.mark.supports("interplay", "`push_to_hub`")
 class TestPublishing:
     def test_a_dot(self, pipe, hub):
         commit = pipe.dot.push_to_hub("my-dot", "First", private=True, token="t", create_pr=True)

@@ -40,6 +40,7 @@ def test_the_lora_of_the_dot_in_these_tests_is_visible(pipe):
     assert difference(planned(pipe), with_lora) > 0.02
 
 
+@pytest.mark.supports("interplay", "`.to(dtype)`")
 class TestPrecision:
     @BOTH
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -81,6 +82,7 @@ class TestPrecision:
         assert dot.dtype == torch.float32
 
 
+@pytest.mark.supports("interplay", "offloading (models, layers, groups)")
 class TestOffloading:
     @BOTH
     def test_whole_models(self, merge_lora):
@@ -180,6 +182,7 @@ def offload_layers(pipe):
             cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
 
 
+@pytest.mark.supports("interplay", "`torch.compile`")
 class TestCompiling:
     """With the eager backend, which traces and guards but generates no code."""
 
@@ -242,6 +245,9 @@ def chunk_feed_forward(pipe):
             module.set_chunk_feed_forward(1, dim=1)
 
 
+@pytest.mark.supports(
+    "interplay", "attention processors and slicing, FreeU, gradient checkpointing"
+)
 class TestSettings:
     @pytest.mark.parametrize(
         ("treat", "changes"),
@@ -319,6 +325,7 @@ def make_jump():
     return JumpPoint(sample, torch.tensor(700), output)
 
 
+@pytest.mark.supports("interplay", "callbacks, interrupts, threads")
 class TestCalls:
     @pytest.mark.parametrize(
         "other",

@@ -1,6 +1,7 @@
 """Pipelines whose denoiser is a prior or a decoder, with a Dot of the user's own."""
 
 import diffusers
+import pytest
 import torch
 from pipeline_checks import check, counted, latents, own_dot
 from tiny_pipelines import tiny_vae
@@ -22,6 +23,7 @@ class KandinskyPrior(diffusers.KandinskyV22PriorPipeline):
         return torch.zeros(batch_size, 8)
 
 
+@pytest.mark.supports("pipeline, own Dot", "KandinskyV22PriorPipeline")
 def test_kandinsky_prior():
     """Its samples are vectors, (B, C)."""
     torch.manual_seed(0)
@@ -56,6 +58,9 @@ def cascade_unet(**options):
     return unet
 
 
+@pytest.mark.supports(
+    "pipeline, own Dot", "StableCascadePriorPipeline", "StableCascadeDecoderPipeline"
+)
 class TestStableCascade:
     """Its scheduler has one timestep more than it makes steps and tells no number of steps."""
 

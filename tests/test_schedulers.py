@@ -51,7 +51,8 @@ CASES = [
 ]
 PARAMETERS = [
     pytest.param(name, {**options, "prediction_type": kind} if kind else options, length,
-                 id="-".join(map(str, [name, *options.values(), *([kind] if kind else [])])))
+                 id="-".join(map(str, [name, *options.values(), *([kind] if kind else [])])),
+                 marks=pytest.mark.supports("scheduler", name))
     for name, options, kinds, length in CASES
     for kind in kinds
 ]  # fmt: skip

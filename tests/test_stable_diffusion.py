@@ -20,6 +20,7 @@ def dot(unet):
     return make_dot(unet)
 
 
+@pytest.mark.supports("pipeline", "StableDiffusionPipeline")
 class TestTextToImage:
     @pytest.mark.parametrize(
         "options", [{}, {"guidance_scale": 1.0}, {"guidance_rescale": 0.7}, {"eta": 1.0}]
@@ -75,6 +76,7 @@ class TestTextToImage:
 
 @pytest.mark.parametrize("strength", [0.5, 0.8, 1.0])
 @pytest.mark.parametrize("scheduler", ["DDIM", "HeunDiscrete", "UniPCMultistep"])
+@pytest.mark.supports("pipeline", "StableDiffusionImg2ImgPipeline")
 def test_image_to_image_counts_the_steps_that_are_left(unet, dot, strength, scheduler):
     scheduler = getattr(diffusers, f"{scheduler}Scheduler")()
     pipe = stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline, unet, scheduler)
@@ -91,6 +93,7 @@ def test_a_budget_counts_the_steps_that_are_left(unet, dot):
     assert pipe.last_run.fallbacks == {} and pipe.last_run.num_dot > 0
 
 
+@pytest.mark.supports("pipeline", "StableDiffusionInpaintPipeline")
 class TestInpainting:
     @pytest.mark.parametrize("channels", [4, 9])
     def test_both_kinds_of_denoiser(self, unet, dot, channels):
@@ -105,6 +108,7 @@ class TestInpainting:
         check(pipe, dot, 8, 4, **text_inputs(), **inputs, strength=0.5)
 
 
+@pytest.mark.supports("pipeline", "StableDiffusionInstructPix2PixPipeline")
 def test_instructions_on_an_image():
     """InstructPix2Pix: 8 channels in, three branches in one batch."""
     unet = text_unet(in_channels=8)
@@ -112,6 +116,7 @@ def test_instructions_on_an_image():
     check(pipe, make_dot(unet), 6, 6, **text_inputs(), image=picture())
 
 
+@pytest.mark.supports("pipeline", "LatentConsistencyModelPipeline")
 def test_latent_consistency():
     """The guidance scale is an input, through the time embedding."""
     unet = text_unet(time_cond_proj_dim=256)
@@ -127,6 +132,7 @@ def test_latent_consistency():
     assert not torch.equal(*found)
 
 
+@pytest.mark.supports("pipeline", "LatentConsistencyModelImg2ImgPipeline")
 def test_latent_consistency_image_to_image():
     unet = text_unet(time_cond_proj_dim=256)
     pipe = stable_diffusion(
@@ -136,6 +142,7 @@ def test_latent_consistency_image_to_image():
     check(pipe, make_dot(unet), 4, 4, **inputs, strength=0.5)
 
 
+@pytest.mark.supports("pipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 class TestXL:
     @pytest.fixture(scope="class")
     def unet(self):
@@ -163,6 +170,7 @@ class TestXL:
         check(refiner, dot, 10, 3, **inputs, image=picture(), strength=0.3)
 
 
+@pytest.mark.supports("pipeline", "StableDiffusionControlNetPipeline")
 class TestControlNet:
     """It steers Dash and Dot, and is evaluated for Dash only."""
 

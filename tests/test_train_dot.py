@@ -77,6 +77,7 @@ def assert_same_run(folder, other):
         assert (folder / file).read_bytes() == (other / file).read_bytes()
 
 
+@pytest.mark.supports("training", "DDPMPipeline")
 def test_the_result_works_in_a_pipeline(whole_run, base):
     dot = MorseDot.from_pretrained(whole_run)
     assert any(value.abs().max() > 0 for name, value in weights(whole_run).items()

@@ -58,6 +58,13 @@ def grid_of(size):
 
 @every
 @pytest.mark.parametrize("num_down_blocks", [1, 2, 3])
+@pytest.mark.supports(
+    "denoiser",
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+)
 def test_an_untrained_dot_is_exactly_reuse(name, dash, num_down_blocks):
     dot = MorseDot.from_dash(dash, num_down_blocks, lora_rank=2)
     sample, timestep, jump = inputs(name)

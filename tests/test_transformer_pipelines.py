@@ -61,6 +61,7 @@ def check(pipe, dot, calls=1, **kwargs):
     return found
 
 
+@pytest.mark.supports("pipeline", "DiTPipeline")
 class TestDiT:
     @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
     @pytest.mark.parametrize("scheduler", ["DDIM", "DPMSolverMultistep", "DDPM"])
@@ -80,6 +81,7 @@ class TestDiT:
             assert pipe.last_run.fallbacks == {}
 
 
+@pytest.mark.supports("pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
 class TestPixArt:
     @pytest.fixture
     def inputs(self):
@@ -115,6 +117,7 @@ class TestPixArt:
         check_sizes(pipe, dot, inputs, (32, 32), (16, 40))  # 4 x 10 tokens, padded to 4 x 12
 
 
+@pytest.mark.supports("pipeline", "StableDiffusion3Pipeline")
 class TestStableDiffusion3:
     @pytest.fixture
     def pipe(self):
@@ -167,6 +170,7 @@ class TestStableDiffusion3:
         assert found[1].shape[-2:] == (12, 20)
 
 
+@pytest.mark.supports("pipeline", "FluxPipeline")
 class TestFlux:
     def build(self, guidance_embeds=False, **scheduler):
         missing = dict.fromkeys(

@@ -67,6 +67,7 @@ def test_the_lora_of_these_tests_is_visible():
 
 @BOTH
 @pytest.mark.parametrize("treat", [load, load_both, load_and_disable, load_and_fuse])
+@pytest.mark.supports("interplay", "users’ LoRA")
 def test_dash_and_dot_run_with_it(treat, merge_lora):
     check_treated(treat, merge_lora)
 

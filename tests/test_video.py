@@ -59,6 +59,7 @@ class CheckingDot:
         return own_dot(sample, timestep, jump)
 
 
+@pytest.mark.supports("pipeline, own Dot", "WanPipeline (2.1)")
 class TestOneExpert:
     @pytest.mark.parametrize(("scale", "branches"), [(5.0, 2), (1.0, 1)])
     @pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscrete", "UniPCMultistep"])
@@ -118,6 +119,7 @@ class TestOneExpert:
         assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (3, 9)
 
 
+@pytest.mark.supports("pipeline, own Dot", "WanPipeline (2.2)")
 class TestTwoExperts:
     """Of six steps, from timestep 1000 to 1, the first three are the first expert's."""
 
@@ -158,6 +160,7 @@ class TestTwoExperts:
         assert torch.equal(latents(pipe, num_inference_steps=4, **wan_inputs()), expected)
 
 
+@pytest.mark.supports("pipeline, own Dot", "AnimateDiffPipeline")
 class TestAnimateDiff:
     @pytest.fixture(scope="class")
     def motion_unet(self):
