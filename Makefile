@@ -29,8 +29,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(VENV_PYTHON) -m morse demo $(ARGS)
 
+# Two processes with a thread each: tiny models leave a second thread with nothing to do.
 test: $(STAMP)
-	$(VENV_PYTHON) -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV_PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(VENV_PYTHON) -m ruff check .

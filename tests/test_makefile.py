@@ -50,4 +50,4 @@ def test_the_first_run_sets_up_and_the_second_does_not(checkout):
 
 def test_ci_runs_exactly_make_test(checkout):
     log = run(checkout, str(checkout / ".ci" / "run"))
-    assert log[-1].strip() == "-m pytest"
+    assert log[-1].strip() == "-m pytest -n 2 --dist loadfile"
