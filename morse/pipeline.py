@@ -12,7 +12,7 @@ from morse.attach import enable_morse, inherit_dot, morse_class
 from morse.dot import MorseDot
 from morse.dot.loading import safetensors_only
 
-EMBEDDED = {"fashion-mnist": "fashion_mnist"}
+EMBEDDED = {"fashion-mnist": "fashion_mnist", "fashion-mnist-text": "fashion_mnist_text"}
 
 # Short names for `scheduler=`, with the settings that make a class the method of that name.
 SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
@@ -90,8 +90,8 @@ class MorsePipeline:
         """Load a pipeline and its Dot.
 
         Args:
-            pretrained_model_name_or_path: "fashion-mnist" (comes with the package), a folder, or
-                the id of a pipeline on the hub.
+            pretrained_model_name_or_path: "fashion-mnist" or "fashion-mnist-text" (both come with
+                the package), a folder, or the id of a pipeline on the hub.
             dot: A Dot, or where one is saved; None for the one saved with the pipeline, if any.
             scheduler: A scheduler, or the name of one (`morse.pipeline.SCHEDULERS`), made with
                 the pipeline's own scheduler's config.

@@ -126,6 +126,7 @@ def test_a_solver_that_cannot_use_the_whole_budget_says_so(config):
 
 @pytest.mark.skipif(" " in torch.__file__, reason="torch cannot link in a path with a space")
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the compiler alone takes a minute or two
 def test_compiled_models_sample_the_same(config, tmp_path):
     settings = {"compile": True, "kinds": ("baseline", "morse", "extrapolation")}
     settings |= {"solvers": ("ddim",), "lsd": (4,), "baseline_lsd": (), "num_images": 2}

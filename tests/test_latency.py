@@ -116,7 +116,7 @@ def test_transformers_are_measured_with_their_dots(tiny, name):
 @pytest.mark.slow
 def test_compiled_calls_are_measured():
     weight = torch.randn(8, 8)
-    pair = latency.Pair(lambda: weight @ weight @ weight, lambda: weight + 1, "Dot")
+    pair = latency.Pair(lambda: weight @ weight @ weight, lambda: weight + 1)
     entry = latency.measure_pair(pair, "compiled", torch.device("cpu"), repeats=2)
     assert entry["speed_ratio"] > 0
 
