@@ -20,8 +20,9 @@ from torch.nn import functional
 from morse.cli import run_command
 from morse.compression import NetworkSurgery, save_sparse
 from morse.evaluation.environment import command_line, environment
+from morse.training.batches import StepBatches
 from morse.training.checkpoint import write_bytes, write_json
-from morse.training.data import StepBatches, open_images
+from morse.training.data import open_images
 
 # The c_rate of each layer; the second line is the paper's for MNIST.
 RATES = ((3.0, 2.0, 1.0), (5.0, 3.0, 3.0))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from morse.training.data import StepBatches, open_images, step_loader, to_model_range
+from morse.training.batches import StepBatches, step_loader
+from morse.training.data import open_images, to_model_range
 from morse.training.idx import IDX_IMAGES, IDX_LABELS, fit_images, read_idx
 
 

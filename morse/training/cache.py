@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from morse.dot.view import fingerprint
+from morse.training.batches import StepBatches
 from morse.training.checkpoint import atomic_save_file, read_tensors, write_json
 from morse.training.common import step_generator
 from morse.training.config import TrainDotConfig
-from morse.training.data import StepBatches
 from morse.training.frozen import FrozenPipeline
 from morse.training.guidance import Conditions
 from morse.training.source import ConditionedImages, draw_windows

@@ -1,6 +1,6 @@
-"""Training images behind one interface, and batches that depend on the step alone."""
+"""Training images behind one interface."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from morse.training.captions import read_metadata
-from morse.training.common import derive_seed
 from morse.training.idx import IDX_IMAGES, IDX_LABELS, fit_images, read_idx
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -228,66 +227,3 @@ def _read_rows(
 ) -> Tensor:
     images = rows[indices][column]
     return torch.stack([_to_bytes(image, resolution, channels) for image in images])
-
-
-class StepBatches:
-    """Lists of indices for successive steps; a batch is a function of (seed, step, rank) only.
-
-    Every epoch is a new permutation of all images; a batch may continue over its border. The
-    global batch of `world_size * batch_size` images is cut into one piece per rank. So a resumed
-    run needs only the number of its next step.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        start_step: int,
-        num_steps: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """Describe the batches; see the class for their order."""
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start_step, self.num_steps = start_step, num_steps
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self) -> int:
-        """Give the number of batches."""
-        return self.num_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield the batches of steps `start_step` to `start_step + num_steps - 1`."""
-        epoch, order = -1, torch.empty(0)
-        for step in range(self.start_step, self.start_step + self.num_steps):
-            position = (step * self.world_size + self.rank) * self.batch_size
-            batch: list[int] = []
-            while len(batch) < self.batch_size:
-                needed_epoch, offset = divmod(position + len(batch), self.length)
-                if needed_epoch != epoch:
-                    epoch, order = needed_epoch, self._permutation(needed_epoch)
-                batch += order[offset : offset + self.batch_size - len(batch)].tolist()
-            yield batch
-
-    def _permutation(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        return torch.randperm(self.length, generator=generator)
-
-
-def step_loader(
-    dataset: ImageDataset, batches: StepBatches, num_workers: int, pin_memory: bool
-) -> DataLoader:
-    """Load the batches in order, (B, C, H, W) uint8 each, gathered by `__getitems__`."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_as_is,
-        persistent_workers=False,
-    )
-
-
-def _as_is(batch: Tensor) -> Tensor:
-    return batch

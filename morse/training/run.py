@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from morse.training.batches import StepBatches, step_loader
 from morse.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -25,7 +26,7 @@ from morse.training.common import (
     set_learning_rate,
     step_generator,
 )
-from morse.training.data import ImageDataset, StepBatches, step_loader
+from morse.training.data import ImageDataset
 from morse.training.log import TrainingLog
 
 if TYPE_CHECKING:

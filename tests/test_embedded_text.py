@@ -1,0 +1,49 @@
+"""The text-to-image pipeline that comes with the package does what its card says."""
+
+import pytest
+import torch
+
+from morse import MorsePipeline
+from morse.evaluation.features import load_features
+from morse.evaluation.metrics import psnr
+
+PROMPTS = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+    "ankle boot",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = MorsePipeline.from_pretrained("fashion-mnist-text")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, count=1, guidance_scale=3.0, **kwargs):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count * len(PROMPTS))]
+    prompts = list(PROMPTS) * count
+    options = {"guidance_scale": guidance_scale, "output_type": "pt", **kwargs}
+    return pipe(prompts, generator=generators, **options).images
+
+
+def test_prompts_draw_their_classes(pipe):
+    images = sample(pipe, count=3, lsd=8)
+    assert pipe.last_run.num_dot > 0 and pipe.last_run.fallbacks == {}
+    found = load_features()(images).argmax(1)
+    expected = torch.arange(len(PROMPTS)).repeat(3)
+    assert (found == expected).float().mean() > 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 7.5])
+def test_dot_corrects_what_reuse_leaves(pipe, guidance_scale):
+    """The same plan with a Dot that says nothing is reuse of Dash's latest estimate."""
+    options = {"guidance_scale": guidance_scale}
+    reference = sample(pipe, num_inference_steps=50, **options)
+    with_dot = sample(pipe, lsd=8, **options)
+    plan, dot = pipe.last_run.plan, pipe.dot
+    silent = MorsePipeline.from_pipe(pipe, lambda sample, *_, **__: torch.zeros_like(sample))
+    reuse = sample(silent, plan=plan, **options)
+    MorsePipeline.from_pipe(pipe, dot)
+    assert psnr(with_dot, reference).mean() > psnr(reuse, reference).mean() + 1
