@@ -50,6 +50,9 @@ def export(config: ExportConfig) -> None:
     for path in config.output_dir.rglob("*.json"):  # where they were loaded from says nothing here
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings.pop("_name_or_path", None)
+        if "dtype" in settings:
+            # A text encoder loads in what this says, diffusers' models in float32 by default.
+            settings["dtype"] = "float32"
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
