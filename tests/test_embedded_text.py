@@ -39,11 +39,11 @@ def test_prompts_draw_their_classes(pipe):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 7.5])
 def test_dot_corrects_what_reuse_leaves(pipe, guidance_scale):
     """The same plan with a Dot that says nothing is reuse of Dash's latest estimate."""
-    options = {"guidance_scale": guidance_scale}
+    options = {"guidance_scale": guidance_scale, "count": 3}
     reference = sample(pipe, num_inference_steps=50, **options)
     with_dot = sample(pipe, lsd=8, **options)
     plan, dot = pipe.last_run.plan, pipe.dot
     silent = MorsePipeline.from_pipe(pipe, lambda sample, *_, **__: torch.zeros_like(sample))
     reuse = sample(silent, plan=plan, **options)
     MorsePipeline.from_pipe(pipe, dot)
-    assert psnr(with_dot, reference).mean() > psnr(reuse, reference).mean() + 1
+    assert psnr(with_dot, reference).mean() > psnr(reuse, reference).mean() + 0.5

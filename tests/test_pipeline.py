@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
@@ -128,3 +129,22 @@ def test_the_schedulers_named_instead_run(make_pipe, make_dot, name):
     images = pipe(plan="DoDo", generator=torch.Generator().manual_seed(0), output_type="np").images
     assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, 2)
     assert torch.from_numpy(images).isfinite().all()
+
+
+@pytest.mark.supports("pipeline", "DDIMPipeline")
+def test_diffusers_own_ddim_pipeline(dash, make_dot):
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    pipe = DDIMPipeline(dash, DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(**plan):
+        return pipe(generator=torch.Generator().manual_seed(0), output_type="np", **plan).images
+
+    expected = images(num_inference_steps=5)
+    enable_morse(pipe, make_dot(dash))
+    assert np.array_equal(images(plan="DDDDD"), expected)
+    with_dot = images(plan="DooDo")
+    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, 3)
+    assert np.isfinite(with_dot).all() and not np.array_equal(with_dot, expected)
+    assert np.array_equal(images(plan="DooDo"), with_dot)
