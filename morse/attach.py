@@ -70,7 +70,7 @@ def enable_morse(
     denoiser = find_denoiser(pipe)
     prepare_dot(pipe, dot, denoiser)
     if isinstance(dot, MorseDot):
-        dot.eval()
+        dot.eval().bind(denoiser)
         if merge_lora:
             dot.merge_lora()
     is_component = isinstance(dot, ModelMixin)

@@ -14,11 +14,7 @@ from morse.slot import install_switch, switch_owner
 
 
 def prepare_dot(pipe: DiffusionPipeline, dot: Dot | None, denoiser: nn.Module) -> None:
-    """Bind a MorseDot to a pipeline's denoiser, in its precision and where it runs.
-
-    Raises:
-        ValueError: If the Dot belongs to another Dash.
-    """
+    """Bring a MorseDot into the precision of a pipeline's denoiser and to where that runs."""
     if not isinstance(dot, MorseDot):
         return
     dtype = getattr(unwrap(denoiser), "dtype", dot.dtype)
@@ -28,7 +24,6 @@ def prepare_dot(pipe: DiffusionPipeline, dot: Dot | None, denoiser: nn.Module) -
     device = pipe._execution_device
     if dot.device != device and not moves_weights(dot):
         dot.to(device)
-    dot.bind(denoiser)
 
 
 def remember(pipe: DiffusionPipeline, dot: Dot | None) -> None:

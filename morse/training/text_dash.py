@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from morse.training.captions import name_classes, unique_captions
 from morse.training.common import TrainingConfig, derive_seed, require
 from morse.training.data import ImageDataset, open_images, to_model_range
+from morse.training.latents import LatentCodec
 from morse.training.run import LossFunction, TrainingRun, begin_run
 from morse.training.text_model import (
     TEXT_HEAD_SIZE,
@@ -96,13 +97,17 @@ class EncodedImages:
     """
 
     def __init__(
-        self, dataset: ImageDataset, vae: "AutoencoderKL", tokenizer: "CLIPTokenizer"
+        self,
+        dataset: ImageDataset,
+        vae: "AutoencoderKL",
+        tokenizer: "CLIPTokenizer",
+        prompts: list[str],
+        rows: Tensor,
     ) -> None:
-        """Encode everything."""
-        unique, rows = unique_captions(dataset.captions)
-        self.tokens = tokenize(tokenizer, ["", *unique]).to(vae.device)
+        """Encode all images, and the different prompts that `rows` (N,) are numbers of."""
+        self.tokens = tokenize(tokenizer, ["", *prompts]).to(vae.device)
         self.rows = (rows + 1).to(vae.device)
-        self.latents = _encode_images(dataset, vae)
+        self.latents = _encode_images(dataset, LatentCodec(vae), vae.device)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -112,13 +117,11 @@ class EncodedImages:
         return torch.tensor(indices)
 
 
-@torch.no_grad()
-def _encode_images(dataset: ImageDataset, vae: "AutoencoderKL") -> Tensor:
+def _encode_images(dataset: ImageDataset, codec: LatentCodec, device: torch.device) -> Tensor:
     latents = []
     for start in range(0, len(dataset), _ENCODING_BATCH):
         indices = list(range(start, min(start + _ENCODING_BATCH, len(dataset))))
-        images = to_model_range(dataset.__getitems__(indices)).to(vae.device)
-        latents.append(vae.encode(images).latent_dist.mode() * vae.config.scaling_factor)
+        latents.append(codec.encode(to_model_range(dataset.__getitems__(indices)).to(device)))
     return torch.cat(latents)
 
 
@@ -198,7 +201,8 @@ def train_text_dash(config: TrainTextDashConfig) -> Path:
     vae = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True)
     vae = vae.requires_grad_(False).eval().to(accelerator.device)
     dataset = _open_captioned(config, vae)
-    tokenizer = build_tokenizer(config, dataset.captions)
+    prompts, rows = unique_captions(dataset.captions)
+    tokenizer = build_tokenizer(config, prompts)
     scheduler = DDIMScheduler(
         beta_schedule=config.ddpm_beta_schedule,
         clip_sample=False,
@@ -206,14 +210,14 @@ def train_text_dash(config: TrainTextDashConfig) -> Path:
         steps_offset=1,
         timestep_spacing="trailing",
     )
-    encoded = EncodedImages(dataset, vae, tokenizer)
+    encoded = EncodedImages(dataset, vae, tokenizer, prompts, rows)
     model, trained = (build_model(config, vae, tokenizer) for _ in range(2))
     run = TrainingRun(
         config, accelerator, model, encoded, text_dash_loss(config, encoded, scheduler)
     )
     trained = trained.to(accelerator.device).eval()
     pipeline = make_pipeline(trained, vae, tokenizer, scheduler)
-    run.train(_sample_saver(config, run, pipeline, unique_captions(dataset.captions)[0]))
+    run.train(_sample_saver(config, run, pipeline, prompts))
     if accelerator.is_main_process:
         run.copy_weights_to(trained)
         pipeline.save_pretrained(config.output_dir)

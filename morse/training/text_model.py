@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from morse.training.captions import unique_captions
-
 if TYPE_CHECKING:
     from diffusers import (
         AutoencoderKL,
@@ -54,13 +52,12 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
     ).input_ids
 
 
-def build_tokenizer(config: "TrainTextDashConfig", captions: list[str]) -> "CLIPTokenizer":
-    """Train a byte-pair tokenizer of CLIP's kind on the captions."""
+def build_tokenizer(config: "TrainTextDashConfig", prompts: list[str]) -> "CLIPTokenizer":
+    """Train a byte-pair tokenizer of CLIP's kind on the different prompts."""
     from transformers import CLIPTokenizer
 
-    unique, _ = unique_captions(captions)
     tokenizer = CLIPTokenizer().train_new_from_iterator(
-        [unique], vocab_size=config.vocabulary_size, show_progress=False
+        [prompts], vocab_size=config.vocabulary_size, show_progress=False
     )
     tokenizer.model_max_length = config.max_tokens
     return tokenizer
