@@ -12,7 +12,7 @@ steps t_i from Dash's latest estimate plus a learned residual, Dot:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class JumpPoint:
     sample: Tensor
     timestep: Tensor
     model_output: Tensor
+    memory: dict[object, object] = field(default_factory=dict, compare=False)  # for Dot's own use
 
 
 Dash = Callable[[Tensor, Tensor], Tensor]  # (sample, timestep) -> model_output

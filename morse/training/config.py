@@ -60,6 +60,13 @@ class TrainDotConfig(TrainingConfig):
     independent: bool = field(
         default=False, metadata={"help": "train the control that estimates from the sample alone"}
     )
+    norm: Literal["group", "dnr"] = field(
+        default="group",
+        metadata={
+            "help": "norms of the extra blocks; dnr hands states on from one Dot step to the next, "
+            "and learns it from all steps of a window, of which it needs two or more"
+        },
+    )
     timestep_sampling: TimestepSampling = field(
         default="uniform",
         metadata={"help": "uniform as in Algorithm 1, or neighbours on the grids of real plans"},
@@ -117,6 +124,7 @@ class TrainDotConfig(TrainingConfig):
             "at least 1",
         )
         self._check_conditions()
+        self._check_relay()
         if self.cuda_graphs and (self.compile or self.on_policy):
             raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
         if self.on_policy and (self.cache_pairs or self.window_steps == 1):
@@ -129,6 +137,22 @@ class TrainDotConfig(TrainingConfig):
                 "cache_latents is True and cache_pairs is given, which holds latents already; "
                 "choose one"
             )
+
+    def _check_relay(self) -> None:
+        if self.norm != "dnr":
+            return
+        if self.window_steps == 1:
+            raise ValueError(
+                "norm is 'dnr' and window_steps is 1, but a relay from one Dot step to the next is "
+                "learnt from windows of several: give --window_steps 2 or more, such as 3."
+            )
+        if self.pairs_per_window > 1:
+            raise ValueError(
+                f"norm is 'dnr' and pairs_per_window is {self.pairs_per_window}, but it learns "
+                "from all steps of a window, in order: leave --pairs_per_window away."
+            )
+        if self.cuda_graphs:
+            raise ValueError("cuda_graphs is True, which norm='dnr' has no graphs for; choose one")
 
     def _check_conditions(self) -> None:
         scale = self.guidance_scale

@@ -15,6 +15,7 @@ from morse.training.graphs import GraphedDot
 from morse.training.latent_cache import cache_latents
 from morse.training.pairs import weighted_loss
 from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.training.sequences import sequence_loss, sequence_pairs
 from morse.training.source import (
     Batch,
     ConditionedImages,
@@ -40,6 +41,7 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             layers_per_block=config.layers_per_block,
             independent=config.independent,
             base_space=config.base_space,
+            norm=config.norm,
         )
     if config.init_from is not None:
         path = Path(config.init_from) / "diffusion_pytorch_model.safetensors"
@@ -60,6 +62,8 @@ def window_loss(
         else:
             maker = dot if config.on_policy else None
             window = draw_windows(source, config, batch, generator, maker)
+        if config.norm == "dnr":
+            return sequence_loss(dot, sequence_pairs(dash, window), config)
         pairs = pick_pairs(dash, window, config.pairs_per_window, generator, config.on_policy)
         if config.cuda_graphs and not graphed:
             graphed.append(GraphedDot(dot))
