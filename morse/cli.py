@@ -14,6 +14,7 @@ Config = TypeVar("Config")
 COMMANDS = {
     "demo": ("morse.evaluation.demo", "DemoConfig", "run_demo"),
     "bench": ("morse.evaluation.bench.benchmark", "BenchmarkConfig", "run_benchmark"),
+    "plan": ("morse.evaluation.planning.command", "PlanConfig", "run_plan"),
     "eval fid": ("morse.evaluation.fid.command", "FidConfig", "run_fid"),
     "train-dash": ("morse.training.dash", "TrainDashConfig", "train_dash"),
     "train-dot": ("morse.training.loop", "TrainDotConfig", "train_dot"),

@@ -61,6 +61,8 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
             the scheduler if None (`morse.rates.choose_base_space`). After the deterministic step
             that Dot is trained on, "raw" and "x0" of an epsilon agree.
         patch_size: Rows and columns of the sample in one token of a transformer; 1 for UNets.
+        plans: Searched plans (`morse plan`) by scheduler class name, each as a
+            `morse.saved_plans.SavedPlan` has it; a budget that is among them is spent so.
     """
 
     @register_to_config
@@ -83,6 +85,7 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         output_channels: int | None = None,
         base_space: BaseSpace | None = None,
         patch_size: int = 1,
+        plans: dict[str, list[dict[str, object]]] | None = None,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
