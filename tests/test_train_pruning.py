@@ -12,19 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers.pipelines.pipeline_loading_utils import is_safetensors_compatible
 from safetensors.torch import load_file
+from test_hub import hub  # noqa: F401
 from test_train_dot import arguments, data_dir  # noqa: F401
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
 from morse.compression import NetworkSurgery, load_sparse
-from morse.dot.storage import SPARSE_WEIGHTS_NAME
 from morse.training.loop import TrainDotConfig, train_dot
-from morse.training.pruning import DotPruner, keep_share, set_thresholds
+from morse.training.pruning import DotPruner, keep_share, prune_bounds, set_thresholds
 from morse.training.run import TrainingRun
 
 ROOT = Path(__file__).parents[1]
-DENSE = "diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEPS = ["--max_train_steps", "8", "--prune_start", "3", "--prune_stop", "6", "--prune", "0.8"]
 
 
@@ -76,7 +77,7 @@ def dense_run(train):
 
 
 def assert_pruned(folder, share=0.8):
-    for name, value in load_sparse(folder / SPARSE_WEIGHTS_NAME).items():
+    for name, value in load_sparse(folder / WEIGHTS).items():
         count = int((value == 0).sum())
         if value.ndim > 1 and not name.startswith("conv_out"):
             kept = max(1, round((1 - share) * value.numel()))
@@ -104,7 +105,7 @@ def test_the_schedule_of_a_run(pruned_run, history):
 
 def test_averages_carry_the_final_mask(pruned_run, history):
     last = history[-1][2]
-    state = load_sparse(pruned_run / SPARSE_WEIGHTS_NAME)
+    state = load_sparse(pruned_run / WEIGHTS)
     checkpoint = pruned_run / "checkpoint-8"
     names = [n for n in load_file(checkpoint / "model.safetensors") if n.endswith(".original")]
     averages = load_file(checkpoint / "ema.safetensors")
@@ -126,7 +127,7 @@ def test_averages_carry_the_final_mask(pruned_run, history):
 def test_without_averages_raw_weights_are_masked(train):
     folder = train(*STEPS, "--no-use_ema", "--gradient_accumulation_steps", "2")
     assert_pruned(folder)
-    state = load_sparse(folder / SPARSE_WEIGHTS_NAME)
+    state = load_sparse(folder / WEIGHTS)
     raw = load_file(folder / "checkpoint-8" / "model.safetensors")
     original = raw["conv_in.parametrizations.weight.original"]
     mask = raw["conv_in.parametrizations.weight.0.mask"]
@@ -157,9 +158,9 @@ def test_one_shot_prunes_once(train, dense_run, monkeypatch):
 def test_a_pruned_dot_is_a_start(train, pruned_run):
     folder = train("--init_from", str(pruned_run), "--max_train_steps", "1", "--learning_rate",
                    "1e-12", "--lr_warmup_steps", "1")  # fmt: skip
-    state = load_sparse(pruned_run / SPARSE_WEIGHTS_NAME)
-    torch.testing.assert_close(load_file(folder / DENSE), state, rtol=0, atol=1e-9)
-    assert not (folder / SPARSE_WEIGHTS_NAME).exists()
+    state = load_sparse(pruned_run / WEIGHTS)
+    torch.testing.assert_close(load_file(folder / WEIGHTS), state, rtol=0, atol=1e-9)
+    assert not MorseDot.from_pretrained(folder).config.sparse
 
 
 PROGRAM = """
@@ -198,11 +199,15 @@ class TestResuming:
     options = (*STEPS, "--prune_gamma", "0.5")
 
     def assert_same_run(self, folder, other):
-        files = [folder / SPARSE_WEIGHTS_NAME, other / SPARSE_WEIGHTS_NAME]
+        files = [folder / WEIGHTS, other / WEIGHTS]
         assert files[0].read_bytes() == files[1].read_bytes()
         for name in ("model", "optimizer", "ema"):
             file = f"checkpoint-8/{name}.safetensors"
             assert (folder / file).read_bytes() == (other / file).read_bytes()
+
+    @pytest.fixture(scope="class")
+    def whole(self, train):
+        return train(*self.options)
 
     @pytest.mark.slow
     @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
@@ -227,10 +232,9 @@ class TestResuming:
     def stop_at(self, step, monkeypatch):
         monkeypatch.setattr(TrainingRun, "_out_of_time", lambda run: run.step >= step)
 
-    @pytest.mark.parametrize("step", [2, 4, 7])
-    def test_out_of_time_at_any_stage(self, base, data_dir, tmp_path, train, step, monkeypatch,  # noqa: F811
+    @pytest.mark.parametrize("step", [2, 4, 7], ids="before amid after".split())
+    def test_out_of_time_at_any_stage(self, base, data_dir, tmp_path, whole, step, monkeypatch,  # noqa: F811
                                       capsys):  # fmt: skip
-        whole = train(*self.options)
         config = parse_config(
             TrainDotConfig, arguments(base, data_dir, tmp_path / "run", *self.options)
         )
@@ -303,24 +307,22 @@ class TestOnDisk:
         return MorseDot.from_pretrained(pruned_run).bind(dash)
 
     def test_its_bytes_shrink(self, pruned, pruned_run, tmp_path):
-        assert {path.name for path in pruned_run.glob("*.safetensors")} == {SPARSE_WEIGHTS_NAME}
-        sparse = (pruned_run / SPARSE_WEIGHTS_NAME).stat().st_size
+        assert {path.name for path in pruned_run.glob("*.safetensors")} == {WEIGHTS}
+        sparse = (pruned_run / WEIGHTS).stat().st_size
         pruned.register_to_config(sparse=False)
         pruned.save_pretrained(tmp_path)
-        assert sparse < 0.5 * (tmp_path / DENSE).stat().st_size
+        assert sparse < 0.5 * (tmp_path / WEIGHTS).stat().st_size
 
     def test_every_bit_comes_back(self, pruned, pruned_run, tmp_path):
-        state = load_sparse(pruned_run / SPARSE_WEIGHTS_NAME)
+        state = load_sparse(pruned_run / WEIGHTS)
         found = pruned.state_dict()
-        assert list(found) == list(state)
+        assert found.keys() == state.keys()
         assert all(
             torch.equal(found[k].view(torch.int32), v.view(torch.int32)) for k, v in state.items()
         )
         assert not pruned.training and pruned.config._name_or_path == str(pruned_run)
         pruned.save_pretrained(tmp_path)
-        assert (tmp_path / SPARSE_WEIGHTS_NAME).read_bytes() == (
-            pruned_run / SPARSE_WEIGHTS_NAME
-        ).read_bytes()
+        torch.testing.assert_close(load_sparse(tmp_path / WEIGHTS), state, rtol=0, atol=0)
 
     def test_in_a_pipeline(self, pruned, pruned_run, base, tmp_path):
         def images(pipe):
@@ -335,14 +337,12 @@ class TestOnDisk:
         assert {path.name for path in (tmp_path / "pipe" / "dot").iterdir()} == {
             "README.md",
             "config.json",
-            SPARSE_WEIGHTS_NAME,
+            WEIGHTS,
         }
         assert torch.equal(images(MorsePipeline.from_pretrained(tmp_path / "pipe")), expected)
         plain = DDPMPipeline.from_pretrained(tmp_path / "pipe")
         assert not hasattr(plain, "dot")
         # On the hub too: diffusers takes these names for a complete safetensors model.
-        from diffusers.pipelines.pipeline_loading_utils import is_safetensors_compatible
-
         names = [
             str(path.relative_to(tmp_path / "pipe"))
             for path in (tmp_path / "pipe").rglob("*")
@@ -350,16 +350,23 @@ class TestOnDisk:
         ]
         assert is_safetensors_compatible(names, folder_names={"unet", "dot", "scheduler"})
 
+    def test_on_the_hub(self, pruned, hub, pruned_run):  # noqa: F811
+        pruned.push_to_hub("us/it")
+        loaded = MorseDot.from_pretrained(hub.root / "us" / "it")
+        torch.testing.assert_close(loaded.state_dict(), pruned.state_dict(), rtol=0, atol=0)
+        size = (hub.root / "us" / "it" / WEIGHTS).stat().st_size
+        assert abs(size - (pruned_run / WEIGHTS).stat().st_size) < 100  # the order of names
+
     def test_dtypes_and_variants(self, pruned, tmp_path):
         pruned.half().save_pretrained(tmp_path, variant="fp16")
-        assert (tmp_path / "sparse_weights.fp16.safetensors").exists()
+        assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").exists()
         full = MorseDot.from_pretrained(tmp_path, variant="fp16")
         half = MorseDot.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
         assert full.dtype == torch.float32 and half.dtype == torch.float16
         for name, value in pruned.state_dict().items():
             assert torch.equal(half.state_dict()[name], value)
             assert torch.equal(full.state_dict()[name], value.float())
-        with pytest.raises(OSError, match=SPARSE_WEIGHTS_NAME):
+        with pytest.raises(OSError, match=WEIGHTS):
             MorseDot.from_pretrained(tmp_path)
 
     def test_loading_draws_nothing(self, pruned_run):
@@ -367,14 +374,17 @@ class TestOnDisk:
         MorseDot.from_pretrained(pruned_run)
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_one_layout_at_a_time(self, pruned, tmp_path):
+    def test_the_layout_may_change(self, pruned, tmp_path):
+        sizes = []
         for sparse in (True, False, True):
             pruned.register_to_config(sparse=sparse)
             pruned.save_pretrained(tmp_path)
-            name = SPARSE_WEIGHTS_NAME if sparse else DENSE
-            assert [path.name for path in tmp_path.glob("*.safetensors")] == [name]
+            assert [path.name for path in tmp_path.glob("*.safetensors")] == [WEIGHTS]
+            sizes.append((tmp_path / WEIGHTS).stat().st_size)
             loaded = MorseDot.from_pretrained(tmp_path)
             assert torch.equal(loaded.conv_in.weight, pruned.conv_in.weight)
+            assert loaded.config.sparse == sparse
+        assert sizes[0] == sizes[2] < 0.5 * sizes[1]
 
     def test_a_failed_save_leaves_the_old_dot(self, pruned, tmp_path, monkeypatch):
         pruned.save_pretrained(tmp_path)
@@ -386,7 +396,7 @@ class TestOnDisk:
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     def test_a_dense_dot_is_as_ever(self, dense_run):
-        assert (dense_run / DENSE).exists() and not (dense_run / SPARSE_WEIGHTS_NAME).exists()
+        assert "conv_in.weight" in load_file(dense_run / WEIGHTS)
         assert json.loads((dense_run / "config.json").read_text())["sparse"] is False
         assert "by pruning" not in (dense_run / "README.md").read_text()
 
@@ -404,9 +414,13 @@ class TestOnDisk:
         with pytest.raises(ValueError, match="safe_serialization is False"):
             pruned.save_pretrained(tmp_path, safe_serialization=False)
         pruned.save_pretrained(tmp_path)
-        file = tmp_path / SPARSE_WEIGHTS_NAME
-        file.write_bytes(file.read_bytes()[:-8])
-        with pytest.raises(ValueError, match=r"sparse_weights\.safetensors is damaged"):
+        file = tmp_path / WEIGHTS
+        content = file.read_bytes()
+        file.write_bytes(content.replace(b"bitmask", b"bitmosk"))
+        with pytest.raises(ValueError, match=rf"{WEIGHTS} is damaged"):
+            MorseDot.from_pretrained(tmp_path)
+        file.write_bytes(content[:-8])
+        with pytest.raises(OSError, match=WEIGHTS):
             MorseDot.from_pretrained(tmp_path)
 
 
@@ -438,7 +452,5 @@ def test_settings_are_checked(options, message, tmp_path, capsys):
 def test_defaults(tmp_path):
     given = arguments(tmp_path, tmp_path, tmp_path / "run", "--max_train_steps", "3000")
     pruner = parse_config(TrainDotConfig, [*given, "--prune", "0.8"])
-    from morse.training.pruning import prune_bounds
-
     assert prune_bounds(pruner) == (1000, 2400)
     assert prune_bounds(replace(pruner, init_from=tmp_path)) == (0, 2100)

@@ -1,7 +1,7 @@
 """Pruned Dots on the disk: a file that holds only the weights that are not zero.
 
-`morse.compression.sparse` has the layout. The Dot's config says `sparse`, and the file has another
-name than diffusers' own, so that no reader takes one for the other.
+`morse.compression.sparse` has the layout. The file has the name of any diffusers model's weights,
+since diffusers refuses pipelines on the hub whose folders hold others; its own header tells.
 """
 
 import os
@@ -10,10 +10,12 @@ from typing import Self
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, _add_variant, _get_model_file
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from morse.compression import load_sparse, save_sparse
+from morse.compression.sparse import FORMAT
 
-SPARSE_WEIGHTS_NAME = "sparse_weights.safetensors"
 # What says where to find a model, out of the keywords of `from_pretrained`.
 _PLACE = (
     "cache_dir",
@@ -28,7 +30,7 @@ _SPARSE_OPTIONS = ("variant", "dtype", "torch_dtype", "use_safetensors")
 
 
 class SparselyStored:
-    """Saves and loads a diffusers model in the sparse layout if its config says `sparse`."""
+    """Saves a diffusers model in the sparse layout if its config says `sparse`; loads either."""
 
     def save_pretrained(
         self,
@@ -41,13 +43,11 @@ class SparselyStored:
     ) -> None:
         """Save as diffusers does or, sparse, as one file whatever `max_shard_size` is.
 
-        Weights that were saved there in the other layout are removed. A sparse file is replaced as
-        a whole: who reads meanwhile sees the old or the new one.
+        A sparse file is replaced as a whole: who reads meanwhile sees the old or the new one.
 
         Raises:
             ValueError: If a sparse model is to be saved as a pickle.
         """
-        other = SAFETENSORS_WEIGHTS_NAME if self.config.sparse else SPARSE_WEIGHTS_NAME
         if not self.config.sparse:
             super().save_pretrained(
                 save_directory,
@@ -65,10 +65,8 @@ class SparselyStored:
         elif is_main_process:
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
-            save_sparse(self, folder / _add_variant(SPARSE_WEIGHTS_NAME, variant))
+            save_sparse(self, folder / _add_variant(SAFETENSORS_WEIGHTS_NAME, variant))
             self.save_config(folder)
-        if is_main_process:
-            Path(save_directory, _add_variant(other, variant)).unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **kwargs: object) -> Self:
@@ -79,8 +77,9 @@ class SparselyStored:
             ValueError: If a sparse file is damaged.
         """
         place = {name: kwargs[name] for name in _PLACE if name in kwargs}
-        config = cls.load_config(path, **place)
-        if not config.get("sparse"):
+        name = _add_variant(SAFETENSORS_WEIGHTS_NAME, kwargs.get("variant"))
+        file = _find_sparse(path, name, place)
+        if file is None:
             return super().from_pretrained(path, **kwargs)
         unknown = [name for name in kwargs if name not in (*_PLACE, *_SPARSE_OPTIONS)]
         if unknown:
@@ -88,12 +87,22 @@ class SparselyStored:
                 f"{path} is saved in the sparse layout, whose loading does not know {unknown}; it "
                 f"takes {[*_PLACE, *_SPARSE_OPTIONS]}."
             )
-        name = _add_variant(SPARSE_WEIGHTS_NAME, kwargs.get("variant"))
-        state = load_sparse(_get_model_file(path, weights_name=name, **place))
+        state = load_sparse(file)
         with torch.random.fork_rng(devices=[]):  # what is drawn here is all replaced
-            model = cls.from_config(config)
+            model = cls.from_config(cls.load_config(path, **place))
         model.load_state_dict(state)
         model.register_to_config(_name_or_path=str(path))
         # As for any diffusers model, without a wish it is float32.
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32
-        return model.to(dtype).eval()
+        return nn.Module.to(model, dtype).eval()  # without ModelMixin's warning
+
+
+def _find_sparse(path: str | os.PathLike, name: str, place: dict[str, object]) -> str | None:
+    """Give the weights' file if it is sparse; what is wrong with another is diffusers' to say."""
+    try:
+        file = _get_model_file(path, weights_name=name, **place)
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    return file if FORMAT in metadata.get("json", "") else None
