@@ -7,6 +7,7 @@ from typing import Literal
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
 from morse.training.pairs import LossWeighting
+from morse.training.pruning import PruneMethod, check_prune_settings
 from morse.training.windows import TimestepSampling
 
 
@@ -97,6 +98,36 @@ class TrainDotConfig(TrainingConfig):
     init_from: Path | None = field(
         default=None, metadata={"help": "a saved Dot whose weights to start from"}
     )
+    prune: float | None = field(
+        default=None,
+        metadata={"help": "share of each of Dot's own weight matrices to prune while training"},
+    )
+    prune_method: PruneMethod = field(
+        default="surgery",
+        metadata={"help": "prune and splice as weights move, or once by magnitude: a control"},
+    )
+    prune_start: int | None = field(
+        default=None,
+        metadata={
+            "help": "updates before pruning; a third of max_train_steps if not given, with "
+            "init_from none"
+        },
+    )
+    prune_stop: int | None = field(
+        default=None,
+        metadata={
+            "help": "update from which the masks of surgery stay; after seven tenths of those "
+            "from prune_start on if not given"
+        },
+    )
+    prune_gamma: float = field(
+        default=1e-3,
+        metadata={
+            "help": "in surgery's iteration i a layer's masks move with probability "
+            "(1 + gamma * i) ** -power"
+        },
+    )
+    prune_power: float = field(default=1.0, metadata={"help": "power in that probability"})
     validation_steps: int = field(
         default=1000, metadata={"help": "updates between two validations; 0 for none"}
     )
@@ -116,6 +147,7 @@ class TrainDotConfig(TrainingConfig):
             self.cache_pairs,
             "at least 1",
         )
+        check_prune_settings(self)
         self._check_conditions()
         if self.cuda_graphs and (self.compile or self.on_policy):
             raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from morse.dot import MorseDot
 from morse.training.cache import WindowCache, prepare_cache
-from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
 from morse.training.frozen import load_frozen_pipeline
 from morse.training.graphs import GraphedDot
 from morse.training.latent_cache import cache_latents
 from morse.training.pairs import weighted_loss
+from morse.training.pruning import DotPruner
 from morse.training.run import LossFunction, TrainingRun, begin_run
 from morse.training.source import (
     Batch,
@@ -42,8 +42,7 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             base_space=config.base_space,
         )
     if config.init_from is not None:
-        path = Path(config.init_from) / "diffusion_pytorch_model.safetensors"
-        dot.load_state_dict(read_tensors(path))
+        dot.load_state_dict(MorseDot.from_pretrained(config.init_from).state_dict())
     return dot
 
 
@@ -86,7 +85,8 @@ def train_dot(config: TrainDotConfig) -> Path:
         train = cache_latents(train, config, accelerator)
     cache = prepare_cache(train, config, accelerator) if config.cache_pairs else None
     loss = window_loss(train, config, cache)
-    run = TrainingRun(config, accelerator, dot, train if cache is None else cache, loss)
+    pruner = None if config.prune is None else DotPruner(dot, config)
+    run = TrainingRun(config, accelerator, dot, train if cache is None else cache, loss, pruner)
     validate = make_validator(test, config)
 
     def after_step(step: int) -> None:
@@ -101,6 +101,9 @@ def train_dot(config: TrainDotConfig) -> Path:
         run.copy_weights_to(trained)
         ratios = validate(trained, step)
         accelerator.print(f"residual error / reuse error on held-out images: {ratios}")
+        if pruner is not None:
+            trained.register_to_config(sparse=True)
+            accelerator.print(pruner.summary())
         trained.save_pretrained(config.output_dir)
     accelerator.wait_for_everyone()
     accelerator.end_training()
