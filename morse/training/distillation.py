@@ -146,7 +146,7 @@ def add_distillation(
             if name in TERMS:
                 whole.terms[name] = TERMS[name](student, teacher)
                 whole.weights[name] = weight
-    return whole
+    return whole.to(dot.device)
 
 
 @torch.no_grad()

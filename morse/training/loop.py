@@ -73,10 +73,11 @@ def window_loss(
                 pairs.sample, pairs.timestep, pairs.jump, **further, **pairs.conditions.inputs()
             )
         )
-        residual, features_loss = residual if config.distill else (residual, 0.0)
+        if config.distill:
+            residual, features_loss = residual
         estimate = pairs.guided(pairs.outputs(residual, config.independent))
         loss = weighted_loss(estimate, pairs, config.loss_weighting, config.even_guidance)
-        return loss + loss.detach() * features_loss
+        return loss + loss.detach() * features_loss if config.distill else loss
 
     return compute_loss
 
