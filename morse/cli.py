@@ -31,7 +31,7 @@ def _argument(hint: object) -> dict[str, object]:
     if origin is Literal:
         return {"choices": list(args), "type": type(args[0])}
     if origin is tuple:
-        return {"nargs": "+", "type": args[0]}
+        return {"nargs": "+", **_argument(args[0])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint}

@@ -6,6 +6,7 @@ from typing import Literal
 
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
+from morse.training.distillation_terms import DistillName, check_distill
 from morse.training.pairs import LossWeighting
 from morse.training.pruning import PruneMethod, check_prune_settings
 from morse.training.windows import TimestepSampling
@@ -95,6 +96,20 @@ class TrainDotConfig(TrainingConfig):
         default=False,
         metadata={"help": "replay Dot's kernels as CUDA graphs; for one process on one GPU"},
     )
+    distill: tuple[DistillName, ...] = field(
+        default=(),
+        metadata={
+            "help": "learn Dash's features too, for one more evaluation of Dash a pair: norm, "
+            "af_dcd, scale_kd; the other names are their controls"
+        },
+    )
+    distill_weight: tuple[float, ...] = field(
+        default=(0.1,),
+        metadata={
+            "help": "factor of all such losses, or one for each, in errors of Dot's output: so "
+            "much smaller are these than those of features"
+        },
+    )
     init_from: Path | None = field(
         default=None, metadata={"help": "a saved Dot whose weights to start from"}
     )
@@ -149,6 +164,7 @@ class TrainDotConfig(TrainingConfig):
         )
         check_prune_settings(self)
         self._check_conditions()
+        self._check_distillation()
         if self.cuda_graphs and (self.compile or self.on_policy):
             raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
         if self.on_policy and (self.cache_pairs or self.window_steps == 1):
@@ -174,4 +190,19 @@ class TrainDotConfig(TrainingConfig):
             raise ValueError(
                 f"caption_column is {self.caption_column!r} and class_names is "
                 f"{self.class_names}; give one of the two"
+            )
+
+    def _check_distillation(self) -> None:
+        if not self.distill:
+            return
+        check_distill(self.distill, self.distill_weight)
+        if self.prune is not None:
+            raise ValueError(
+                f"distill is {self.distill} and prune is {self.prune}; distill first, then prune "
+                "the result with init_from"
+            )
+        if self.compile or self.cuda_graphs:
+            raise ValueError(
+                f"distill is {self.distill}, whose features are read with hooks, and so can "
+                "neither be compiled nor captured; leave compile and cuda_graphs away"
             )
