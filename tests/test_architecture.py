@@ -15,6 +15,7 @@ GROUPS = [
     (
         "clock",
         "leapfrog",
+        "saved_plans",
         "steps",
         "rates",
         "denoisers",

@@ -267,7 +267,11 @@ class TestCommand:
             assert (halves / file).read_bytes() == (tmp_path / file).read_bytes()
 
     @pytest.mark.parametrize(
-        "options", [("--on_policy",), ("--cache_pairs", "7", "--timestep_sampling", "plans")]
+        "options",
+        [
+            ("--on_policy", "--prune", "0.5"),
+            ("--cache_pairs", "7", "--timestep_sampling", "plans"),
+        ],
     )
     def test_other_windows(self, run, options):
         folder = run("run", *options, "--validation_steps", "4")
@@ -282,6 +286,7 @@ class TestCommand:
             (("--window_steps", "1"), "window_steps is 1.*--window_steps 2 or more"),
             (("--pairs_per_window", "2"), "pairs_per_window is 2"),
             (("--cuda_graphs",), "cuda_graphs is True"),
+            (("--distill", "norm"), r"distill is \('norm',\)"),
             (("--norm", "batch"), "invalid choice: 'batch'"),
         ],
     )

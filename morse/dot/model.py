@@ -18,6 +18,7 @@ from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
 from morse.dot.relay import Norm, install_relay
 from morse.dot.shell import moves_weights, run_hooked, update_tree
+from morse.dot.storage import SparselyStored
 from morse.dot.view import (
     TreeState,
     check_fingerprint,
@@ -31,7 +32,7 @@ from morse.sampling import JumpPoint
 from morse.spaces import BaseSpace, check_base_space
 
 
-class MorseDot(Publishable, ModelMixin, ConfigMixin):
+class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
     """Predicts what to add to Dash's latest estimate, from both points of the trajectory.
 
     The sample, the jump point's sample and the jump point's estimate go through
@@ -64,6 +65,9 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         patch_size: Rows and columns of the sample in one token of a transformer; 1 for UNets.
         norm: "group", or "dnr": norms of the extra blocks that hand a state on, also from one Dot
             step to the next until Dash runs again (`morse.dot.relay`).
+        plans: Searched plans (`morse plan`) by scheduler class name, each as a
+            `morse.saved_plans.SavedPlan` has it; a budget that is among them is spent so.
+        sparse: Save only the weights that are not zero and their places: for a pruned Dot.
     """
 
     @register_to_config
@@ -87,6 +91,8 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         base_space: BaseSpace | None = None,
         patch_size: int = 1,
         norm: Norm = "group",
+        plans: dict[str, list[dict[str, object]]] | None = None,
+        sparse: bool = False,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
