@@ -199,11 +199,11 @@ class TrainDotConfig(TrainingConfig):
                 f"norm is 'dnr' and pairs_per_window is {self.pairs_per_window}, but it learns "
                 "from all steps of a window, in order: leave --pairs_per_window away."
             )
-        for name, what in (("cuda_graphs", "graphs of single pairs"), ("distill", "single pairs")):
+        for name in ("cuda_graphs", "distill"):
             if getattr(self, name):
                 raise ValueError(
-                    f"norm is 'dnr' and {name} is {getattr(self, name)}, but {name} is for {what}, "
-                    f"not for sequences of them: leave --{name} away."
+                    f"norm is 'dnr' and {name} is {getattr(self, name)}, but {name} works on single "
+                    f"pairs, not on sequences of them: leave --{name} away."
                 )
 
     def _check_conditions(self) -> None:
