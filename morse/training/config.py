@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from morse.history import check_history
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
 from morse.training.pairs import LossWeighting
@@ -60,6 +61,19 @@ class TrainDotConfig(TrainingConfig):
     independent: bool = field(
         default=False, metadata={"help": "train the control that estimates from the sample alone"}
     )
+    history: Literal[0, 1] = field(
+        default=0,
+        metadata={
+            "help": "earlier estimates of Dash that Dot uses besides the latest; 0 is the paper"
+        },
+    )
+    extrapolation_cap: float = field(
+        default=1.0,
+        metadata={
+            "help": "with history, how far the base follows the line through both estimates; "
+            "0 to let Dot see the line and no more"
+        },
+    )
     timestep_sampling: TimestepSampling = field(
         default="uniform",
         metadata={"help": "uniform as in Algorithm 1, or neighbours on the grids of real plans"},
@@ -95,7 +109,8 @@ class TrainDotConfig(TrainingConfig):
         metadata={"help": "replay Dot's kernels as CUDA graphs; for one process on one GPU"},
     )
     init_from: Path | None = field(
-        default=None, metadata={"help": "a saved Dot whose weights to start from"}
+        default=None,
+        metadata={"help": "a saved Dot whose weights to start from, with or without history"},
     )
     validation_steps: int = field(
         default=1000, metadata={"help": "updates between two validations; 0 for none"}
@@ -117,6 +132,13 @@ class TrainDotConfig(TrainingConfig):
             "at least 1",
         )
         self._check_conditions()
+        check_history(self.history, self.extrapolation_cap, self.independent)
+        if self.history and (self.on_policy or self.window_steps < 2):
+            raise ValueError(
+                f"history is {self.history}, which needs windows of 2 steps or more made by Dash, "
+                f"but window_steps is {self.window_steps} and on_policy is {self.on_policy}; with "
+                "5 steps the segments of most plans fit in"
+            )
         if self.cuda_graphs and (self.compile or self.on_policy):
             raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
         if self.on_policy and (self.cache_pairs or self.window_steps == 1):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from morse.dot import MorseDot
+from morse.dot.inputs import widen_inputs
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
@@ -40,10 +41,14 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             layers_per_block=config.layers_per_block,
             independent=config.independent,
             base_space=config.base_space,
+            history=config.history,
+            extrapolation_cap=config.extrapolation_cap,
         )
     if config.init_from is not None:
         path = Path(config.init_from) / "diffusion_pytorch_model.safetensors"
-        dot.load_state_dict(read_tensors(path))
+        added = config.history * dot.config.output_channels
+        weights = widen_inputs(read_tensors(path), dot.conv_in.in_channels, added)
+        dot.load_state_dict(weights)
     return dot
 
 
