@@ -22,7 +22,7 @@ from morse.spaces import rebase
 from morse.training.frozen import FrozenDash
 from morse.training.graphs import _OnPairs, _tensors
 from morse.training.history import draw_triples
-from morse.training.loop import TrainDotConfig, build_dot
+from morse.training.loop import TrainDotConfig, build_dot, train_dot
 from morse.training.schedule import NoiseSchedule
 from morse.training.validation import residual_ratios, sample_rows
 from morse.training.windows import fresh_window, pick_pairs
@@ -401,3 +401,43 @@ class TestTraining:
             assert torch.equal(_OnPairs(dot, ())(*_tensors(pairs)), expected)
             without = dot(pairs.sample, pairs.timestep, replace(pairs.jump, trend=None))
         assert not torch.equal(without, expected)
+
+
+def test_a_cache_made_without_history_trains_a_dot_with_it(build_unet, tmp_path):
+    data, base = tmp_path / "data", tmp_path / "base"
+    data.mkdir()
+    for name, count in (("train", 8), ("t10k", 4)):
+        images = torch.randint(0, 256, (count, 8, 8), dtype=torch.uint8).numpy()
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
+        (data / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    unet = build_unet(channels=(8, 8), sample_size=8)
+    scheduler = diffusers.DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(base)
+    plain = TrainDotConfig(
+        pretrained_model_name_or_path=str(base),
+        train_data_dir=data,
+        output_dir=tmp_path / "plain",
+        cache_dir=tmp_path / "cache",
+        cache_pairs=8,
+        window_steps=5,
+        timestep_sampling="plans",
+        train_batch_size=4,
+        max_train_steps=2,
+        lr_warmup_steps=0,
+        learning_rate=1e-2,
+        validation_images=4,
+        validation_steps=0,
+        num_down_blocks=1,
+        block_out_channels=(4,),
+        lora_rank=2,
+    )
+    started = train_dot(plain)
+    shard = tmp_path / "cache" / "windows-00000.safetensors"
+    made = shard.stat().st_mtime_ns
+    folder = train_dot(replace(plain, output_dir=tmp_path / "run", history=1, init_from=started))
+    assert shard.stat().st_mtime_ns == made
+    dot, before = (MorseDot.from_pretrained(path) for path in (folder, started))
+    assert dot.history == 1 and dot.conv_in.in_channels == before.conv_in.in_channels + 1
+    assert dot.conv_in.weight[:, 3:].abs().max() > 0  # learnt: it started at zero
+    ratios = json.loads(next((folder / "validation").glob("*.json")).read_text())
+    assert ratios["extrapolation_ratio"] > 0 and ratios["residual_ratio"] > 0
