@@ -14,6 +14,7 @@ GROUPS = [
     ("dot",),
     (
         "clock",
+        "leapfrog",
         "steps",
         "rates",
         "denoisers",
@@ -79,7 +80,7 @@ def test_import_is_light():
 def test_public_names():
     expected = {
         "MorsePipeline", "MorseDot", "MorsePlan", "enable_morse", "disable_morse", "morse_sample",
-        "dot_loss",
+        "dot_loss", "LeapfrogScheduler",
     }  # fmt: skip
     assert set(morse.__all__) == expected
     assert all(getattr(morse, name).__name__ == name for name in expected)
