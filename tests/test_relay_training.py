@@ -286,6 +286,7 @@ class TestCommand:
             (("--window_steps", "1"), "window_steps is 1.*--window_steps 2 or more"),
             (("--pairs_per_window", "2"), "pairs_per_window is 2"),
             (("--cuda_graphs",), "cuda_graphs is True"),
+            (("--history", "1"), "history is 1"),
             (("--distill", "norm"), r"distill is \('norm',\)"),
             (("--norm", "batch"), "invalid choice: 'batch'"),
         ],

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from morse.dot import MorseDot
+from morse.dot.inputs import widen_inputs
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.config import TrainDotConfig
 from morse.training.distillation import DistilledDot, add_distillation
@@ -43,9 +44,13 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             independent=config.independent,
             base_space=config.base_space,
             norm=config.norm,
+            history=config.history,
+            extrapolation_cap=config.extrapolation_cap,
         )
     if config.init_from is not None:
-        dot.load_state_dict(MorseDot.from_pretrained(config.init_from).state_dict())
+        added = config.history * dot.config.output_channels
+        weights = MorseDot.from_pretrained(config.init_from).state_dict()
+        dot.load_state_dict(widen_inputs(weights, dot.conv_in.in_channels, added))
     return dot
 
 

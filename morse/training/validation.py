@@ -23,16 +23,17 @@ from morse.training.windows import Window, fresh_window, pick_pairs
 GAP_BOUNDS = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
 _BATCH_SIZE, _LARGE_BATCH_SIZE = 128, 16
 _VALIDATION_STEPS = 3
+_HISTORY_STEPS = 3  # more, for the earlier Dash step
 _PICTURES = 8
 
 
 def held_out_windows(
     source: ConditionedImages,
     config: TrainDotConfig,
-    steps: int,
+    num_points: int,
     generator: torch.Generator,
 ) -> Iterator[Window]:
-    """Make windows of `steps` solver steps from held-out images, in batches."""
+    """Make windows of held-out images, in batches."""
     count, pipeline = min(config.validation_images, len(source)), source.pipeline
     size = _LARGE_BATCH_SIZE if pipeline.is_large else _BATCH_SIZE
     for start in range(0, count, size):
@@ -43,7 +44,7 @@ def held_out_windows(
             pipeline.dash,
             clean,
             generator,
-            steps + 1,
+            num_points,
             config.timestep_sampling,
             source.conditions(batch, scale),
         )
@@ -51,19 +52,21 @@ def held_out_windows(
 
 def validation_pairs(source: ConditionedImages, config: TrainDotConfig) -> list[Pairs]:
     """Make fixed pairs from held-out images, in batches; always the same for the same Dash."""
-    pipeline = source.pipeline
-    generator = torch.Generator(pipeline.device).manual_seed(0)
     steps = 1 if config.timestep_sampling == "uniform" else _VALIDATION_STEPS
+    # One more is what history takes at least; on a plan's grid the segment before is as long.
+    more = 1 if config.timestep_sampling == "uniform" else _HISTORY_STEPS
+    length = steps + 1 + (more if config.history else 0)
+    dash, generator = source.pipeline.dash, torch.Generator(source.pipeline.device).manual_seed(0)
     return [
-        pick_pairs(pipeline.dash, window, 2 * steps, generator, first=False)
-        for window in held_out_windows(source, config, steps, generator)
+        pick_pairs(dash, window, 2 * steps, generator, False, widest=steps)
+        for window in held_out_windows(source, config, length, generator)
     ]
 
 
 def validation_sequences(source: ConditionedImages, config: TrainDotConfig) -> list[Pairs]:
-    """Make fixed sequences of pairs likewise, of `_VALIDATION_STEPS` steps (`sequence_pairs`)."""
+    """Make fixed sequences of `_VALIDATION_STEPS` pairs likewise (`sequence_pairs`)."""
     generator = torch.Generator(source.pipeline.device).manual_seed(0)
-    windows = held_out_windows(source, config, _VALIDATION_STEPS, generator)
+    windows = held_out_windows(source, config, _VALIDATION_STEPS + 1, generator)
     return [sequence_pairs(source.pipeline.dash, window) for window in windows]
 
 
@@ -78,18 +81,22 @@ def residual_ratios(
 
     Returns:
         "residual_ratio" over all pairs, and one "residual_ratio/LOW-HIGH" for each bin of
-        t_s - t_i that has pairs, in timesteps.
+        t_s - t_i that has pairs, in timesteps; with history also "extrapolation_ratio", the same of
+        the base alone. The error of reuse is that without history, so that Dots compare.
     """
-    errors, reuse, gaps = [], [], []
+    found: list[tuple[Tensor, ...]] = []
     for pairs in batches:
-        unchanged = pairs.outputs(torch.zeros_like(pairs.base))
-        corrected = dot_outputs(dot, with_memory(pairs, {}))
-        for outputs, found in ((corrected, errors), (unchanged, reuse)):
-            wrong = pairs.guided(outputs) - pairs.target
-            found.append(wrong.square().flatten(1).mean(1))
-        gaps.append(pairs.gap / num_train_timesteps)
-    error, base, gap = (torch.cat(parts) for parts in (errors, reuse, gaps))
+        branches = pairs.conditions.branches
+        alone = (rows.unflatten(0, (-1, branches)) for rows in (pairs.reused, pairs.base))
+        errors = (
+            (pairs.guided(outputs) - pairs.target).square().flatten(1).mean(1)
+            for outputs in (dot_outputs(dot, with_memory(pairs, {})), *alone)
+        )
+        found.append((*errors, pairs.gap / num_train_timesteps))
+    error, base, line, gap = (torch.cat(parts) for parts in zip(*found, strict=True))
     ratios = {"residual_ratio": float(error.sum() / base.sum())}
+    if batches[0].jump.trend is not None:
+        ratios["extrapolation_ratio"] = float(line.sum() / base.sum())
     for low, high in pairwise(GAP_BOUNDS):
         inside = (gap > low) & (gap <= high)
         if inside.any():
@@ -120,9 +127,13 @@ def sample_rows(
     def all_branches(sample: Tensor, position: Tensor) -> Tensor:
         return dash(sample, everywhere(position), conditions)
 
+    def at(jump: JumpPoint) -> Point:
+        return Point(jump.sample, everywhere(jump.timestep), jump.model_output)
+
     def corrected(sample: Tensor, position: Tensor, jump: JumpPoint) -> Tensor:
-        start = Point(jump.sample, everywhere(jump.timestep), jump.model_output)
-        pairs = join_points(dash, start, Point(sample, everywhere(position)), conditions)
+        here, start = Point(sample, everywhere(position)), at(jump)
+        before = at(jump.earlier or jump) if dash.history else None
+        pairs = join_points(dash, start, here, conditions, before)
         return dot_outputs(dot, with_memory(pairs, jump.memory))
 
     corrected.independent = True  # the base is in it
