@@ -27,6 +27,7 @@ from morse.dot.view import (
     fingerprint,
     make_shared_tree,
     merge_shared_tree,
+    place_channels_last,
 )
 from morse.dot.wrapped import unwrap
 from morse.history import check_history
@@ -257,7 +258,10 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             shift = self.jump_time(embed_time(tree, since, sample.dtype))
             times = {name: time + shift for name, time in times.items()}
         time_embedding = next(iter(times.values()))
-        hidden = self.conv_in(torch.cat([grid.spread(each) for each in inputs], dim=1))
+        hidden = torch.cat([grid.spread(each) for each in inputs], dim=1)
+        if self._tree_state.is_merged:
+            hidden = place_channels_last(hidden)
+        hidden = self.conv_in(hidden)
         skips = []
         # Copied: a call that fails midway moves no state.
         relay = (dict(jump.memory),) if self.relay else ()
