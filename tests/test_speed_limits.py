@@ -3,7 +3,6 @@
 Times are CPU seconds, which other programs on the machine disturb little; bounds are generous.
 """
 
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -62,15 +61,15 @@ class Nothing(ModelMixin, ConfigMixin):
         return (sample,)
 
 
-@pytest.mark.parametrize(("plan", "most"), [("D" * 200, 150e-6), ("Do" * 100, 300e-6)])
-def test_the_switch_takes_microseconds(plan, most):
-    """30 us an evaluation of Dash where nothing else runs."""
+@pytest.mark.parametrize("plan", ["D" * 200, "Do" * 100])
+def test_the_switch_takes_microseconds(plan):
+    """Less than two steps of diffusers' loop without a denoiser, however busy the machine is."""
     pipe = loop_pipeline(Nothing(), DDIMScheduler(clip_sample=False))
     bare = cpu_seconds(lambda: pipe(num_inference_steps=len(plan)), repeats=5)
     enable_morse(pipe, lambda sample, timestep, jump: sample)
     switched = cpu_seconds(lambda: pipe(plan=plan), repeats=5)
     assert pipe.last_run.num_dot == plan.count("o")
-    assert (switched - bare) / len(plan) < most
+    assert switched - bare < 2 * bare
 
 
 def sd15(device, dtype=torch.float32):
@@ -174,17 +173,38 @@ def run_merged(dot, run):
     return run()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_both_halves_compiled_to_reduce_overhead():
-    """CUDA graphs where there is CUDA; a CPU runs the compiled code without them."""
+def reusing_outputs(graph, example_inputs):
+    """A backend that hands out the same output buffers each time, as CUDA graphs do.
+
+    `mode="reduce-overhead"` replays graphs where there is CUDA; this needs neither CUDA nor a
+    compiler.
+    """
+    buffers = {}
+
+    def keep(place, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = place, value.shape, value.dtype, value.stride()
+        return buffers.setdefault(key, torch.empty_like(value)).copy_(value)
+
+    return lambda *inputs: [keep(*each) for each in enumerate(graph(*inputs))]
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_both_halves_may_reuse_their_output_buffers():
+    """What is kept of Dash outlives Dash's next evaluation."""
     pipe = text_pipe()
     enable_morse(pipe, trained_dot(pipe.unet))
     expected = planned(pipe)
-    torch._dynamo.reset()
-    pipe.unet.compile(mode="reduce-overhead", dynamic=False)
-    pipe.dot.compile(mode="reduce-overhead", dynamic=False)
+    for half in (pipe.unet, pipe.dot):
+        half.compile(backend=reusing_outputs, dynamic=False)
     found = planned(pipe)
-    assert difference(found, expected) < 1e-3 * float(expected.abs().max())
+    assert difference(found, expected) < 1e-4
     assert torch.equal(planned(pipe), found)
-    torch._dynamo.reset()
