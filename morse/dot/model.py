@@ -16,6 +16,12 @@ from morse.dot.hub import Publishable
 from morse.dot.loading import safetensors_only
 from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
+from morse.dot.resampling import (
+    Resample,
+    check_sample_size,
+    set_upsamplers,
+    with_sample_size,
+)
 from morse.dot.shell import moves_weights, run_hooked, update_tree
 from morse.dot.storage import SparselyStored
 from morse.dot.view import (
@@ -65,6 +71,9 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         plans: Searched plans (`morse plan`) by scheduler class name, each as a
             `morse.saved_plans.SavedPlan` has it; a budget that is among them is spent so.
         sparse: Save only the weights that are not zero and their places: for a pruned Dot.
+        resample: How the extra blocks double the resolution: "nearest" copies positions, "ske2grid"
+            starts so and learns weights of each position, for samples of one size alone.
+        sample_size: That height and width; `from_dash` takes those that Dash names.
     """
 
     @register_to_config
@@ -89,6 +98,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         patch_size: int = 1,
         plans: dict[str, list[dict[str, object]]] | None = None,
         sparse: bool = False,
+        resample: Resample = "nearest",
+        sample_size: tuple[int, int] | None = None,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
@@ -116,6 +127,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             DotUpBlock(deeper, channels, time_embed_dim, layers_per_block)
             for channels, deeper in reversed(list(pairwise(levels)))
         )
+        set_upsamplers(self.up_blocks, resample, sample_size, size_multiple, patch_size)
         self.norm_out = nn.GroupNorm(num_groups(first), first)
         self.conv_out = nn.Conv2d(first, output_channels * patch_size**2, 3, padding=1)
         for layer in filter(None, (self.jump_time, self.conv_out)):
@@ -160,7 +172,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             num_down_blocks=num_down_blocks,
             block_out_channels=tuple(block_out_channels or default_widths(dash)[:num_down_blocks]),
             lora_rank=lora_rank,
-            **options,
+            **with_sample_size(dash.config, options),
         )
         if dot.dtype != dash.dtype:
             dot = dot.to(dtype=dash.dtype)
@@ -233,6 +245,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
     ) -> Tensor:
         tree = self._tree[0]
         grid = find_grid(find_ports(tree), sample, dash_kwargs.get("img_ids"), self.config)
+        check_sample_size(grid, self.config.sample_size)
         timestep = timestep.reshape(-1).expand(len(sample))
         times = embed_times(tree, timestep, sample.dtype, dash_kwargs.get("timestep_cond"))
         inputs = [sample]

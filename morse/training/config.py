@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from morse.dot.resampling import Resample
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
 from morse.training.distillation_terms import DistillName, check_distill
@@ -58,6 +59,13 @@ class TrainDotConfig(TrainingConfig):
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on Dash's layers"})
     lora_alpha: float | None = field(
         default=None, metadata={"help": "scale of the LoRA times its rank; the rank if not given"}
+    )
+    resample: Resample = field(
+        default="nearest",
+        metadata={
+            "help": "how the extra blocks double the resolution: copy positions, or learn to "
+            "interpolate them (for this size of images alone)"
+        },
     )
     independent: bool = field(
         default=False, metadata={"help": "train the control that estimates from the sample alone"}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from morse.dot import MorseDot
+from morse.dot.resampling import complete_weights
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.config import TrainDotConfig
 from morse.training.distillation import DistilledDot, add_distillation
@@ -28,8 +29,13 @@ from morse.training.windows import pick_pairs
 __all__ = ["TrainDotConfig", "train_dot"]
 
 
-def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
-    """Build the Dot that `config` describes, with seeded weights or those of `init_from`."""
+def build_dot(
+    dash: nn.Module, config: TrainDotConfig, sample_size: tuple[int, int] | None = None
+) -> MorseDot:
+    """Build the Dot that `config` describes, with seeded weights or those of `init_from`.
+
+    `sample_size` is that of the samples to train on; Dash's if None.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         dot = MorseDot.from_dash(
@@ -41,9 +47,12 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             layers_per_block=config.layers_per_block,
             independent=config.independent,
             base_space=config.base_space,
+            resample=config.resample,
+            sample_size=None if config.resample == "nearest" else sample_size,
         )
     if config.init_from is not None:
-        dot.load_state_dict(MorseDot.from_pretrained(config.init_from).state_dict())
+        start = MorseDot.from_pretrained(config.init_from).state_dict()
+        dot.load_state_dict(complete_weights(dot, start))
     return dot
 
 
@@ -85,7 +94,7 @@ def train_dot(config: TrainDotConfig) -> Path:
     """Train a Dot and save it into `config.output_dir` for `MorseDot.from_pretrained`."""
     accelerator = begin_run(config)
     pipeline = load_frozen_pipeline(config, accelerator.device)
-    dot = build_dot(pipeline.dash.model, config)
+    dot = build_dot(pipeline.dash.model, config, pipeline.sample_size)
     train, test = (open_source(pipeline, config, split) for split in ("train", "test"))
     if config.cache_latents:
         train = cache_latents(train, config, accelerator)
