@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from morse.dot.resampling import Resample
+from morse.history import check_history
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
 from morse.training.distillation_terms import DistillName, check_distill
@@ -70,6 +71,19 @@ class TrainDotConfig(TrainingConfig):
     independent: bool = field(
         default=False, metadata={"help": "train the control that estimates from the sample alone"}
     )
+    history: Literal[0, 1] = field(
+        default=0,
+        metadata={
+            "help": "earlier estimates of Dash that Dot uses besides the latest; 0 is the paper"
+        },
+    )
+    extrapolation_cap: float = field(
+        default=1.0,
+        metadata={
+            "help": "with history, how far the base follows the line through both estimates; "
+            "0 to let Dot see the line and no more"
+        },
+    )
     timestep_sampling: TimestepSampling = field(
         default="uniform",
         metadata={"help": "uniform as in Algorithm 1, or neighbours on the grids of real plans"},
@@ -119,7 +133,8 @@ class TrainDotConfig(TrainingConfig):
         },
     )
     init_from: Path | None = field(
-        default=None, metadata={"help": "a saved Dot whose weights to start from"}
+        default=None,
+        metadata={"help": "a saved Dot whose weights to start from, with or without history"},
     )
     prune: float | None = field(
         default=None,
@@ -173,6 +188,13 @@ class TrainDotConfig(TrainingConfig):
         check_prune_settings(self)
         self._check_conditions()
         self._check_distillation()
+        check_history(self.history, self.extrapolation_cap, self.independent)
+        if self.history and (self.on_policy or self.window_steps < 2):
+            raise ValueError(
+                f"history is {self.history}, which needs windows of 2 steps or more made by Dash, "
+                f"but window_steps is {self.window_steps} and on_policy is {self.on_policy}; with "
+                "5 steps the segments of most plans fit in"
+            )
         if self.cuda_graphs and (self.compile or self.on_policy):
             raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
         if self.on_policy and (self.cache_pairs or self.window_steps == 1):

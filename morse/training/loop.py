@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from morse.dot import MorseDot
+from morse.dot.inputs import widen_inputs
 from morse.dot.resampling import complete_weights
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.config import TrainDotConfig
@@ -47,12 +48,16 @@ def build_dot(
             layers_per_block=config.layers_per_block,
             independent=config.independent,
             base_space=config.base_space,
+            history=config.history,
+            extrapolation_cap=config.extrapolation_cap,
             resample=config.resample,
             sample_size=None if config.resample == "nearest" else sample_size,
         )
     if config.init_from is not None:
-        start = MorseDot.from_pretrained(config.init_from).state_dict()
-        dot.load_state_dict(complete_weights(dot, start))
+        added = config.history * dot.config.output_channels
+        weights = MorseDot.from_pretrained(config.init_from).state_dict()
+        weights = widen_inputs(weights, dot.conv_in.in_channels, added)
+        dot.load_state_dict(complete_weights(dot, weights))
     return dot
 
 
