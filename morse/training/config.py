@@ -53,6 +53,13 @@ class TrainDotConfig(TrainingConfig):
     num_down_blocks: Literal[1, 2, 3] = field(
         default=2, metadata={"help": "m: Dash's layers see 4^m times fewer positions"}
     )
+    progressive_steps: int = field(
+        default=0,
+        metadata={
+            "help": "before the max_train_steps, train a Dot with a down block fewer for so many "
+            "updates, in output_dir/first_stage, and grow it"
+        },
+    )
     block_out_channels: tuple[int, ...] | None = field(
         default=None, metadata={"help": "channels of the m extra blocks; 16 32 64 if not given"}
     )
@@ -134,7 +141,10 @@ class TrainDotConfig(TrainingConfig):
     )
     init_from: Path | None = field(
         default=None,
-        metadata={"help": "a saved Dot whose weights to start from, with or without history"},
+        metadata={
+            "help": "a saved Dot whose weights to start from, with or without history; one with a "
+            "down block fewer grows: what it has is frozen, but for the LoRA"
+        },
     )
     prune: float | None = field(
         default=None,
@@ -186,6 +196,7 @@ class TrainDotConfig(TrainingConfig):
             "at least 1",
         )
         check_prune_settings(self)
+        self._check_progressive()
         self._check_conditions()
         self._check_distillation()
         check_history(self.history, self.extrapolation_cap, self.independent)
@@ -206,6 +217,15 @@ class TrainDotConfig(TrainingConfig):
             raise ValueError(
                 "cache_latents is True and cache_pairs is given, which holds latents already; "
                 "choose one"
+            )
+
+    def _check_progressive(self) -> None:
+        steps = self.progressive_steps
+        require(steps >= 0, "progressive_steps", steps, "0 or more")
+        if steps and (self.num_down_blocks == 1 or self.prune is not None):
+            raise ValueError(
+                f"progressive_steps is {steps}, which needs num_down_blocks of 2 or 3 and no prune,"
+                f" but they are {self.num_down_blocks} and {self.prune}"
             )
 
     def _check_conditions(self) -> None:
