@@ -10,6 +10,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.dot.conv_layers import tell_time
+
 
 def num_groups(channels: int) -> int:
     """GroupNorm groups for a narrow layer: four channels a group, at most 32 groups."""
@@ -41,9 +43,11 @@ class DotDownBlock(nn.Module):
         self.downsampler = Downsample2D(
             channels, use_conv=True, out_channels=out_channels, name="op"
         )
+        self.time_listeners: tuple[nn.Module, ...] = ()  # convolutions conditioned on the time
 
     def forward(self, hidden: Tensor, time_embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Return the halved features and, as the skip connection, those before halving."""
+        tell_time(self.time_listeners, time_embedding)
         for resnet in self.resnets:
             hidden = resnet(hidden, time_embedding)
         return self.downsampler(hidden), hidden
@@ -65,9 +69,11 @@ class DotUpBlock(nn.Module):
             _resnet(2 * channels if index == 0 else channels, channels, time_embed_dim)
             for index in range(num_layers)
         )
+        self.time_listeners: tuple[nn.Module, ...] = ()  # convolutions conditioned on the time
 
     def forward(self, hidden: Tensor, skip: Tensor, time_embedding: Tensor) -> Tensor:
         """Join `hidden` (B, C_in, H, W) and `skip` (B, C, 2H, 2W)."""
+        tell_time(self.time_listeners, time_embedding)
         hidden = functional.interpolate(self.reduce(hidden), scale_factor=2.0, mode="nearest")
         hidden = torch.cat([hidden, skip], dim=1)
         for resnet in self.resnets:

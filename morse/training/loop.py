@@ -10,6 +10,12 @@ from morse.dot import MorseDot
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
+from morse.training.convolutions import (
+    copy_settled,
+    make_annealer,
+    parse_conv_options,
+    warn_unless_annealed,
+)
 from morse.training.frozen import load_frozen_pipeline
 from morse.training.graphs import GraphedDot
 from morse.training.latent_cache import cache_latents
@@ -40,6 +46,8 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             layers_per_block=config.layers_per_block,
             independent=config.independent,
             base_space=config.base_space,
+            conv=config.conv,
+            conv_options=parse_conv_options(config.conv_options),
         )
     if config.init_from is not None:
         path = Path(config.init_from) / "diffusion_pytorch_model.safetensors"
@@ -88,17 +96,20 @@ def train_dot(config: TrainDotConfig) -> Path:
     loss = window_loss(train, config, cache)
     run = TrainingRun(config, accelerator, dot, train if cache is None else cache, loss)
     validate = make_validator(test, config)
+    if dot.conv_settings is not None:
+        accelerator.print(dot.convolution_summary())
 
     def after_step(step: int) -> None:
         if config.validation_steps and step % config.validation_steps == 0:
-            run.copy_weights_to(trained)
+            copy_settled(run, trained)
             ratios = validate(trained, step)
             accelerator.log(ratios, step=step)
             accelerator.print(f"step {step}: residual ratio {ratios['residual_ratio']:.4f}")
 
-    step = run.train(after_step)
+    step = run.train(after_step, make_annealer(dot, config))
+    warn_unless_annealed(dot, config, step)
     if accelerator.is_main_process:
-        run.copy_weights_to(trained)
+        copy_settled(run, trained)
         ratios = validate(trained, step)
         accelerator.print(f"residual error / reuse error on held-out images: {ratios}")
         trained.save_pretrained(config.output_dir)

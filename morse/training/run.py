@@ -144,11 +144,16 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.copy_to(target.parameters())
 
-    def train(self, after_step: Callable[[int], None] | None = None) -> int:
+    def train(
+        self,
+        after_step: Callable[[int], None] | None = None,
+        before_step: Callable[[int], None] | None = None,
+    ) -> int:
         """Train up to `max_train_steps` or `max_train_seconds`, and save a checkpoint.
 
         Args:
             after_step: Called in the main process with the number of updates done.
+            before_step: Called in every process with the number of updates done.
 
         Returns:
             The number of updates done.
@@ -158,6 +163,8 @@ class TrainingRun:
         with closing(TrainingLog(config, accelerator, self.step)) as log:
             while self.step < config.max_train_steps and not self._out_of_time():
                 set_learning_rate(self.optimizer, learning_rate_at(config, self.step))
+                if before_step is not None:
+                    before_step(self.step)
                 for micro_step in range(config.gradient_accumulation_steps):
                     log.add(self._forward_backward(next(batches), micro_step))
                 self.step += 1
