@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from morse.dot.blocks import DotDownBlock, DotUpBlock, check_options, num_groups
 from morse.dot.body import embed_time, embed_times, run_body
 from morse.dot.card import dot_card
+from morse.dot.conv_layers import share_time
+from morse.dot.conv_settings import Conv, check_sample_size, complete_options, conv_settings
+from morse.dot.convolutions import (
+    ConvolutionSummary,
+    install_convolutions,
+    summarize_convolutions,
+    warn_unless_saving,
+)
 from morse.dot.grid import find_grid
 from morse.dot.hub import Publishable
 from morse.dot.inputs import dot_inputs, input_channels
-from morse.dot.loading import safetensors_only
+from morse.dot.loading import align_weights, safetensors_only
 from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
 from morse.dot.relay import Norm, install_relay
@@ -73,6 +81,9 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         history: Earlier estimates of Dash used: 1, or 0 as in the paper (`morse.history`).
         extrapolation_cap: With history, how far the residual's base follows the line through both
             estimates, in distances between these; 0 to let Dot see the line and no more.
+        conv: Convolutions of the extra blocks: "conv" for plain ones, "odconv", "kernel_warehouse"
+            or "gridconv".
+        conv_options: Settings of that kind by name: see `morse.dot.conv_settings`.
     """
 
     @register_to_config
@@ -100,6 +111,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         sparse: bool = False,
         history: int = 0,
         extrapolation_cap: float = 1.0,
+        conv: Conv = "conv",
+        conv_options: dict[str, object] | None = None,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
@@ -127,6 +140,11 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         self.up_blocks = nn.ModuleList(
             DotUpBlock(deeper, channels, time_embed_dim, layers_per_block)
             for channels, deeper in reversed(list(pairwise(levels)))
+        )
+        self.conv_settings = conv_settings(conv, conv_options)
+        by_level = zip(self.down_blocks, reversed(self.up_blocks), strict=True)
+        self.warehouses = install_convolutions(
+            by_level, self.conv_settings, time_embed_dim, patch_size
         )
         self.norm_out = nn.GroupNorm(num_groups(first), first)
         self.conv_out = nn.Conv2d(first, output_channels * patch_size**2, 3, padding=1)
@@ -167,6 +185,9 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             ValueError: If its class is not supported, its attention fused, or an option is wrong.
         """
         dash = unwrap(dash)
+        if "conv" in options:
+            given = options["conv"], options.get("conv_options")
+            options["conv_options"] = complete_options(*given, dash.config)
         dot = cls(
             **describe_layers(dash, num_down_blocks),
             dash_fingerprint=fingerprint(dash),
@@ -176,6 +197,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             lora_rank=lora_rank,
             **options,
         )
+        warn_unless_saving(dot, dot.conv_settings)
         if dot.dtype != dash.dtype:
             dot = dot.to(dtype=dash.dtype)
         return dot.to(dash.device).bind(dash)
@@ -248,6 +270,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
     ) -> Tensor:
         tree = self._tree[0]
         grid = find_grid(find_ports(tree), sample, dash_kwargs.get("img_ids"), self.config)
+        check_sample_size(self.conv_settings, grid.height, grid.width)
         timestep = timestep.reshape(-1).expand(len(sample))
         times = embed_times(tree, timestep, sample.dtype, dash_kwargs.get("timestep_cond"))
         inputs = [sample]
@@ -257,6 +280,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             shift = self.jump_time(embed_time(tree, since, sample.dtype))
             times = {name: time + shift for name, time in times.items()}
         time_embedding = next(iter(times.values()))
+        if not self.training:
+            time_embedding = share_time(self.conv_settings, time_embedding)
         hidden = self.conv_in(torch.cat([grid.spread(each) for each in inputs], dim=1))
         skips = []
         # Copied: a call that fails midway moves no state.
@@ -273,10 +298,16 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         residual = self.conv_out(nn.functional.silu(self.norm_out(hidden)))
         return grid.gather(nn.functional.pixel_shuffle(residual, self.config.patch_size))
 
+    def convolution_summary(self) -> ConvolutionSummary:
+        """Count the dynamic convolutions of the extra blocks and what they cost; `print` it."""
+        return summarize_convolutions(self)
+
     @classmethod
     def from_pretrained(cls, path: str, **kwargs: object) -> Self:
         """Load a saved Dot as `ModelMixin.from_pretrained` does, from safetensors only."""
-        return super().from_pretrained(path, **safetensors_only(kwargs))
+        loaded = super().from_pretrained(path, **safetensors_only(kwargs))
+        align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def model_card(self) -> str:
         """Write the card that is saved along: what the config and the bound Dash tell."""

@@ -10,6 +10,12 @@ from morse.dot import MorseDot
 from morse.dot.inputs import widen_inputs
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.config import TrainDotConfig
+from morse.training.convolutions import (
+    make_annealer,
+    parse_conv_options,
+    settle,
+    warn_unless_annealed,
+)
 from morse.training.distillation import DistilledDot, add_distillation
 from morse.training.frozen import load_frozen_pipeline
 from morse.training.graphs import GraphedDot
@@ -46,6 +52,8 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             norm=config.norm,
             history=config.history,
             extrapolation_cap=config.extrapolation_cap,
+            conv=config.conv,
+            conv_options=parse_conv_options(config.conv_options),
         )
     if config.init_from is not None:
         added = config.history * dot.config.output_channels
@@ -105,10 +113,12 @@ def train_dot(config: TrainDotConfig) -> Path:
     pruner = None if config.prune is None else DotPruner(dot, config)
     run = TrainingRun(config, accelerator, model, train if cache is None else cache, loss, pruner)
     validate = make_validator(test, config)
+    if dot.conv_settings is not None:
+        accelerator.print(dot.convolution_summary())
 
     def result() -> MorseDot:
         run.copy_weights_to(trained)
-        return trained.finished() if isinstance(trained, DistilledDot) else trained
+        return settle(trained.finished() if isinstance(trained, DistilledDot) else trained)
 
     def after_step(step: int) -> None:
         if config.validation_steps and step % config.validation_steps == 0:
@@ -118,7 +128,8 @@ def train_dot(config: TrainDotConfig) -> Path:
 
     if config.distill:
         accelerator.print("distill: Dash is evaluated once more for each training pair")
-    step = run.train(after_step)
+    step = run.train(after_step, make_annealer(dot, config))
+    warn_unless_annealed(dot, config, step)
     if accelerator.is_main_process:
         finished = result()
         ratios = validate(finished, step)
