@@ -1,7 +1,7 @@
 """Compare Dots with one method of the toolbox each, on the same windows and seeds.
 
-python -m eval.ablate --methods odconv --seeds 3 --train_data_dir /usr/share/datasets/fashion-mnist \
-    --output_dir runs/ablation
+python -m eval.ablate --methods all --seeds 3 --output_dir runs/ablation \
+    --train_data_dir /usr/share/datasets/fashion-mnist
 """
 
 from morse.cli import run_command

@@ -155,10 +155,10 @@ def _cost_note(result: Result) -> str:
     return (
         "Parameters are Dot's own, and like the file means over seeds. Times are medians and "
         f"quartiles of {settings['latency_rounds']} evaluations at batch "
-        f"{settings['latency_batch_size']}, LoRA merged, warm, of the first seed's Dot, a plain one "
-        "and Dash in turn in one process; the first row times two plain Dots. N is how many times "
-        "faster than Dash's. Training is CPU seconds of the whole run, loading and its validation "
-        "included."
+        f"{settings['latency_batch_size']}, LoRA merged, warm, of the first seed's Dot, a plain "
+        "one and Dash in turn in one process; the first row times two plain Dots. N is how many "
+        "times faster Dot is than Dash. Training is CPU seconds of the whole run, with loading and "
+        "its own validation."
     )
 
 
@@ -179,7 +179,8 @@ def _row_table(result: Result) -> str:
         settings = ", ".join(f"`{key}={value}`" for key, value in row["overrides"].items())
         text = row["description"]
         if row["same_size_as"]:
-            text += f" ({_count(row, 'nonzero')} parameters, for {_count(rows[row['same_size_as']], 'nonzero')})"
+            sizes = (_count(each, "nonzero") for each in (row, rows[row["same_size_as"]]))
+            text += " ({} parameters, for {})".format(*sizes)
         lines.append(f"| {row['name']} | {text} | {settings} |")
     return "\n".join(lines)
 

@@ -59,7 +59,7 @@ def select_rows(names: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
             f"{sorted(by_name.keys() - set(methods))}"
         )
     chosen = {row.name for row in rows if {"all", row.name, row.method} & set(names)}
-    waiting = list(chosen) + [PLAIN]
+    waiting = [*chosen, PLAIN]
     while waiting:
         row = by_name[waiting.pop()]
         chosen.add(row.name)

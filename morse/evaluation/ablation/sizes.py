@@ -49,16 +49,17 @@ def match_size(
     Args:
         count: From widths and rank to parameters.
         target: The number of parameters wanted.
-        widths: Of the plain Dot, multiples of 4; tried are those up to twice as wide.
+        widths: Of the plain Dot, multiples of 4; up to twice as wide is tried for a larger target.
         rank: Of the plain Dot's LoRA.
         shrink_lora: Whether the rank may change too.
 
     Returns:
         block_out_channels and lora_rank, as `TrainDotConfig` takes them.
     """
-    ranks = range(1, 2 * rank + 1) if shrink_lora and rank else (rank,)
+    limit = 1 if target <= count(widths, rank) else 2
+    ranks = range(1, limit * rank + 1) if shrink_lora and rank else (rank,)
     found = []
-    for sizes in product(*(range(4, 2 * width + 1, 4) for width in widths)):
+    for sizes in product(*(range(4, limit * width + 1, 4) for width in widths)):
         for tried in ranks:
             distance = abs(count(sizes, tried) / target - 1)
             logs = [math.log(a / b) for a, b in zip(sizes, widths, strict=True)]
