@@ -12,10 +12,11 @@ _HOMES = {
     "enable_morse": "morse.attach",
     "disable_morse": "morse.attach",
     "MorsePipeline": "morse.pipeline",
+    "LeapfrogScheduler": "morse.leapfrog",
 }
 __all__ = list(_HOMES)
 # diffusers loads a pipeline's component if its library has a base class of it under this name.
-_BASES = {"ModelMixin": "diffusers"}
+_BASES = {"ModelMixin": "diffusers", "SchedulerMixin": "diffusers"}
 
 
 def __getattr__(name: str) -> object:

@@ -11,6 +11,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 from morse.attach import enable_morse, inherit_dot, morse_class
 from morse.dot import MorseDot
 from morse.dot.loading import safetensors_only
+from morse.leapfrog import LeapfrogScheduler
 
 EMBEDDED = {"fashion-mnist": "fashion_mnist", "fashion-mnist-text": "fashion_mnist_text"}
 
@@ -32,6 +33,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
+    "leapfrog": ("LeapfrogScheduler", {}),
+    "pfdiff": ("LeapfrogScheduler", {"clean_above": 1e9}),
 }
 
 
@@ -42,7 +45,9 @@ def make_scheduler(name: str, config: dict[str, object]) -> object:
         ValueError: If the name is unknown; the message lists the known ones.
     """
     class_name, options = SCHEDULERS.get(name.lower(), (name, {}))
-    if not (class_name.endswith("Scheduler") and hasattr(diffusers, class_name)):
+    known = LeapfrogScheduler if class_name == LeapfrogScheduler.__name__ else None
+    known = known or getattr(diffusers, class_name, None)
+    if not class_name.endswith("Scheduler") or known is None:
         raise ValueError(
             f"scheduler={name!r} is unknown; use one of {sorted(SCHEDULERS)} or the name of a "
             "diffusers scheduler class."
@@ -50,7 +55,7 @@ def make_scheduler(name: str, config: dict[str, object]) -> object:
     # Of settings left at a class's defaults diffusers would take the new class's defaults instead:
     # Heun would get Stable Diffusion's noise schedule in place of DDPM's.
     config = {key: value for key, value in config.items() if key != "_use_default_values"}
-    return getattr(diffusers, class_name).from_config(config, **options)
+    return known.from_config(config, **options)
 
 
 _HUB_OPTIONS = (
@@ -151,7 +156,8 @@ def _check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
         raise ValueError(
             f"scheduler {type(scheduler).__name__} does not work in diffusers' "
             f"{type(pipe).__name__}, which neither scales its input nor calls a step without a "
-            "generator; use ddim, ddpm, dpmsolver++, dpmsolver++1, sde-dpmsolver++ or lcm."
+            "generator; use leapfrog, ddim, ddpm, dpmsolver++, dpmsolver++1, sde-dpmsolver++ or "
+            "lcm."
         )
 
 

@@ -16,7 +16,7 @@ Family = Literal["table", "scaled", "sigmas", "flow"]
 
 # EDM's, consistency models' and IPNDM's schedulers take other paths: only "raw" is right for them.
 _FAMILIES: dict[Family, tuple[str, ...]] = {
-    "table": ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "LCM", "TCD", "PNDM"),
+    "table": ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "LCM", "TCD", "PNDM", "Leapfrog"),
     "scaled": (
         "EulerDiscrete",
         "EulerAncestralDiscrete",

@@ -4,7 +4,7 @@ from diffusers import DDIMScheduler
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse.attach import enable_morse
-from morse.evaluation.bench.controls import ExtrapolationDot, PFDiffScheduler, ShrunkDash, reuse_dot
+from morse.evaluation.bench.controls import ExtrapolationDot, ShrunkDash, reuse_dot
 from morse.evaluation.bench.loading import make_pipeline
 from morse.evaluation.bench.runs import sample_images
 from morse.evaluation.bench.solver_pipeline import SolverPipeline
@@ -70,41 +70,6 @@ def test_extrapolation_forgets_between_batches_and_runs(dash, solver):
     both = sample(dash, dot, plan, range(2, 4), 1, solver)
     assert torch.equal(both[1:], first)
     assert dot._evaluations == []
-
-
-def test_pfdiff_evaluates_every_second_point_of_a_grid_twice_as_fine(linear):
-    pipe = SolverPipeline(linear, PFDiffScheduler.from_config(CONFIG))
-    sample_images(pipe, 4, range(1), 1)
-    fine = DDIMScheduler.from_config(CONFIG)
-    fine.set_timesteps(7)
-    assert linear.timesteps == fine.timesteps[::2].tolist()
-
-
-def test_pfdiff_with_one_evaluation_is_ddim(dash):
-    pfdiff = SolverPipeline(dash, PFDiffScheduler.from_config(CONFIG))
-    ddim = make_pipeline(dash, "ddim", CONFIG)
-    one, other = (sample_images(pipe, 1, range(2), 2).images for pipe in (pfdiff, ddim))
-    torch.testing.assert_close(one, other)
-
-
-def test_pfdiff_follows_its_published_update(dash):
-    """A round written out: past estimate to the springboard, future estimate over two steps."""
-    scheduler = PFDiffScheduler.from_config(CONFIG)
-    scheduler.set_timesteps(2)
-    first, second, third = scheduler._grid[:3]
-    alphas = scheduler.alphas_cumprod
-    x0, z0, z1 = torch.randn(3, 1, 1, 4, 4)
-
-    def ddim(x, z, start, end):
-        alpha, end_alpha = alphas[start], alphas[end] if end >= 0 else torch.tensor(1.0)
-        clean = (x - (1 - alpha).sqrt() * z) / alpha.sqrt()
-        return end_alpha.sqrt() * clean + (1 - end_alpha).sqrt() * z
-
-    x1 = ddim(x0, z0, first, second)
-    springboard = scheduler.step(z0, None, x0).prev_sample
-    torch.testing.assert_close(springboard, ddim(x1, z0, second, third))
-    clean = scheduler.step(z1, None, springboard).prev_sample
-    torch.testing.assert_close(clean, ddim(x1, z1, second, -1))
 
 
 def test_a_shrunk_dash_is_the_independent_dot_at_every_step(dash, make_dot):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_pipelines import loop_pipeline
 
+import morse
 from morse import disable_morse, enable_morse
 from morse.plan import MorsePlan
 from morse.steps import count_evaluations, find_exact_steps, find_steps
@@ -48,6 +49,7 @@ CASES = [
     ("FlowMatchEulerDiscrete", {}, (None,), 7),
     ("FlowMatchEulerDiscrete", {"stochastic_sampling": True}, (None,), 7),
     ("FlowMatchHeunDiscrete", {}, (None,), 7),
+    ("Leapfrog", {}, EPSILON_X0_V, 7),
 ]
 PARAMETERS = [
     pytest.param(name, {**options, "prediction_type": kind} if kind else options, length,
@@ -63,7 +65,8 @@ def make(name, **options):
     package = NEEDS.get(name)
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"{name}Scheduler needs {package}, which is not installed")
-    return getattr(diffusers, f"{name}Scheduler")(**options)
+    library = morse if name == "Leapfrog" else diffusers
+    return getattr(library, f"{name}Scheduler")(**options)
 
 
 def sample(pipe, **kwargs):

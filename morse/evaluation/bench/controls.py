@@ -4,23 +4,20 @@
 |---|---|---|---|
 | reuse | Dash's latest estimate | no | Morse's plan |
 | extrapolation | a line through Dash's two latest estimates | no | Morse's plan |
-| pfdiff | PFDiff-1's grid, twice as fine | no | an LSD an evaluation of Dash |
+| pfdiff | PFDiff-1's grid, twice as fine (`morse.leapfrog`) | no | an LSD an evaluation of Dash |
 | independent | a network of Dot's size that sees the sample alone | yes | Morse's plan |
 | shrunk | that network from the first to the last step, without Dash | yes | N evaluations an LSD |
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DDIMScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from morse.sampling import JumpPoint
-from morse.spaces import ddim_step, signal_and_noise, to_noise_pred
 
 if TYPE_CHECKING:
     from morse.dot import MorseDot
@@ -75,61 +72,6 @@ class ExtrapolationDot:
             return torch.zeros_like(sample)
         (before, older), (since, latest) = self._evaluations
         return (since - timestep) / (before - since) * (latest - older)
-
-
-class PFDiffScheduler(DDIMScheduler):
-    """DDIM sped up by past and future estimates: PFDiff-1 (Wang et al. 2025, arXiv 2408.08822).
-
-    With n evaluations it walks a grid of 2n - 1 steps. The first step is plain DDIM. Then each
-    round takes two steps at the cost of one evaluation: a DDIM step with the *past* estimate (the
-    latest one) leads from x_i to a springboard at t_{i+1}, the model is evaluated there, and this
-    *future* estimate makes one DDIM step from x_i to t_{i+2}. It is also the next round's past
-    estimate. This is the paper's k = 1 with h = 1 and DDIM as its first-order solver.
-
-    Each evaluation is one of Dash, so that n LSD pay for n of them. Unlike `DDIMScheduler` itself,
-    a step lands where the next one starts.
-    """
-
-    def set_timesteps(
-        self, num_inference_steps: int, device: str | torch.device | None = None
-    ) -> None:
-        """Lay out the grid for `num_inference_steps` evaluations; forget the last run."""
-        super().set_timesteps(2 * num_inference_steps - 1, device)
-        self._grid = [*self.timesteps.tolist(), -1]
-        self.timesteps = self.timesteps[::2]
-        self.num_inference_steps = num_inference_steps
-        self._index, self._anchor = 0, None
-
-    def step(
-        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
-    ) -> SimpleNamespace | tuple[Tensor]:
-        """Move on by one evaluation.
-
-        Args:
-            model_output: The estimate at the springboard, (B, C, H, W).
-            timestep: Its timestep; ignored, since the evaluations come in their order.
-            sample: The springboard, like `model_output`.
-            return_dict: Whether to return an object rather than a tuple.
-
-        Returns:
-            `prev_sample`: the next springboard, or the clean image after the last evaluation.
-        """
-        here, self._index = 2 * self._index, self._index + 1
-        noise_pred = to_noise_pred(
-            model_output, sample, *self._rates(here, sample), self.config.prediction_type
-        )
-        start, anchor = (here - 1, self._anchor) if here else (0, sample)
-        self._anchor = self._move(noise_pred, anchor, start, here + 1)
-        prev_sample = self._anchor
-        if self._index < self.num_inference_steps:
-            prev_sample = self._move(noise_pred, self._anchor, here + 1, here + 2)
-        return SimpleNamespace(prev_sample=prev_sample) if return_dict else (prev_sample,)
-
-    def _rates(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        return signal_and_noise(self.alphas_cumprod, torch.tensor(self._grid[index]), like)
-
-    def _move(self, noise_pred: Tensor, sample: Tensor, start: int, end: int) -> Tensor:
-        return ddim_step(noise_pred, sample, self._rates(start, sample), self._rates(end, sample))
 
 
 class ShrunkDash(nn.Module):

@@ -235,13 +235,14 @@ class Bench:
     def _make_pipe(self, method: Method) -> "DiffusionPipeline":
         from morse.attach import enable_morse
         from morse.evaluation.bench.ays import AysScheduler, ays_name
-        from morse.evaluation.bench.controls import ExtrapolationDot, PFDiffScheduler, reuse_dot
+        from morse.evaluation.bench.controls import ExtrapolationDot, reuse_dot
+        from morse.pipeline import make_scheduler
 
         scheduler = self._by_solver[method.solver].scheduler
         if method.kind == "shrunk":
             return make_pipeline(self._shrunk, method.solver, scheduler.config)
         if method.kind == "pfdiff":
-            return with_scheduler(self._bare, PFDiffScheduler.from_config(scheduler.config))
+            return with_scheduler(self._bare, make_scheduler("pfdiff", scheduler.config))
         if method.kind == "ays":
             return with_scheduler(self._bare, AysScheduler.of(scheduler, ays_name(self._bare)))
         dot = reuse_dot if method.kind == "reuse" else ExtrapolationDot()

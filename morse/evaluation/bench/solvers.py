@@ -14,6 +14,7 @@ SOLVERS = {
     "deis": "DEIS",
     "pndm": "PNDM",
     "heun": "Heun",
+    "leapfrog": "Leapfrog",
 }
 # PNDM as Stable Diffusion runs it: its Runge-Kutta start takes at least 13 evaluations, and its
 # steps all have one length, which only a "leading" grid has (on a trailing one they miss).

@@ -1,0 +1,164 @@
+"""The leapfrog solver against closed forms, PFDiff's published update and diffusers' DDIM."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from tiny_pipelines import loop_pipeline
+
+from morse import LeapfrogScheduler, MorsePipeline
+from morse.pipeline import make_scheduler
+
+SPREAD = 0.5  # standard deviation of Gaussian data, whose exact denoiser is known
+
+
+def exact_epsilon(scheduler, sample, timestep):
+    """E[epsilon | x_t] for x_0 ~ N(0, SPREAD^2)."""
+    squared = scheduler.alphas_cumprod[timestep]
+    return sample * (1 - squared).sqrt() / (squared * SPREAD**2 + 1 - squared)
+
+
+def solve(scheduler, steps, prediction_type="epsilon"):
+    """Sample from x_T = 1 with the exact denoiser."""
+    scheduler.set_timesteps(steps)
+    sample = torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    for timestep in scheduler.timesteps:
+        alpha = scheduler.alphas_cumprod[timestep].sqrt()
+        sigma = (1 - alpha**2).sqrt()
+        output = epsilon = exact_epsilon(scheduler, sample, timestep)
+        clean = (sample - sigma * epsilon) / alpha
+        if prediction_type == "v_prediction":
+            output = alpha * epsilon - sigma * clean
+        elif prediction_type == "sample":
+            output = clean
+        sample = scheduler.step(output, timestep, sample).prev_sample
+    return float(sample[0, 0, 0, 0])
+
+
+def exact_end(scheduler):
+    """The probability flow of Gaussian data scales with the standard deviation of x_t."""
+    squared = scheduler.alphas_cumprod[-1]
+    return float(SPREAD / (squared * SPREAD**2 + 1 - squared).sqrt())
+
+
+@pytest.mark.parametrize("clean_above", [4.0, 1e9])
+def test_second_order(clean_above):
+    scheduler = LeapfrogScheduler(clean_above=clean_above)
+    coarse, fine = (abs(solve(scheduler, n) - exact_end(scheduler)) for n in (10, 20))
+    assert 3 < coarse / fine < 6
+
+
+def test_better_than_extrapolating_from_the_past():
+    other = DPMSolverMultistepScheduler(
+        beta_schedule="linear", timestep_spacing="trailing", final_sigmas_type="zero"
+    )
+    scheduler = LeapfrogScheduler()
+    errors = [abs(solve(each, 12) - exact_end(scheduler)) for each in (scheduler, other)]
+    assert errors[0] < errors[1] / 3
+
+
+def test_prediction_types_agree():
+    ends = [
+        solve(LeapfrogScheduler(prediction_type=kind), 9, kind)
+        for kind in ("epsilon", "v_prediction", "sample")
+    ]
+    assert ends == pytest.approx([ends[0]] * 3, rel=1e-4)
+
+
+def test_the_grid_is_twice_as_fine_and_trailing():
+    scheduler, fine = LeapfrogScheduler(), DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(4)
+    fine.set_timesteps(7)
+    assert scheduler.timesteps.tolist() == fine.timesteps[::2].tolist()
+
+
+def test_a_power_moves_timesteps_to_low_noise_and_keeps_them_distinct():
+    even, steep = LeapfrogScheduler(), LeapfrogScheduler(timestep_power=3.0)
+    for scheduler in (even, steep):
+        scheduler.set_timesteps(400)
+    assert (steep.timesteps <= even.timesteps).all() and steep.timesteps[0] == 999
+    assert steep._grid == sorted(set(steep._grid), reverse=True)
+
+
+def test_one_evaluation_is_ddim(build_unet):
+    unet, noise = build_unet(channels=(8, 16), sample_size=8), torch.Generator().manual_seed(0)
+    images = [
+        loop_pipeline(
+            unet, make_scheduler(name, {"timestep_spacing": "trailing", "clip_sample": False})
+        )(num_inference_steps=1, generator=noise.manual_seed(0)).images
+        for name in ("leapfrog", "ddim")
+    ]
+    torch.testing.assert_close(*images)
+
+
+def test_pfdiff_follows_its_published_update():
+    """A round written out: past estimate to the springboard, future estimate over two steps."""
+    scheduler = make_scheduler("pfdiff", {})
+    scheduler.set_timesteps(2)
+    first, second, third = scheduler._grid[:3]
+    alphas = scheduler.alphas_cumprod
+    x0, z0, z1 = torch.randn(3, 1, 1, 4, 4)
+
+    def ddim(x, z, start, end):
+        alpha, end_alpha = alphas[start], alphas[end] if end >= 0 else torch.tensor(1.0)
+        clean = (x - (1 - alpha).sqrt() * z) / alpha.sqrt()
+        return end_alpha.sqrt() * clean + (1 - end_alpha).sqrt() * z
+
+    x1 = ddim(x0, z0, first, second)
+    springboard = scheduler.step(z0, first, x0).prev_sample
+    torch.testing.assert_close(springboard, ddim(x1, z0, second, third))
+    clean = scheduler.step(z1, third, springboard).prev_sample
+    torch.testing.assert_close(clean, ddim(x1, z1, second, -1))
+
+
+def test_a_run_may_begin_in_the_middle():
+    """As image-to-image pipelines do it, by index or by giving the first timestep alone."""
+    ends = []
+    for told in (True, False):
+        scheduler = LeapfrogScheduler()
+        scheduler.set_timesteps(6)
+        if told:
+            scheduler.set_begin_index(2)
+        clean, noise = torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.3)
+        sample = scheduler.add_noise(clean, noise, scheduler.timesteps[2:3])
+        for timestep in scheduler.timesteps[2:]:
+            sample = scheduler.step(noise, timestep, sample).prev_sample  # an exact estimate
+        ends.append(sample)
+    torch.testing.assert_close(ends[0], clean)
+    assert torch.equal(*ends)
+
+
+def test_saved_with_a_pipeline(build_unet, tmp_path):
+    pipe = loop_pipeline(build_unet(channels=(8, 16), sample_size=8), LeapfrogScheduler())
+    pipe.scheduler = LeapfrogScheduler(timestep_power=1.5)
+    pipe.scheduler.save_pretrained(tmp_path)
+    assert LeapfrogScheduler.from_pretrained(tmp_path).config.timestep_power == 1.5
+    assert "DPMSolverMultistepScheduler" in {each.__name__ for each in pipe.scheduler.compatibles}
+
+
+def test_the_embedded_pipeline_takes_it_by_name():
+    pipe = MorsePipeline.from_pretrained("fashion-mnist", scheduler="leapfrog")
+    pipe.set_progress_bar_config(disable=True)
+    pipe(batch_size=1, plan="DoD", generator=torch.Generator().manual_seed(0))
+    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, 1)
+    assert isinstance(pipe.scheduler, LeapfrogScheduler)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timestep_power": 0.0}, "timestep_power must be positive, got 0.0"),
+        ({"beta_schedule": "sigmoid"}, "'sigmoid'; give others as trained_betas"),
+        ({"prediction_type": "flow"}, "prediction_type must be one of"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        LeapfrogScheduler(**options)
+
+
+def test_wrong_use():
+    scheduler = LeapfrogScheduler()
+    with pytest.raises(ValueError, match="call set_timesteps before"):
+        scheduler.step(torch.zeros(1), 0, torch.zeros(1))
+    with pytest.raises(ValueError, match="from 1 to 500, got 501"):
+        scheduler.set_timesteps(501)
