@@ -75,7 +75,7 @@ def test_what_all_seeds_share_is_no_noise():
 
 def test_rows_bring_what_they_are_compared_with():
     control = Row(name="control", method="m", description="c")
-    row = Row(name="row", method="m", description="r", control="control")
+    row = Row(name="row", method="m", description="r", controls=("control",))
     table = [PLAIN, control, row, NARROW]
     assert [r.name for r in select_rows(["row"], table)] == ["plain", "control", "row"]
     assert [r.name for r in select_rows(["narrow"], table)] == ["plain", "narrow"]
@@ -95,7 +95,9 @@ def test_the_table_is_sound():
     assert len(set(names)) == len(names) and names[0] == "plain"
     for row in ROWS:
         assert set(row.needs) <= set(names)
-        assert row.same_size_as != row.name and (row.control != row.name or row.name == "plain")
+        assert row.same_size_as != row.name and (
+            row.name not in row.controls or row.name == "plain"
+        )
     sized = {row.name for row in ROWS if row.same_size_as}
     assert not sized & {row.same_size_as for row in ROWS}, "a size must not follow from a size"
 
@@ -157,7 +159,7 @@ def test_every_call_takes_every_place_in_a_round():
 # The report
 
 
-def facts(name, ratios, control="plain", **changes):
+def facts(name, ratios, controls=["plain"], **changes):  # noqa: B006
     runs = [
         {"seed": seed, "ratios": {"residual_ratio": ratio, "residual_ratio/0-20": ratio + 1},
          "parameters": 1000, "nonzero": 900, "bytes": 4000, "seconds": 9.0, "cpu_seconds": 8.0}
@@ -167,7 +169,7 @@ def facts(name, ratios, control="plain", **changes):
         "batch_size": 16, "dash_seconds": [0.1, 0.2, 0.3], "plain_seconds": [0.03, 0.04, 0.05],
         "dot_seconds": [0.04, 0.05, 0.06], "to_plain": [1.2, 1.25, 1.3], "speed_ratio": 4.0,
     }  # fmt: skip
-    row = {"name": name, "method": name, "description": f"what {name} is", "control": control}
+    row = {"name": name, "method": name, "description": f"what {name} is", "controls": controls}
     return row | {
         "same_size_as": None,
         "overrides": {},
@@ -190,8 +192,8 @@ def result():
         "seeds": [0, 1, 2],
         "rows": [
             facts("plain", [0.60, 0.61, 0.62]),
-            facts("good", [0.50, 0.51, 0.52], control="its control"),
-            facts("lucky", [0.50, 0.51, 0.52], control="a better control"),
+            facts("good", [0.50, 0.51, 0.52], controls=["its control"]),
+            facts("lucky", [0.50, 0.51, 0.52], controls=["its control", "a better control"]),
             facts("its control", [0.55, 0.56, 0.575]),
             facts("a better control", [0.49, 0.53, 0.51]),
             facts("bad", [0.70, 0.71, 0.72]),
@@ -207,10 +209,10 @@ def line_of(text, name):
 
 def test_the_report_states_figures_and_verdicts(result):
     text = to_markdown(result)
-    assert "0.5100 ± 0.0100 | -0.1000 [-0.1000, -0.1000] | better | its control" in line_of(
-        text, "good"
-    )
-    assert line_of(text, "lucky").count("better |") == 1
+    good, lucky = line_of(text, "good"), line_of(text, "lucky")
+    assert "0.5100 ± 0.0100 | -0.1000 [-0.1000, -0.1000] | better | its control -0.0517 [" in good
+    # Differences .01, -.02, .01: 4.3027, of two degrees of freedom, times .01.
+    assert "a better control +0.0000 [-0.0430, +0.0430] within noise" in lucky
     assert "| +0.1000 [+0.1000, +0.1000] | worse |" in line_of(text, "bad")
     assert "not measured" in line_of(text, "absent")
     assert "- absent-seed0: `ValueError('no')`" in text
@@ -223,9 +225,9 @@ def test_the_report_states_figures_and_verdicts(result):
 
 def test_a_winner_beats_plain_and_its_control(result):
     assert [row["name"] for row in find_winners(result)] == ["good"]
-    assert "its control: good (0.5100" in compact_table(result)
+    assert "their controls: good (0.5100" in compact_table(result)
     result["rows"][1]["runs"] = facts("good", [0.60, 0.60, 0.63])["runs"]
-    assert compact_table(result).endswith("its control: none.")
+    assert compact_table(result).endswith("their controls: none.")
 
 
 def test_only_common_seeds_are_compared(result):

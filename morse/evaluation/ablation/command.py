@@ -164,7 +164,7 @@ def _row_facts(config: AblationConfig, row: Row, store: AblationStore) -> Facts:
         "name": row.name,
         "method": row.method,
         "description": row.description,
-        "control": row.control,
+        "controls": list(row.controls),
         "same_size_as": row.same_size_as,
         "overrides": runs[0]["overrides"] if runs else dict(row.overrides),
         "latency": store.latency(row.name),

@@ -28,8 +28,8 @@ _TRAINING = (
 )  # fmt: skip
 # Beside these, what no row may change: the windows and the order in which runs see them.
 _FIXED = {
-    *(name for name in _TRAINING if name != "lora_rank"), "seed", "cache_pairs", "cache_dir",
-    "train_data_dir", "output_dir", "pretrained_model_name_or_path", "mixed_precision",
+    *(name for name in _TRAINING if name not in ("lora_rank", "pairs_per_window")), "seed",
+    "cache_pairs", "cache_dir", "train_data_dir", "output_dir", "pretrained_model_name_or_path", "mixed_precision",
 }  # fmt: skip
 
 
@@ -75,9 +75,9 @@ class AblationConfig:
         metadata={"help": "redraw this result's table; nothing is trained", "alias": "from"},
     )
     max_train_steps: int = field(default=300, metadata={"help": "updates of each run"})
-    train_batch_size: int = field(default=32, metadata={"help": "windows an update"})
+    train_batch_size: int = field(default=8, metadata={"help": "windows an update"})
     cache_windows: int = field(
-        default=1024, metadata={"help": "windows of each seed, which Dash is evaluated for once"}
+        default=512, metadata={"help": "windows of each seed, which Dash is evaluated for once"}
     )
     window_steps: int = field(default=4, metadata={"help": "as for train_dot"})
     pairs_per_window: int = field(default=2, metadata={"help": "as for train_dot"})

@@ -42,14 +42,17 @@ def compare_rows(row: RowFacts, other: RowFacts) -> Difference | None:
 
 
 def find_winners(result: Result) -> list[RowFacts]:
-    """Return the rows that are better than the plain Dot and than their control, best first."""
+    """Return the rows that are better than the plain Dot and than each control, best first.
+
+    Rows that are themselves controls cannot win.
+    """
     rows = {row["name"]: row for row in result["rows"]}
-    controls = {row["control"] for row in result["rows"]}
+    controls = {name for row in result["rows"] for name in row["controls"]}
     winners = []
     for row in result["rows"]:
-        if row["name"] == PLAIN or row["name"] in controls or row["same_size_as"]:
+        if row["name"] in {PLAIN, *controls}:
             continue
-        found = [compare_rows(row, rows[name]) for name in (PLAIN, row["control"])]
+        found = [compare_rows(row, rows[name]) for name in (PLAIN, *row["controls"])]
         if all(each is not None and each.verdict == "better" for each in found):
             winners.append(row)
     return sorted(winners, key=_mean_ratio)
@@ -59,14 +62,15 @@ def compact_table(result: Result) -> str:
     """Return a short table of all rows, and which of them win, as Markdown."""
     rows = {row["name"]: row for row in result["rows"]}
     lines = [
-        "| Dot | residual ratio | against its control | time of an evaluation, plain = 1 |",
+        "| Dot | residual ratio | against its controls | time of an evaluation, plain = 1 |",
         "|---|--:|---|--:|",
     ]
     for row in result["rows"]:
-        control = "" if row["name"] == PLAIN else _against(row, rows[row["control"]])
-        lines.append(f"| {row['name']} | {_ratio(row)} | {control} | {_to_plain(row)} |")
+        controls = () if row["name"] == PLAIN else row["controls"]
+        against = "; ".join(_against(row, rows[name], 3) for name in controls)
+        lines.append(f"| {row['name']} | {_ratio(row)} | {against} | {_to_plain(row)} |")
     winners = ", ".join(f"{row['name']} ({_ratio(row)})" for row in find_winners(result))
-    lines += ["", f"Better than the plain Dot and than its control: {winners or 'none'}."]
+    lines += ["", f"Better than the plain Dot and than their controls: {winners or 'none'}."]
     return "\n".join(lines)
 
 
@@ -102,30 +106,29 @@ def to_markdown(result: Result) -> str:
 def _main_table(result: Result) -> str:
     rows = {row["name"]: row for row in result["rows"]}
     lines = [
-        "| row | residual ratio | difference to plain | | control | difference to control | |",
-        "|---|--:|--:|---|---|--:|---|",
+        "| row | residual ratio | difference to plain | | against its other controls |",
+        "|---|--:|--:|---|---|",
     ]
     for row in result["rows"]:
-        cells = [row["name"], _ratio(row), "", "", "", "", ""]
+        cells = [row["name"], _ratio(row), "", "", ""]
         if row["name"] != PLAIN:
             cells[2:4] = _difference(compare_rows(row, rows[PLAIN]))
-            if row["control"] != PLAIN:
-                control = rows[row["control"]]
-                cells[4:] = [control["name"], *_difference(compare_rows(row, control))]
+            others = [name for name in row["controls"] if name != PLAIN]
+            cells[4] = "; ".join(_against(row, rows[name], 4) for name in others)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _judgement_note(result: Result) -> str:
     comparisons = sum(
-        1 + (row["control"] != PLAIN) for row in result["rows"] if row["name"] != PLAIN
+        len({PLAIN, *row["controls"]}) for row in result["rows"] if row["name"] != PLAIN
     )
     winners = ", ".join(row["name"] for row in find_winners(result)) or "none"
     return (
         "Mean ± standard deviation over seeds. Differences are of runs of the same seed, with "
-        "Student's 95 % interval; better or worse where that leaves zero out, for which chance "
-        f"alone is enough once in 20 of the {comparisons} comparisons. "
-        f"Better than plain and than its control: {winners}."
+        "Student's 95 % interval; better or worse where that leaves zero out, which chance alone "
+        f"does once in 20 of the {comparisons} comparisons. "
+        f"Better than plain and than their controls: {winners}."
     )
 
 
@@ -185,19 +188,20 @@ def _row_table(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _difference(found: Difference | None) -> list[str]:
+def _difference(found: Difference | None, digits: int = 4) -> tuple[str, str]:
+    """Return the figures of a difference, and what they say."""
     if found is None:
-        return ["", "not measured"]
-    interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
-    return [f"{found.mean:+.4f}{interval}", found.verdict]
+        return "", "not measured"
+    mean, *ends = (
+        "" if value is None else f"{value:+.{digits}f}"
+        for value in (found.mean, found.low, found.high)
+    )
+    return (f"{mean} [{', '.join(ends)}]" if all(ends) else mean), found.verdict
 
 
-def _against(row: RowFacts, control: RowFacts) -> str:
-    found = compare_rows(row, control)
-    if found is None:
-        return "not measured"
-    name = "" if control["name"] == PLAIN else f" ({control['name']})"
-    return f"{found.mean:+.3f}, {found.verdict}{name}"
+def _against(row: RowFacts, control: RowFacts, digits: int) -> str:
+    figures, verdict = _difference(compare_rows(row, control), digits)
+    return f"{control['name']} {figures} {verdict}".replace("  ", " ")
 
 
 def _to_plain(row: RowFacts) -> str:

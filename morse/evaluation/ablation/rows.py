@@ -17,7 +17,7 @@ class Row:
         method: Of which it is a row or a control.
         description: In one line.
         overrides: Of `TrainDotConfig`.
-        control: The row that differs from it in nothing but what the method claims.
+        controls: Rows that differ from it in nothing but what the method claims.
         same_size_as: The row whose own parameters other than zero it has as many of, as nearly as
             widths allow; its sizes are found when that row is trained.
         shrink_lora: Whether these sizes include the LoRA's rank, and not only the blocks' widths.
@@ -27,17 +27,129 @@ class Row:
     method: str
     description: str
     overrides: Mapping[str, object] = field(default_factory=dict)
-    control: str = PLAIN
+    controls: tuple[str, ...] = (PLAIN,)
     same_size_as: str | None = None
     shrink_lora: bool = False
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Name the rows that this one is compared with or sized by."""
-        return tuple(name for name in (PLAIN, self.control, self.same_size_as) if name is not None)
+        sized = () if self.same_size_as is None else (self.same_size_as,)
+        return (PLAIN, *self.controls, *sized)
 
 
-ROWS = (Row(name=PLAIN, method=PLAIN, description="a Dot without any of the methods"),)
+def _conv(name: str, method: str, description: str, conv: str, *options: str) -> Row:
+    overrides: dict[str, object] = {"conv": conv}
+    if options:
+        overrides["conv_options"] = options
+    return Row(name=name, method=method, description=description, overrides=overrides)
+
+
+def _distilled(
+    name: str, method: str, description: str, term: str, controls: tuple[str, ...] = (PLAIN,)
+) -> Row:
+    return Row(
+        name=name,
+        method=method,
+        description=description,
+        overrides={"distill": (term,)},
+        controls=controls,
+    )
+
+
+def _pruned(percent: int) -> tuple[Row, ...]:
+    """A pruned Dot, with one pruned at once and a dense one of as many parameters."""
+    name, share = f"prune-{percent}", percent / 100
+    once, dense = f"{name}-one-shot", f"{name}-dense"
+    return (
+        Row(
+            name=name,
+            method="prune",
+            description=f"network surgery, {percent} % of each weight matrix of Dot's own",
+            overrides={"prune": share},
+            controls=(once, dense),
+        ),
+        Row(
+            name=once,
+            method="prune",
+            description="as many weights, the smallest, pruned once by magnitude",
+            overrides={"prune": share, "prune_method": "one_shot"},
+        ),
+        Row(
+            name=dense,
+            method="prune",
+            description="a plain Dot with narrower blocks and less LoRA, of its size",
+            same_size_as=name,
+            shrink_lora=True,
+        ),
+    )
+
+
+ROWS = (
+    Row(name=PLAIN, method=PLAIN, description="a Dot without any of the methods"),
+    _conv(
+        "odconv-features", "odconv", "ODConv on what goes in", "odconv", "condition=features"
+    ),
+    _conv("odconv-time", "odconv", "ODConv on the times t_i and t_s", "odconv", "condition=time"),
+    Row(
+        name="kernel-warehouse-half",
+        method="kernel_warehouse",
+        description="KernelWarehouse, budget 1/2",
+        overrides={"conv": "kernel_warehouse", "conv_options": ("budget=1/2",)},
+        controls=("kernel-warehouse-half-plain",),
+    ),
+    Row(
+        name="kernel-warehouse-half-plain",
+        method="kernel_warehouse",
+        description="a plain Dot with blocks of other widths, of its size",
+        same_size_as="kernel-warehouse-half",
+    ),
+    _conv(
+        "kernel-warehouse-one", "kernel_warehouse", "KernelWarehouse, budget 1",
+        "kernel_warehouse", "budget=1",
+    ),
+    _conv("gridconv", "gridconv", "grid convolutions with their attention", "gridconv"),
+    Row(
+        name="dnr",
+        method="dnr",
+        description="Dynamic Normalization and Relay, on all four steps of each window; measured "
+        "at its first step after Dash",
+        overrides={"norm": "dnr", "pairs_per_window": 1},
+        controls=("dnr-plain",),
+    ),
+    Row(
+        name="dnr-plain",
+        method="dnr",
+        description="a plain Dot on as many pairs of each window, drawn at random",
+        overrides={"pairs_per_window": 4},
+    ),
+    Row(
+        name="ske2grid",
+        method="ske2grid",
+        description="blocks that learn to interpolate where they double the resolution",
+        overrides={"resample": "ske2grid"},
+    ),
+    *_pruned(50),
+    *_pruned(80),
+    _distilled(
+        "norm", "norm", "NORM on the trunk feature", "norm",
+        ("norm-transform-only", "feature-mse"),
+    ),
+    _distilled(
+        "norm-transform-only", "norm", "NORM's transform without its loss", "norm_transform_only"
+    ),
+    _distilled(
+        "af-dcd", "af_dcd", "Af-DCD on the output of the last block", "af_dcd", ("feature-mse",)
+    ),
+    _distilled(
+        "af-dcd-feature", "af_dcd", "its squared error without the contrast", "af_dcd_feature"
+    ),
+    _distilled(
+        "scale-kd", "scale_kd", "ScaleKD on the middle and the trunk feature", "scale_kd",
+        ("feature-mse",),
+    ),
+    _distilled("feature-mse", "feature_mse", "the trunk feature's squared error", "feature_mse"),
+)  # fmt: skip
 
 
 def select_rows(names: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
