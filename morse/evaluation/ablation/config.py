@@ -29,7 +29,8 @@ _TRAINING = (
 # Beside these, what no row may change: the windows and the order in which runs see them.
 _FIXED = {
     *(name for name in _TRAINING if name not in ("lora_rank", "pairs_per_window")), "seed",
-    "cache_pairs", "cache_dir", "train_data_dir", "output_dir", "pretrained_model_name_or_path", "mixed_precision",
+    "cache_pairs", "cache_dir", "train_data_dir", "output_dir", "mixed_precision",
+    "pretrained_model_name_or_path",
 }  # fmt: skip
 
 
