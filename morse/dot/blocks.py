@@ -10,6 +10,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.dot.relay import States
+
 
 def num_groups(channels: int) -> int:
     """GroupNorm groups for a narrow layer: four channels a group, at most 32 groups."""
@@ -42,10 +44,15 @@ class DotDownBlock(nn.Module):
             channels, use_conv=True, out_channels=out_channels, name="op"
         )
 
-    def forward(self, hidden: Tensor, time_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the halved features and, as the skip connection, those before halving."""
+    def forward(
+        self, hidden: Tensor, time_embedding: Tensor, *relay: States
+    ) -> tuple[Tensor, Tensor]:
+        """Return the halved features and, as the skip connection, those before halving.
+
+        `relay` is the states of norms that relay (`morse.dot.relay`), and nothing for others.
+        """
         for resnet in self.resnets:
-            hidden = resnet(hidden, time_embedding)
+            hidden = resnet(hidden, time_embedding, *relay)
         return self.downsampler(hidden), hidden
 
 
@@ -66,12 +73,14 @@ class DotUpBlock(nn.Module):
             for index in range(num_layers)
         )
 
-    def forward(self, hidden: Tensor, skip: Tensor, time_embedding: Tensor) -> Tensor:
-        """Join `hidden` (B, C_in, H, W) and `skip` (B, C, 2H, 2W)."""
+    def forward(
+        self, hidden: Tensor, skip: Tensor, time_embedding: Tensor, *relay: States
+    ) -> Tensor:
+        """Join `hidden` (B, C_in, H, W) and `skip` (B, C, 2H, 2W); `relay` as on the way down."""
         hidden = functional.interpolate(self.reduce(hidden), scale_factor=2.0, mode="nearest")
         hidden = torch.cat([hidden, skip], dim=1)
         for resnet in self.resnets:
-            hidden = resnet(hidden, time_embedding)
+            hidden = resnet(hidden, time_embedding, *relay)
         return hidden
 
 

@@ -17,6 +17,7 @@ from morse.dot.inputs import dot_inputs, input_channels
 from morse.dot.loading import safetensors_only
 from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
+from morse.dot.relay import Norm, install_relay
 from morse.dot.shell import moves_weights, run_hooked, update_tree
 from morse.dot.storage import SparselyStored
 from morse.dot.view import (
@@ -64,6 +65,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             the scheduler if None (`morse.rates.choose_base_space`). After the deterministic step
             that Dot is trained on, "raw" and "x0" of an epsilon agree.
         patch_size: Rows and columns of the sample in one token of a transformer; 1 for UNets.
+        norm: "group", or "dnr": norms of the extra blocks that hand a state on, also from one Dot
+            step to the next until Dash runs again (`morse.dot.relay`).
         plans: Searched plans (`morse plan`) by scheduler class name, each as a
             `morse.saved_plans.SavedPlan` has it; a budget that is among them is spent so.
         sparse: Save only the weights that are not zero and their places: for a pruned Dot.
@@ -92,6 +95,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         output_channels: int | None = None,
         base_space: BaseSpace | None = None,
         patch_size: int = 1,
+        norm: Norm = "group",
         plans: dict[str, list[dict[str, object]]] | None = None,
         sparse: bool = False,
         history: int = 0,
@@ -129,6 +133,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         for layer in filter(None, (self.jump_time, self.conv_out)):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        # Last, so that the other weights are drawn as without it.
+        self.relay = install_relay(norm, zip(self.down_blocks, self.up_blocks[::-1], strict=True))
         self._merged = False
         self._unbind()
 
@@ -223,7 +229,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         Args:
             sample: x_ti, (B, C, H, W), or packed as Flux has it, (B, L, C).
             timestep: t_i, () or (B,), as Dash's forward method takes it.
-            jump: The latest Dash evaluation, of the same batch.
+            jump: The latest Dash evaluation, of the same batch. With norm="dnr" its `memory` is
+                read and renewed: each call with one jump point is the next step of a relay.
             dash_kwargs: Conditions (class labels, ...), as Dash's forward method takes them.
 
         Returns:
@@ -252,13 +259,17 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         time_embedding = next(iter(times.values()))
         hidden = self.conv_in(torch.cat([grid.spread(each) for each in inputs], dim=1))
         skips = []
+        # Copied: a call that fails midway moves no state.
+        relay = (dict(jump.memory),) if self.relay else ()
         for block in self.down_blocks:
-            hidden, skip = block(hidden, time_embedding)
+            hidden, skip = block(hidden, time_embedding, *relay)
             skips.append(skip)
         factor = 2 ** len(self.down_blocks)
         hidden = run_body(tree, hidden, timestep, times, grid, factor, dash_kwargs)
         for block in self.up_blocks:
-            hidden = block(hidden, skips.pop(), time_embedding)
+            hidden = block(hidden, skips.pop(), time_embedding, *relay)
+        for states in relay:
+            jump.memory.update(states)
         residual = self.conv_out(nn.functional.silu(self.norm_out(hidden)))
         return grid.gather(nn.functional.pixel_shuffle(residual, self.config.patch_size))
 

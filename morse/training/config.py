@@ -63,6 +63,13 @@ class TrainDotConfig(TrainingConfig):
     independent: bool = field(
         default=False, metadata={"help": "train the control that estimates from the sample alone"}
     )
+    norm: Literal["group", "dnr"] = field(
+        default="group",
+        metadata={
+            "help": "norms of the extra blocks; dnr hands states on from one Dot step to the next, "
+            "and learns it from all steps of a window, of which it needs two or more"
+        },
+    )
     history: Literal[0, 1] = field(
         default=0,
         metadata={
@@ -179,6 +186,7 @@ class TrainDotConfig(TrainingConfig):
         )
         check_prune_settings(self)
         self._check_conditions()
+        self._check_relay()
         self._check_distillation()
         check_history(self.history, self.extrapolation_cap, self.independent)
         if self.history and (self.on_policy or self.window_steps < 2):
@@ -199,6 +207,26 @@ class TrainDotConfig(TrainingConfig):
                 "cache_latents is True and cache_pairs is given, which holds latents already; "
                 "choose one"
             )
+
+    def _check_relay(self) -> None:
+        if self.norm != "dnr":
+            return
+        if self.window_steps == 1:
+            raise ValueError(
+                "norm is 'dnr' and window_steps is 1, but a relay from one Dot step to the next is "
+                "learnt from windows of several: give --window_steps 2 or more, such as 3."
+            )
+        if self.pairs_per_window > 1:
+            raise ValueError(
+                f"norm is 'dnr' and pairs_per_window is {self.pairs_per_window}, but it learns "
+                "from all steps of a window, in order: leave --pairs_per_window away."
+            )
+        for name in ("cuda_graphs", "distill", "history"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"norm is 'dnr' and {name} is {getattr(self, name)}, but {name} works on "
+                    f"single pairs, not on sequences of them: leave --{name} away."
+                )
 
     def _check_conditions(self) -> None:
         scale = self.guidance_scale

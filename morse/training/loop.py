@@ -17,6 +17,7 @@ from morse.training.latent_cache import cache_latents
 from morse.training.pairs import weighted_loss
 from morse.training.pruning import DotPruner
 from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.training.sequences import sequence_loss, sequence_pairs
 from morse.training.source import (
     Batch,
     ConditionedImages,
@@ -42,6 +43,7 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             layers_per_block=config.layers_per_block,
             independent=config.independent,
             base_space=config.base_space,
+            norm=config.norm,
             history=config.history,
             extrapolation_cap=config.extrapolation_cap,
         )
@@ -65,6 +67,8 @@ def window_loss(
         else:
             maker = dot if config.on_policy else None
             window = draw_windows(source, config, batch, generator, maker)
+        if config.norm == "dnr":
+            return sequence_loss(dot, sequence_pairs(dash, window), config)
         pairs = pick_pairs(dash, window, config.pairs_per_window, generator, config.on_policy)
         if config.cuda_graphs and not graphed:
             graphed.append(GraphedDot(dot))
