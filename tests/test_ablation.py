@@ -161,7 +161,8 @@ def test_every_call_takes_every_place_in_a_round():
 
 def facts(name, ratios, controls=["plain"], **changes):  # noqa: B006
     runs = [
-        {"seed": seed, "ratios": {"residual_ratio": ratio, "residual_ratio/0-20": ratio + 1},
+        {"seed": seed, "ratios": {"residual_ratio": ratio, "residual_ratio/0-20": ratio + 1,
+                                 "sequence_ratio": 1 - ratio, "sequence_ratio/1": 0.3},
          "parameters": 1000, "nonzero": 900, "bytes": 4000, "seconds": 9.0, "cpu_seconds": 8.0}
         for seed, ratio in enumerate(ratios)
     ]  # fmt: skip
@@ -172,6 +173,7 @@ def facts(name, ratios, controls=["plain"], **changes):  # noqa: B006
     row = {"name": name, "method": name, "description": f"what {name} is", "controls": controls}
     return row | {
         "same_size_as": None,
+        "figure": "residual_ratio",
         "overrides": {},
         "latency": latency,
         "runs": runs,
@@ -228,6 +230,11 @@ def test_a_winner_beats_plain_and_its_control(result):
     assert "their controls: good (0.5100" in compact_table(result)
     result["rows"][1]["runs"] = facts("good", [0.60, 0.60, 0.63])["runs"]
     assert compact_table(result).endswith("their controls: none.")
+
+
+def test_a_row_is_compared_by_its_figure(result):
+    result["rows"][5]["figure"] = "sequence_ratio"  # of which the bad row has less
+    assert "| -0.1000 [-0.1000, -0.1000] | better |" in line_of(to_markdown(result), "bad")
 
 
 def test_only_common_seeds_are_compared(result):
@@ -290,6 +297,7 @@ def contents(folder, pattern):
     }
 
 
+@pytest.mark.slow
 def test_a_killed_ablation_goes_on(tiny, tmp_path, monkeypatch):
     import morse.evaluation.ablation.command as command
 
@@ -345,6 +353,7 @@ def test_rows_are_trained_on_the_same_windows_and_repeat(tiny, tmp_path):
     result = run_ablation(parse_config(AblationConfig, arguments), [PLAIN, same])
     first, second = (row["runs"][0]["ratios"] for row in result["rows"])
     assert first == second
+    assert {"residual_ratio", "sequence_ratio", "sequence_ratio/3"} <= first.keys()
     assert len(list(tmp_path.glob("windows-*/*.safetensors"))) == 1
 
 

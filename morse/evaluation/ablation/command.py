@@ -166,6 +166,7 @@ def _row_facts(config: AblationConfig, row: Row, store: AblationStore) -> Facts:
         "description": row.description,
         "controls": list(row.controls),
         "same_size_as": row.same_size_as,
+        "figure": row.figure,
         "overrides": runs[0]["overrides"] if runs else dict(row.overrides),
         "latency": store.latency(row.name),
         "runs": [{k: v for k, v in run.items() if k not in ("row", "overrides")} for run in runs],

@@ -31,9 +31,9 @@ def write_report(result: Result, folder: Path) -> None:
 
 
 def compare_rows(row: RowFacts, other: RowFacts) -> Difference | None:
-    """Return the difference of two rows' residual ratios over the seeds that both have."""
+    """Return the difference of two rows in `row`'s figure, over the seeds that both have."""
     first, second = (
-        {run["seed"]: run["ratios"][OVERALL] for run in each["runs"]} for each in (row, other)
+        {run["seed"]: run["ratios"][row["figure"]] for run in each["runs"]} for each in (row, other)
     )
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
@@ -93,7 +93,10 @@ def to_markdown(result: Result) -> str:
         _cost_note(result),
         "## Residual ratio by gap",
         "Of t_s - t_i, in timesteps; mean ± standard deviation over seeds.",
-        _gap_table(result),
+        _detail_table(result, "residual_ratio/"),
+        "## Sequence ratio",
+        "The same share along the steps that follow one Dash evaluation: all, and each.",
+        _detail_table(result, "sequence_ratio"),
         "## Rows",
         _row_table(result),
     ]
@@ -165,13 +168,13 @@ def _cost_note(result: Result) -> str:
     )
 
 
-def _gap_table(result: Result) -> str:
+def _detail_table(result: Result, prefix: str) -> str:
     names = [name for row in result["rows"] for run in row["runs"] for name in run["ratios"]]
-    gaps = [name for name in dict.fromkeys(names) if name != OVERALL]
-    lines = [f"| row | {' | '.join(gap.partition('/')[2] for gap in gaps)} |"]
-    lines.append("|---|" + "--:|" * len(gaps))
+    shown = [name for name in dict.fromkeys(names) if name.startswith(prefix)]
+    heads = [name.partition("/")[2] or "all" for name in shown]
+    lines = [f"| row | {' | '.join(heads)} |", "|---|" + "--:|" * len(shown)]
     for row in result["rows"]:
-        lines.append(f"| {row['name']} | {' | '.join(_ratio(row, gap) for gap in gaps)} |")
+        lines.append(f"| {row['name']} | {' | '.join(_ratio(row, name) for name in shown)} |")
     return "\n".join(lines)
 
 

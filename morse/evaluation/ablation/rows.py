@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from morse.training.config import TrainDotConfig
 
 PLAIN = "plain"
+# Over single pairs, or over the steps that follow a Dash evaluation.
+Figure = Literal["residual_ratio", "sequence_ratio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,7 @@ class Row:
         controls: Rows that differ from it in nothing but what the method claims.
         same_size_as: The row whose own parameters other than zero it has as many of, as nearly as
             widths allow; its sizes are found when that row is trained.
+        figure: What it is compared by, of what is measured of every Dot.
         shrink_lora: Whether these sizes include the LoRA's rank, and not only the blocks' widths.
     """
 
@@ -30,6 +34,7 @@ class Row:
     controls: tuple[str, ...] = (PLAIN,)
     same_size_as: str | None = None
     shrink_lora: bool = False
+    figure: Figure = "residual_ratio"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -112,15 +117,16 @@ ROWS = (
     Row(
         name="dnr",
         method="dnr",
-        description="Dynamic Normalization and Relay, on all four steps of each window; measured "
-        "at its first step after Dash",
+        description="Dynamic Normalization and Relay, on all steps of each window in order; "
+        "compared by the sequence ratio",
         overrides={"norm": "dnr", "pairs_per_window": 1},
         controls=("dnr-plain",),
+        figure="sequence_ratio",
     ),
     Row(
         name="dnr-plain",
         method="dnr",
-        description="a plain Dot on as many pairs of each window, drawn at random",
+        description="a plain Dot on as many pairs of the same windows, drawn at random",
         overrides={"pairs_per_window": 4},
     ),
     Row(

@@ -3,7 +3,7 @@
 import shutil
 import time
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,8 +16,14 @@ from morse.training.common import make_accelerator
 from morse.training.frozen import FrozenPipeline, load_frozen_pipeline
 from morse.training.loop import train_dot
 from morse.training.pairs import Pairs
+from morse.training.sequences import sequence_ratios
 from morse.training.source import open_source
-from morse.training.validation import residual_ratios, validation_pairs
+from morse.training.validation import (
+    VALIDATION_STEPS,
+    residual_ratios,
+    validation_pairs,
+    validation_sequences,
+)
 
 
 def open_pipeline(config: AblationConfig) -> FrozenPipeline:
@@ -43,14 +49,37 @@ def prepare_windows(config: AblationConfig, seed: int) -> None:
     prepare_cache(source, settings, make_accelerator(settings))
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What every Dot of an ablation is measured on.
+
+    Attributes:
+        pipeline: With Dash.
+        pairs: Fixed pairs of held-out images.
+        sequences: Fixed sequences of the steps that follow a Dash evaluation, of the same images.
+    """
+
+    pipeline: FrozenPipeline
+    pairs: list[Pairs]
+    sequences: list[Pairs]
+
+    def ratios(self, dot: nn.Module) -> dict[str, float]:
+        """Return what `residual_ratios` and `sequence_ratios` say of a Dot."""
+        dot_ratios = residual_ratios(dot, self.pairs, len(self.pipeline.dash.schedule))
+        return dot_ratios | sequence_ratios(dot, self.sequences, VALIDATION_STEPS)
+
+
 @lru_cache(maxsize=1)
-def held_out(config: AblationConfig) -> tuple[FrozenPipeline, list[Pairs]]:
-    """Return the pipeline and the fixed pairs of held-out images; made once a process."""
+def held_out(config: AblationConfig) -> HeldOut:
+    """Make what Dots are measured on; once a process."""
     settings = replace(
         config.training(0, config.output_dir, {}), validation_images=config.validation_images
     )
     pipeline = open_pipeline(config)
-    return pipeline, validation_pairs(open_source(pipeline, settings, "test"), settings)
+    source = open_source(pipeline, settings, "test")
+    return HeldOut(
+        pipeline, validation_pairs(source, settings), validation_sequences(source, settings)
+    )
 
 
 def dot_folder(config: AblationConfig, name: str, seed: int) -> Path:
@@ -70,8 +99,8 @@ def train_and_measure(
         overrides: Of `TrainDotConfig`.
 
     Returns:
-        residual_ratio and its like by gap ("ratios"), parameters, those other than zero, bytes on
-        disk, and wall and CPU seconds of the whole run (loading and pictures included).
+        residual_ratio, sequence_ratio and their likes ("ratios"), parameters, those other than
+        zero, bytes on disk, and wall and CPU seconds of the whole run, with loading and pictures.
     """
     folder = dot_folder(config, name, seed)
     shutil.rmtree(folder, ignore_errors=True)  # a killed run's
@@ -80,8 +109,8 @@ def train_and_measure(
     with log.open("w", encoding="utf-8") as lines, redirect_stdout(lines):
         train_dot(config.training(seed, folder, overrides))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
-    pipeline, pairs = held_out(config)
-    dot = load_dot(folder, pipeline.dash.model)
+    measured_on = held_out(config)
+    dot = load_dot(folder, measured_on.pipeline.dash.model)
     counts = count_parameters(dot)
     size = disk_size(folder)
     shutil.rmtree(folder / f"checkpoint-{config.max_train_steps}", ignore_errors=True)
@@ -89,7 +118,7 @@ def train_and_measure(
         "row": name,
         "seed": seed,
         "overrides": overrides,
-        "ratios": residual_ratios(dot, pairs, len(pipeline.dash.schedule)),
+        "ratios": measured_on.ratios(dot),
         **counts,
         "bytes": size,
         "seconds": seconds,
