@@ -64,8 +64,8 @@ class SkeletonConfig:
         """Check the ranges."""
         if self.quick:
             tiny = {
-                "channels": 16, "train_poses": 256, "dash_steps": 30, "dot_steps": 20,
-                "windows": 64, "batch_size": 32, "lsd": (4, 6), "num_poses": 32, "seeds": 2,
+                "channels": 16, "train_poses": 256, "dash_steps": 30, "dot_steps": 30,
+                "windows": 64, "batch_size": 32, "lsd": (4, 6), "num_poses": 16, "seeds": 1,
                 "speed_ratio": 3.0,
             }  # fmt: skip
             for name, value in tiny.items():

@@ -9,7 +9,6 @@ from torch import Tensor
 from pipelines.skeleton_data import PARENTS, VALID, bone_errors
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 METHODS = {"solver": "DPM++ 2M", "morse": "Morse", "reuse": "Reuse"}
@@ -24,7 +23,15 @@ METRICS = {
     "rmse": "RMSE to 100 steps, same noise",
 }
 RIGHT, LEFT = {1, 2, 3, 14, 15, 16}, {4, 5, 6, 11, 12, 13}
+TRUNK_COLOR, WRONG = "#333333", "#D40000"
+BONE_COLORS = np.array(
+    [
+        "#0072B2" if joint in RIGHT else "#009E73" if joint in LEFT else TRUNK_COLOR
+        for joint in range(1, len(PARENTS))
+    ]
+)
 COLUMNS = 12
+WIDTH, HEIGHT = 3.2, 4.1  # of a pose's place
 
 
 def _value(found: dict[str, object], digits: int) -> str:
@@ -89,9 +96,10 @@ def draw_report(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 1.25 * len(samples) + 4.6), layout="constrained")
+    upper_height = 1.12 * len(samples)
+    figure = Figure(figsize=(12, upper_height + 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.25 * len(samples), 4.2))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(upper_height, 4))
     _draw_poses(upper, samples)
     _draw_curves(lower, result)
     figure.suptitle(title, fontsize=12)
@@ -101,28 +109,25 @@ def draw_report(
 
 
 def _draw_poses(figure: "Figure", samples: dict[tuple[str, int], Tensor]) -> None:
-    grid = figure.subplots(
-        len(samples), COLUMNS + 1, squeeze=False, width_ratios=(1.6, *[1] * COLUMNS)
+    """Draw a table of poses: right limbs blue, left ones green, bones of a wrong length red."""
+    from matplotlib.collections import LineCollection
+
+    axes = figure.subplots()
+    for row, ((method, lsd), poses) in enumerate(samples.items()):
+        shown = poses[:COLUMNS]
+        axes.text(-2, -HEIGHT * row, f"{METHODS[method]}\n{lsd} LSD", ha="right", va="center")
+        places = np.stack([WIDTH * np.arange(len(shown)), np.full(len(shown), -HEIGHT * row)], 1)
+        points = shown.numpy() + places[:, None]
+        bones = np.stack([points[:, PARENTS[1:]], points[:, 1:]], 2)  # (n, J - 1, 2 ends, 2)
+        wrong = (bone_errors(shown) > VALID).numpy()
+        colors = np.where(wrong, WRONG, BONE_COLORS)
+        lines = bones.reshape(-1, 2, 2)
+        axes.add_collection(LineCollection(lines, colors=colors.ravel(), linewidths=2))
+        axes.plot(*points[:, 10].T, "o", color=TRUNK_COLOR, markersize=4.5)
+    axes.set(
+        xlim=(-2 - WIDTH, WIDTH * COLUMNS), ylim=(-HEIGHT * len(samples) + 1.8, 2.2), aspect="equal"
     )
-    for axes_row, ((method, lsd), poses) in zip(grid, samples.items(), strict=True):
-        axes_row[0].text(0, 0.5, f"{METHODS[method]}\n{lsd} LSD", va="center", fontsize=11)
-        for axes in axes_row:
-            axes.set_axis_off()
-        for axes, pose in zip(axes_row[1:], poses, strict=False):
-            _draw_pose(axes, pose)
-
-
-def _draw_pose(axes: "Axes", pose: Tensor) -> None:
-    """Draw one pose (J, 2): right limbs blue, left ones green, bones of a wrong length red."""
-    wrong = (bone_errors(pose[None])[0] > VALID).tolist()
-    points = pose.numpy()
-    for joint in range(1, len(PARENTS)):
-        color = "#0072B2" if joint in RIGHT else "#009E73" if joint in LEFT else "#333333"
-        ends = np.stack([points[PARENTS[joint]], points[joint]])
-        color, width = ("#D40000", 2.4) if wrong[joint - 1] else (color, 1.8)
-        axes.plot(*ends.T, color=color, linewidth=width, solid_capstyle="round")
-    axes.plot(*points[10], "o", color="#333333", markersize=5)
-    axes.set(xlim=(-1.7, 1.7), ylim=(-2.0, 2.3), aspect="equal")
+    axes.set_axis_off()
 
 
 def _draw_curves(figure: "Figure", result: dict[str, object]) -> None:

@@ -142,7 +142,7 @@ def optimise(
 
 
 def train_dash(pipe: SkeletonPipeline, poses: Tensor, config: "SkeletonConfig") -> float:
-    """Train the UNet and the layout on the joints' velocities; returns the last tenth's mean loss."""
+    """Train the UNet and the layout on joints' velocities; returns the last tenth's mean loss."""
 
     def loss(generator: torch.Generator) -> Tensor:
         clean = poses[torch.randint(len(poses), (config.batch_size,), generator=generator)]
