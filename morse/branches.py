@@ -41,11 +41,16 @@ class Branches:
     def __init__(self) -> None:
         """Start with nothing kept."""
         self._branches: list[_Branch] = []
+        self._earlier: list[_Branch] = []
         self._used: list[_Branch] = []
         self._num_earlier = 0
 
-    def start_step(self, forget: bool) -> None:
-        """Begin another step; `forget` what was kept where this one is evaluated in full."""
+    def start_step(self, forget: bool, keep_earlier: bool = False) -> None:
+        """Begin another step; `forget` what was kept where this one is evaluated in full.
+
+        With `keep_earlier` it can still be found, by `find_earlier`, during this step.
+        """
+        self._earlier = self._branches if forget and keep_earlier else []
         if forget:
             self._branches = []
         self._used, self._num_earlier = [], len(self._branches)
@@ -62,9 +67,16 @@ class Branches:
         The very same objects are looked for first: pipelines hand on the same ones at each step,
         and comparing values waits for the device.
         """
+        return self._find(self._branches, owner, call)
+
+    def find_earlier(self, owner: object, call: Call) -> object | None:
+        """Find what was kept for such a call before this step, which is evaluated in full."""
+        return self._find(self._earlier, owner, call)
+
+    def _find(self, branches: list[_Branch], owner: object, call: Call) -> object | None:
         free = [
             branch
-            for branch in self._branches
+            for branch in branches
             if branch.owner is owner
             and branch.shape == call.sample.shape
             and not any(branch is used for used in self._used)

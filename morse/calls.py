@@ -16,6 +16,12 @@ from morse.plan import MorsePlan
 from morse.prepare import prepare_dot, remember
 from morse.rates import choose_base_space
 from morse.sampling import Dot
+from morse.saved_plans import (
+    SavedPlan,
+    chooses_timesteps,
+    find_saved_plan,
+    scheduler_options,
+)
 from morse.slot import CURRENT_RUN, install_switch
 from morse.steps import count_evaluations, find_exact_steps, find_steps
 from morse.summary import SpeedRatio, summarize_run, warn_unless_engaged
@@ -54,11 +60,13 @@ class MorseCalls(Publishable):
 
         Args:
             args: The pipeline's own arguments.
-            lsd: Budget in evaluations of Dash; Dot's count for 1/`speed_ratio` each.
+            lsd: Budget in evaluations of Dash; Dot's count for 1/`speed_ratio` each. It is spent
+                by the plan that was saved with Dot for this scheduler and budget (`morse plan`),
+                if there is one, else by a uniform plan.
             num_dash_steps: Dash evaluations, with `num_dot_steps` or `num_inference_steps`.
             num_dot_steps: Dot evaluations.
             plan: Every evaluation's model: a `MorsePlan`, a string such as "DooDoo", or booleans
-                (True for Dash).
+                (True for Dash). With `lsd`: "uniform", to leave a saved plan aside.
             kwargs: The pipeline's own keyword arguments.
 
         Returns:
@@ -71,9 +79,25 @@ class MorseCalls(Publishable):
             self.last_run = None
             return super().__call__(*args, **kwargs)
         arguments = self._name_arguments(args, kwargs)
-        wanted = self._make_plan(lsd, num_dash_steps, num_dot_steps, plan, arguments)
-        chosen, steps = self._fit_plan(wanted, arguments, shorten=lsd is not None)
-        return self._run(chosen, {**arguments, "num_inference_steps": steps})
+        saved = None
+        if lsd is not None and plan == "uniform":
+            plan = None
+        elif lsd is not None and plan is None:
+            saved = self._saved_plan(lsd, arguments)
+        if saved is not None:
+            lsd, plan = None, saved.plan
+        with scheduler_options(self, saved.scheduler if saved else {}):
+            wanted = self._make_plan(lsd, num_dash_steps, num_dot_steps, plan, arguments)
+            chosen, steps = self._fit_plan(wanted, arguments, shorten=lsd is not None)
+            return self._run(chosen, {**arguments, "num_inference_steps": steps})
+
+    def _saved_plan(self, lsd: float, arguments: dict[str, object]) -> SavedPlan | None:
+        """Find the plan that was searched for this budget; for whole runs alone."""
+        plans = self.dot.config.get("plans") if isinstance(self.dot, MorseDot) else None
+        given = self._with_defaults({"num_inference_steps": None, **arguments})
+        if not plans or chooses_timesteps(given):
+            return None
+        return find_saved_plan(plans, self.scheduler, lsd, self._known_speed_ratio(arguments))
 
     def _name_arguments(self, args: tuple, kwargs: dict) -> dict[str, object]:
         """Give the pipeline's own arguments by name."""

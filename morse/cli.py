@@ -14,6 +14,7 @@ Config = TypeVar("Config")
 COMMANDS = {
     "demo": ("morse.evaluation.demo", "DemoConfig", "run_demo"),
     "bench": ("morse.evaluation.bench.benchmark", "BenchmarkConfig", "run_benchmark"),
+    "plan": ("morse.evaluation.planning.command", "PlanConfig", "run_plan"),
     "eval fid": ("morse.evaluation.fid.command", "FidConfig", "run_fid"),
     "train-dash": ("morse.training.dash", "TrainDashConfig", "train_dash"),
     "train-dot": ("morse.training.loop", "TrainDotConfig", "train_dot"),
@@ -30,7 +31,7 @@ def _argument(hint: object) -> dict[str, object]:
     if origin is Literal:
         return {"choices": list(args), "type": type(args[0])}
     if origin is tuple:
-        return {"nargs": "+", "type": args[0]}
+        return {"nargs": "+", **_argument(args[0])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint}

@@ -1,14 +1,15 @@
 """Dash's latest estimate in a pipeline's run, and how Dot corrects it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from morse.denoisers import Call, result_of
+from morse.history import Evaluation, extrapolate
 from morse.rates import prediction_type
 from morse.sampling import Dot, JumpPoint, dot_estimate, estimate
-from morse.spaces import BaseSpace, Rates, rebase
+from morse.spaces import BaseSpace, Rates
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,23 +20,42 @@ class LatestEstimate:
         jump: Where Dash was evaluated and what it said.
         rates: The scheduler's signal and noise rates there; None where they are not needed.
         container: Puts a result into the kind of container that Dash returns.
+        earlier_rates: The rates of `jump.earlier`; None where there is none or they are not known.
     """
 
     jump: JumpPoint
     rates: Rates | None
     container: Callable[[Tensor], object]
+    earlier_rates: Rates | None = None
 
 
 def keep_estimate(
-    output: object, sample: Tensor, timestep: Tensor, rates: Rates | None
+    output: object,
+    sample: Tensor,
+    timestep: Tensor,
+    rates: Rates | None,
+    earlier: object = None,
 ) -> LatestEstimate | str:
-    """Keep what Dot needs of a Dash evaluation; says why, where it can't be corrected."""
+    """Keep what Dot needs of a Dash evaluation; says why, where it can't be corrected.
+
+    `earlier` is what this gave for the evaluation before it; nothing further back stays.
+    """
     found = result_of(output)
     if found is None:
         return "it returns several results"
     result, container = found
-    _, jump = estimate("dash", sample, timestep, None, lambda *_: result, None)
-    return LatestEstimate(jump, rates, container)
+    known = isinstance(earlier, LatestEstimate)
+    before, before_rates = (earlier.jump, earlier.rates) if known else (None, None)
+    _, jump = estimate("dash", sample, timestep, before, lambda *_: result, None)
+    return LatestEstimate(jump, rates, container, before_rates)
+
+
+def _evaluations(latest: LatestEstimate) -> tuple[Evaluation, Evaluation | None]:
+    jump, earlier = latest.jump, latest.jump.earlier
+    now = (jump.model_output, jump.sample, latest.rates)
+    if earlier is None or latest.earlier_rates is None or latest.rates is None:
+        return now, None
+    return now, (earlier.model_output, earlier.sample, latest.earlier_rates)
 
 
 def correct_estimate(
@@ -68,8 +88,10 @@ def correct_estimate(
     def based(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
         base = None
         if rates is not None:
-            then, kind = (jump.sample, latest.rates), prediction_type(scheduler)
-            base = rebase(base_space, jump.model_output, then, (sample, rates), kind)
+            cap, kind = getattr(dot, "extrapolation_cap", 0.0), prediction_type(scheduler)
+            evaluations = _evaluations(latest)
+            base, trend = extrapolate(base_space, *evaluations, (sample, rates), kind, cap)
+            jump = replace(jump, trend=trend)
         return dot_estimate(residual, sample, timestep, jump, base)
 
     residual.independent = getattr(dot, "independent", False)

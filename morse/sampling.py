@@ -7,12 +7,11 @@ steps t_i from Dash's latest estimate plus a learned residual, Dot:
     z_ti = dash(x_ti, t_i)                                              at a jump point
     z_ti = z_ts + dot(x_ti, t_i, jump)  with  jump = (x_ts, t_s, z_ts)  otherwise
 
-`estimate` is that switch. It serves `morse_sample` below and any diffusers pipeline
-(`morse.attach`), whose own scheduler then makes the steps.
+`estimate` is that switch, for `morse_sample` below and any diffusers pipeline (`morse.attach`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,11 +22,17 @@ from morse.spaces import PredictionType, ddim_step, signal_and_noise, to_noise_p
 
 @dataclass(frozen=True)
 class JumpPoint:
-    """The latest Dash evaluation: `sample` x_ts (B, ...), `timestep` t_s, `model_output` z_ts."""
+    """The latest Dash evaluation: `sample` x_ts (B, ...), `timestep` t_s, `model_output` z_ts.
+
+    `earlier` is the one before it, and `trend`, like z_ts, what the line through the two adds where
+    Dot is evaluated (`morse.history`); None where not known.
+    """
 
     sample: Tensor
     timestep: Tensor
     model_output: Tensor
+    earlier: "JumpPoint | None" = None
+    trend: Tensor | None = None
 
 
 Dash = Callable[[Tensor, Tensor], Tensor]  # (sample, timestep) -> model_output
@@ -54,8 +59,9 @@ def estimate(
     if model == "dot":
         return dot_estimate(dot, sample, timestep, jump), jump
     model_output = dash(sample, timestep)
+    earlier = None if jump is None else replace(jump, earlier=None)
     # Cloned: some pipelines step in place, and compiled models reuse their output buffers.
-    return model_output, JumpPoint(sample.clone(), timestep, model_output.clone())
+    return model_output, JumpPoint(sample.clone(), timestep, model_output.clone(), earlier)
 
 
 @torch.no_grad()

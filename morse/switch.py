@@ -22,7 +22,7 @@ from morse.denoisers import Call, Denoiser, take_apart
 from morse.dot import MorseDot
 from morse.estimates import LatestEstimate, correct_estimate, keep_estimate
 from morse.plan import ModelName, MorsePlan
-from morse.rates import noise_rates
+from morse.rates import find_family, noise_rates
 from morse.sampling import Dot
 from morse.spaces import BaseSpace, Rates
 
@@ -76,6 +76,11 @@ class MorseRun:
         """How many of the plan's evaluations were reached, one a step however many branches."""
         return self._step + 1
 
+    @property
+    def _has_history(self) -> bool:
+        """Whether a Dot uses the Dash evaluation before the latest too."""
+        return any(getattr(denoiser.dot, "history", 0) for denoiser in self.denoisers)
+
     def finish(self, seconds: float) -> None:
         """Note the wall time and let go of models and samples."""
         self.seconds = seconds
@@ -125,7 +130,8 @@ class MorseRun:
             output = correct_estimate(latest, self._bind(denoiser), call, *here)
         else:
             output = compute()
-            kept = keep_estimate(output, call.sample, timestep, rates)
+            earlier = self._branches.find_earlier(denoiser, steady)
+            kept = keep_estimate(output, call.sample, timestep, rates, earlier)
             self._branches.keep(denoiser, steady, kept)
         model: ModelName = "dash" if latest is None else "dot"
         self._count(model)
@@ -174,7 +180,8 @@ class MorseRun:
         return self.plan[step] if 0 <= step < len(self.plan) else "dash"
 
     def _rates_at(self, sample: Tensor, timestep: Tensor) -> Rates | None:
-        if self.base_space == "raw" or self._index < 0:
+        extrapolated = self._has_history and find_family(self.scheduler) is not None
+        if self._index < 0 or (self.base_space == "raw" and not extrapolated):
             return None
         return noise_rates(self.scheduler, self._index, timestep, sample)
 
@@ -193,7 +200,8 @@ class MorseRun:
             self._step += 1
         self._index = index
         self._steps.append(Counter())
-        self._branches.start_step(forget=self._planned(self._step) == "dash")
+        is_dash = self._planned(self._step) == "dash"
+        self._branches.start_step(forget=is_dash, keep_earlier=self._has_history)
 
     def _count(self, model: ModelName) -> None:
         self.num_dash += model == "dash"

@@ -79,6 +79,13 @@ class AfDCDLoss(nn.Module):
 
     Raises:
         ValueError: If an argument is out of its range.
+
+    Example:
+        >>> loss = AfDCDLoss(6, 8, channel_groups=2, pool_size=0, reduction="mean")
+        >>> student, teacher = torch.randn(2, 6, 8, 8), torch.randn(2, 8, 8, 8)
+        >>> out = loss(student, teacher, rng=torch.Generator().manual_seed(0))
+        >>> bool(out.loss > 0), out.reconstruction.shape
+        (True, torch.Size([2, 8, 8, 8]))
     """
 
     def __init__(

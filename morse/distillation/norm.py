@@ -54,6 +54,12 @@ class NORMLoss(nn.Module):
 
     Raises:
         ValueError: For an argument out of its range, and for a phase target whose `n` is no square.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.randn(2, 6, 8, 8)
+        >>> NORMLoss(n=4)(teacher.repeat(1, 4, 1, 1), teacher).item()  # all 4 segments are equal
+        0.0
     """
 
     def __init__(

@@ -33,6 +33,15 @@ class NORMTransform(nn.Module):
 
     Raises:
         ValueError: For an argument out of its range, and for init="identity" without the residual.
+
+    Example:
+        >>> transform, feature = NORMTransform(6, 8, n=4).eval(), torch.randn(2, 6, 5, 5)
+        >>> out, expanded = transform(feature)
+        >>> out.shape, expanded.shape
+        (torch.Size([2, 6, 5, 5]), torch.Size([2, 32, 5, 5]))
+        >>> layer = nn.Conv2d(6, 3, 1)
+        >>> torch.allclose(transform.fold(layer)(feature), layer(out), atol=1e-4)
+        True
     """
 
     def __init__(

@@ -58,17 +58,24 @@ def dot_rows(dot: ModelMixin) -> dict[str, object]:
     """List what a Dot's config says, for the table of a card."""
     config = dot.config
     ratios, fingerprint = config.plan_ratio or {}, config.dash_fingerprint
+    zeros = {"of these zero, by pruning": f"{_count_zeros(dot):,}"} if config.sparse else {}
     return {
         "Dash": f"{fingerprint['class']}, {fingerprint['parameters']:,} parameters",
         "Dash's fingerprint": f"`{fingerprint['structure']}` {fingerprint['weights']}",
         "Dot's own parameters": f"{dot.num_parameters():,}",
+        **zeros,
         "m (extra down-sampling blocks)": config.num_down_blocks,
         "their channels": ", ".join(map(str, config.block_out_channels)),
         "LoRA rank": config.lora_rank,
         "base that Dot corrects (`base_space`)": config.base_space or "by the scheduler",
+        "earlier estimates of Dash that it sees (`history`)": config.history,
         "N (Dash's time over Dot's)": config.speed_ratio,
         "evaluations per LSD": "; ".join(f"{key}: {value}" for key, value in ratios.items()),
     }
+
+
+def _count_zeros(dot: ModelMixin) -> int:
+    return sum(int((parameter == 0).sum()) for parameter in dot.parameters())
 
 
 def dot_card(dot: ModelMixin, dash_place: object) -> str:

@@ -13,10 +13,12 @@ from morse.dot.body import embed_time, embed_times, run_body
 from morse.dot.card import dot_card
 from morse.dot.grid import find_grid
 from morse.dot.hub import Publishable
+from morse.dot.inputs import dot_inputs, input_channels
 from morse.dot.loading import safetensors_only
 from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
 from morse.dot.shell import moves_weights, run_hooked, update_tree
+from morse.dot.storage import SparselyStored
 from morse.dot.view import (
     TreeState,
     check_fingerprint,
@@ -26,11 +28,12 @@ from morse.dot.view import (
     merge_shared_tree,
 )
 from morse.dot.wrapped import unwrap
+from morse.history import check_history
 from morse.sampling import JumpPoint
 from morse.spaces import BaseSpace, check_base_space
 
 
-class MorseDot(Publishable, ModelMixin, ConfigMixin):
+class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
     """Predicts what to add to Dash's latest estimate, from both points of the trajectory.
 
     The sample, the jump point's sample and the jump point's estimate go through
@@ -61,6 +64,12 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
             the scheduler if None (`morse.rates.choose_base_space`). After the deterministic step
             that Dot is trained on, "raw" and "x0" of an epsilon agree.
         patch_size: Rows and columns of the sample in one token of a transformer; 1 for UNets.
+        plans: Searched plans (`morse plan`) by scheduler class name, each as a
+            `morse.saved_plans.SavedPlan` has it; a budget that is among them is spent so.
+        sparse: Save only the weights that are not zero and their places: for a pruned Dot.
+        history: Earlier estimates of Dash used: 1, or 0 as in the paper (`morse.history`).
+        extrapolation_cap: With history, how far the residual's base follows the line through both
+            estimates, in distances between these; 0 to let Dot see the line and no more.
     """
 
     @register_to_config
@@ -83,12 +92,18 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         output_channels: int | None = None,
         base_space: BaseSpace | None = None,
         patch_size: int = 1,
+        plans: dict[str, list[dict[str, object]]] | None = None,
+        sparse: bool = False,
+        history: int = 0,
+        extrapolation_cap: float = 1.0,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
         check_base_space(base_space)
+        check_history(history, extrapolation_cap, independent)
         check_options(num_down_blocks, block_out_channels, layers_per_block, lora_rank)
         self.independent, self.base_space = independent, base_space
+        self.history, self.extrapolation_cap = history, extrapolation_cap
         alpha = lora_rank if lora_alpha is None else lora_alpha
         self.lora = nn.ModuleDict()
         self.adapters: dict[str, LowRank] = {}
@@ -98,8 +113,7 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         levels = [*block_out_channels, feature_channels]
         self.jump_time = None if independent else nn.Linear(time_embed_dim, time_embed_dim)
         output_channels = output_channels or sample_channels
-        jump_channels = 0 if independent else sample_channels + output_channels
-        channels = sample_channels + jump_channels
+        channels = input_channels(sample_channels, output_channels, independent, history)
         # Patches with a margin of one; without patches, a plain 3x3 convolution.
         self.conv_in = nn.Conv2d(channels, first, patch_size + 2, patch_size, padding=1)
         self.down_blocks = nn.ModuleList(
@@ -231,7 +245,7 @@ class MorseDot(Publishable, ModelMixin, ConfigMixin):
         times = embed_times(tree, timestep, sample.dtype, dash_kwargs.get("timestep_cond"))
         inputs = [sample]
         if not self.independent:
-            inputs += [jump.sample, jump.model_output]
+            inputs = dot_inputs(sample, jump, self.history)
             since = jump.timestep.reshape(-1).expand(len(sample))
             shift = self.jump_time(embed_time(tree, since, sample.dtype))
             times = {name: time + shift for name, time in times.items()}

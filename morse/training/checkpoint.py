@@ -15,6 +15,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
+    from morse.training.pruning import DotPruner
+
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 EMA_FILE, STATE_FILE = "ema.safetensors", "state.json"
 # How the update is computed belongs to the device at hand, not to the checkpoint.
@@ -193,7 +195,7 @@ def _flatten(
 
 def load_checkpoint(
     path: Path,
-    model: nn.Module,
+    model: "nn.Module | DotPruner",
     optimizer: torch.optim.Optimizer,
     ema: "EMAModel | None" = None,
     scaler: "torch.amp.GradScaler | None" = None,

@@ -4,9 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from morse.history import check_history
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
+from morse.training.distillation_terms import DistillName, check_distill
 from morse.training.pairs import LossWeighting
+from morse.training.pruning import PruneMethod, check_prune_settings
 from morse.training.windows import TimestepSampling
 
 
@@ -60,6 +63,19 @@ class TrainDotConfig(TrainingConfig):
     independent: bool = field(
         default=False, metadata={"help": "train the control that estimates from the sample alone"}
     )
+    history: Literal[0, 1] = field(
+        default=0,
+        metadata={
+            "help": "earlier estimates of Dash that Dot uses besides the latest; 0 is the paper"
+        },
+    )
+    extrapolation_cap: float = field(
+        default=1.0,
+        metadata={
+            "help": "with history, how far the base follows the line through both estimates; "
+            "0 to let Dot see the line and no more"
+        },
+    )
     timestep_sampling: TimestepSampling = field(
         default="uniform",
         metadata={"help": "uniform as in Algorithm 1, or neighbours on the grids of real plans"},
@@ -94,9 +110,54 @@ class TrainDotConfig(TrainingConfig):
         default=False,
         metadata={"help": "replay Dot's kernels as CUDA graphs; for one process on one GPU"},
     )
-    init_from: Path | None = field(
-        default=None, metadata={"help": "a saved Dot whose weights to start from"}
+    distill: tuple[DistillName, ...] = field(
+        default=(),
+        metadata={
+            "help": "learn Dash's features too, for one more evaluation of Dash a pair: norm, "
+            "af_dcd, scale_kd; the other names are their controls"
+        },
     )
+    distill_weight: tuple[float, ...] = field(
+        default=(0.1,),
+        metadata={
+            "help": "factor of all such losses, or one for each, in errors of Dot's output: so "
+            "much smaller are these than those of features"
+        },
+    )
+    init_from: Path | None = field(
+        default=None,
+        metadata={"help": "a saved Dot whose weights to start from, with or without history"},
+    )
+    prune: float | None = field(
+        default=None,
+        metadata={"help": "share of each of Dot's own weight matrices to prune while training"},
+    )
+    prune_method: PruneMethod = field(
+        default="surgery",
+        metadata={"help": "prune and splice as weights move, or once by magnitude: a control"},
+    )
+    prune_start: int | None = field(
+        default=None,
+        metadata={
+            "help": "updates before pruning; a third of max_train_steps if not given, with "
+            "init_from none"
+        },
+    )
+    prune_stop: int | None = field(
+        default=None,
+        metadata={
+            "help": "update from which the masks of surgery stay; after seven tenths of those "
+            "from prune_start on if not given"
+        },
+    )
+    prune_gamma: float = field(
+        default=1e-3,
+        metadata={
+            "help": "in surgery's iteration i a layer's masks move with probability "
+            "(1 + gamma * i) ** -power"
+        },
+    )
+    prune_power: float = field(default=1.0, metadata={"help": "power in that probability"})
     validation_steps: int = field(
         default=1000, metadata={"help": "updates between two validations; 0 for none"}
     )
@@ -116,7 +177,16 @@ class TrainDotConfig(TrainingConfig):
             self.cache_pairs,
             "at least 1",
         )
+        check_prune_settings(self)
         self._check_conditions()
+        self._check_distillation()
+        check_history(self.history, self.extrapolation_cap, self.independent)
+        if self.history and (self.on_policy or self.window_steps < 2):
+            raise ValueError(
+                f"history is {self.history}, which needs windows of 2 steps or more made by Dash, "
+                f"but window_steps is {self.window_steps} and on_policy is {self.on_policy}; with "
+                "5 steps the segments of most plans fit in"
+            )
         if self.cuda_graphs and (self.compile or self.on_policy):
             raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
         if self.on_policy and (self.cache_pairs or self.window_steps == 1):
@@ -142,4 +212,19 @@ class TrainDotConfig(TrainingConfig):
             raise ValueError(
                 f"caption_column is {self.caption_column!r} and class_names is "
                 f"{self.class_names}; give one of the two"
+            )
+
+    def _check_distillation(self) -> None:
+        if not self.distill:
+            return
+        check_distill(self.distill, self.distill_weight)
+        if self.prune is not None:
+            raise ValueError(
+                f"distill is {self.distill} and prune is {self.prune}; distill first, then prune "
+                "the result with init_from"
+            )
+        if self.compile or self.cuda_graphs:
+            raise ValueError(
+                f"distill is {self.distill}, whose features are read with hooks, and so can "
+                "neither be compiled nor captured; leave compile and cuda_graphs away"
             )

@@ -1,12 +1,13 @@
 """The pipeline of a training run, with its Dash: evaluated and never changed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from morse.spaces import BaseSpace, rebase
+from morse.history import extrapolate
+from morse.spaces import BaseSpace, Rates, rebase
 from morse.training.conditions import ConditionEncoder, make_encoder
 from morse.training.guidance import UNCONDITIONAL, Conditions, each_branch, guide
 from morse.training.latents import LatentCodec
@@ -30,12 +31,16 @@ class FrozenDash:
         schedule: On the denoiser's device.
         prediction_type: What it predicts.
         base_space: What of its latest estimate Dot's residual is added to.
+        history: How many estimates before it Dot uses; see `MorseDot`.
+        extrapolation_cap: How far the base follows them; see `MorseDot`.
     """
 
     model: nn.Module
     schedule: NoiseSchedule
     prediction_type: str
     base_space: BaseSpace = "raw"
+    history: int = 0
+    extrapolation_cap: float = 1.0
 
     @torch.no_grad()
     def __call__(
@@ -75,11 +80,34 @@ class FrozenDash:
         branches, flat = outputs.shape[1], outputs.flatten(0, 1)
         if self.base_space == "raw":
             return flat
-        points = []
-        for sample, position in (jump, here):
-            rows = each_branch(sample, branches)
-            points.append((rows, self.schedule.rates(each_branch(position, branches), rows)))
+        points = (self._rows(*point, branches) for point in (jump, here))
         return rebase(self.base_space, flat, *points, self.prediction_type)
+
+    def extrapolated(
+        self,
+        earlier: tuple[Tensor, Tensor, Tensor],
+        jump: tuple[Tensor, Tensor, Tensor],
+        here: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Give Dot's base and what it sees of the line, as `morse.history.extrapolate` does.
+
+        Args:
+            earlier: Outputs, sample and position of the estimate before the latest, as for `base`;
+                the jump point's own where there is none.
+            jump: The same of the jump point.
+            here: Sample and position where Dot is evaluated.
+        """
+        branches = jump[0].shape[1]
+        latest, before = (
+            (outputs.flatten(0, 1), *self._rows(*point, branches))
+            for outputs, *point in (jump, earlier)
+        )
+        there, cap = self._rows(*here, branches), self.extrapolation_cap
+        return extrapolate(self.base_space, latest, before, there, self.prediction_type, cap)
+
+    def _rows(self, sample: Tensor, position: Tensor, branches: int) -> tuple[Tensor, Rates]:
+        rows = each_branch(sample, branches)
+        return rows, self.schedule.rates(each_branch(position, branches), rows)
 
 
 @dataclass(frozen=True)
@@ -123,7 +151,9 @@ def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> Froz
     from morse.pipeline import MorsePipeline
 
     pipe = MorsePipeline.from_pretrained(config.pretrained_model_name_or_path).to(device)
-    return freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
+    found = freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
+    history = {"history": config.history, "extrapolation_cap": config.extrapolation_cap}
+    return replace(found, dash=replace(found.dash, **history))
 
 
 def freeze_pipeline(

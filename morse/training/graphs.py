@@ -24,10 +24,11 @@ class _OnPairs(nn.Module):
         jump_sample: Tensor,
         jump_timestep: Tensor,
         jump_output: Tensor,
-        *conditions: Tensor,
+        *more: Tensor,
     ) -> Tensor:
         # Not `self.dot(...)`, which accelerate wraps in an autocast that caches weights.
-        jump = JumpPoint(jump_sample, jump_timestep, jump_output)
+        (trend,), conditions = (more[:1], more[1:]) if self.dot.history else ((None,), more)
+        jump = JumpPoint(jump_sample, jump_timestep, jump_output, trend=trend)
         inputs = nest(dict(zip(self.condition_names, conditions, strict=True)))
         return MorseDot.forward(self.dot, sample, timestep, jump, **inputs)
 
@@ -37,6 +38,7 @@ def _tensors(pairs: Pairs) -> tuple[Tensor, ...]:
     conditions = pairs.conditions.flat_inputs().values()
     return (
         *(pairs.sample, pairs.timestep, jump.sample, jump.timestep, jump.model_output),
+        *(() if jump.trend is None else (jump.trend,)),
         *conditions,
     )
 

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from morse.dot import MorseDot
+from morse.dot.inputs import widen_inputs
 from morse.training.cache import WindowCache, prepare_cache
-from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
+from morse.training.distillation import DistilledDot, add_distillation
 from morse.training.frozen import load_frozen_pipeline
 from morse.training.graphs import GraphedDot
 from morse.training.latent_cache import cache_latents
 from morse.training.pairs import weighted_loss
+from morse.training.pruning import DotPruner
 from morse.training.run import LossFunction, TrainingRun, begin_run
 from morse.training.source import (
     Batch,
@@ -40,10 +42,13 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             layers_per_block=config.layers_per_block,
             independent=config.independent,
             base_space=config.base_space,
+            history=config.history,
+            extrapolation_cap=config.extrapolation_cap,
         )
     if config.init_from is not None:
-        path = Path(config.init_from) / "diffusion_pytorch_model.safetensors"
-        dot.load_state_dict(read_tensors(path))
+        added = config.history * dot.config.output_channels
+        weights = MorseDot.from_pretrained(config.init_from).state_dict()
+        dot.load_state_dict(widen_inputs(weights, dot.conv_in.in_channels, added))
     return dot
 
 
@@ -63,14 +68,20 @@ def window_loss(
         pairs = pick_pairs(dash, window, config.pairs_per_window, generator, config.on_policy)
         if config.cuda_graphs and not graphed:
             graphed.append(GraphedDot(dot))
+        further: dict[str, object] = {"rng": generator} if config.distill else {}
         # The wrapped module is called, so that several processes share their gradients.
         residual = (
             graphed[0].residual(pairs)
             if config.cuda_graphs
-            else dot(pairs.sample, pairs.timestep, pairs.jump, **pairs.conditions.inputs())
+            else dot(
+                pairs.sample, pairs.timestep, pairs.jump, **further, **pairs.conditions.inputs()
+            )
         )
+        if config.distill:
+            residual, features_loss = residual
         estimate = pairs.guided(pairs.outputs(residual, config.independent))
-        return weighted_loss(estimate, pairs, config.loss_weighting, config.even_guidance)
+        loss = weighted_loss(estimate, pairs, config.loss_weighting, config.even_guidance)
+        return loss + loss.detach() * features_loss if config.distill else loss
 
     return compute_loss
 
@@ -80,28 +91,38 @@ def train_dot(config: TrainDotConfig) -> Path:
     accelerator = begin_run(config)
     pipeline = load_frozen_pipeline(config, accelerator.device)
     dot = build_dot(pipeline.dash.model, config)
-    trained = copy.deepcopy(dot).bind(pipeline.dash.model).eval()  # takes the averaged weights
     train, test = (open_source(pipeline, config, split) for split in ("train", "test"))
     if config.cache_latents:
         train = cache_latents(train, config, accelerator)
     cache = prepare_cache(train, config, accelerator) if config.cache_pairs else None
+    model = add_distillation(dot, train, config)
+    trained = copy.deepcopy(model).bind(pipeline.dash.model).eval()  # takes the averaged weights
     loss = window_loss(train, config, cache)
-    run = TrainingRun(config, accelerator, dot, train if cache is None else cache, loss)
+    pruner = None if config.prune is None else DotPruner(dot, config)
+    run = TrainingRun(config, accelerator, model, train if cache is None else cache, loss, pruner)
     validate = make_validator(test, config)
+
+    def result() -> MorseDot:
+        run.copy_weights_to(trained)
+        return trained.finished() if isinstance(trained, DistilledDot) else trained
 
     def after_step(step: int) -> None:
         if config.validation_steps and step % config.validation_steps == 0:
-            run.copy_weights_to(trained)
-            ratios = validate(trained, step)
+            ratios = validate(result(), step)
             accelerator.log(ratios, step=step)
             accelerator.print(f"step {step}: residual ratio {ratios['residual_ratio']:.4f}")
 
+    if config.distill:
+        accelerator.print("distill: Dash is evaluated once more for each training pair")
     step = run.train(after_step)
     if accelerator.is_main_process:
-        run.copy_weights_to(trained)
-        ratios = validate(trained, step)
+        finished = result()
+        ratios = validate(finished, step)
         accelerator.print(f"residual error / reuse error on held-out images: {ratios}")
-        trained.save_pretrained(config.output_dir)
+        if pruner is not None:
+            finished.register_to_config(sparse=True)
+            accelerator.print(pruner.summary())
+        finished.save_pretrained(config.output_dir)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return config.output_dir

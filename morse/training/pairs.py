@@ -36,6 +36,7 @@ class Pairs:
         sample: Where Dot is evaluated, N * G rows.
         timestep: What it is told there, (N * G,).
         base: What its residual is added to, (N * G, C_out, H, W).
+        reused: Dash's latest estimate by itself: the base without history.
         conditions: Of N pairs.
         gap: Positions of the schedule between the two points, (N,).
         target: Dash's guided estimate there, (N, C, H, W); None where it was not evaluated.
@@ -46,6 +47,7 @@ class Pairs:
     sample: Tensor
     timestep: Tensor
     base: Tensor
+    reused: Tensor
     conditions: Conditions
     gap: Tensor
     target: Tensor | None
@@ -62,20 +64,37 @@ class Pairs:
         return self.dash.guided(outputs, self.conditions.guidance_scale, self.sample[::branches])
 
 
-def join_points(dash: FrozenDash, jump: Point, here: Point, conditions: Conditions) -> Pairs:
-    """Make the pairs of jump points with later points of the same trajectories."""
+def join_points(
+    dash: FrozenDash,
+    jump: Point,
+    here: Point,
+    conditions: Conditions,
+    earlier: Point | None = None,
+) -> Pairs:
+    """Make the pairs of jump points with later points of the same trajectories.
+
+    `earlier` are the points of the estimates before, for Dots with history; where one is the jump
+    point itself, the pair has no history.
+    """
     branches, schedule = conditions.branches, dash.schedule
     scale = conditions.guidance_scale
-    base = dash.base(jump.outputs, (jump.sample, jump.position), (here.sample, here.position))
+    there = (here.sample, here.position)
+    base = reused = dash.base(jump.outputs, (jump.sample, jump.position), there)
+    trend = None
+    if earlier is not None:
+        both = ((point.outputs, point.sample, point.position) for point in (earlier, jump))
+        base, trend = dash.extrapolated(*both, there)
     return Pairs(
         jump=JumpPoint(
             each_branch(jump.sample, branches),
             each_branch(schedule.timesteps[jump.position], branches),
             jump.outputs.flatten(0, 1),
+            trend=trend,
         ),
         sample=each_branch(here.sample, branches),
         timestep=each_branch(schedule.timesteps[here.position], branches),
         base=base,
+        reused=reused,
         conditions=conditions,
         gap=jump.position - here.position,
         target=None if here.outputs is None else dash.guided(here.outputs, scale, here.sample),

@@ -28,6 +28,7 @@ from morse.training.common import (
 )
 from morse.training.data import ImageDataset
 from morse.training.log import TrainingLog
+from morse.training.pruning import DotPruner
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,6 +73,7 @@ class TrainingRun:
         dataset: Images; `model` may be trained on several passes over them.
         compute_loss: Gives the mean loss of one batch, under autocast. All randomness must come
             from the generator it gets.
+        pruner: What prunes the network, if it is pruned.
     """
 
     def __init__(
@@ -81,10 +83,11 @@ class TrainingRun:
         model: nn.Module,
         dataset: ImageDataset,
         compute_loss: LossFunction,
+        pruner: DotPruner | None = None,
     ) -> None:
         """Prepare everything and, if asked to, resume from a checkpoint."""
         self.config, self.accelerator, self.dataset = config, accelerator, dataset
-        self.compute_loss = compute_loss
+        self.compute_loss, self.pruner = compute_loss, pruner
         self.started = time.monotonic()
         memory_format = (
             torch.channels_last if accelerator.device.type == "cuda" else torch.contiguous_format
@@ -104,7 +107,7 @@ class TrainingRun:
         if path is None:
             return
         self.step, settings = load_checkpoint(
-            path, self.model, self.optimizer, self.ema, self.accelerator.scaler
+            path, self.pruner or self.model, self.optimizer, self.ema, self.accelerator.scaler
         )
         self.saved_step = self.step
         self.accelerator.print(f"resumed {path} at step {self.step}")
@@ -119,7 +122,8 @@ class TrainingRun:
         """Give the settings that decide what a step draws."""
         names = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
         settings = {name: getattr(self.config, name) for name in names}
-        return settings | {"num_processes": self.accelerator.num_processes}
+        pruning = {} if self.pruner is None else self.pruner.settings
+        return settings | pruning | {"num_processes": self.accelerator.num_processes}
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one."""
@@ -130,7 +134,7 @@ class TrainingRun:
             save_checkpoint(
                 self.config.output_dir,
                 self.step,
-                self.model.state_dict(),
+                (self.pruner or self.model).state_dict(),
                 self.optimizer,
                 self.ema,
                 self.accelerator.scaler,
@@ -139,7 +143,14 @@ class TrainingRun:
             )
 
     def copy_weights_to(self, target: nn.Module) -> None:
-        """Copy the averaged weights, or without `use_ema` the present ones, into a like network."""
+        """Copy the averaged weights, or without `use_ema` the present ones, into a like network.
+
+        Weights that are pruned now are zero there, whatever their average is.
+        """
+        if self.pruner is not None:
+            averages = None if self.ema is None else self.ema.shadow_params
+            target.load_state_dict(self.pruner.masked_state(averages))
+            return
         target.load_state_dict(self.model.state_dict())
         if self.ema is not None:
             self.ema.copy_to(target.parameters())
@@ -158,6 +169,8 @@ class TrainingRun:
         with closing(TrainingLog(config, accelerator, self.step)) as log:
             while self.step < config.max_train_steps and not self._out_of_time():
                 set_learning_rate(self.optimizer, learning_rate_at(config, self.step))
+                if self.pruner is not None:
+                    self.pruner.before_step(self.step)
                 for micro_step in range(config.gradient_accumulation_steps):
                     log.add(self._forward_backward(next(batches), micro_step))
                 self.step += 1

@@ -22,6 +22,7 @@ from morse.training.windows import fresh_window, pick_pairs
 GAP_BOUNDS = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
 _BATCH_SIZE, _LARGE_BATCH_SIZE = 128, 16
 _VALIDATION_STEPS = 3
+_HISTORY_STEPS = 3  # more, for the earlier Dash step
 _PICTURES = 8
 
 
@@ -31,6 +32,9 @@ def validation_pairs(source: ConditionedImages, config: TrainDotConfig) -> list[
     pipeline = source.pipeline
     generator = torch.Generator(pipeline.device).manual_seed(0)
     steps = 1 if config.timestep_sampling == "uniform" else _VALIDATION_STEPS
+    # One more is what history takes at least; on a plan's grid the segment before is as long.
+    more = 1 if config.timestep_sampling == "uniform" else _HISTORY_STEPS
+    length = steps + 1 + (more if config.history else 0)
     size = _LARGE_BATCH_SIZE if pipeline.is_large else _BATCH_SIZE
     batches = []
     for start in range(0, count, size):
@@ -41,11 +45,12 @@ def validation_pairs(source: ConditionedImages, config: TrainDotConfig) -> list[
             pipeline.dash,
             clean,
             generator,
-            steps + 1,
+            length,
             config.timestep_sampling,
             source.conditions(batch, scale),
         )
-        batches.append(pick_pairs(pipeline.dash, window, 2 * steps, generator, first=False))
+        pairs = pick_pairs(pipeline.dash, window, 2 * steps, generator, False, widest=steps)
+        batches.append(pairs)
     return batches
 
 
@@ -59,17 +64,22 @@ def residual_ratios(
 
     Returns:
         "residual_ratio" over all pairs, and one "residual_ratio/LOW-HIGH" for each bin of
-        t_s - t_i that has pairs, in timesteps.
+        t_s - t_i that has pairs, in timesteps; with history also "extrapolation_ratio", the same of
+        the base alone. The error of reuse is that without history, so that Dots compare.
     """
-    errors, reuse, gaps = [], [], []
+    found: list[tuple[Tensor, ...]] = []
     for pairs in batches:
-        unchanged = pairs.outputs(torch.zeros_like(pairs.base))
-        for outputs, found in ((dot_outputs(dot, pairs), errors), (unchanged, reuse)):
-            wrong = pairs.guided(outputs) - pairs.target
-            found.append(wrong.square().flatten(1).mean(1))
-        gaps.append(pairs.gap / num_train_timesteps)
-    error, base, gap = (torch.cat(parts) for parts in (errors, reuse, gaps))
+        branches = pairs.conditions.branches
+        alone = (rows.unflatten(0, (-1, branches)) for rows in (pairs.reused, pairs.base))
+        errors = (
+            (pairs.guided(outputs) - pairs.target).square().flatten(1).mean(1)
+            for outputs in (dot_outputs(dot, pairs), *alone)
+        )
+        found.append((*errors, pairs.gap / num_train_timesteps))
+    error, base, line, gap = (torch.cat(parts) for parts in zip(*found, strict=True))
     ratios = {"residual_ratio": float(error.sum() / base.sum())}
+    if batches[0].jump.trend is not None:
+        ratios["extrapolation_ratio"] = float(line.sum() / base.sum())
     for low, high in pairwise(GAP_BOUNDS):
         inside = (gap > low) & (gap <= high)
         if inside.any():
@@ -100,11 +110,13 @@ def sample_rows(
     def all_branches(sample: Tensor, position: Tensor) -> Tensor:
         return dash(sample, everywhere(position), conditions)
 
+    def at(jump: JumpPoint) -> Point:
+        return Point(jump.sample, everywhere(jump.timestep), jump.model_output)
+
     def corrected(sample: Tensor, position: Tensor, jump: JumpPoint) -> Tensor:
-        start = Point(jump.sample, everywhere(jump.timestep), jump.model_output)
-        return dot_outputs(
-            dot, join_points(dash, start, Point(sample, everywhere(position)), conditions)
-        )
+        here, start = Point(sample, everywhere(position)), at(jump)
+        before = at(jump.earlier or jump) if dash.history else None
+        return dot_outputs(dot, join_points(dash, start, here, conditions, before))
 
     corrected.independent = True  # the base is in it
 

@@ -17,6 +17,7 @@ from morse.sampling import Dot
 from morse.spaces import Rates, to_clean
 from morse.training.frozen import FrozenDash
 from morse.training.guidance import UNCONDITIONAL, Conditions
+from morse.training.history import draw_triples
 from morse.training.pairs import Pairs, Point, dot_outputs, join_points
 
 TimestepSampling = Literal["uniform", "plans"]
@@ -124,9 +125,14 @@ def _direction(cleans: list[Tensor], rates: list[Rates], second_order: Tensor) -
 
 
 def pick_pairs(
-    dash: FrozenDash, window: Window, num_pairs: int, generator: torch.Generator, first: bool
+    dash: FrozenDash,
+    window: Window,
+    num_pairs: int,
+    generator: torch.Generator,
+    first: bool,
+    widest: int = 4,
 ) -> Pairs:
-    """Pick pairs from every window at random, B * num_pairs in all.
+    """Pick pairs from every window at random, B * num_pairs in all, with history if Dot has it.
 
     Args:
         dash: The one that the windows were made with.
@@ -134,17 +140,19 @@ def pick_pairs(
         num_pairs: Pairs from each.
         generator: On the window's device.
         first: Whether the jump point is always the first point (windows made with a Dot).
+        widest: Most steps between the two; few plans put more Dot steps after a Dash step.
     """
     batch_size, num_points = window.timesteps.shape
     shape = (batch_size, num_pairs)
     device = window.timesteps.device
-    uniform = torch.rand(2, *shape, generator=generator, device=device)
-    # Few plans put more than four Dot steps after a Dash step.
-    reach = min(num_points - 1, 4)
-    gap = (uniform[0] * reach).long() + 1
-    start = (uniform[1] * (num_points - gap)).long()
-    if first:
-        start, gap = torch.zeros_like(start), (uniform[0] * (num_points - 1)).long() + 1
+    if dash.history:
+        earlier, start, gap = draw_triples(shape, num_points, widest, generator)
+    else:
+        uniform = torch.rand(2, *shape, generator=generator, device=device)
+        gap = (uniform[0] * min(num_points - 1, widest)).long() + 1
+        start = (uniform[1] * (num_points - gap)).long()
+        if first:
+            start, gap = torch.zeros_like(start), (uniform[0] * (num_points - 1)).long() + 1
     rows = torch.arange(batch_size, device=device)[:, None].expand(shape)
 
     def take(index: Tensor) -> Point:
@@ -155,7 +163,8 @@ def pick_pairs(
         )
 
     conditions = window.conditions.take(rows.flatten())
-    return join_points(dash, take(start), take(start + gap), conditions)
+    before = take(earlier) if dash.history else None
+    return join_points(dash, take(start), take(start + gap), conditions, before)
 
 
 def fresh_window(

@@ -1,0 +1,1 @@
+"""Search for plans: which evaluations Dot makes, and where the timesteps lie."""

@@ -1,0 +1,130 @@
+"""A local search over plans, whose errors are measured on whole trajectories.
+
+Errors of single steps don't add up: Dot's error at one step changes what all later ones see. So a
+plan is judged by the samples it ends in. What is searched is small (a string of D and o, and a few
+grids), so that going from the best uniform plans to better neighbours finds good ones.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from morse.plan import MorsePlan
+
+UNIFORM_RATIOS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan such as "DoDo", and scheduler options as sorted (name, value) pairs."""
+
+    plan: str
+    options: tuple[tuple[str, object], ...] = ()
+
+
+# (candidate, quick) -> PSNR in dB, on few images if quick, else on all
+Evaluate = Callable[[Candidate, bool], float]
+
+
+@dataclass
+class Found:
+    """What a search ended with.
+
+    Attributes:
+        best: The best candidate, judged on all images.
+        psnr: Its PSNR there.
+        uniform: The best of the uniform plans, judged on all images.
+        uniform_psnr: Its PSNR there.
+        tried: Every candidate's PSNR on few images.
+    """
+
+    best: Candidate
+    psnr: float
+    uniform: Candidate
+    uniform_psnr: float
+    tried: dict[Candidate, float] = field(default_factory=dict)
+
+
+def uniform_candidates(
+    lsd: float, speed_ratio: float, grids: Sequence[tuple[tuple[str, object], ...]]
+) -> list[Candidate]:
+    """List uniform plans of several ratios, all Dash among them, on every grid."""
+    plans = [MorsePlan.from_budget(lsd, speed_ratio, ratio, 0.5) for ratio in UNIFORM_RATIOS]
+    strings = dict.fromkeys(str(plan) for plan in plans)
+    return [Candidate(plan, grid) for plan in strings for grid in grids]
+
+
+def neighbours(plan: str, lsd: float, speed_ratio: float) -> Iterator[str]:
+    """Give plans that differ a little and cost at most `lsd`; the first stays Dash.
+
+    Two adjacent evaluations change places, a Dot evaluation goes or comes, or a Dash evaluation
+    becomes one of Dot.
+    """
+    seen = {plan}
+
+    def possible() -> Iterator[str]:
+        for i in range(1, len(plan)):
+            if i + 1 < len(plan):
+                yield plan[:i] + plan[i + 1] + plan[i] + plan[i + 2 :]
+            if plan[i] == "o":
+                yield plan[:i] + plan[i + 1 :]
+            else:
+                yield plan[:i] + "o" + plan[i + 1 :]
+            yield plan[:i] + "o" + plan[i:]
+        yield plan + "o"
+
+    for each in possible():
+        affordable = MorsePlan.from_string(each).cost(speed_ratio) <= lsd + 1e-9
+        if each not in seen and affordable:
+            seen.add(each)
+            yield each
+
+
+def search_plan(
+    evaluate: Evaluate,
+    lsd: float,
+    speed_ratio: float,
+    grids: Sequence[tuple[tuple[str, object], ...]] = ((),),
+    max_rounds: int = 6,
+    finalists: int = 4,
+) -> Found:
+    """Search the best plan for a budget.
+
+    Args:
+        evaluate: Judges a candidate.
+        lsd: The budget.
+        speed_ratio: N.
+        grids: Scheduler options to choose from.
+        max_rounds: Steps to the best neighbour at most.
+        finalists: How many of the best are judged on all images; the best uniform plan and the
+            best all-Dash one are too, so that the result is never worse than either there.
+    """
+    tried: dict[Candidate, float] = {}
+
+    def judge(candidates: list[Candidate]) -> None:
+        for candidate in candidates:
+            if candidate not in tried:
+                tried[candidate] = evaluate(candidate, True)
+
+    def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
+        return sorted(candidates, key=tried.__getitem__, reverse=True)
+
+    starts = uniform_candidates(lsd, speed_ratio, grids)
+    judge(starts)
+    best = ranked(starts)[0]
+    for _ in range(max_rounds):
+        around = [Candidate(plan, best.options) for plan in neighbours(best.plan, lsd, speed_ratio)]
+        around += [Candidate(best.plan, grid) for grid in grids]
+        judge(around)
+        better = ranked([best, *around])[0]
+        if better == best:
+            break
+        best = better
+    all_dash = [each for each in starts if "o" not in each.plan]
+    uniform = ranked(starts)[:2] + ranked(all_dash)[:1]
+    final = {
+        each: evaluate(each, False)
+        for each in dict.fromkeys([*ranked(list(tried))[:finalists], *uniform])
+    }
+    winner = max(final, key=final.__getitem__)
+    best_uniform = max(uniform, key=final.__getitem__)
+    return Found(winner, final[winner], best_uniform, final[best_uniform], tried)

@@ -1,0 +1,137 @@
+"""Searching plans, saving them with Dot, and spending a budget as they say."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
+from morse.evaluation.planning.command import PlanConfig, run_plan
+from morse.evaluation.planning.search import (
+    Candidate,
+    neighbours,
+    search_plan,
+    uniform_candidates,
+)
+from morse.plan import MorsePlan
+from morse.saved_plans import SavedPlan, find_saved_plan, scheduler_options
+
+
+def worth(plan, wanted):
+    """A score that is highest at `wanted` and falls with the edits away from it."""
+    pairs = itertools.zip_longest(plan, wanted)
+    return -float(sum(a != b for a, b in pairs))
+
+
+def test_neighbours_cost_at_most_the_budget_and_start_with_dash():
+    found = list(neighbours("DoDo", 3.0, 2.0))
+    assert sorted(found) == ["DDo", "DDoo", "DoD", "DooD", "Dooo"]
+    assert "DoDoo" in set(neighbours("DoDo", 3.5, 2.0))
+
+
+@pytest.mark.parametrize("wanted", ["DDoDoDoo", "DDDDDD", "DoooDDDo"])
+def test_the_best_plan_is_found(wanted):
+    grids = [(("timestep_power", power),) for power in (1.0, 1.5)]
+
+    def evaluate(candidate, quick):
+        return worth(candidate.plan, wanted) - (candidate.options != grids[1])
+
+    found = search_plan(evaluate, 6, 4.0, grids, max_rounds=20)
+    assert found.best == Candidate(wanted, grids[1]) and found.psnr == 0
+    assert found.uniform_psnr <= found.psnr
+
+
+def test_the_result_is_never_worse_than_all_dash_on_all_images():
+    """Few images mislead; all of them, where all Dash is best, decide."""
+
+    def evaluate(candidate, quick):
+        dots = candidate.plan.count("o")
+        return float(dots if quick else -dots)
+
+    assert "o" not in search_plan(evaluate, 5, 4.0).best.plan
+
+
+def test_uniform_candidates_keep_the_budget():
+    plans = [each.plan for each in uniform_candidates(8, 5.0, [()])]
+    assert plans[0] == "D" * 8 and len(set(plans)) == len(plans) > 3
+    assert all(MorsePlan.from_string(plan).cost(5.0) <= 8 for plan in plans)
+
+
+class TestUse:
+    """A pipeline whose Dot has saved plans."""
+
+    @pytest.fixture
+    def pipe(self, build_unet):
+        from tiny_pipelines import loop_pipeline
+
+        torch.manual_seed(0)
+        unet = build_unet(channels=(8, 16), sample_size=8)
+        saved = SavedPlan(4, "DDoDoo", {"timestep_power": 2.0})
+        dot = MorseDot.from_dash(
+            unet,
+            num_down_blocks=1,
+            lora_rank=2,
+            speed_ratio=4.0,
+            plans={"LeapfrogScheduler": [saved.to_config()]},
+        )
+        return enable_morse(loop_pipeline(unet, LeapfrogScheduler()), dot)
+
+    def call(self, pipe, **kwargs):
+        return pipe(generator=torch.Generator().manual_seed(0), **kwargs).images
+
+    def test_a_saved_plan_is_used_for_its_budget_alone(self, pipe):
+        with scheduler_options(pipe, {"timestep_power": 2.0}):
+            expected = self.call(pipe, plan="DDoDoo")
+        before = pipe.scheduler
+        assert torch.equal(self.call(pipe, lsd=4), expected)
+        assert str(pipe.last_run.plan) == "DDoDoo" and pipe.scheduler is before
+        self.call(pipe, lsd=5)
+        assert pipe.last_run.plan == MorsePlan.from_budget(5, 4.0)
+        self.call(pipe, lsd=4, plan="uniform")
+        assert pipe.last_run.plan == MorsePlan.from_budget(4, 4.0)
+        pipe.speed_ratio = 2.0  # now it would cost 4.5
+        self.call(pipe, lsd=4)
+        assert pipe.last_run.plan == MorsePlan.from_budget(4, 2.0)
+
+    def test_it_is_saved_with_the_dot(self, pipe, tmp_path):
+        pipe.dot.save_pretrained(tmp_path)
+        plans = MorseDot.from_pretrained(tmp_path).config.plans
+        assert find_saved_plan(plans, pipe.scheduler, 4, 4.0).scheduler == {"timestep_power": 2.0}
+        assert find_saved_plan(None, pipe.scheduler, 4, 4.0) is None
+
+    def test_unknown_options(self, pipe):
+        with (
+            pytest.raises(ValueError, match=r"'speed'.* are not LeapfrogScheduler's; it has"),
+            scheduler_options(pipe, {"speed": 1}),
+        ):
+            pass
+
+
+@pytest.mark.slow
+def test_command(tmp_path):
+    config = PlanConfig(
+        output_dir=tmp_path, lsd=(3,), num_images=2, num_quick_images=1, max_rounds=1
+    )
+    run_plan(config)
+    report = json.loads((tmp_path / "plan_search.json").read_text())
+    (search,) = report["searches"]
+    assert search["psnr"] >= search["uniform_psnr"] and len(search["tried"]) > 5
+    pipe = MorsePipeline.from_pretrained("fashion-mnist", dot=tmp_path, scheduler="leapfrog")
+    pipe.set_progress_bar_config(disable=True)
+    pipe(lsd=3, generator=torch.Generator().manual_seed(0))
+    assert str(pipe.last_run.plan) == search["plan"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_images": 4, "num_quick_images": 8}, "num_quick_images is 8, .* num_images = 4"),
+        ({"lsd": (0,)}, "lsd is"),
+        ({"solver": ("rk4",)}, "'rk4' is unknown"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_wrong_settings(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        PlanConfig(output_dir=tmp_path, **options)
