@@ -104,7 +104,7 @@ def with_sample_size(config: Mapping[str, object], options: dict[str, object]) -
     return {**options, "sample_size": (size, size) if isinstance(size, int) else tuple(size)}
 
 
-def check_sample_size(grid: Grid, sample_size: Sequence[int] | None) -> None:
+def check_resample_size(grid: Grid, sample_size: Sequence[int] | None) -> None:
     """Raise `ValueError` unless the sample is as large as Dot's up-samplers were made for."""
     if sample_size is not None and tuple(sample_size) != (grid.height, grid.width):
         height, width = sample_size

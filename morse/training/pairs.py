@@ -1,6 +1,6 @@
 """Training pairs of two points of a trajectory, and the loss over them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -100,6 +100,14 @@ def join_points(
         target=None if here.outputs is None else dash.guided(here.outputs, scale, here.sample),
         dash=dash,
     )
+
+
+def with_memory(pairs: Pairs, memory: dict[object, object]) -> Pairs:
+    """Give the same pairs with another memory of their jump point, {} for a fresh one.
+
+    Pairs that share a memory are for a Dot that relays the steps of one run (`morse.dot.relay`).
+    """
+    return replace(pairs, jump=replace(pairs.jump, memory=memory))
 
 
 def dot_outputs(dot: Dot, pairs: Pairs) -> Tensor:
