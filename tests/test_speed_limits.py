@@ -137,9 +137,13 @@ class TestMemoryFormat:
     """A merged Dot runs channels last on a CPU: same values, fewer reordered weights."""
 
     @pytest.fixture
+    def dash(self, build_unet):
+        return build_unet(in_channels=3)
+
+    @pytest.fixture
     def call(self, dash):
         dot = trained_dot(dash)
-        sample = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        sample = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         jump = JumpPoint(sample.flip(2), torch.tensor(700), sample.flip(3))
         return dot, torch.no_grad()(lambda: dot(sample, torch.tensor(400), jump))
 

@@ -8,8 +8,8 @@ import torch
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.nn import functional
 
+from morse.dot.conv_layers import tell_time
 from morse.dot.relay import States
 
 
@@ -43,6 +43,7 @@ class DotDownBlock(nn.Module):
         self.downsampler = Downsample2D(
             channels, use_conv=True, out_channels=out_channels, name="op"
         )
+        self.time_listeners: tuple[nn.Module, ...] = ()  # convolutions conditioned on the time
 
     def forward(
         self, hidden: Tensor, time_embedding: Tensor, *relay: States
@@ -51,6 +52,7 @@ class DotDownBlock(nn.Module):
 
         `relay` is the states of norms that relay (`morse.dot.relay`), and nothing for others.
         """
+        tell_time(self.time_listeners, time_embedding)
         for resnet in self.resnets:
             hidden = resnet(hidden, time_embedding, *relay)
         return self.downsampler(hidden), hidden
@@ -68,17 +70,19 @@ class DotUpBlock(nn.Module):
         """Create a 1x1 convolution and `num_layers` ResNet blocks."""
         super().__init__()
         self.reduce = nn.Conv2d(in_channels, channels, kernel_size=1)
+        self.upsample: nn.Module = nn.Upsample(scale_factor=2.0, mode="nearest")
         self.resnets = nn.ModuleList(
             _resnet(2 * channels if index == 0 else channels, channels, time_embed_dim)
             for index in range(num_layers)
         )
+        self.time_listeners: tuple[nn.Module, ...] = ()  # convolutions conditioned on the time
 
     def forward(
         self, hidden: Tensor, skip: Tensor, time_embedding: Tensor, *relay: States
     ) -> Tensor:
         """Join `hidden` (B, C_in, H, W) and `skip` (B, C, 2H, 2W); `relay` as on the way down."""
-        hidden = functional.interpolate(self.reduce(hidden), scale_factor=2.0, mode="nearest")
-        hidden = torch.cat([hidden, skip], dim=1)
+        tell_time(self.time_listeners, time_embedding)
+        hidden = torch.cat([self.upsample(self.reduce(hidden)), skip], dim=1)
         for resnet in self.resnets:
             hidden = resnet(hidden, time_embedding, *relay)
         return hidden

@@ -11,22 +11,32 @@ from torch import Tensor, nn
 from morse.dot.blocks import DotDownBlock, DotUpBlock, check_options, num_groups
 from morse.dot.body import embed_time, embed_times, run_body
 from morse.dot.card import dot_card
+from morse.dot.conv_layers import share_time
+from morse.dot.conv_settings import Conv, check_sample_size, complete_options, conv_settings
+from morse.dot.convolutions import (
+    ConvolutionSummary,
+    install_convolutions,
+    summarize_convolutions,
+    warn_unless_saving,
+)
 from morse.dot.grid import find_grid
 from morse.dot.hub import Publishable
 from morse.dot.inputs import dot_inputs, input_channels
-from morse.dot.loading import safetensors_only
+from morse.dot.loading import align_weights, safetensors_only
 from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
 from morse.dot.relay import Norm, install_relay
-from morse.dot.shell import moves_weights, run_hooked, update_tree
+from morse.dot.resampling import (
+    Resample,
+    check_resample_size,
+    set_upsamplers,
+    with_sample_size,
+)
+from morse.dot.sharing import SharesDash
+from morse.dot.shell import run_hooked
 from morse.dot.storage import SparselyStored
 from morse.dot.view import (
-    TreeState,
-    check_fingerprint,
-    check_projections,
     fingerprint,
-    make_shared_tree,
-    merge_shared_tree,
     place_channels_last,
 )
 from morse.dot.wrapped import unwrap
@@ -35,7 +45,7 @@ from morse.sampling import JumpPoint
 from morse.spaces import BaseSpace, check_base_space
 
 
-class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
+class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin):
     """Predicts what to add to Dash's latest estimate, from both points of the trajectory.
 
     The sample, the jump point's sample and the jump point's estimate go through
@@ -74,6 +84,12 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         history: Earlier estimates of Dash used: 1, or 0 as in the paper (`morse.history`).
         extrapolation_cap: With history, how far the residual's base follows the line through both
             estimates, in distances between these; 0 to let Dot see the line and no more.
+        conv: Convolutions of the extra blocks: "conv" for plain ones, "odconv", "kernel_warehouse"
+            or "gridconv".
+        conv_options: Settings of that kind by name: see `morse.dot.conv_settings`.
+        resample: How the extra blocks double the resolution: "nearest" copies positions, "ske2grid"
+            starts so and learns weights of each position, for samples of one size alone.
+        sample_size: That height and width; `from_dash` takes those that Dash names.
     """
 
     @register_to_config
@@ -101,6 +117,10 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         sparse: bool = False,
         history: int = 0,
         extrapolation_cap: float = 1.0,
+        conv: Conv = "conv",
+        conv_options: dict[str, object] | None = None,
+        resample: Resample = "nearest",
+        sample_size: tuple[int, int] | None = None,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
@@ -129,6 +149,12 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             DotUpBlock(deeper, channels, time_embed_dim, layers_per_block)
             for channels, deeper in reversed(list(pairwise(levels)))
         )
+        self.conv_settings = conv_settings(conv, conv_options)
+        by_level = zip(self.down_blocks, reversed(self.up_blocks), strict=True)
+        self.warehouses = install_convolutions(
+            by_level, self.conv_settings, time_embed_dim, patch_size
+        )
+        set_upsamplers(self.up_blocks, resample, sample_size, size_multiple, patch_size)
         self.norm_out = nn.GroupNorm(num_groups(first), first)
         self.conv_out = nn.Conv2d(first, output_channels * patch_size**2, 3, padding=1)
         for layer in filter(None, (self.jump_time, self.conv_out)):
@@ -138,12 +164,6 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         self.relay = install_relay(norm, zip(self.down_blocks, self.up_blocks[::-1], strict=True))
         self._merged = False
         self._unbind()
-
-    def _unbind(self) -> None:
-        # In tuples, so that neither becomes a child of Dot.
-        self._dash: tuple[nn.Module, ...] = ()
-        self._tree: tuple[nn.Module, ...] = ()
-        self._tree_state: TreeState | None = None
 
     @classmethod
     def from_dash(
@@ -168,6 +188,9 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             ValueError: If its class is not supported, its attention fused, or an option is wrong.
         """
         dash = unwrap(dash)
+        if "conv" in options:
+            given = options["conv"], options.get("conv_options")
+            options["conv_options"] = complete_options(*given, dash.config)
         dot = cls(
             **describe_layers(dash, num_down_blocks),
             dash_fingerprint=fingerprint(dash),
@@ -175,52 +198,12 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             num_down_blocks=num_down_blocks,
             block_out_channels=tuple(block_out_channels or default_widths(dash)[:num_down_blocks]),
             lora_rank=lora_rank,
-            **options,
+            **with_sample_size(dash.config, options),
         )
+        warn_unless_saving(dot, dot.conv_settings)
         if dot.dtype != dash.dtype:
             dot = dot.to(dtype=dash.dtype)
         return dot.to(dash.device).bind(dash)
-
-    def bind(self, dash: nn.Module) -> Self:
-        """Share the layers of `dash` from now on.
-
-        Raises:
-            ValueError: If it is not the Dash of this Dot, or its attention is fused.
-        """
-        dash = unwrap(dash)
-        check_projections(dash)
-        if not self._dash or self._dash[0] is not dash:
-            check_fingerprint(dash, self.config.dash_fingerprint)
-            self._unbind()
-            self._dash = (dash,)
-        # Its layers may have been replaced, moved or set otherwise since.
-        state = TreeState(dash, self.adapters if self.is_merged else None)
-        if self._tree and state == self._tree_state:
-            update_tree(self._tree[0], dash)
-        else:
-            build = merge_shared_tree if self.is_merged else make_shared_tree
-            self._tree, self._tree_state = (build(dash, self.adapters),), state
-        return self
-
-    @property
-    def is_merged(self) -> bool:
-        """Whether the LoRA is merged into a copy of Dash's weights; never of an offloaded Dash."""
-        return self._merged and not (self._dash and moves_weights(self._dash[0]))
-
-    def merge_lora(self) -> Self:
-        """Run with the LoRA added to a copy of Dash's weights: faster, more memory, no training.
-
-        Call it again after changing the LoRA's weights. An offloaded Dash is not copied.
-        """
-        self._merged = bool(self.adapters)
-        self._tree = ()
-        return self
-
-    def unmerge_lora(self) -> Self:
-        """Run with the LoRA beside Dash's own weights again: slower, least memory, trainable."""
-        self._merged = False
-        self._tree = ()
-        return self
 
     def forward(
         self, sample: Tensor, timestep: Tensor, jump: JumpPoint, **dash_kwargs: object
@@ -249,6 +232,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
     ) -> Tensor:
         tree = self._tree[0]
         grid = find_grid(find_ports(tree), sample, dash_kwargs.get("img_ids"), self.config)
+        check_sample_size(self.conv_settings, grid.height, grid.width)
+        check_resample_size(grid, self.config.sample_size)
         timestep = timestep.reshape(-1).expand(len(sample))
         times = embed_times(tree, timestep, sample.dtype, dash_kwargs.get("timestep_cond"))
         inputs = [sample]
@@ -258,10 +243,10 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             shift = self.jump_time(embed_time(tree, since, sample.dtype))
             times = {name: time + shift for name, time in times.items()}
         time_embedding = next(iter(times.values()))
+        if not self.training:
+            time_embedding = share_time(self.conv_settings, time_embedding)
         hidden = torch.cat([grid.spread(each) for each in inputs], dim=1)
-        if self._tree_state.is_merged:
-            hidden = place_channels_last(hidden)
-        hidden = self.conv_in(hidden)
+        hidden = self.conv_in(place_channels_last(hidden) if self._tree_state.is_merged else hidden)
         skips = []
         # Copied: a call that fails midway moves no state.
         relay = (dict(jump.memory),) if self.relay else ()
@@ -275,22 +260,20 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         for states in relay:
             jump.memory.update(states)
         residual = self.conv_out(nn.functional.silu(self.norm_out(hidden)))
-        return grid.gather(nn.functional.pixel_shuffle(residual, self.config.patch_size))
+        residual = nn.functional.pixel_shuffle(residual, self.config.patch_size)
+        return grid.gather(residual.contiguous())
+
+    def convolution_summary(self) -> ConvolutionSummary:
+        """Count the dynamic convolutions of the extra blocks and what they cost; `print` it."""
+        return summarize_convolutions(self)
 
     @classmethod
     def from_pretrained(cls, path: str, **kwargs: object) -> Self:
         """Load a saved Dot as `ModelMixin.from_pretrained` does, from safetensors only."""
-        return super().from_pretrained(path, **safetensors_only(kwargs))
+        loaded = super().from_pretrained(path, **safetensors_only(kwargs))
+        align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def model_card(self) -> str:
         """Write the card that is saved along: what the config and the bound Dash tell."""
         return dot_card(self, self._dash[0].config.get("_name_or_path") if self._dash else None)
-
-    def _bound_dash(self) -> nn.Module:
-        if not self._dash:
-            raise ValueError("dot has no Dash yet: call dot.bind(dash) or enable_morse(pipe, dot).")
-        return self._dash[0]
-
-    def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles leave Dash behind; bind them again."""
-        return {**super().__getstate__(), "_dash": (), "_tree": (), "_tree_state": None}

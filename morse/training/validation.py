@@ -22,7 +22,7 @@ from morse.training.windows import Window, fresh_window, pick_pairs
 # Bounds of t_s - t_i, as shares of the schedule, between which errors are reported apart.
 GAP_BOUNDS = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
 _BATCH_SIZE, _LARGE_BATCH_SIZE = 128, 16
-_VALIDATION_STEPS = 3
+VALIDATION_STEPS = 3
 _HISTORY_STEPS = 3  # more, for the earlier Dash step
 _PICTURES = 8
 
@@ -52,7 +52,7 @@ def held_out_windows(
 
 def validation_pairs(source: ConditionedImages, config: TrainDotConfig) -> list[Pairs]:
     """Make fixed pairs from held-out images, in batches; always the same for the same Dash."""
-    steps = 1 if config.timestep_sampling == "uniform" else _VALIDATION_STEPS
+    steps = 1 if config.timestep_sampling == "uniform" else VALIDATION_STEPS
     # One more is what history takes at least; on a plan's grid the segment before is as long.
     more = 1 if config.timestep_sampling == "uniform" else _HISTORY_STEPS
     length = steps + 1 + (more if config.history else 0)
@@ -64,9 +64,9 @@ def validation_pairs(source: ConditionedImages, config: TrainDotConfig) -> list[
 
 
 def validation_sequences(source: ConditionedImages, config: TrainDotConfig) -> list[Pairs]:
-    """Make fixed sequences of `_VALIDATION_STEPS` pairs likewise (`sequence_pairs`)."""
+    """Make fixed sequences of `VALIDATION_STEPS` pairs likewise (`sequence_pairs`)."""
     generator = torch.Generator(source.pipeline.device).manual_seed(0)
-    windows = held_out_windows(source, config, _VALIDATION_STEPS + 1, generator)
+    windows = held_out_windows(source, config, VALIDATION_STEPS + 1, generator)
     return [sequence_pairs(source.pipeline.dash, window) for window in windows]
 
 
@@ -178,7 +178,7 @@ def make_validator(
     def validate(dot: nn.Module, step: int) -> dict[str, float]:
         ratios = residual_ratios(dot, batches, len(pipeline.dash.schedule))
         if sequences:
-            ratios |= sequence_ratios(dot, sequences, _VALIDATION_STEPS)
+            ratios |= sequence_ratios(dot, sequences, VALIDATION_STEPS)
         folder.mkdir(exist_ok=True)
         write_json(folder / f"step-{step:07d}.json", ratios)
         samples = sample_rows(pipeline.dash, dot, shape, conditions)
