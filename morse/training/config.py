@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from morse.dot.guidance import DotGuidance, check_dot_guidance
 from morse.history import check_history
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
@@ -36,6 +37,13 @@ class TrainDotConfig(TrainingConfig):
         metadata={
             "help": "LOW HIGH: scales are drawn uniformly between them; 1 1 for no guidance; "
             "2 10, as in the paper, if not given and the pipeline has a negative prompt or class"
+        },
+    )
+    guidance: DotGuidance = field(
+        default="branches",
+        metadata={
+            "help": "what Dot corrects under guidance: both branches as in the paper, or the "
+            "guided estimate in one pass at half the cost"
         },
     )
     even_guidance: bool = field(
@@ -126,7 +134,7 @@ class TrainDotConfig(TrainingConfig):
     )
     init_from: Path | None = field(
         default=None,
-        metadata={"help": "a saved Dot whose weights to start from, with or without history"},
+        metadata={"help": "a saved Dot to start from; also one without history, or of branches"},
     )
     prune: float | None = field(
         default=None,
@@ -181,6 +189,7 @@ class TrainDotConfig(TrainingConfig):
         self._check_conditions()
         self._check_distillation()
         check_history(self.history, self.extrapolation_cap, self.independent)
+        check_dot_guidance(self.guidance, self.independent)
         if self.history and (self.on_policy or self.window_steps < 2):
             raise ValueError(
                 f"history is {self.history}, which needs windows of 2 steps or more made by Dash, "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from morse.dot import MorseDot
+from morse.dot.guidance import start_guided
 from morse.dot.inputs import widen_inputs
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.config import TrainDotConfig
@@ -44,11 +45,13 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             base_space=config.base_space,
             history=config.history,
             extrapolation_cap=config.extrapolation_cap,
+            guidance=config.guidance,
         )
     if config.init_from is not None:
         added = config.history * dot.config.output_channels
         weights = MorseDot.from_pretrained(config.init_from).state_dict()
-        dot.load_state_dict(widen_inputs(weights, dot.conv_in.in_channels, added))
+        weights = widen_inputs(weights, dot.conv_in.in_channels, added)
+        dot.load_state_dict(start_guided(weights, dot))
     return dot
 
 
