@@ -11,7 +11,7 @@ steps t_i from Dash's latest estimate plus a learned residual, Dot:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class JumpPoint:
     earlier: "JumpPoint | None" = None
     trend: Tensor | None = None
     guidance_scale: Tensor | None = None
+    memory: dict[object, object] = field(default_factory=dict, compare=False)  # for Dot's own use
 
 
 Dash = Callable[[Tensor, Tensor], Tensor]  # (sample, timestep) -> model_output
@@ -61,7 +62,7 @@ def estimate(
     if model == "dot":
         return dot_estimate(dot, sample, timestep, jump), jump
     model_output = dash(sample, timestep)
-    earlier = None if jump is None else replace(jump, earlier=None)
+    earlier = None if jump is None else replace(jump, earlier=None, memory={})
     # Cloned: some pipelines step in place, and compiled models reuse their output buffers.
     return model_output, JumpPoint(sample.clone(), timestep, model_output.clone(), earlier)
 

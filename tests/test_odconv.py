@@ -1,6 +1,7 @@
 """ODConv against closed forms, plain convolutions and bad arguments."""
 
 import copy
+import doctest
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from morse.modules import odconv
 from morse.modules.odconv import ODConv2d, linear_temperature, set_temperature
 
 # in, out, kernel, options: every combination of heads, grouped and depthwise.
@@ -36,6 +38,11 @@ def make(shape, dtype=torch.float32, seed=0, **more):
         nn.init.normal_(parameter, std=0.5)
     plain = {k: v for k, v in options.items() if k in ("stride", "padding", "dilation", "groups")}
     return layer.eval(), torch.randn(3, in_channels, 7, 6, dtype=dtype), plain
+
+
+def test_examples():
+    done = doctest.testmod(odconv)
+    assert done.attempted >= 5 and not done.failed
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-10)])

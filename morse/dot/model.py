@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from morse.dot.blocks import DotDownBlock, DotUpBlock, check_options, num_groups
 from morse.dot.body import embed_time, embed_times, run_body
 from morse.dot.card import dot_card
+from morse.dot.conv_layers import share_time
+from morse.dot.conv_settings import Conv, check_sample_size, complete_options, conv_settings
+from morse.dot.convolutions import (
+    ConvolutionSummary,
+    install_convolutions,
+    summarize_convolutions,
+    warn_unless_saving,
+)
 from morse.dot.grid import find_grid
 from morse.dot.guidance import DotGuidance, GuidanceEmbedding, check_dot_guidance
 from morse.dot.hub import Publishable
 from morse.dot.inputs import dot_inputs, input_channels
-from morse.dot.loading import safetensors_only
+from morse.dot.loading import align_weights, safetensors_only
 from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
+from morse.dot.relay import Norm, install_relay
 from morse.dot.shell import moves_weights, run_hooked, update_tree
 from morse.dot.storage import SparselyStored
 from morse.dot.view import (
@@ -65,6 +74,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             the scheduler if None (`morse.rates.choose_base_space`). After the deterministic step
             that Dot is trained on, "raw" and "x0" of an epsilon agree.
         patch_size: Rows and columns of the sample in one token of a transformer; 1 for UNets.
+        norm: "group", or "dnr": norms of the extra blocks that hand a state on, also from one Dot
+            step to the next until Dash runs again (`morse.dot.relay`).
         plans: Searched plans (`morse plan`) by scheduler class name, each as a
             `morse.saved_plans.SavedPlan` has it; a budget that is among them is spent so.
         sparse: Save only the weights that are not zero and their places: for a pruned Dot.
@@ -73,6 +84,9 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             estimates, in distances between these; 0 to let Dot see the line and no more.
         guidance: What Dot corrects under classifier-free guidance: the estimates of both "branches"
             as in the paper, or the "guided" one in one pass (`morse.dot.guidance`).
+        conv: Convolutions of the extra blocks: "conv" for plain ones, "odconv", "kernel_warehouse"
+            or "gridconv".
+        conv_options: Settings of that kind by name: see `morse.dot.conv_settings`.
     """
 
     @register_to_config
@@ -95,11 +109,14 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         output_channels: int | None = None,
         base_space: BaseSpace | None = None,
         patch_size: int = 1,
+        norm: Norm = "group",
         plans: dict[str, list[dict[str, object]]] | None = None,
         sparse: bool = False,
         history: int = 0,
         extrapolation_cap: float = 1.0,
         guidance: DotGuidance = "branches",
+        conv: Conv = "conv",
+        conv_options: dict[str, object] | None = None,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
@@ -132,11 +149,18 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             DotUpBlock(deeper, channels, time_embed_dim, layers_per_block)
             for channels, deeper in reversed(list(pairwise(levels)))
         )
+        self.conv_settings = conv_settings(conv, conv_options)
+        by_level = zip(self.down_blocks, reversed(self.up_blocks), strict=True)
+        self.warehouses = install_convolutions(
+            by_level, self.conv_settings, time_embed_dim, patch_size
+        )
         self.norm_out = nn.GroupNorm(num_groups(first), first)
         self.conv_out = nn.Conv2d(first, output_channels * patch_size**2, 3, padding=1)
         for layer in filter(None, (self.jump_time, self.conv_out)):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        # Last, so that the other weights are drawn as without it.
+        self.relay = install_relay(norm, zip(self.down_blocks, self.up_blocks[::-1], strict=True))
         self._merged = False
         self._unbind()
 
@@ -169,6 +193,9 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             ValueError: If its class is not supported, its attention fused, or an option is wrong.
         """
         dash = unwrap(dash)
+        if "conv" in options:
+            given = options["conv"], options.get("conv_options")
+            options["conv_options"] = complete_options(*given, dash.config)
         dot = cls(
             **describe_layers(dash, num_down_blocks),
             dash_fingerprint=fingerprint(dash),
@@ -178,6 +205,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             lora_rank=lora_rank,
             **options,
         )
+        warn_unless_saving(dot, dot.conv_settings)
         if dot.dtype != dash.dtype:
             dot = dot.to(dtype=dash.dtype)
         return dot.to(dash.device).bind(dash)
@@ -231,7 +259,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         Args:
             sample: x_ti, (B, C, H, W), or packed as Flux has it, (B, L, C).
             timestep: t_i, () or (B,), as Dash's forward method takes it.
-            jump: The latest Dash evaluation, of the same batch.
+            jump: The latest Dash evaluation, of the same batch. With norm="dnr" its `memory` is
+                read and renewed: each call with one jump point is the next step of a relay.
             dash_kwargs: Conditions (class labels, ...), as Dash's forward method takes them.
 
         Returns:
@@ -249,6 +278,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
     ) -> Tensor:
         tree = self._tree[0]
         grid = find_grid(find_ports(tree), sample, dash_kwargs.get("img_ids"), self.config)
+        check_sample_size(self.conv_settings, grid.height, grid.width)
         timestep = timestep.reshape(-1).expand(len(sample))
         times = embed_times(tree, timestep, sample.dtype, dash_kwargs.get("timestep_cond"))
         inputs = [sample]
@@ -260,22 +290,34 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
                 shift = shift + self.guidance_embedding(jump.guidance_scale, shift)
             times = {name: time + shift for name, time in times.items()}
         time_embedding = next(iter(times.values()))
+        if not self.training:
+            time_embedding = share_time(self.conv_settings, time_embedding)
         hidden = self.conv_in(torch.cat([grid.spread(each) for each in inputs], dim=1))
         skips = []
+        # Copied: a call that fails midway moves no state.
+        relay = (dict(jump.memory),) if self.relay else ()
         for block in self.down_blocks:
-            hidden, skip = block(hidden, time_embedding)
+            hidden, skip = block(hidden, time_embedding, *relay)
             skips.append(skip)
         factor = 2 ** len(self.down_blocks)
         hidden = run_body(tree, hidden, timestep, times, grid, factor, dash_kwargs)
         for block in self.up_blocks:
-            hidden = block(hidden, skips.pop(), time_embedding)
+            hidden = block(hidden, skips.pop(), time_embedding, *relay)
+        for states in relay:
+            jump.memory.update(states)
         residual = self.conv_out(nn.functional.silu(self.norm_out(hidden)))
         return grid.gather(nn.functional.pixel_shuffle(residual, self.config.patch_size))
+
+    def convolution_summary(self) -> ConvolutionSummary:
+        """Count the dynamic convolutions of the extra blocks and what they cost; `print` it."""
+        return summarize_convolutions(self)
 
     @classmethod
     def from_pretrained(cls, path: str, **kwargs: object) -> Self:
         """Load a saved Dot as `ModelMixin.from_pretrained` does, from safetensors only."""
-        return super().from_pretrained(path, **safetensors_only(kwargs))
+        loaded = super().from_pretrained(path, **safetensors_only(kwargs))
+        align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def model_card(self) -> str:
         """Write the card that is saved along: what the config and the bound Dash tell."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from morse.modules.gridconv_attention import (
+    AttentionNorm,
     GridAttention,
     check_input,
     check_sizes,
@@ -52,6 +53,7 @@ class GridConv2d(nn.Module):
         reduction: As in `GridAttention`.
         min_hidden: As there.
         temperature: As there; a static layer has none, and `temperature` is None.
+        norm: As there.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -79,6 +81,7 @@ class GridConv2d(nn.Module):
         reduction: float = 16,
         min_hidden: int = 16,
         temperature: float = 30.0,
+        norm: AttentionNorm = "batch",
     ) -> None:
         """Create both branches and, if dynamic, the attention."""
         super().__init__()
@@ -95,7 +98,7 @@ class GridConv2d(nn.Module):
                 raise ValueError("dynamic=True needs grid_shape=(H, W), the size of its attention")
             self.attention = GridAttention(
                 in_channels, self.grid_shape, kernel_size,
-                reduction=reduction, min_hidden=min_hidden, temperature=temperature,
+                reduction=reduction, min_hidden=min_hidden, temperature=temperature, norm=norm,
             )  # fmt: skip
         self.branches = nn.ModuleList(
             nn.Conv2d(

@@ -5,12 +5,15 @@ Source: Kang, Liu, Yao, Wang and Wu, AAAI 2023 (arXiv 2302.08760), and its code.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from morse.modules.gridconv_transform import checked_grid
+
+AttentionNorm = Literal["batch", "layer"]
 
 
 def grid_temperature(
@@ -70,6 +73,8 @@ class GridAttention(nn.Module):
         reduction: What the hidden width divides C by, above 0.
         min_hidden: The least hidden width, at least 1.
         temperature: Divides the logits; above 0.
+        norm: Norm of the hidden layer: "batch" is the authors' and cannot train on a single
+            sample, "layer" can.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -92,6 +97,7 @@ class GridAttention(nn.Module):
         reduction: float = 16,
         min_hidden: int = 16,
         temperature: float = 30.0,
+        norm: AttentionNorm = "batch",
     ) -> None:
         """Create the two layers and initialise them as the authors do."""
         super().__init__()
@@ -101,11 +107,14 @@ class GridAttention(nn.Module):
                 f"reduction must be above 0 and min_hidden at least 1, got {reduction} and "
                 f"{min_hidden}"
             )
+        if norm not in ("batch", "layer"):
+            raise ValueError(f"norm must be 'batch' or 'layer', got {norm!r}")
         self.in_channels, self.kernel_size = in_channels, kernel_size
         self.grid_shape = checked_grid(grid_shape)
         hidden = max(int(in_channels / reduction), min_hidden)
         self.squeeze = nn.Conv2d(in_channels, hidden, 1, bias=False)
-        self.norm = nn.BatchNorm2d(hidden)
+        # On a map of one pixel, group norm with one group is layer norm.
+        self.norm = nn.BatchNorm2d(hidden) if norm == "batch" else nn.GroupNorm(1, hidden)
         self.expand = nn.Conv2d(hidden, kernel_size**2 * math.prod(self.grid_shape), 1)
         self.register_buffer("temperature", torch.tensor(checked_temperature(temperature)))
         for layer in (self.squeeze, self.expand):
@@ -123,10 +132,10 @@ class GridAttention(nn.Module):
             x: Features before padding, (B, C, H, W).
         """
         check_input(x, self.in_channels, self.grid_shape)
-        if self.norm.training and len(x) == 1:
+        if isinstance(self.norm, nn.BatchNorm2d) and self.norm.training and len(x) == 1:
             raise ValueError(
-                "the attention's batch norm cannot train on a single sample; use larger batches "
-                "or freeze it with .norm.eval()"
+                "the attention's batch norm cannot train on a single sample; use larger batches, "
+                "norm='layer', or freeze it with .norm.eval()"
             )
         hidden = functional.relu(self.norm(self.squeeze(x.mean((2, 3), keepdim=True))))
         logits = self.expand(hidden).view(len(x), self.kernel_size**2, *self.grid_shape)

@@ -213,14 +213,17 @@ class Warehouse(nn.Module):
         )  # fmt: skip
         self._layers = []
         self.reset_parameters()
+        self._warn_unless_saving()
+        return self
+
+    def _warn_unless_saving(self) -> None:
         if self._share < 1 and self._plan.parameters >= self._plan.plain_parameters:
             warnings.warn(
                 f"this warehouse does not save parameters: {self._plan.parameters:,} against "
                 f"{self._plan.plain_parameters:,} of plain convolutions; larger cells (cell ratios,"
                 " spatial_partition=False) or a basis_ratio below 1 make attentions smaller",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return self
 
     @property
     def plan(self) -> WarehousePlan:

@@ -45,6 +45,15 @@ class ODConv2d(nn.Module):
     State dicts have the authors' names, so theirs load as they are. The temperature is in ours
     alone, as the tensor `_extra_state`; after loading theirs it is 1.
 
+    >>> import torch
+    >>> from morse.modules import ODConv2d, linear_temperature, set_temperature
+    >>> conv = ODConv2d(8, 16, kernel_size=3, padding=1, attention_norm="layer")
+    >>> set_temperature(conv, linear_temperature(step=50, total=100))
+    1
+    >>> x = torch.ones(2, 8, 5, 5)
+    >>> conv(x).shape, conv.assembled_kernel(x).shape, conv.temperature
+    (torch.Size([2, 16, 5, 5]), torch.Size([2, 16, 8, 3, 3]), 15.5)
+
     Args:
         in_channels: Input channels I.
         out_channels: Output channels O.

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from morse.dot.guidance import DotGuidance, check_dot_guidance
+from morse.dot.conv_settings import Conv, conv_settings
 from morse.history import check_history
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
+from morse.training.convolutions import annealing_steps, parse_conv_options
 from morse.training.distillation_terms import DistillName, check_distill
 from morse.training.pairs import LossWeighting
 from morse.training.pruning import PruneMethod, check_prune_settings
@@ -68,8 +70,31 @@ class TrainDotConfig(TrainingConfig):
     lora_alpha: float | None = field(
         default=None, metadata={"help": "scale of the LoRA times its rank; the rank if not given"}
     )
+    conv: Conv = field(
+        default="conv",
+        metadata={"help": "convolutions of the extra blocks: plain ones or dynamic ones"},
+    )
+    conv_options: tuple[str, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "settings of dynamic ones, NAME=VALUE ...: condition=features|time; odconv: "
+            "num_kernels; kernel_warehouse: budget, cell_ratio, sharing=shapes|all; gridconv: "
+            "sample_size, paddings"
+        },
+    )
+    conv_annealing_steps: int | None = field(
+        default=None,
+        metadata={"help": "updates until their final temperature; a tenth of all if not given"},
+    )
     independent: bool = field(
         default=False, metadata={"help": "train the control that estimates from the sample alone"}
+    )
+    norm: Literal["group", "dnr"] = field(
+        default="group",
+        metadata={
+            "help": "norms of the extra blocks; dnr hands states on from one Dot step to the next, "
+            "and learns it from all steps of a window, of which it needs two or more"
+        },
     )
     history: Literal[0, 1] = field(
         default=0,
@@ -187,6 +212,7 @@ class TrainDotConfig(TrainingConfig):
         )
         check_prune_settings(self)
         self._check_conditions()
+        self._check_relay()
         self._check_distillation()
         check_history(self.history, self.extrapolation_cap, self.independent)
         check_dot_guidance(self.guidance, self.independent)
@@ -196,6 +222,7 @@ class TrainDotConfig(TrainingConfig):
                 f"but window_steps is {self.window_steps} and on_policy is {self.on_policy}; with "
                 "5 steps the segments of most plans fit in"
             )
+        self._check_convolutions()
         if self.cuda_graphs and (self.compile or self.on_policy):
             raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
         if self.on_policy and (self.cache_pairs or self.window_steps == 1):
@@ -208,6 +235,26 @@ class TrainDotConfig(TrainingConfig):
                 "cache_latents is True and cache_pairs is given, which holds latents already; "
                 "choose one"
             )
+
+    def _check_relay(self) -> None:
+        if self.norm != "dnr":
+            return
+        if self.window_steps == 1:
+            raise ValueError(
+                "norm is 'dnr' and window_steps is 1, but a relay from one Dot step to the next is "
+                "learnt from windows of several: give --window_steps 2 or more, such as 3."
+            )
+        if self.pairs_per_window > 1:
+            raise ValueError(
+                f"norm is 'dnr' and pairs_per_window is {self.pairs_per_window}, but it learns "
+                "from all steps of a window, in order: leave --pairs_per_window away."
+            )
+        for name in ("cuda_graphs", "distill", "history"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"norm is 'dnr' and {name} is {getattr(self, name)}, but {name} works on "
+                    f"single pairs, not on sequences of them: leave --{name} away."
+                )
 
     def _check_conditions(self) -> None:
         scale = self.guidance_scale
@@ -236,4 +283,28 @@ class TrainDotConfig(TrainingConfig):
             raise ValueError(
                 f"distill is {self.distill}, whose features are read with hooks, and so can "
                 "neither be compiled nor captured; leave compile and cuda_graphs away"
+            )
+        if self.conv != "conv":
+            raise ValueError(
+                f"distill is {self.distill} and conv is {self.conv!r}, which was not tried; "
+                "choose one"
+            )
+
+    def _check_convolutions(self) -> None:
+        steps = self.conv_annealing_steps
+        require(steps is None or steps >= 0, "conv_annealing_steps", steps, "0 or more")
+        settings = conv_settings(self.conv, parse_conv_options(self.conv_options))
+        if settings is None and steps is not None:
+            raise ValueError(
+                f"conv_annealing_steps is {steps}, but conv is 'conv', a plain convolution without "
+                "a temperature; choose another conv or leave it away"
+            )
+        if (
+            self.cuda_graphs
+            and self.conv in ("odconv", "kernel_warehouse")
+            and annealing_steps(self)
+        ):
+            raise ValueError(
+                f"cuda_graphs is True and conv is {self.conv!r}, whose temperature a graph would "
+                "keep as it was at the first update; choose one, or set conv_annealing_steps to 0"
             )

@@ -11,6 +11,12 @@ from morse.dot.guidance import start_guided
 from morse.dot.inputs import widen_inputs
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.config import TrainDotConfig
+from morse.training.convolutions import (
+    make_annealer,
+    parse_conv_options,
+    settle,
+    warn_unless_annealed,
+)
 from morse.training.distillation import DistilledDot, add_distillation
 from morse.training.frozen import load_frozen_pipeline
 from morse.training.graphs import GraphedDot
@@ -18,6 +24,7 @@ from morse.training.latent_cache import cache_latents
 from morse.training.pairs import weighted_loss
 from morse.training.pruning import DotPruner
 from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.training.sequences import sequence_loss, sequence_pairs
 from morse.training.source import (
     Batch,
     ConditionedImages,
@@ -43,9 +50,12 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             layers_per_block=config.layers_per_block,
             independent=config.independent,
             base_space=config.base_space,
+            norm=config.norm,
             history=config.history,
             extrapolation_cap=config.extrapolation_cap,
             guidance=config.guidance,
+            conv=config.conv,
+            conv_options=parse_conv_options(config.conv_options),
         )
     if config.init_from is not None:
         added = config.history * dot.config.output_channels
@@ -68,6 +78,8 @@ def window_loss(
         else:
             maker = dot if config.on_policy else None
             window = draw_windows(source, config, batch, generator, maker)
+        if config.norm == "dnr":
+            return sequence_loss(dot, sequence_pairs(dash, window), config)
         pairs = pick_pairs(dash, window, config.pairs_per_window, generator, config.on_policy)
         if config.cuda_graphs and not graphed:
             graphed.append(GraphedDot(dot))
@@ -104,10 +116,12 @@ def train_dot(config: TrainDotConfig) -> Path:
     pruner = None if config.prune is None else DotPruner(dot, config)
     run = TrainingRun(config, accelerator, model, train if cache is None else cache, loss, pruner)
     validate = make_validator(test, config)
+    if dot.conv_settings is not None:
+        accelerator.print(dot.convolution_summary())
 
     def result() -> MorseDot:
         run.copy_weights_to(trained)
-        return trained.finished() if isinstance(trained, DistilledDot) else trained
+        return settle(trained.finished() if isinstance(trained, DistilledDot) else trained)
 
     def after_step(step: int) -> None:
         if config.validation_steps and step % config.validation_steps == 0:
@@ -117,7 +131,8 @@ def train_dot(config: TrainDotConfig) -> Path:
 
     if config.distill:
         accelerator.print("distill: Dash is evaluated once more for each training pair")
-    step = run.train(after_step)
+    step = run.train(after_step, make_annealer(dot, config))
+    warn_unless_annealed(dot, config, step)
     if accelerator.is_main_process:
         finished = result()
         ratios = validate(finished, step)

@@ -120,6 +120,14 @@ def _guided(point: Point, scale: Tensor | None) -> Point:
     return replace(point, outputs=guide(point.outputs, scale)[:, None])
 
 
+def with_memory(pairs: Pairs, memory: dict[object, object]) -> Pairs:
+    """Give the same pairs with another memory of their jump point, {} for a fresh one.
+
+    Pairs that share a memory are for a Dot that relays the steps of one run (`morse.dot.relay`).
+    """
+    return replace(pairs, jump=replace(pairs.jump, memory=memory))
+
+
 def dot_outputs(dot: Dot, pairs: Pairs) -> Tensor:
     """Evaluate Dot for `pairs`, each row from its own jump output, (N, G, C_out, H, W)."""
     inputs = pairs.conditions.inputs()

@@ -155,11 +155,16 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.copy_to(target.parameters())
 
-    def train(self, after_step: Callable[[int], None] | None = None) -> int:
+    def train(
+        self,
+        after_step: Callable[[int], None] | None = None,
+        before_step: Callable[[int], None] | None = None,
+    ) -> int:
         """Train up to `max_train_steps` or `max_train_seconds`, and save a checkpoint.
 
         Args:
             after_step: Called in the main process with the number of updates done.
+            before_step: Called in every process with the number of updates done.
 
         Returns:
             The number of updates done.
@@ -171,6 +176,8 @@ class TrainingRun:
                 set_learning_rate(self.optimizer, learning_rate_at(config, self.step))
                 if self.pruner is not None:
                     self.pruner.before_step(self.step)
+                if before_step is not None:
+                    before_step(self.step)
                 for micro_step in range(config.gradient_accumulation_steps):
                     log.add(self._forward_backward(next(batches), micro_step))
                 self.step += 1

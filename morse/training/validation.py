@@ -1,6 +1,6 @@
 """How good a Dot is on held-out images: what remains of the error of reusing Dash's estimate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,44 +14,60 @@ from morse.training.checkpoint import write_json
 from morse.training.config import TrainDotConfig
 from morse.training.frozen import FrozenDash
 from morse.training.guidance import UNCONDITIONAL, Conditions, draw_guidance_scale
-from morse.training.pairs import Pairs, Point, dot_outputs, join_points
+from morse.training.pairs import Pairs, Point, dot_outputs, join_points, with_memory
+from morse.training.sequences import sequence_pairs, sequence_ratios
 from morse.training.source import ConditionedImages
-from morse.training.windows import fresh_window, pick_pairs
+from morse.training.windows import Window, fresh_window, pick_pairs
 
 # Bounds of t_s - t_i, as shares of the schedule, between which errors are reported apart.
 GAP_BOUNDS = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
 _BATCH_SIZE, _LARGE_BATCH_SIZE = 128, 16
-_VALIDATION_STEPS = 3
+VALIDATION_STEPS = 3
 _HISTORY_STEPS = 3  # more, for the earlier Dash step
 _PICTURES = 8
 
 
-def validation_pairs(source: ConditionedImages, config: TrainDotConfig) -> list[Pairs]:
-    """Make fixed pairs from held-out images, in batches; always the same for the same Dash."""
-    count = min(config.validation_images, len(source))
-    pipeline = source.pipeline
-    generator = torch.Generator(pipeline.device).manual_seed(0)
-    steps = 1 if config.timestep_sampling == "uniform" else _VALIDATION_STEPS
-    # One more is what history takes at least; on a plan's grid the segment before is as long.
-    more = 1 if config.timestep_sampling == "uniform" else _HISTORY_STEPS
-    length = steps + 1 + (more if config.history else 0)
+def held_out_windows(
+    source: ConditionedImages,
+    config: TrainDotConfig,
+    num_points: int,
+    generator: torch.Generator,
+) -> Iterator[Window]:
+    """Make windows of held-out images, in batches."""
+    count, pipeline = min(config.validation_images, len(source)), source.pipeline
     size = _LARGE_BATCH_SIZE if pipeline.is_large else _BATCH_SIZE
-    batches = []
     for start in range(0, count, size):
         batch = source.__getitems__(list(range(start, min(start + size, count))))
         clean = source.clean(batch)
         scale = draw_guidance_scale(len(clean), pipeline.guidance_scale, generator)
-        window = fresh_window(
+        yield fresh_window(
             pipeline.dash,
             clean,
             generator,
-            length,
+            num_points,
             config.timestep_sampling,
             source.conditions(batch, scale),
         )
-        pairs = pick_pairs(pipeline.dash, window, 2 * steps, generator, False, widest=steps)
-        batches.append(pairs)
-    return batches
+
+
+def validation_pairs(source: ConditionedImages, config: TrainDotConfig) -> list[Pairs]:
+    """Make fixed pairs from held-out images, in batches; always the same for the same Dash."""
+    steps = 1 if config.timestep_sampling == "uniform" else VALIDATION_STEPS
+    # One more is what history takes at least; on a plan's grid the segment before is as long.
+    more = 1 if config.timestep_sampling == "uniform" else _HISTORY_STEPS
+    length = steps + 1 + (more if config.history else 0)
+    dash, generator = source.pipeline.dash, torch.Generator(source.pipeline.device).manual_seed(0)
+    return [
+        pick_pairs(dash, window, 2 * steps, generator, False, widest=steps)
+        for window in held_out_windows(source, config, length, generator)
+    ]
+
+
+def validation_sequences(source: ConditionedImages, config: TrainDotConfig) -> list[Pairs]:
+    """Make fixed sequences of `VALIDATION_STEPS` pairs likewise (`sequence_pairs`)."""
+    generator = torch.Generator(source.pipeline.device).manual_seed(0)
+    windows = held_out_windows(source, config, VALIDATION_STEPS + 1, generator)
+    return [sequence_pairs(source.pipeline.dash, window) for window in windows]
 
 
 @torch.no_grad()
@@ -60,7 +76,8 @@ def residual_ratios(
 ) -> dict[str, float]:
     """Mean square of Dot's error over that of reusing Dash's estimate; 0 is perfect, 1 no gain.
 
-    Under guidance both are errors of the guided estimate.
+    Under guidance both are errors of the guided estimate. A Dot that relays makes each pair's first
+    step after Dash here; `sequence_ratios` has those that follow.
 
     Returns:
         "residual_ratio" over all pairs, and one "residual_ratio/LOW-HIGH" for each bin of
@@ -73,7 +90,7 @@ def residual_ratios(
         alone = (rows.unflatten(0, (-1, branches)) for rows in (pairs.reused, pairs.base))
         errors = (
             (pairs.guided(outputs) - pairs.target).square().flatten(1).mean(1)
-            for outputs in (dot_outputs(dot, pairs), *alone)
+            for outputs in (dot_outputs(dot, with_memory(pairs, {})), *alone)
         )
         found.append((*errors, pairs.gap / num_train_timesteps))
     error, base, line, gap = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -116,7 +133,8 @@ def sample_rows(
     def corrected(sample: Tensor, position: Tensor, jump: JumpPoint) -> Tensor:
         here, start = Point(sample, everywhere(position)), at(jump)
         before = at(jump.earlier or jump) if dash.history else None
-        return dot_outputs(dot, join_points(dash, start, here, conditions, before))
+        pairs = join_points(dash, start, here, conditions, before)
+        return dot_outputs(dot, with_memory(pairs, jump.memory))
 
     corrected.independent = True  # the base is in it
 
@@ -149,6 +167,7 @@ def make_validator(
     The pictures are made at the mean guidance scale, for the first held-out captions or classes.
     """
     pipeline, batches = source.pipeline, validation_pairs(source, config)
+    sequences = validation_sequences(source, config) if config.norm == "dnr" else []
     folder = config.output_dir / "validation"
     rows = [index % len(source) for index in range(_PICTURES)]
     low, high = pipeline.guidance_scale
@@ -158,6 +177,8 @@ def make_validator(
 
     def validate(dot: nn.Module, step: int) -> dict[str, float]:
         ratios = residual_ratios(dot, batches, len(pipeline.dash.schedule))
+        if sequences:
+            ratios |= sequence_ratios(dot, sequences, VALIDATION_STEPS)
         folder.mkdir(exist_ok=True)
         write_json(folder / f"step-{step:07d}.json", ratios)
         samples = sample_rows(pipeline.dash, dot, shape, conditions)

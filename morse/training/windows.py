@@ -18,7 +18,7 @@ from morse.spaces import Rates, to_clean
 from morse.training.frozen import FrozenDash
 from morse.training.guidance import UNCONDITIONAL, Conditions
 from morse.training.history import draw_triples
-from morse.training.pairs import Pairs, Point, dot_outputs, join_points
+from morse.training.pairs import Pairs, Point, dot_outputs, join_points, with_memory
 
 TimestepSampling = Literal["uniform", "plans"]
 # Numbers of evaluations of the plans that people run: from 5 LSD to 30 LSD at ratio 2.
@@ -96,13 +96,15 @@ def make_window(
     sample = rates[0][0] * clean + rates[0][1] * noise
     points: list[Point] = []
     cleans: list[Tensor] = []
+    memory: dict[object, object] = {}
     for index, position in enumerate(timesteps.unbind(1)):
         # Windows are cached in half precision; Dash must have seen what will be read back.
         sample = sample.half().float()
         outputs = dash(sample, position, conditions).half().float()
         points.append(Point(sample, position, outputs))
         if dot is not None and index > 0:
-            outputs = dot_outputs(dot, join_points(dash, points[0], points[-1], conditions))
+            pairs = join_points(dash, points[0], points[-1], conditions)
+            outputs = dot_outputs(dot, with_memory(pairs, memory))
         estimate = dash.guided(outputs, conditions.guidance_scale, sample)
         cleans.append(to_clean(estimate, sample, rates[index], dash.prediction_type))
         if index + 1 < timesteps.shape[1]:

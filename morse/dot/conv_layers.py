@@ -1,0 +1,82 @@
+"""Dynamic convolutions as Dot's extra blocks hold them, and how they hear the time."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from morse.dot.conv_settings import ConvSettings
+from morse.modules.kernel_warehouse import KWConv2d, Warehouse
+from morse.modules.odconv import ODConv2d
+
+
+class _InDot:
+    """Mixed into a dynamic layer: its temperature is not saved, and its block tells it the time.
+
+    diffusers' loading knows parameters and buffers alone, hence no extra state.
+    """
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+    _load_from_state_dict = nn.Module._load_from_state_dict
+
+    time: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve, with the kernel of the time heard last if the layer listens to it."""
+        time, self.time = self.time, None
+        # An expanded row is known to be one for all, without a look at its values.
+        return super().forward(x, time[:1] if time is not None and time.stride(0) == 0 else time)
+
+
+class _Stacked:
+    """Mixed into modules with a stack of kernels: "channels last" applies to each of them."""
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def apply(tensor: Tensor) -> Tensor:
+            if tensor.dim() != 5:
+                return function(tensor)
+            return function(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+        return super()._apply(apply, recurse)
+
+
+class DotODConv2d(_InDot, _Stacked, ODConv2d):
+    """`ODConv2d` inside Dot."""
+
+
+class DotKWConv2d(_InDot, KWConv2d):
+    """`KWConv2d` inside Dot."""
+
+
+class DotWarehouse(_Stacked, Warehouse):
+    """`Warehouse` inside Dot; whether Dot's warehouses save parameters is judged together."""
+
+    def conv2d(self, *sizes: object, **options: object) -> DotKWConv2d:
+        """Create a layer of this warehouse."""
+        return self._register(DotKWConv2d(*sizes, **options))
+
+    def _warn_unless_saving(self) -> None:
+        """Leave it to `warn_unless_saving`."""
+
+
+def tell_time(layers: Iterable[nn.Module], time_embedding: Tensor) -> None:
+    """Let a block's convolutions that listen to it hear the time (B, C) of the coming call."""
+    for layer in layers:
+        layer.time = time_embedding
+
+
+def share_time(settings: ConvSettings | None, embedding: Tensor) -> Tensor:
+    """Give `embedding` (B, C) as one repeated row if all its rows are equal, up to rounding.
+
+    Then one kernel serves the whole batch. Where no convolution listens to the time, nothing is
+    looked at; a look waits for the device, and none is possible while a CUDA graph is captured.
+    """
+    if settings is None or settings.condition != "time" or len(embedding) == 1:
+        return embedding
+    if embedding.is_cuda and torch.cuda.is_current_stream_capturing():
+        return embedding
+    first = embedding[:1]
+    slack = 8 * torch.finfo(embedding.dtype).eps * first.abs().max()
+    alike = bool(((embedding - first).abs() <= slack).all())
+    return first.expand_as(embedding) if alike else embedding

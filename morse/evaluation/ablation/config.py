@@ -1,0 +1,150 @@
+"""Settings of the ablation."""
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from morse.evaluation.ablation.rows import ROWS
+from morse.training.common import require
+from morse.training.config import TrainDotConfig
+from morse.training.pairs import LossWeighting
+from morse.training.windows import TimestepSampling
+
+# What --quick puts in the place of settings that were left at their defaults.
+QUICK: dict[str, object] = {
+    "seeds": 1,
+    "max_train_steps": 4,
+    "lr_warmup_steps": 1,
+    "train_batch_size": 4,
+    "cache_windows": 16,
+    "validation_images": 8,
+    "latency_batch_size": 2,
+    "latency_rounds": 3,
+}
+# Settings that TrainDotConfig knows under the same name; every run of an ablation shares them.
+_TRAINING = (
+    "max_train_steps", "train_batch_size", "learning_rate", "lr_warmup_steps", "ema_max_decay",
+    "window_steps", "pairs_per_window", "timestep_sampling", "loss_weighting", "lora_rank",
+)  # fmt: skip
+# Beside these, what no row may change: the windows and the order in which runs see them.
+_FIXED = {
+    *(name for name in _TRAINING if name not in ("lora_rank", "pairs_per_window")), "seed",
+    "cache_pairs", "cache_dir", "train_data_dir", "output_dir", "mixed_precision",
+    "pretrained_model_name_or_path",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """Train Dots that differ in one method each, on the same windows, and compare them."""
+
+    output_dir: Path = field(
+        default=Path("runs/ablation"),
+        metadata={"help": "folder for windows, Dots and finished measurements"},
+    )
+    report_dir: Path | None = field(
+        default=None,
+        metadata={"help": "folder for ablation.json and ablation.md; output_dir if left out"},
+    )
+    train_data_dir: Path | None = field(
+        default=None, metadata={"help": "folder of images or IDX files; always needed to train"}
+    )
+    pipeline: str = field(
+        default="fashion-mnist",
+        metadata={
+            "help": "the embedded pipeline, or a folder",
+            "alias": "pretrained_model_name_or_path",
+        },
+    )
+    methods: tuple[str, ...] = field(
+        default=("all",),
+        metadata={
+            "help": "methods or single rows, with what they are compared with; all, or of: "
+            + ", ".join(dict.fromkeys(name for row in ROWS for name in (row.method, row.name)))
+        },
+    )
+    seeds: int = field(default=3, metadata={"help": "runs of each row, of seeds 0, 1, ..."})
+    workers: int = field(
+        default=1, metadata={"help": "runs at a time, each a process with one thread"}
+    )
+    resume: bool = field(default=False, metadata={"help": "go on with the runs in output_dir"})
+    quick: bool = field(
+        default=False, metadata={"help": "one seed, 4 updates: to see that it works"}
+    )
+    from_json: Path | None = field(
+        default=None,
+        metadata={"help": "redraw this result's table; nothing is trained", "alias": "from"},
+    )
+    max_train_steps: int = field(default=300, metadata={"help": "updates of each run"})
+    train_batch_size: int = field(default=8, metadata={"help": "windows an update"})
+    cache_windows: int = field(
+        default=512, metadata={"help": "windows of each seed, which Dash is evaluated for once"}
+    )
+    window_steps: int = field(default=4, metadata={"help": "as for train_dot"})
+    pairs_per_window: int = field(default=2, metadata={"help": "as for train_dot"})
+    timestep_sampling: TimestepSampling = field(
+        default="plans", metadata={"help": "as for train_dot"}
+    )
+    loss_weighting: LossWeighting = field(default="gap", metadata={"help": "as for train_dot"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate"})
+    lr_warmup_steps: int = field(default=50, metadata={"help": "as for train_dot"})
+    ema_max_decay: float = field(default=0.99, metadata={"help": "as for train_dot"})
+    lora_rank: int = field(default=16, metadata={"help": "of Dots whose row has no other"})
+    validation_images: int = field(
+        default=256, metadata={"help": "held-out images that every Dot is measured on"}
+    )
+    latency_batch_size: int = field(default=16, metadata={"help": "samples an evaluation"})
+    latency_rounds: int = field(
+        default=21, metadata={"help": "timed evaluations of Dash and each Dot, in turn"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and take --quick's settings."""
+        least = {"seeds": 1, "workers": 1, "latency_batch_size": 1, "latency_rounds": 2}
+        for name, minimum in {**least, "cache_windows": 1}.items():
+            value = getattr(self, name)
+            require(value >= minimum, name, value, f"{minimum} or more")
+        if self.from_json is None:
+            if self.train_data_dir is None:
+                raise ValueError("train_data_dir is not given; name the folder of images")
+            self.training(0, self.output_dir, {})  # has its own checks
+        if self.quick:
+            for option in fields(self):
+                if option.name in QUICK and getattr(self, option.name) == option.default:
+                    object.__setattr__(self, option.name, QUICK[option.name])
+
+    @property
+    def reports(self) -> Path:
+        """Where ablation.json and ablation.md go."""
+        return self.report_dir or self.output_dir
+
+    def training(self, seed: int, output_dir: Path, overrides: dict[str, object]) -> TrainDotConfig:
+        """Return the settings of one run.
+
+        Raises:
+            ValueError: If `overrides` has what all runs share.
+        """
+        shared = sorted(_FIXED & overrides.keys())
+        if shared:
+            raise ValueError(f"a row sets {shared}, which all rows of an ablation share")
+        settings = TrainDotConfig(
+            **{name: getattr(self, name) for name in _TRAINING},
+            pretrained_model_name_or_path=self.pipeline,
+            train_data_dir=self.train_data_dir,
+            output_dir=output_dir,
+            cache_pairs=self.cache_windows,
+            cache_dir=self.output_dir / f"windows-seed{seed}",
+            seed=seed,
+            # The run's own validation is of no use here: every Dot is measured as it was saved.
+            validation_images=1,
+            validation_steps=0,
+            checkpointing_steps=self.max_train_steps,
+            checkpoints_total_limit=1,
+        )
+        return replace(settings, **overrides)
+
+    def identity(self) -> dict[str, object]:
+        """Return the settings that a run's result depends on, as JSON."""
+        names = (*_TRAINING, "pipeline", "train_data_dir", "cache_windows", "validation_images")
+        names += ("latency_batch_size", "latency_rounds")
+        return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
