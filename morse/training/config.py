@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from morse.dot.guidance import DotGuidance, check_dot_guidance
 from morse.dot.conv_settings import Conv, conv_settings
+from morse.dot.guidance import DotGuidance, check_dot_guidance
 from morse.history import check_history
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
