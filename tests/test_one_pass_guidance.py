@@ -29,6 +29,7 @@ from morse.training.graphs import _OnPairs, _tensors
 from morse.training.guidance import guide
 from morse.training.loop import TrainDotConfig, build_dot, train_dot
 from morse.training.pairs import dot_outputs, weighted_loss
+from morse.training.sequences import sequence_pairs, sequence_residuals
 from morse.training.validation import residual_ratios, sample_rows
 from morse.training.windows import draw_timesteps, fresh_window, make_window, pick_pairs
 
@@ -451,6 +452,15 @@ class TestPairs:
         dot = make_dot(frozen.dash.model, guidance="guided")
         residual = _OnPairs(dot, tuple(pairs.conditions.flat_inputs()))(*_tensors(pairs))
         assert_close(pairs.outputs(residual), dot_outputs(dot, pairs))
+
+    def test_sequences_get_the_scale(self, frozen):
+        clean = torch.randn(2, 4, 4, 4, generator=seeded(1))
+        conditions = conditions_of(frozen, [2.0, 9.0])
+        window = fresh_window(frozen.dash, clean, seeded(2), 4, "plans", conditions)
+        pairs = sequence_pairs(frozen.dash, window)
+        dot = make_dot(frozen.dash.model, guidance="guided")
+        residuals = sequence_residuals(dot, pairs, 3)
+        assert_close(pairs.outputs(residuals), dot_outputs(dot, pairs), rtol=1e-4, atol=1e-5)
 
     def test_validation(self, frozen):
         def exact(sample, timestep, jump, **conditions):

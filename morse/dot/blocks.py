@@ -8,7 +8,6 @@ import torch
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.nn import functional
 
 from morse.dot.conv_layers import tell_time
 from morse.dot.relay import States
@@ -71,6 +70,7 @@ class DotUpBlock(nn.Module):
         """Create a 1x1 convolution and `num_layers` ResNet blocks."""
         super().__init__()
         self.reduce = nn.Conv2d(in_channels, channels, kernel_size=1)
+        self.upsample: nn.Module = nn.Upsample(scale_factor=2.0, mode="nearest")
         self.resnets = nn.ModuleList(
             _resnet(2 * channels if index == 0 else channels, channels, time_embed_dim)
             for index in range(num_layers)
@@ -82,8 +82,7 @@ class DotUpBlock(nn.Module):
     ) -> Tensor:
         """Join `hidden` (B, C_in, H, W) and `skip` (B, C, 2H, 2W); `relay` as on the way down."""
         tell_time(self.time_listeners, time_embedding)
-        hidden = functional.interpolate(self.reduce(hidden), scale_factor=2.0, mode="nearest")
-        hidden = torch.cat([hidden, skip], dim=1)
+        hidden = torch.cat([self.upsample(self.reduce(hidden)), skip], dim=1)
         for resnet in self.resnets:
             hidden = resnet(hidden, time_embedding, *relay)
         return hidden

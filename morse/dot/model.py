@@ -27,6 +27,12 @@ from morse.dot.loading import align_weights, safetensors_only
 from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
 from morse.dot.relay import Norm, install_relay
+from morse.dot.resampling import (
+    Resample,
+    check_resample_size,
+    set_upsamplers,
+    with_sample_size,
+)
 from morse.dot.shell import moves_weights, run_hooked, update_tree
 from morse.dot.storage import SparselyStored
 from morse.dot.view import (
@@ -87,6 +93,9 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         conv: Convolutions of the extra blocks: "conv" for plain ones, "odconv", "kernel_warehouse"
             or "gridconv".
         conv_options: Settings of that kind by name: see `morse.dot.conv_settings`.
+        resample: How the extra blocks double the resolution: "nearest" copies positions, "ske2grid"
+            starts so and learns weights of each position, for samples of one size alone.
+        sample_size: That height and width; `from_dash` takes those that Dash names.
     """
 
     @register_to_config
@@ -117,6 +126,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         guidance: DotGuidance = "branches",
         conv: Conv = "conv",
         conv_options: dict[str, object] | None = None,
+        resample: Resample = "nearest",
+        sample_size: tuple[int, int] | None = None,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
@@ -154,6 +165,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         self.warehouses = install_convolutions(
             by_level, self.conv_settings, time_embed_dim, patch_size
         )
+        set_upsamplers(self.up_blocks, resample, sample_size, size_multiple, patch_size)
         self.norm_out = nn.GroupNorm(num_groups(first), first)
         self.conv_out = nn.Conv2d(first, output_channels * patch_size**2, 3, padding=1)
         for layer in filter(None, (self.jump_time, self.conv_out)):
@@ -203,7 +215,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             num_down_blocks=num_down_blocks,
             block_out_channels=tuple(block_out_channels or default_widths(dash)[:num_down_blocks]),
             lora_rank=lora_rank,
-            **options,
+            **with_sample_size(dash.config, options),
         )
         warn_unless_saving(dot, dot.conv_settings)
         if dot.dtype != dash.dtype:
@@ -279,6 +291,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         tree = self._tree[0]
         grid = find_grid(find_ports(tree), sample, dash_kwargs.get("img_ids"), self.config)
         check_sample_size(self.conv_settings, grid.height, grid.width)
+        check_resample_size(grid, self.config.sample_size)
         timestep = timestep.reshape(-1).expand(len(sample))
         times = embed_times(tree, timestep, sample.dtype, dash_kwargs.get("timestep_cond"))
         inputs = [sample]

@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from morse.dot.conv_settings import Conv, conv_settings
+<<<<<<< HEAD
 from morse.dot.guidance import DotGuidance, check_dot_guidance
+=======
+from morse.dot.resampling import Resample
+>>>>>>> main
 from morse.history import check_history
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
@@ -62,6 +66,13 @@ class TrainDotConfig(TrainingConfig):
     num_down_blocks: Literal[1, 2, 3] = field(
         default=2, metadata={"help": "m: Dash's layers see 4^m times fewer positions"}
     )
+    progressive_steps: int = field(
+        default=0,
+        metadata={
+            "help": "before the max_train_steps, train a Dot with a down block fewer for so many "
+            "updates, in output_dir/first_stage, and grow it"
+        },
+    )
     block_out_channels: tuple[int, ...] | None = field(
         default=None, metadata={"help": "channels of the m extra blocks; 16 32 64 if not given"}
     )
@@ -85,6 +96,13 @@ class TrainDotConfig(TrainingConfig):
     conv_annealing_steps: int | None = field(
         default=None,
         metadata={"help": "updates until their final temperature; a tenth of all if not given"},
+    )
+    resample: Resample = field(
+        default="nearest",
+        metadata={
+            "help": "how the extra blocks double the resolution: copy positions, or learn to "
+            "interpolate them (for this size of images alone)"
+        },
     )
     independent: bool = field(
         default=False, metadata={"help": "train the control that estimates from the sample alone"}
@@ -159,7 +177,14 @@ class TrainDotConfig(TrainingConfig):
     )
     init_from: Path | None = field(
         default=None,
+<<<<<<< HEAD
         metadata={"help": "a saved Dot to start from; also one without history, or of branches"},
+=======
+        metadata={
+            "help": "a saved Dot whose weights to start from, with or without history; one with a "
+            "down block fewer grows: what it has is frozen, but for the LoRA"
+        },
+>>>>>>> main
     )
     prune: float | None = field(
         default=None,
@@ -211,6 +236,7 @@ class TrainDotConfig(TrainingConfig):
             "at least 1",
         )
         check_prune_settings(self)
+        self._check_progressive()
         self._check_conditions()
         self._check_relay()
         self._check_distillation()
@@ -255,6 +281,15 @@ class TrainDotConfig(TrainingConfig):
                     f"norm is 'dnr' and {name} is {getattr(self, name)}, but {name} works on "
                     f"single pairs, not on sequences of them: leave --{name} away."
                 )
+
+    def _check_progressive(self) -> None:
+        steps = self.progressive_steps
+        require(steps >= 0, "progressive_steps", steps, "0 or more")
+        if steps and (self.num_down_blocks == 1 or self.prune is not None):
+            raise ValueError(
+                f"progressive_steps is {steps}, which needs num_down_blocks of 2 or 3 and no prune,"
+                f" but they are {self.num_down_blocks} and {self.prune}"
+            )
 
     def _check_conditions(self) -> None:
         scale = self.guidance_scale

@@ -140,6 +140,12 @@ class FrozenPipeline:
         return self.dash.schedule.device
 
     @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width of the denoiser's samples."""
+        side = self.resolution // (1 if self.codec is None else self.codec.factor)
+        return side, side
+
+    @property
     def is_large(self) -> bool:
         """Whether memory holds only few of the denoiser's samples at a time."""
         return self.dash.model.num_parameters() > _LARGE_DASH

@@ -1,14 +1,19 @@
 """Train a Dot for a pretrained denoiser (Morse, ICML 2025, Algorithm 1)."""
 
 import copy
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from morse.dot import MorseDot
+<<<<<<< HEAD
 from morse.dot.guidance import start_guided
 from morse.dot.inputs import widen_inputs
+=======
+>>>>>>> main
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.config import TrainDotConfig
 from morse.training.convolutions import (
@@ -18,10 +23,11 @@ from morse.training.convolutions import (
     warn_unless_annealed,
 )
 from morse.training.distillation import DistilledDot, add_distillation
-from morse.training.frozen import load_frozen_pipeline
+from morse.training.frozen import FrozenPipeline, load_frozen_pipeline
 from morse.training.graphs import GraphedDot
 from morse.training.latent_cache import cache_latents
 from morse.training.pairs import weighted_loss
+from morse.training.progressive import first_stage, second_stage, start_from
 from morse.training.pruning import DotPruner
 from morse.training.run import LossFunction, TrainingRun, begin_run
 from morse.training.sequences import sequence_loss, sequence_pairs
@@ -34,11 +40,19 @@ from morse.training.source import (
 from morse.training.validation import make_validator
 from morse.training.windows import pick_pairs
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 __all__ = ["TrainDotConfig", "train_dot"]
 
 
-def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
-    """Build the Dot that `config` describes, with seeded weights or those of `init_from`."""
+def build_dot(
+    dash: nn.Module, config: TrainDotConfig, sample_size: tuple[int, int] | None = None
+) -> MorseDot:
+    """Build the Dot that `config` describes, with seeded weights or those of `init_from`.
+
+    `sample_size` is that of the samples to train on; Dash's if None.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         dot = MorseDot.from_dash(
@@ -56,12 +70,18 @@ def build_dot(dash: nn.Module, config: TrainDotConfig) -> MorseDot:
             guidance=config.guidance,
             conv=config.conv,
             conv_options=parse_conv_options(config.conv_options),
+            resample=config.resample,
+            sample_size=None if config.resample == "nearest" else sample_size,
         )
     if config.init_from is not None:
+<<<<<<< HEAD
         added = config.history * dot.config.output_channels
         weights = MorseDot.from_pretrained(config.init_from).state_dict()
         weights = widen_inputs(weights, dot.conv_in.in_channels, added)
         dot.load_state_dict(start_guided(weights, dot))
+=======
+        start_from(dot, MorseDot.from_pretrained(config.init_from))
+>>>>>>> main
     return dot
 
 
@@ -101,17 +121,60 @@ def window_loss(
     return compute_loss
 
 
-def train_dot(config: TrainDotConfig) -> Path:
-    """Train a Dot and save it into `config.output_dir` for `MorseDot.from_pretrained`."""
-    accelerator = begin_run(config)
-    pipeline = load_frozen_pipeline(config, accelerator.device)
-    dot = build_dot(pipeline.dash.model, config)
+class _Data(NamedTuple):
+    """Images to train on, those to validate on, and the windows that are cached of the former."""
+
+    train: ConditionedImages
+    test: ConditionedImages
+    cache: WindowCache | None
+
+
+def _open_data(
+    pipeline: FrozenPipeline, config: TrainDotConfig, accelerator: "Accelerator"
+) -> _Data:
     train, test = (open_source(pipeline, config, split) for split in ("train", "test"))
     if config.cache_latents:
         train = cache_latents(train, config, accelerator)
     cache = prepare_cache(train, config, accelerator) if config.cache_pairs else None
+    return _Data(train, test, cache)
+
+
+def train_dot(config: TrainDotConfig) -> Path:
+    """Train a Dot and save it for `MorseDot.from_pretrained`.
+
+    Returns:
+        Its folder: `config.output_dir`, or that of the first stage if time was up in it.
+    """
+    started = time.monotonic()
+    accelerator = begin_run(config)
+    pipeline = load_frozen_pipeline(config, accelerator.device)
+    stage = first_stage(config) if config.progressive_steps else config
+    dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
+    data = _open_data(pipeline, config, accelerator)
+    if config.progressive_steps:
+        first = begin_run(stage)
+        done = _train_stage(stage, first, dot, data)
+        for tracker in first.trackers:
+            tracker.finish()
+        if done == config.progressive_steps:
+            stage = second_stage(config, time.monotonic() - started)
+            dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
+    if stage.output_dir == config.output_dir:
+        _train_stage(stage, accelerator, dot, data)
+    else:
+        accelerator.print(f"time was up in the first stage, at step {done}; resume to go on")
+    accelerator.end_training()
+    return stage.output_dir
+
+
+def _train_stage(
+    config: TrainDotConfig, accelerator: "Accelerator", dot: MorseDot, data: _Data
+) -> int:
+    """Train and save one Dot; the number of updates done is returned."""
+    train, test, cache = data
     model = add_distillation(dot, train, config)
-    trained = copy.deepcopy(model).bind(pipeline.dash.model).eval()  # takes the averaged weights
+    dash = train.pipeline.dash.model
+    trained = copy.deepcopy(model).bind(dash).eval()  # takes the averaged weights
     loss = window_loss(train, config, cache)
     pruner = None if config.prune is None else DotPruner(dot, config)
     run = TrainingRun(config, accelerator, model, train if cache is None else cache, loss, pruner)
@@ -142,5 +205,4 @@ def train_dot(config: TrainDotConfig) -> Path:
             accelerator.print(pruner.summary())
         finished.save_pretrained(config.output_dir)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return config.output_dir
+    return step

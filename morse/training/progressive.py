@@ -1,0 +1,95 @@
+"""Progressive training: a Dot with a down block fewer first, which then grows by one.
+
+Ske2Grid's progressive learning (Cai et al., ICML 2023, arXiv 2308.07571) trains on one grid, adds a
+stage, freezes the earlier ones and trains by the whole schedule again. Here a stage is a pair of
+Dot's extra blocks, and each new one lies within those that are there. Other than in Ske2Grid's
+nested grids, Dash's layers then see another resolution, so that a Dot that was just grown does not
+begin with what it knew before.
+"""
+
+import re
+from dataclasses import replace
+
+from torch import Tensor
+
+from morse.dot import MorseDot
+from morse.dot.inputs import widen_inputs
+from morse.dot.resampling import complete_weights
+from morse.training.config import TrainDotConfig
+
+FIRST_STAGE = "first_stage"
+
+
+def first_stage(config: TrainDotConfig) -> TrainDotConfig:
+    """Give the settings of the training before, in a folder of its own."""
+    widths = config.block_out_channels
+    return replace(
+        config,
+        output_dir=config.output_dir / FIRST_STAGE,
+        num_down_blocks=config.num_down_blocks - 1,
+        block_out_channels=None if widths is None else widths[:-1],
+        max_train_steps=config.progressive_steps,
+        progressive_steps=0,
+        resume_from_checkpoint="latest",
+    )
+
+
+def second_stage(config: TrainDotConfig, seconds: float) -> TrainDotConfig:
+    """Give the settings of the training after a first stage that took some seconds."""
+    limit = config.max_train_seconds
+    return replace(
+        config,
+        init_from=config.output_dir / FIRST_STAGE,
+        max_train_seconds=None if limit is None else max(1e-6, limit - seconds),
+    )
+
+
+def start_from(dot: MorseDot, start: MorseDot) -> None:
+    """Give `dot` the weights of another; one with a down block fewer is grown, see `grow`.
+
+    A Dot with history or with learned up-samplers may start from one without: what is new then
+    changes nothing at first.
+    """
+    if start.config.num_down_blocks == dot.config.num_down_blocks - 1:
+        grow(dot, start)
+    else:
+        added = dot.config.history * dot.config.output_channels
+        weights = widen_inputs(start.state_dict(), dot.conv_in.in_channels, added)
+        dot.load_state_dict(complete_weights(dot, weights))
+
+
+def grow(dot: MorseDot, start: MorseDot) -> None:
+    """Put the blocks of `start` around the innermost pair of `dot`, and freeze them.
+
+    Frozen is what `start` brings, but for the LoRA, which learns on. Trained from the beginning are
+    the new pair and, unless `block_out_channels` ends with Dash's own width, the two convolutions
+    of the old blocks next to it, which had as many channels as Dash's layers there.
+
+    Raises:
+        ValueError: If the two differ in more than that.
+    """
+    own = dot.state_dict()
+    given = {_moved(name): value for name, value in start.state_dict().items()}
+    kept = {name: value for name, value in given.items() if _fits(own.get(name), value)}
+    old_blocks = start.config.num_down_blocks
+    inwards = (f"down_blocks.{old_blocks - 1}.downsampler.", "up_blocks.1.reduce.")
+    others = [name for name in given.keys() - kept.keys() if not name.startswith(inwards)]
+    if others:
+        raise ValueError(
+            f"init_from is a Dot with num_down_blocks={old_blocks} that cannot be grown: its "
+            f"{min(others)!r} has no counterpart of that shape. All settings but num_down_blocks "
+            "and the last of block_out_channels must be those that it was trained with."
+        )
+    dot.load_state_dict(own | kept)
+    for name, parameter in dot.named_parameters():
+        if name in kept and not name.startswith("lora."):
+            parameter.requires_grad_(False)
+
+
+def _moved(name: str) -> str:
+    """Name a layer as it is called with one more pair; up blocks count from the innermost."""
+    return re.sub(r"^up_blocks\.(\d+)", lambda found: f"up_blocks.{int(found[1]) + 1}", name)
+
+
+def _fits(own: Tensor | None, given: Tensor) -> bool:
+    return own is not None and own.shape == given.shape
