@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from morse.dot.conv_settings import Conv, conv_settings
-<<<<<<< HEAD
 from morse.dot.guidance import DotGuidance, check_dot_guidance
-=======
 from morse.dot.resampling import Resample
->>>>>>> main
 from morse.history import check_history
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig, require
@@ -177,14 +174,10 @@ class TrainDotConfig(TrainingConfig):
     )
     init_from: Path | None = field(
         default=None,
-<<<<<<< HEAD
-        metadata={"help": "a saved Dot to start from; also one without history, or of branches"},
-=======
         metadata={
-            "help": "a saved Dot whose weights to start from, with or without history; one with a "
+            "help": "a saved Dot to start from; also one without history, or of branches; one with a "
             "down block fewer grows: what it has is frozen, but for the LoRA"
         },
->>>>>>> main
     )
     prune: float | None = field(
         default=None,

@@ -9,11 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from morse.dot import MorseDot
-<<<<<<< HEAD
-from morse.dot.guidance import start_guided
-from morse.dot.inputs import widen_inputs
-=======
->>>>>>> main
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.config import TrainDotConfig
 from morse.training.convolutions import (
@@ -74,14 +69,7 @@ def build_dot(
             sample_size=None if config.resample == "nearest" else sample_size,
         )
     if config.init_from is not None:
-<<<<<<< HEAD
-        added = config.history * dot.config.output_channels
-        weights = MorseDot.from_pretrained(config.init_from).state_dict()
-        weights = widen_inputs(weights, dot.conv_in.in_channels, added)
-        dot.load_state_dict(start_guided(weights, dot))
-=======
         start_from(dot, MorseDot.from_pretrained(config.init_from))
->>>>>>> main
     return dot
 
 
