@@ -175,8 +175,8 @@ class TrainDotConfig(TrainingConfig):
     init_from: Path | None = field(
         default=None,
         metadata={
-            "help": "a saved Dot to start from; also one without history, or of branches; one with a "
-            "down block fewer grows: what it has is frozen, but for the LoRA"
+            "help": "a saved Dot to start from; also one without history or of branches; one with "
+            "a down block fewer grows: what it has is frozen, but for the LoRA"
         },
     )
     prune: float | None = field(
