@@ -20,6 +20,7 @@ from morse.dot.convolutions import (
     warn_unless_saving,
 )
 from morse.dot.grid import find_grid
+from morse.dot.guidance import DotGuidance, GuidanceEmbedding, check_dot_guidance
 from morse.dot.hub import Publishable
 from morse.dot.inputs import dot_inputs, input_channels
 from morse.dot.loading import align_weights, safetensors_only
@@ -84,6 +85,8 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         history: Earlier estimates of Dash used: 1, or 0 as in the paper (`morse.history`).
         extrapolation_cap: With history, how far the residual's base follows the line through both
             estimates, in distances between these; 0 to let Dot see the line and no more.
+        guidance: What Dot corrects under classifier-free guidance: the estimates of both "branches"
+            as in the paper, or the "guided" one in one pass (`morse.dot.guidance`).
         conv: Convolutions of the extra blocks: "conv" for plain ones, "odconv", "kernel_warehouse"
             or "gridconv".
         conv_options: Settings of that kind by name: see `morse.dot.conv_settings`.
@@ -117,6 +120,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         sparse: bool = False,
         history: int = 0,
         extrapolation_cap: float = 1.0,
+        guidance: DotGuidance = "branches",
         conv: Conv = "conv",
         conv_options: dict[str, object] | None = None,
         resample: Resample = "nearest",
@@ -126,9 +130,11 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         super().__init__()
         check_base_space(base_space)
         check_history(history, extrapolation_cap, independent)
+        check_dot_guidance(guidance, independent)
         check_options(num_down_blocks, block_out_channels, layers_per_block, lora_rank)
         self.independent, self.base_space = independent, base_space
         self.history, self.extrapolation_cap = history, extrapolation_cap
+        self.guidance = guidance
         alpha = lora_rank if lora_alpha is None else lora_alpha
         self.lora = nn.ModuleDict()
         self.adapters: dict[str, LowRank] = {}
@@ -137,6 +143,8 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         first = block_out_channels[0]
         levels = [*block_out_channels, feature_channels]
         self.jump_time = None if independent else nn.Linear(time_embed_dim, time_embed_dim)
+        guided = guidance == "guided"
+        self.guidance_embedding = GuidanceEmbedding(time_embed_dim) if guided else None
         output_channels = output_channels or sample_channels
         channels = input_channels(sample_channels, output_channels, independent, history)
         # Patches with a margin of one; without patches, a plain 3x3 convolution.
@@ -241,6 +249,8 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
             inputs = dot_inputs(sample, jump, self.history)
             since = jump.timestep.reshape(-1).expand(len(sample))
             shift = self.jump_time(embed_time(tree, since, sample.dtype))
+            if self.guidance_embedding is not None:
+                shift = shift + self.guidance_embedding(jump.guidance_scale, shift)
             times = {name: time + shift for name, time in times.items()}
         time_embedding = next(iter(times.values()))
         if not self.training:

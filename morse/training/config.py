@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from morse.dot.conv_settings import Conv
+from morse.dot.guidance import DotGuidance
 from morse.dot.resampling import Resample
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig
@@ -38,6 +39,13 @@ class TrainDotConfig(TrainingConfig):
         metadata={
             "help": "LOW HIGH: scales are drawn uniformly between them; 1 1 for no guidance; "
             "2 10, as in the paper, if not given and the pipeline has a negative prompt or class"
+        },
+    )
+    guidance: DotGuidance = field(
+        default="branches",
+        metadata={
+            "help": "what Dot corrects under guidance: both branches as in the paper, or the "
+            "guided estimate in one pass at half the cost"
         },
     )
     even_guidance: bool = field(
@@ -166,8 +174,8 @@ class TrainDotConfig(TrainingConfig):
     init_from: Path | None = field(
         default=None,
         metadata={
-            "help": "a saved Dot whose weights to start from, with or without history; one with a "
-            "down block fewer grows: what it has is frozen, but for the LoRA"
+            "help": "a saved Dot to start from; also one without history or of branches; one with "
+            "a down block fewer grows: what it has is frozen, but for the LoRA"
         },
     )
     prune: float | None = field(

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from morse.dot.conv_settings import conv_settings
+from morse.dot.guidance import check_dot_guidance
 from morse.history import check_history
 from morse.training.common import require
 from morse.training.convolutions import annealing_steps, parse_conv_options
@@ -30,6 +31,7 @@ def check_dot_settings(config: "TrainDotConfig") -> None:
     _check_relay(config)
     _check_distillation(config)
     check_history(config.history, config.extrapolation_cap, config.independent)
+    check_dot_guidance(config.guidance, config.independent)
     if config.history and (config.on_policy or config.window_steps < 2):
         raise ValueError(
             f"history is {config.history}, which needs windows of 2 steps or more made by Dash, "
