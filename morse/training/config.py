@@ -204,9 +204,21 @@ class TrainDotConfig(TrainingConfig):
     validation_steps: int = field(
         default=1000, metadata={"help": "updates between two validations; 0 for none"}
     )
+    fit_gate: bool = field(
+        default=False,
+        metadata={
+            "help": "at the end fit factors in [0, 1] on the residual by gap and timestep, on "
+            "held-out images; with init_from and max_train_steps 0 for a Dot that there is"
+        },
+    )
     validation_images: int = field(
         default=256, metadata={"help": "held-out images (the test split) to validate on"}
     )
+
+    @property
+    def least_train_steps(self) -> int:
+        """Least number of updates: 0 where a gate is fitted to a Dot that there is."""
+        return 0 if self.fit_gate and self.init_from is not None else 1
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
@@ -222,6 +234,7 @@ class TrainDotConfig(TrainingConfig):
         )
         check_prune_settings(self)
         self._check_progressive()
+        self._check_gate()
         self._check_conditions()
         self._check_relay()
         self._check_distillation()
@@ -265,6 +278,13 @@ class TrainDotConfig(TrainingConfig):
                     f"norm is 'dnr' and {name} is {getattr(self, name)}, but {name} works on "
                     f"single pairs, not on sequences of them: leave --{name} away."
                 )
+
+    def _check_gate(self) -> None:
+        if self.fit_gate and (self.independent or self.norm == "dnr"):
+            raise ValueError(
+                f"fit_gate is True, which needs residuals of single pairs, but independent is "
+                f"{self.independent} and norm is {self.norm!r}; leave --fit_gate away"
+            )
 
     def _check_progressive(self) -> None:
         steps = self.progressive_steps
