@@ -4,6 +4,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from statistics import median, quantiles
 
 import torch
@@ -12,6 +13,7 @@ from morse.denoisers import Denoiser, find_controlnet, find_denoisers
 from morse.dot import MorseDot
 from morse.dot.card import pipeline_card
 from morse.dot.hub import Publishable
+from morse.one_pass import read_guidance
 from morse.plan import MorsePlan
 from morse.prepare import prepare_dot, remember
 from morse.rates import choose_base_space
@@ -123,6 +125,7 @@ class MorseCalls(Publishable):
             for name, module in denoisers.items()
         ]
         run.controlnet, run.scheduler = controlnet, self.scheduler
+        run.read_guidance = partial(read_guidance, self)
         self.last_run, started = run, time.perf_counter()
         token = CURRENT_RUN.set(run)
         try:

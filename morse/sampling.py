@@ -25,7 +25,8 @@ class JumpPoint:
     """The latest Dash evaluation: `sample` x_ts (B, ...), `timestep` t_s, `model_output` z_ts.
 
     `earlier` is the one before it, and `trend`, like z_ts, what the line through the two adds where
-    Dot is evaluated (`morse.history`); None where not known.
+    Dot is evaluated (`morse.history`); `guidance_scale`, () or (B,), is that of a guided z_ts. None
+    where not known.
     """
 
     sample: Tensor
@@ -33,6 +34,7 @@ class JumpPoint:
     model_output: Tensor
     earlier: "JumpPoint | None" = None
     trend: Tensor | None = None
+    guidance_scale: Tensor | None = None
     memory: dict[object, object] = field(default_factory=dict, compare=False)  # for Dot's own use
 
 
@@ -116,10 +118,7 @@ def make_pair(
 
 
 def dot_loss(dash: Dash, dot: Dot, clean: Tensor, noise: Tensor, **pair_options: object) -> Tensor:
-    """Mean squared error of Dot's estimate after one jump from noised data (Algorithm 1).
-
-    The keyword arguments are `make_pair`'s: `timesteps`, `alphas_cumprod`, `prediction_type`.
-    """
+    """Mean squared error of Dot after one jump (Algorithm 1); the options are `make_pair`'s."""
     jump, sample, target = make_pair(dash, clean, noise, **pair_options)
     prediction = dot_estimate(dot, sample, pair_options["timesteps"][1], jump)
     return torch.nn.functional.mse_loss(prediction, target)

@@ -20,7 +20,8 @@ from morse.clock import scheduler_index
 from morse.controlnet import LatestFeatures
 from morse.denoisers import Call, Denoiser, take_apart
 from morse.dot import MorseDot
-from morse.estimates import LatestEstimate, correct_estimate, keep_estimate
+from morse.estimates import LatestEstimate, correct_estimate
+from morse.one_pass import DotView, view_call
 from morse.plan import ModelName, MorsePlan
 from morse.rates import find_family, noise_rates
 from morse.sampling import Dot
@@ -53,6 +54,9 @@ class MorseRun:
     denoisers: Sequence[Denoiser] = field(default=(), repr=False)
     controlnet: nn.Module | None = field(default=None, repr=False)
     scheduler: object = field(default=None, repr=False)
+    read_guidance: Callable[[], float | str] = field(
+        default=lambda: "the run has no pipeline", repr=False
+    )
     _branches: Branches = field(default_factory=Branches, repr=False)
     _features: LatestFeatures = field(default_factory=LatestFeatures, repr=False)
     _steps: list[Counter[ModelName]] = field(default_factory=list, repr=False)
@@ -85,6 +89,7 @@ class MorseRun:
         """Note the wall time and let go of models and samples."""
         self.seconds = seconds
         self.denoisers, self.controlnet, self.scheduler = (), None, None
+        self.read_guidance = type(self).read_guidance
         self._branches, self._features = Branches(), LatestFeatures()
 
     def answer(
@@ -122,24 +127,25 @@ class MorseRun:
     def _evaluate(self, denoiser: Denoiser, call: Call, compute: Callable[[], object]) -> object:
         self._advance(call.timestep)
         started, steady = self._now(call.sample), steady_conditions(call)
-        timestep = torch.as_tensor(call.timestep, device=call.sample.device)
-        rates = self._rates_at(call.sample, timestep)
-        latest = self._latest(denoiser, steady)
+        view = view_call(denoiser.dot, call, self.read_guidance)
+        timestep = torch.as_tensor(view.call.timestep, device=call.sample.device)
+        rates = self._rates_at(view.call.sample, timestep)
+        latest = self._latest(denoiser, steady, view)
         if latest is not None:
             here = (timestep, rates, self.base_space, self.scheduler)
-            output = correct_estimate(latest, self._bind(denoiser), call, *here)
+            corrected = correct_estimate(latest, self._bind(denoiser), view.call, *here)
+            output = view.answer(corrected)
         else:
             output = compute()
             earlier = self._branches.find_earlier(denoiser, steady)
-            kept = keep_estimate(output, call.sample, timestep, rates, earlier)
-            self._branches.keep(denoiser, steady, kept)
+            self._branches.keep(denoiser, steady, view.keep(output, timestep, rates, earlier))
         model: ModelName = "dash" if latest is None else "dot"
         self._count(model)
         if self.timings is not None:
             self.timings.append((model, self._now(call.sample) - started))
         return output
 
-    def _latest(self, denoiser: Denoiser, call: Call) -> LatestEstimate | None:
+    def _latest(self, denoiser: Denoiser, call: Call, view: DotView) -> LatestEstimate | None:
         """Give what Dot is to correct; None where Dash runs, with the reason if not planned."""
         if self._step >= len(self.plan):
             self.fallbacks["the plan has ended"] += 1
@@ -151,7 +157,10 @@ class MorseRun:
         else:
             kept = self._branches.find(denoiser, call)
         if isinstance(kept, LatestEstimate):
-            return kept
+            problem = view.why_not(kept)
+            if problem is None:
+                return kept
+            kept = problem
         reason = kept or self._branches.why_missing(denoiser, call)
         if len(self.denoisers) > 1:
             reason = f"{denoiser.name}: {reason}"

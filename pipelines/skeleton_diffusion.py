@@ -58,6 +58,7 @@ class SkeletonConfig:
     plan_ratio: float = field(default=1.75, metadata={"help": "evaluations per LSD to aim at"})
     num_poses: int = field(default=256, metadata={"help": "samples of a method for each seed"})
     seeds: int = field(default=3, metadata={"help": "sets of noise, of seeds 0, 1, ..."})
+    note: str = field(default="", metadata={"help": "what the report shall say of this run"})
     quick: bool = field(default=False, metadata={"help": "tiny models, a few updates"})
 
     def __post_init__(self) -> None:

@@ -59,7 +59,8 @@ def to_markdown(result: dict[str, object]) -> str:
         "# Morse on skeletons: 17 joints, denoised on a grid",
         "",
         f"`{result['command']}`, {place['device']}, torch {place['torch']}, {place['dtype']}; "
-        f"{result['seconds'] / 60:.1f} minutes in all.",
+        f"{result['seconds'] / 60:.1f} minutes in all."
+        + (f" **{config['note']}**" if config["note"] else ""),
         "",
         f"N measured at batch {config['num_poses']}: {measured}; {given}. "
         f"On held-out poses Dot leaves {result['dot_error']:.2f} of the squared error of reusing "

@@ -21,6 +21,7 @@ GROUPS = [
         "denoisers",
         "branches",
         "estimates",
+        "one_pass",
         "controlnet",
         "slot",
         "switch",

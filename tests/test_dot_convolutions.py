@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
@@ -177,6 +178,16 @@ def test_copies_and_memory_formats(dash, case):
     assert_close(last(*inputs()), expected, rtol=1e-4, atol=1e-5)
     shapes = {name: value.shape for name, value in twin.state_dict().items()}
     assert {name: value.shape for name, value in last.state_dict().items()} == shapes
+
+
+@every
+def test_offloaded_layer_by_layer(dash, case):
+    dot = stirred(dash, case)
+    with torch.no_grad():
+        expected = dot(*inputs())
+        cpu_offload(dot, torch.device("cpu"))
+        assert next(dot.parameters()).is_meta
+        assert torch.equal(dot(*inputs()), expected)
 
 
 @every

@@ -70,6 +70,7 @@ def dot_rows(dot: ModelMixin) -> dict[str, object]:
         "LoRA rank": config.lora_rank,
         "base that Dot corrects (`base_space`)": config.base_space or "by the scheduler",
         "earlier estimates of Dash that it sees (`history`)": config.history,
+        "what it corrects under guidance (`guidance`)": config.guidance,
         **gate,
         "N (Dash's time over Dot's)": config.speed_ratio,
         "evaluations per LSD": "; ".join(f"{key}: {value}" for key, value in ratios.items()),

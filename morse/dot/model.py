@@ -21,6 +21,7 @@ from morse.dot.convolutions import (
 )
 from morse.dot.gate import Gate
 from morse.dot.grid import find_grid
+from morse.dot.guidance import DotGuidance, GuidanceEmbedding, check_dot_guidance
 from morse.dot.hub import Publishable
 from morse.dot.inputs import dot_inputs, input_channels
 from morse.dot.loading import align_weights, safetensors_only
@@ -33,15 +34,12 @@ from morse.dot.resampling import (
     set_upsamplers,
     with_sample_size,
 )
-from morse.dot.shell import moves_weights, run_hooked, update_tree
+from morse.dot.sharing import SharesDash
+from morse.dot.shell import run_hooked
 from morse.dot.storage import SparselyStored
 from morse.dot.view import (
-    TreeState,
-    check_fingerprint,
-    check_projections,
     fingerprint,
-    make_shared_tree,
-    merge_shared_tree,
+    place_channels_last,
 )
 from morse.dot.wrapped import unwrap
 from morse.history import check_history
@@ -49,7 +47,7 @@ from morse.sampling import JumpPoint
 from morse.spaces import BaseSpace, check_base_space
 
 
-class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
+class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin):
     """Predicts what to add to Dash's latest estimate, from both points of the trajectory.
 
     The sample, the jump point's sample and the jump point's estimate go through
@@ -88,6 +86,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         history: Earlier estimates of Dash used: 1, or 0 as in the paper (`morse.history`).
         extrapolation_cap: With history, how far the residual's base follows the line through both
             estimates, in distances between these; 0 to let Dot see the line and no more.
+        guidance: What Dot corrects under classifier-free guidance: the estimates of both "branches"
+            as in the paper, or the "guided" one in one pass (`morse.dot.guidance`).
         conv: Convolutions of the extra blocks: "conv" for plain ones, "odconv", "kernel_warehouse"
             or "gridconv".
         conv_options: Settings of that kind by name: see `morse.dot.conv_settings`.
@@ -122,6 +122,7 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         sparse: bool = False,
         history: int = 0,
         extrapolation_cap: float = 1.0,
+        guidance: DotGuidance = "branches",
         conv: Conv = "conv",
         conv_options: dict[str, object] | None = None,
         resample: Resample = "nearest",
@@ -132,10 +133,12 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         super().__init__()
         check_base_space(base_space)
         check_history(history, extrapolation_cap, independent)
+        check_dot_guidance(guidance, independent)
         check_options(num_down_blocks, block_out_channels, layers_per_block, lora_rank)
         self.independent, self.base_space = independent, base_space
         self.gate = Gate.from_config(gate)
         self.history, self.extrapolation_cap = history, extrapolation_cap
+        self.guidance = guidance
         alpha = lora_rank if lora_alpha is None else lora_alpha
         self.lora = nn.ModuleDict()
         self.adapters: dict[str, LowRank] = {}
@@ -144,6 +147,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         first = block_out_channels[0]
         levels = [*block_out_channels, feature_channels]
         self.jump_time = None if independent else nn.Linear(time_embed_dim, time_embed_dim)
+        guided = guidance == "guided"
+        self.guidance_embedding = GuidanceEmbedding(time_embed_dim) if guided else None
         output_channels = output_channels or sample_channels
         channels = input_channels(sample_channels, output_channels, independent, history)
         # Patches with a margin of one; without patches, a plain 3x3 convolution.
@@ -171,12 +176,6 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         self.relay = install_relay(norm, zip(self.down_blocks, self.up_blocks[::-1], strict=True))
         self._merged = False
         self._unbind()
-
-    def _unbind(self) -> None:
-        # In tuples, so that neither becomes a child of Dot.
-        self._dash: tuple[nn.Module, ...] = ()
-        self._tree: tuple[nn.Module, ...] = ()
-        self._tree_state: TreeState | None = None
 
     @classmethod
     def from_dash(
@@ -217,47 +216,6 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         if dot.dtype != dash.dtype:
             dot = dot.to(dtype=dash.dtype)
         return dot.to(dash.device).bind(dash)
-
-    def bind(self, dash: nn.Module) -> Self:
-        """Share the layers of `dash` from now on.
-
-        Raises:
-            ValueError: If it is not the Dash of this Dot, or its attention is fused.
-        """
-        dash = unwrap(dash)
-        check_projections(dash)
-        if not self._dash or self._dash[0] is not dash:
-            check_fingerprint(dash, self.config.dash_fingerprint)
-            self._unbind()
-            self._dash = (dash,)
-        # Its layers may have been replaced, moved or set otherwise since.
-        state = TreeState(dash, self.adapters if self.is_merged else None)
-        if self._tree and state == self._tree_state:
-            update_tree(self._tree[0], dash)
-        else:
-            build = merge_shared_tree if self.is_merged else make_shared_tree
-            self._tree, self._tree_state = (build(dash, self.adapters),), state
-        return self
-
-    @property
-    def is_merged(self) -> bool:
-        """Whether the LoRA is merged into a copy of Dash's weights; never of an offloaded Dash."""
-        return self._merged and not (self._dash and moves_weights(self._dash[0]))
-
-    def merge_lora(self) -> Self:
-        """Run with the LoRA added to a copy of Dash's weights: faster, more memory, no training.
-
-        Call it again after changing the LoRA's weights. An offloaded Dash is not copied.
-        """
-        self._merged = bool(self.adapters)
-        self._tree = ()
-        return self
-
-    def unmerge_lora(self) -> Self:
-        """Run with the LoRA beside Dash's own weights again: slower, least memory, trainable."""
-        self._merged = False
-        self._tree = ()
-        return self
 
     def forward(
         self, sample: Tensor, timestep: Tensor, jump: JumpPoint, **dash_kwargs: object
@@ -302,11 +260,14 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
             inputs = dot_inputs(sample, jump, self.history)
             since = jump.timestep.reshape(-1).expand(len(sample))
             shift = self.jump_time(embed_time(tree, since, sample.dtype))
+            if self.guidance_embedding is not None:
+                shift = shift + self.guidance_embedding(jump.guidance_scale, shift)
             times = {name: time + shift for name, time in times.items()}
         time_embedding = next(iter(times.values()))
         if not self.training:
             time_embedding = share_time(self.conv_settings, time_embedding)
-        hidden = self.conv_in(torch.cat([grid.spread(each) for each in inputs], dim=1))
+        hidden = torch.cat([grid.spread(each) for each in inputs], dim=1)
+        hidden = self.conv_in(place_channels_last(hidden) if self._tree_state.is_merged else hidden)
         skips = []
         # Copied: a call that fails midway moves no state.
         relay = (dict(jump.memory),) if self.relay else ()
@@ -320,7 +281,8 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
         for states in relay:
             jump.memory.update(states)
         residual = self.conv_out(nn.functional.silu(self.norm_out(hidden)))
-        return grid.gather(nn.functional.pixel_shuffle(residual, self.config.patch_size))
+        residual = nn.functional.pixel_shuffle(residual, self.config.patch_size)
+        return grid.gather(residual.contiguous())
 
     def convolution_summary(self) -> ConvolutionSummary:
         """Count the dynamic convolutions of the extra blocks and what they cost; `print` it."""
@@ -336,12 +298,3 @@ class MorseDot(Publishable, SparselyStored, ModelMixin, ConfigMixin):
     def model_card(self) -> str:
         """Write the card that is saved along: what the config and the bound Dash tell."""
         return dot_card(self, self._dash[0].config.get("_name_or_path") if self._dash else None)
-
-    def _bound_dash(self) -> nn.Module:
-        if not self._dash:
-            raise ValueError("dot has no Dash yet: call dot.bind(dash) or enable_morse(pipe, dot).")
-        return self._dash[0]
-
-    def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles leave Dash behind; bind them again."""
-        return {**super().__getstate__(), "_dash": (), "_tree": (), "_tree_state": None}

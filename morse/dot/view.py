@@ -39,15 +39,29 @@ def make_shared_tree(dash: nn.Module, adapters: dict[str, LowRank]) -> nn.Module
 
 
 def merge_shared_tree(dash: nn.Module, adapters: dict[str, LowRank]) -> nn.Module:
-    """Make the same tree with the low-rank updates added to copies of the weights: faster."""
+    """Make the same tree with the low-rank updates added to copies of the weights: faster.
+
+    On a CPU the copies of convolutions' weights lie channels last, for features that do.
+    """
     tree = make_shared_tree(dash, {})
     layers = dict(named_layers(tree))
     for name, adapter in adapters.items():
         leaf = layers[name]
         merged = leaf.weight.detach().float() + adapter.delta_weight().detach()
         leaf.__dict__["_parameters"] = dict(leaf._parameters)
-        leaf._parameters["weight"] = nn.Parameter(merged.to(leaf.weight), requires_grad=False)
+        merged = place_channels_last(merged.to(leaf.weight))
+        leaf._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
     return tree
+
+
+def place_channels_last(tensor: Tensor) -> Tensor:
+    """Order (B, C, H, W) in memory as a CPU's convolutions take it; the values are the same.
+
+    Attention hands on features in that order, so that in the usual one every later convolution
+    would reorder its weights in each call.
+    """
+    suits = tensor.ndim == 4 and tensor.device.type == "cpu"
+    return tensor.contiguous(memory_format=torch.channels_last) if suits else tensor
 
 
 class TreeState:
@@ -61,6 +75,7 @@ class TreeState:
         """Take the state of Dash; `merged` names the layers with merged weights, if there are."""
         # Holding the modules keeps their addresses from being used again.
         self.modules = tuple(dash.modules())
+        self.is_merged = merged is not None
         self.weights: Tensor | None = None
         if merged is not None:
             layers = dict(named_layers(dash))

@@ -33,6 +33,20 @@ PADDINGS = {
 PAD_MODES = {"circular": "circular", "zeros": "constant", "replicate": "replicate"}
 
 
+class _Branch(nn.Conv2d):
+    """One of the two convolutions, with gates (B, k*k, H, W) on its patches if given any."""
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        if gates is None:
+            return super().forward(x)
+        padded = functional.pad(x, 4 * (self.kernel_size[0] // 2,), PAD_MODES[self.padding_mode])
+        patches = functional.unfold(padded, self.kernel_size)
+        patches = patches.view(*x.shape[:2], -1, *x.shape[2:]) * gates[:, None]
+        # What is left is a 1x1 convolution of gated patches, (B, C*k*k, H, W).
+        weight = self.weight.flatten(1)[:, :, None, None]
+        return functional.conv2d(patches.flatten(1, 2), weight, self.bias)
+
+
 class GridConv2d(nn.Module):
     """Sum of two k x k convolutions with different paddings: (B, C, H, W) -> (B, O, H, W).
 
@@ -101,7 +115,7 @@ class GridConv2d(nn.Module):
                 reduction=reduction, min_hidden=min_hidden, temperature=temperature, norm=norm,
             )  # fmt: skip
         self.branches = nn.ModuleList(
-            nn.Conv2d(
+            _Branch(
                 in_channels, out_channels, kernel_size, padding=kernel_size // 2,
                 bias=bias, padding_mode=padding,
             )
@@ -146,17 +160,7 @@ class GridConv2d(nn.Module):
         wanted = (len(x), self.kernel_size**2, *x.shape[2:])
         if tuple(gates.shape) != wanted:
             raise ValueError(f"attention must be {wanted}, got {tuple(gates.shape)}")
-        return self._gated(x, gates, 0) + self._gated(x, gates, 1)
-
-    def _gated(self, x: Tensor, gates: Tensor, index: int) -> Tensor:
-        branch = self.branches[index]
-        mode = PAD_MODES[self.paddings[index]]
-        padded = functional.pad(x, 4 * (self.kernel_size // 2,), mode)
-        patches = functional.unfold(padded, self.kernel_size)
-        patches = patches.view(*x.shape[:2], -1, *x.shape[2:]) * gates[:, None]
-        # What is left is a 1x1 convolution of gated patches, (B, C*k*k, H, W).
-        weight = branch.weight.flatten(1)[:, :, None, None]
-        return functional.conv2d(patches.flatten(1, 2), weight, branch.bias)
+        return self.branches[0](x, gates) + self.branches[1](x, gates)
 
     def _check_wrapping(self, grid: tuple[int, int]) -> None:
         reach = self.kernel_size // 2

@@ -13,7 +13,7 @@ import warnings
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from morse.modules.kernel_warehouse_attention import (
     AttentionNorm,
@@ -231,6 +231,10 @@ class Warehouse(nn.Module):
         if self._plan is None:
             raise BuildOrderError("there is no plan yet: register layers, then Warehouse.build()")
         return self._plan
+
+    def forward(self) -> Tensor:
+        """Return the cells; layers call it, so that hooks which move weights (offloading) act."""
+        return self.cells
 
     def reset_parameters(self) -> None:
         """Draw the cells anew, each layer's own as its kernel would be."""

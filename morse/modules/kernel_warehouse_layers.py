@@ -132,7 +132,7 @@ class WarehouseConv(nn.Module):
 
     def _assemble(self, attentions: Tensor) -> Tensor:
         """Mix the cells and join them: (R, m, n) -> (R, O, I/g, k...)."""
-        cells, plan = self._warehouse[0].cells, self._layout
+        cells, plan = self._warehouse[0](), self._layout
         mixed = attentions @ cells.flatten(1)
         blocks = (plan.groups_spatial, plan.groups_out, plan.groups_in)
         # (R, S, G_o, G_i, c_o, c_i, taps of a cell) -> (R, G_o, c_o, G_i, c_i, S, taps)

@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from morse.dot.conv_settings import Conv, conv_settings
+from morse.dot.conv_settings import Conv
+from morse.dot.guidance import DotGuidance
 from morse.dot.resampling import Resample
-from morse.history import check_history
 from morse.spaces import BaseSpace
-from morse.training.common import TrainingConfig, require
-from morse.training.convolutions import annealing_steps, parse_conv_options
-from morse.training.distillation_terms import DistillName, check_distill
+from morse.training.common import TrainingConfig
+from morse.training.distillation_terms import DistillName
+from morse.training.dot_checks import check_dot_settings
 from morse.training.pairs import LossWeighting
-from morse.training.pruning import PruneMethod, check_prune_settings
+from morse.training.pruning import PruneMethod
 from morse.training.windows import TimestepSampling
 
 
@@ -39,6 +39,13 @@ class TrainDotConfig(TrainingConfig):
         metadata={
             "help": "LOW HIGH: scales are drawn uniformly between them; 1 1 for no guidance; "
             "2 10, as in the paper, if not given and the pipeline has a negative prompt or class"
+        },
+    )
+    guidance: DotGuidance = field(
+        default="branches",
+        metadata={
+            "help": "what Dot corrects under guidance: both branches as in the paper, or the "
+            "guided estimate in one pass at half the cost"
         },
     )
     even_guidance: bool = field(
@@ -167,8 +174,8 @@ class TrainDotConfig(TrainingConfig):
     init_from: Path | None = field(
         default=None,
         metadata={
-            "help": "a saved Dot whose weights to start from, with or without history; one with a "
-            "down block fewer grows: what it has is frozen, but for the LoRA"
+            "help": "a saved Dot to start from; also one without history or of branches; one with "
+            "a down block fewer grows: what it has is frozen, but for the LoRA"
         },
     )
     prune: float | None = field(
@@ -223,127 +230,4 @@ class TrainDotConfig(TrainingConfig):
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
         super().__post_init__()
-        for name in ("window_steps", "pairs_per_window", "layers_per_block", "validation_images"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
-        require(self.validation_steps >= 0, "validation_steps", self.validation_steps, "0 or more")
-        require(
-            self.cache_pairs is None or self.cache_pairs > 0,
-            "cache_pairs",
-            self.cache_pairs,
-            "at least 1",
-        )
-        check_prune_settings(self)
-        self._check_progressive()
-        self._check_gate()
-        self._check_conditions()
-        self._check_relay()
-        self._check_distillation()
-        check_history(self.history, self.extrapolation_cap, self.independent)
-        if self.history and (self.on_policy or self.window_steps < 2):
-            raise ValueError(
-                f"history is {self.history}, which needs windows of 2 steps or more made by Dash, "
-                f"but window_steps is {self.window_steps} and on_policy is {self.on_policy}; with "
-                "5 steps the segments of most plans fit in"
-            )
-        self._check_convolutions()
-        if self.cuda_graphs and (self.compile or self.on_policy):
-            raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
-        if self.on_policy and (self.cache_pairs or self.window_steps == 1):
-            raise ValueError(
-                f"on_policy needs fresh windows of several steps, but cache_pairs is "
-                f"{self.cache_pairs} and window_steps is {self.window_steps}"
-            )
-        if self.cache_latents and self.cache_pairs:
-            raise ValueError(
-                "cache_latents is True and cache_pairs is given, which holds latents already; "
-                "choose one"
-            )
-
-    def _check_relay(self) -> None:
-        if self.norm != "dnr":
-            return
-        if self.window_steps == 1:
-            raise ValueError(
-                "norm is 'dnr' and window_steps is 1, but a relay from one Dot step to the next is "
-                "learnt from windows of several: give --window_steps 2 or more, such as 3."
-            )
-        if self.pairs_per_window > 1:
-            raise ValueError(
-                f"norm is 'dnr' and pairs_per_window is {self.pairs_per_window}, but it learns "
-                "from all steps of a window, in order: leave --pairs_per_window away."
-            )
-        for name in ("cuda_graphs", "distill", "history"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"norm is 'dnr' and {name} is {getattr(self, name)}, but {name} works on "
-                    f"single pairs, not on sequences of them: leave --{name} away."
-                )
-
-    def _check_gate(self) -> None:
-        if self.fit_gate and (self.independent or self.norm == "dnr"):
-            raise ValueError(
-                f"fit_gate is True, which needs residuals of single pairs, but independent is "
-                f"{self.independent} and norm is {self.norm!r}; leave --fit_gate away"
-            )
-
-    def _check_progressive(self) -> None:
-        steps = self.progressive_steps
-        require(steps >= 0, "progressive_steps", steps, "0 or more")
-        if steps and (self.num_down_blocks == 1 or self.prune is not None):
-            raise ValueError(
-                f"progressive_steps is {steps}, which needs num_down_blocks of 2 or 3 and no prune,"
-                f" but they are {self.num_down_blocks} and {self.prune}"
-            )
-
-    def _check_conditions(self) -> None:
-        scale = self.guidance_scale
-        require(
-            scale is None or (len(scale) == 2 and 1 <= scale[0] <= scale[1]),
-            "guidance_scale",
-            scale,
-            "two numbers LOW HIGH with 1 <= LOW <= HIGH",
-        )
-        if self.caption_column is not None and self.class_names is not None:
-            raise ValueError(
-                f"caption_column is {self.caption_column!r} and class_names is "
-                f"{self.class_names}; give one of the two"
-            )
-
-    def _check_distillation(self) -> None:
-        if not self.distill:
-            return
-        check_distill(self.distill, self.distill_weight)
-        if self.prune is not None:
-            raise ValueError(
-                f"distill is {self.distill} and prune is {self.prune}; distill first, then prune "
-                "the result with init_from"
-            )
-        if self.compile or self.cuda_graphs:
-            raise ValueError(
-                f"distill is {self.distill}, whose features are read with hooks, and so can "
-                "neither be compiled nor captured; leave compile and cuda_graphs away"
-            )
-        if self.conv != "conv":
-            raise ValueError(
-                f"distill is {self.distill} and conv is {self.conv!r}, which was not tried; "
-                "choose one"
-            )
-
-    def _check_convolutions(self) -> None:
-        steps = self.conv_annealing_steps
-        require(steps is None or steps >= 0, "conv_annealing_steps", steps, "0 or more")
-        settings = conv_settings(self.conv, parse_conv_options(self.conv_options))
-        if settings is None and steps is not None:
-            raise ValueError(
-                f"conv_annealing_steps is {steps}, but conv is 'conv', a plain convolution without "
-                "a temperature; choose another conv or leave it away"
-            )
-        if (
-            self.cuda_graphs
-            and self.conv in ("odconv", "kernel_warehouse")
-            and annealing_steps(self)
-        ):
-            raise ValueError(
-                f"cuda_graphs is True and conv is {self.conv!r}, whose temperature a graph would "
-                "keep as it was at the first update; choose one, or set conv_annealing_steps to 0"
-            )
+        check_dot_settings(self)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from morse.dot.guidance import DotGuidance
 from morse.history import extrapolate
+from morse.one_pass import combines_branches
 from morse.spaces import BaseSpace, Rates, rebase
 from morse.training.conditions import ConditionEncoder, make_encoder
 from morse.training.guidance import UNCONDITIONAL, Conditions, each_branch, guide
@@ -33,6 +35,7 @@ class FrozenDash:
         base_space: What of its latest estimate Dot's residual is added to.
         history: How many estimates before it Dot uses; see `MorseDot`.
         extrapolation_cap: How far the base follows them; see `MorseDot`.
+        guidance: What Dot corrects under guidance; see `MorseDot`.
     """
 
     model: nn.Module
@@ -41,6 +44,7 @@ class FrozenDash:
     base_space: BaseSpace = "raw"
     history: int = 0
     extrapolation_cap: float = 1.0
+    guidance: DotGuidance = "branches"
 
     @torch.no_grad()
     def __call__(
@@ -158,8 +162,23 @@ def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> Froz
 
     pipe = MorsePipeline.from_pretrained(config.pretrained_model_name_or_path).to(device)
     found = freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
-    history = {"history": config.history, "extrapolation_cap": config.extrapolation_cap}
-    return replace(found, dash=replace(found.dash, **history))
+    if config.guidance == "guided":
+        _check_one_pass(pipe, found.guidance_scale)
+    names = ("history", "extrapolation_cap", "guidance")
+    return replace(found, dash=replace(found.dash, **{n: getattr(config, n) for n in names}))
+
+
+def _check_one_pass(pipe: "DiffusionPipeline", guidance_scale: tuple[float, float]) -> None:
+    if not combines_branches(pipe):
+        raise ValueError(
+            f"guidance is 'guided', but it is not known how {type(pipe).__name__} combines "
+            "guidance's branches when sampling; use --guidance branches."
+        )
+    if guidance_scale[1] == 1:
+        raise ValueError(
+            f"guidance is 'guided', but guidance_scale is {guidance_scale}, which is none; give "
+            "a range such as --guidance_scale 2 10, or --guidance branches."
+        )
 
 
 def freeze_pipeline(

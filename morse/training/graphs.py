@@ -27,9 +27,11 @@ class _OnPairs(nn.Module):
         *more: Tensor,
     ) -> Tensor:
         # Not `self.dot(...)`, which accelerate wraps in an autocast that caches weights.
-        (trend,), conditions = (more[:1], more[1:]) if self.dot.history else ((None,), more)
-        jump = JumpPoint(jump_sample, jump_timestep, jump_output, trend=trend)
-        inputs = nest(dict(zip(self.condition_names, conditions, strict=True)))
+        left = list(more)
+        trend = left.pop(0) if self.dot.history else None
+        scale = left.pop(0) if self.dot.guidance == "guided" else None
+        jump = JumpPoint(jump_sample, jump_timestep, jump_output, trend=trend, guidance_scale=scale)
+        inputs = nest(dict(zip(self.condition_names, left, strict=True)))
         return MorseDot.forward(self.dot, sample, timestep, jump, **inputs)
 
 
@@ -38,7 +40,7 @@ def _tensors(pairs: Pairs) -> tuple[Tensor, ...]:
     conditions = pairs.conditions.flat_inputs().values()
     return (
         *(pairs.sample, pairs.timestep, jump.sample, jump.timestep, jump.model_output),
-        *(() if jump.trend is None else (jump.trend,)),
+        *(each for each in (jump.trend, jump.guidance_scale) if each is not None),
         *conditions,
     )
 

@@ -15,10 +15,11 @@ def guide(outputs: Tensor, guidance_scale: Tensor | None) -> Tensor:
     """Combine the branches of (B, G, ...) into the guided estimate, (B, ...).
 
     Args:
-        outputs: negative and positive branch where `guidance_scale` is given, else one branch.
+        outputs: negative and positive branch where `guidance_scale` is given, else one branch; also
+            one that is guided already, as Dots of guided estimates give it.
         guidance_scale: (B,), or None; 1 is the positive branch.
     """
-    if guidance_scale is None:
+    if guidance_scale is None or outputs.shape[1] == 1:
         return outputs[:, 0]
     negative, positive = outputs.unbind(1)
     scale = guidance_scale.reshape(-1, *(1,) * (positive.ndim - 1))
@@ -49,6 +50,11 @@ class Conditions:
     def branches(self) -> int:
         """G, the denoiser's rows for each sample."""
         return 1 if self.guidance_scale is None else 2
+
+    @property
+    def of_one_branch(self) -> "Conditions":
+        """Give those of the positive branch alone."""
+        return Conditions(self.positive)
 
     def take(self, rows: Tensor) -> "Conditions":
         """Choose rows, (N,), also repeatedly."""

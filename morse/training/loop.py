@@ -65,6 +65,7 @@ def build_dot(
             norm=config.norm,
             history=config.history,
             extrapolation_cap=config.extrapolation_cap,
+            guidance=config.guidance,
             conv=config.conv,
             conv_options=parse_conv_options(config.conv_options),
             resample=config.resample,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from morse.sampling import Dot, JumpPoint, dot_estimate
 from morse.training.frozen import FrozenDash
-from morse.training.guidance import Conditions, each_branch
+from morse.training.guidance import Conditions, each_branch, guide
 
 LossWeighting = Literal["none", "gap"]
 
@@ -31,6 +31,8 @@ class Point:
 class Pairs:
     """N pairs: what Dot sees, with a row for each of G branches, and what it should reach.
 
+    For a Dot of guided estimates G is 1: the guided estimate, with the positive conditions.
+
     Attributes:
         jump: The jump point, N * G rows.
         sample: Where Dot is evaluated, N * G rows.
@@ -52,6 +54,12 @@ class Pairs:
     gap: Tensor
     target: Tensor | None
     dash: FrozenDash
+
+    @property
+    def guidance_scale(self) -> Tensor | None:
+        """That of the guided estimates, (N,); None without guidance."""
+        scale = self.conditions.guidance_scale
+        return self.jump.guidance_scale if scale is None else scale
 
     def outputs(self, residual: Tensor, independent: bool = False) -> Tensor:
         """Add residuals (N * G, C_out, H, W) to the base, (N, G, C_out, H, W)."""
@@ -76,9 +84,13 @@ def join_points(
     `earlier` are the points of the estimates before, for Dots with history; where one is the jump
     point itself, the pair has no history.
     """
-    branches, schedule = conditions.branches, dash.schedule
+    schedule, there = dash.schedule, (here.sample, here.position)
     scale = conditions.guidance_scale
-    there = (here.sample, here.position)
+    one_pass = dash.guidance == "guided"
+    if one_pass:
+        jump, conditions = _guided(jump, scale), conditions.of_one_branch
+        earlier = None if earlier is None else _guided(earlier, scale)
+    branches = conditions.branches
     base = reused = dash.base(jump.outputs, (jump.sample, jump.position), there)
     trend = None
     if earlier is not None:
@@ -90,6 +102,7 @@ def join_points(
             each_branch(schedule.timesteps[jump.position], branches),
             jump.outputs.flatten(0, 1),
             trend=trend,
+            guidance_scale=scale if one_pass else None,
         ),
         sample=each_branch(here.sample, branches),
         timestep=each_branch(schedule.timesteps[here.position], branches),
@@ -102,6 +115,11 @@ def join_points(
     )
 
 
+def _guided(point: Point, scale: Tensor | None) -> Point:
+    """Combine a point's branches, which leaves one, (B, 1, C_out, H, W)."""
+    return replace(point, outputs=guide(point.outputs, scale)[:, None])
+
+
 def with_memory(pairs: Pairs, memory: dict[object, object]) -> Pairs:
     """Give the same pairs with another memory of their jump point, {} for a fresh one.
 
@@ -111,7 +129,7 @@ def with_memory(pairs: Pairs, memory: dict[object, object]) -> Pairs:
 
 
 def dot_outputs(dot: Dot, pairs: Pairs) -> Tensor:
-    """Evaluate Dot for `pairs`, each branch from its own jump output, (N, G, C_out, H, W)."""
+    """Evaluate Dot for `pairs`, each row from its own jump output, (N, G, C_out, H, W)."""
     inputs = pairs.conditions.inputs()
 
     def residual(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
@@ -142,7 +160,7 @@ def weighted_loss(
             is 7.5 times that at 2 to 4, and .65 times after the division.)
     """
     errors = (estimate.float() - pairs.target).square().flatten(1).mean(1)
-    scale = pairs.conditions.guidance_scale
+    scale = pairs.guidance_scale
     if even_guidance and scale is not None:
         errors = errors / ((1 - scale) ** 2 + scale**2)
     if weighting == "none":

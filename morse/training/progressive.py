@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from morse.dot import MorseDot
+from morse.dot.guidance import start_guided
 from morse.dot.inputs import widen_inputs
 from morse.dot.resampling import complete_weights
 from morse.training.config import TrainDotConfig
@@ -48,15 +49,15 @@ def second_stage(config: TrainDotConfig, seconds: float) -> TrainDotConfig:
 def start_from(dot: MorseDot, start: MorseDot) -> None:
     """Give `dot` the weights of another; one with a down block fewer is grown, see `grow`.
 
-    A Dot with history or with learned up-samplers may start from one without: what is new then
-    changes nothing at first.
+    A Dot with history, with learned up-samplers or of guided estimates may start from one without:
+    what is new then changes nothing at first.
     """
     if start.config.num_down_blocks == dot.config.num_down_blocks - 1:
         grow(dot, start)
     else:
         added = dot.config.history * dot.config.output_channels
         weights = widen_inputs(start.state_dict(), dot.conv_in.in_channels, added)
-        dot.load_state_dict(complete_weights(dot, weights))
+        dot.load_state_dict(complete_weights(dot, start_guided(weights, dot)))
 
 
 def grow(dot: MorseDot, start: MorseDot) -> None:

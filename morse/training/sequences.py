@@ -55,8 +55,12 @@ def sequence_residuals(dot: nn.Module, pairs: Pairs, num_steps: int) -> Tensor:
     """
     first = torch.arange(len(pairs.gap) // num_steps, device=pairs.gap.device)
     inputs = pairs.conditions.take(first).inputs()
+    scale = pairs.jump.guidance_scale
     parts = (pairs.jump.sample, pairs.jump.timestep, pairs.jump.model_output)
-    jump = JumpPoint(*(part.chunk(num_steps)[0] for part in parts))  # the same at all steps
+    jump = JumpPoint(  # the same at all steps
+        *(part.chunk(num_steps)[0] for part in parts),
+        guidance_scale=None if scale is None else scale.chunk(num_steps)[0],
+    )
     steps = zip(pairs.sample.chunk(num_steps), pairs.timestep.chunk(num_steps), strict=True)
     return torch.cat([dot(sample, timestep, jump, **inputs) for sample, timestep in steps])
 

@@ -1,0 +1,82 @@
+"""How a Dot holds on to its Dash without owning it, with its LoRA merged or beside the weights."""
+
+from typing import Self
+
+from torch import nn
+
+from morse.dot.lora import LowRank
+from morse.dot.shell import moves_weights, update_tree
+from morse.dot.view import (
+    TreeState,
+    check_fingerprint,
+    check_projections,
+    make_shared_tree,
+    merge_shared_tree,
+)
+from morse.dot.wrapped import unwrap
+
+
+class SharesDash(nn.Module):
+    """A network that runs the layers of a Dash, which is no part of it.
+
+    Attributes:
+        adapters: The LoRA, by the names of Dash's layers.
+    """
+
+    adapters: dict[str, LowRank]
+
+    def _unbind(self) -> None:
+        # In tuples, so that neither becomes a child of Dot.
+        self._dash: tuple[nn.Module, ...] = ()
+        self._tree: tuple[nn.Module, ...] = ()
+        self._tree_state: TreeState | None = None
+
+    def bind(self, dash: nn.Module) -> Self:
+        """Share the layers of `dash` from now on.
+
+        Raises:
+            ValueError: If it is not the Dash of this Dot, or its attention is fused.
+        """
+        dash = unwrap(dash)
+        check_projections(dash)
+        if not self._dash or self._dash[0] is not dash:
+            check_fingerprint(dash, self.config.dash_fingerprint)
+            self._unbind()
+            self._dash = (dash,)
+        # Its layers may have been replaced, moved or set otherwise since.
+        state = TreeState(dash, self.adapters if self.is_merged else None)
+        if self._tree and state == self._tree_state:
+            update_tree(self._tree[0], dash)
+        else:
+            build = merge_shared_tree if self.is_merged else make_shared_tree
+            self._tree, self._tree_state = (build(dash, self.adapters),), state
+        return self
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the LoRA is merged into a copy of Dash's weights; never of an offloaded Dash."""
+        return self._merged and not (self._dash and moves_weights(self._dash[0]))
+
+    def merge_lora(self) -> Self:
+        """Run with the LoRA added to a copy of Dash's weights: faster, more memory, no training.
+
+        Call it again after changing the LoRA's weights. An offloaded Dash is not copied.
+        """
+        self._merged = bool(self.adapters)
+        self._tree = ()
+        return self
+
+    def unmerge_lora(self) -> Self:
+        """Run with the LoRA beside Dash's own weights again: slower, least memory, trainable."""
+        self._merged = False
+        self._tree = ()
+        return self
+
+    def _bound_dash(self) -> nn.Module:
+        if not self._dash:
+            raise ValueError("dot has no Dash yet: call dot.bind(dash) or enable_morse(pipe, dot).")
+        return self._dash[0]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles leave Dash behind; bind them again."""
+        return {**super().__getstate__(), "_dash": (), "_tree": (), "_tree_state": None}

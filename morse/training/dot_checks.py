@@ -1,0 +1,149 @@
+"""Checks of train_dot's settings: ranges, and what does not go together."""
+
+from typing import TYPE_CHECKING
+
+from morse.dot.conv_settings import conv_settings
+from morse.dot.guidance import check_dot_guidance
+from morse.history import check_history
+from morse.training.common import require
+from morse.training.convolutions import annealing_steps, parse_conv_options
+from morse.training.distillation_terms import check_distill
+from morse.training.pruning import check_prune_settings
+
+if TYPE_CHECKING:
+    from morse.training.config import TrainDotConfig
+
+
+def check_dot_settings(config: "TrainDotConfig") -> None:
+    """Raise `ValueError`, naming setting, value and way out, unless all of them can be used."""
+    for name in ("window_steps", "pairs_per_window", "layers_per_block", "validation_images"):
+        require(getattr(config, name) > 0, name, getattr(config, name), "at least 1")
+    require(config.validation_steps >= 0, "validation_steps", config.validation_steps, "0 or more")
+    require(
+        config.cache_pairs is None or config.cache_pairs > 0,
+        "cache_pairs",
+        config.cache_pairs,
+        "at least 1",
+    )
+    check_prune_settings(config)
+    _check_progressive(config)
+    _check_gate(config)
+    _check_conditions(config)
+    _check_relay(config)
+    _check_distillation(config)
+    check_history(config.history, config.extrapolation_cap, config.independent)
+    check_dot_guidance(config.guidance, config.independent)
+    if config.history and (config.on_policy or config.window_steps < 2):
+        raise ValueError(
+            f"history is {config.history}, which needs windows of 2 steps or more made by Dash, "
+            f"but window_steps is {config.window_steps} and on_policy is {config.on_policy}; with "
+            "5 steps the segments of most plans fit in"
+        )
+    _check_convolutions(config)
+    if config.cuda_graphs and (config.compile or config.on_policy):
+        raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
+    if config.on_policy and (config.cache_pairs or config.window_steps == 1):
+        raise ValueError(
+            f"on_policy needs fresh windows of several steps, but cache_pairs is "
+            f"{config.cache_pairs} and window_steps is {config.window_steps}"
+        )
+    if config.cache_latents and config.cache_pairs:
+        raise ValueError(
+            "cache_latents is True and cache_pairs is given, which holds latents already; "
+            "choose one"
+        )
+
+
+def _check_relay(config: "TrainDotConfig") -> None:
+    if config.norm != "dnr":
+        return
+    if config.window_steps == 1:
+        raise ValueError(
+            "norm is 'dnr' and window_steps is 1, but a relay from one Dot step to the next is "
+            "learnt from windows of several: give --window_steps 2 or more, such as 3."
+        )
+    if config.pairs_per_window > 1:
+        raise ValueError(
+            f"norm is 'dnr' and pairs_per_window is {config.pairs_per_window}, but it learns "
+            "from all steps of a window, in order: leave --pairs_per_window away."
+        )
+    for name in ("cuda_graphs", "distill", "history"):
+        if getattr(config, name):
+            raise ValueError(
+                f"norm is 'dnr' and {name} is {getattr(config, name)}, but {name} works on "
+                f"single pairs, not on sequences of them: leave --{name} away."
+            )
+
+
+def _check_progressive(config: "TrainDotConfig") -> None:
+    steps = config.progressive_steps
+    require(steps >= 0, "progressive_steps", steps, "0 or more")
+    if steps and (config.num_down_blocks == 1 or config.prune is not None):
+        raise ValueError(
+            f"progressive_steps is {steps}, which needs num_down_blocks of 2 or 3 and no prune,"
+            f" but they are {config.num_down_blocks} and {config.prune}"
+        )
+
+
+def _check_gate(config: "TrainDotConfig") -> None:
+    if config.fit_gate and (config.independent or config.norm == "dnr"):
+        raise ValueError(
+            f"fit_gate is True, which needs residuals of single pairs, but independent is "
+            f"{config.independent} and norm is {config.norm!r}; leave --fit_gate away"
+        )
+
+
+def _check_conditions(config: "TrainDotConfig") -> None:
+    scale = config.guidance_scale
+    require(
+        scale is None or (len(scale) == 2 and 1 <= scale[0] <= scale[1]),
+        "guidance_scale",
+        scale,
+        "two numbers LOW HIGH with 1 <= LOW <= HIGH",
+    )
+    if config.caption_column is not None and config.class_names is not None:
+        raise ValueError(
+            f"caption_column is {config.caption_column!r} and class_names is "
+            f"{config.class_names}; give one of the two"
+        )
+
+
+def _check_distillation(config: "TrainDotConfig") -> None:
+    if not config.distill:
+        return
+    check_distill(config.distill, config.distill_weight)
+    if config.prune is not None:
+        raise ValueError(
+            f"distill is {config.distill} and prune is {config.prune}; distill first, then prune "
+            "the result with init_from"
+        )
+    if config.compile or config.cuda_graphs:
+        raise ValueError(
+            f"distill is {config.distill}, whose features are read with hooks, and so can "
+            "neither be compiled nor captured; leave compile and cuda_graphs away"
+        )
+    if config.conv != "conv":
+        raise ValueError(
+            f"distill is {config.distill} and conv is {config.conv!r}, which was not tried; "
+            "choose one"
+        )
+
+
+def _check_convolutions(config: "TrainDotConfig") -> None:
+    steps = config.conv_annealing_steps
+    require(steps is None or steps >= 0, "conv_annealing_steps", steps, "0 or more")
+    settings = conv_settings(config.conv, parse_conv_options(config.conv_options))
+    if settings is None and steps is not None:
+        raise ValueError(
+            f"conv_annealing_steps is {steps}, but conv is 'conv', a plain convolution without "
+            "a temperature; choose another conv or leave it away"
+        )
+    if (
+        config.cuda_graphs
+        and config.conv in ("odconv", "kernel_warehouse")
+        and annealing_steps(config)
+    ):
+        raise ValueError(
+            f"cuda_graphs is True and conv is {config.conv!r}, whose temperature a graph would "
+            "keep as it was at the first update; choose one, or set conv_annealing_steps to 0"
+        )
