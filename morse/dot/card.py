@@ -59,6 +59,7 @@ def dot_rows(dot: ModelMixin) -> dict[str, object]:
     config = dot.config
     ratios, fingerprint = config.plan_ratio or {}, config.dash_fingerprint
     zeros = {"of these zero, by pruning": f"{_count_zeros(dot):,}"} if config.sparse else {}
+    gate = {} if config.gate is None else {"gate on the residual": "fitted, in `config.json`"}
     return {
         "Dash": f"{fingerprint['class']}, {fingerprint['parameters']:,} parameters",
         "Dash's fingerprint": f"`{fingerprint['structure']}` {fingerprint['weights']}",
@@ -70,6 +71,7 @@ def dot_rows(dot: ModelMixin) -> dict[str, object]:
         "base that Dot corrects (`base_space`)": config.base_space or "by the scheduler",
         "earlier estimates of Dash that it sees (`history`)": config.history,
         "what it corrects under guidance (`guidance`)": config.guidance,
+        **gate,
         "N (Dash's time over Dot's)": config.speed_ratio,
         "evaluations per LSD": "; ".join(f"{key}: {value}" for key, value in ratios.items()),
     }

@@ -19,6 +19,7 @@ from morse.dot.convolutions import (
     summarize_convolutions,
     warn_unless_saving,
 )
+from morse.dot.gate import Gate
 from morse.dot.grid import find_grid
 from morse.dot.guidance import DotGuidance, GuidanceEmbedding, check_dot_guidance
 from morse.dot.hub import Publishable
@@ -93,6 +94,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         resample: How the extra blocks double the resolution: "nearest" copies positions, "ske2grid"
             starts so and learns weights of each position, for samples of one size alone.
         sample_size: That height and width; `from_dash` takes those that Dash names.
+        gate: Factors on the residual by t_s - t_i and t_i, as `morse.dot.gate.Gate` has them.
     """
 
     @register_to_config
@@ -125,6 +127,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         conv_options: dict[str, object] | None = None,
         resample: Resample = "nearest",
         sample_size: tuple[int, int] | None = None,
+        gate: dict[str, list[object]] | None = None,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
@@ -133,6 +136,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         check_dot_guidance(guidance, independent)
         check_options(num_down_blocks, block_out_channels, layers_per_block, lora_rank)
         self.independent, self.base_space = independent, base_space
+        self.gate = Gate.from_config(gate)
         self.history, self.extrapolation_cap = history, extrapolation_cap
         self.guidance = guidance
         alpha = lora_rank if lora_alpha is None else lora_alpha
@@ -233,7 +237,14 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         """
         if not self._tree:
             self.bind(self._bound_dash())
-        return run_hooked(self._dash[0], self._residual, sample, timestep, jump, **dash_kwargs)
+        residual = run_hooked(self._dash[0], self._residual, sample, timestep, jump, **dash_kwargs)
+        return residual if self.gate is None else self.gate(residual, timestep, jump.timestep)
+
+    def set_gate(self, gate: dict[str, list[object]] | None) -> Self:
+        """Scale the residual from now on by what `Gate.to_config` gave; None for not at all."""
+        self.gate = Gate.from_config(gate)
+        self.register_to_config(gate=gate)
+        return self
 
     def _residual(
         self, sample: Tensor, timestep: Tensor, jump: JumpPoint, **dash_kwargs: object

@@ -95,12 +95,16 @@ class TrainingConfig:
     )
     seed: int = field(default=0, metadata={"help": "seed of weights, order of images, and noise"})
 
+    @property
+    def least_train_steps(self) -> int:
+        """Least number of updates that makes sense."""
+        return 1
+
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
         positive = (
             "train_batch_size",
             "gradient_accumulation_steps",
-            "max_train_steps",
             "checkpointing_steps",
             "logging_steps",
             "learning_rate",
@@ -112,6 +116,8 @@ class TrainingConfig:
         for name in positive:
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "more than 0")
+        least, steps = self.least_train_steps, self.max_train_steps
+        require(steps >= least, "max_train_steps", steps, f"at least {least}")
         for name in ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers", "seed"):
             value = getattr(self, name)
             require(value >= 0, name, value, "at least 0")

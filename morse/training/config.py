@@ -211,9 +211,21 @@ class TrainDotConfig(TrainingConfig):
     validation_steps: int = field(
         default=1000, metadata={"help": "updates between two validations; 0 for none"}
     )
+    fit_gate: bool = field(
+        default=False,
+        metadata={
+            "help": "at the end fit factors in [0, 1] on the residual by gap and timestep, on "
+            "held-out images; with init_from and max_train_steps 0 for a Dot that there is"
+        },
+    )
     validation_images: int = field(
         default=256, metadata={"help": "held-out images (the test split) to validate on"}
     )
+
+    @property
+    def least_train_steps(self) -> int:
+        """Least number of updates: 0 where a gate is fitted to a Dot that there is."""
+        return 0 if self.fit_gate and self.init_from is not None else 1
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""

@@ -27,6 +27,7 @@ def check_dot_settings(config: "TrainDotConfig") -> None:
     )
     check_prune_settings(config)
     _check_progressive(config)
+    _check_gate(config)
     _check_conditions(config)
     _check_relay(config)
     _check_distillation(config)
@@ -81,6 +82,14 @@ def _check_progressive(config: "TrainDotConfig") -> None:
         raise ValueError(
             f"progressive_steps is {steps}, which needs num_down_blocks of 2 or 3 and no prune,"
             f" but they are {config.num_down_blocks} and {config.prune}"
+        )
+
+
+def _check_gate(config: "TrainDotConfig") -> None:
+    if config.fit_gate and (config.independent or config.norm == "dnr"):
+        raise ValueError(
+            f"fit_gate is True, which needs residuals of single pairs, but independent is "
+            f"{config.independent} and norm is {config.norm!r}; leave --fit_gate away"
         )
 
 

@@ -19,6 +19,7 @@ from morse.training.convolutions import (
 )
 from morse.training.distillation import DistilledDot, add_distillation
 from morse.training.frozen import FrozenPipeline, load_frozen_pipeline
+from morse.training.gate import calibration_pairs, fit_gate
 from morse.training.graphs import GraphedDot
 from morse.training.latent_cache import cache_latents
 from morse.training.pairs import weighted_loss
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["TrainDotConfig", "train_dot"]
+
+_RECORDS = ("speed_ratio", "plan_ratio", "plans", "sparse")
 
 
 def build_dot(
@@ -69,7 +72,10 @@ def build_dot(
             sample_size=None if config.resample == "nearest" else sample_size,
         )
     if config.init_from is not None:
-        start_from(dot, MorseDot.from_pretrained(config.init_from))
+        start = MorseDot.from_pretrained(config.init_from)
+        start_from(dot, start)
+        if config.max_train_steps == 0:  # the same Dot: what was recorded of it holds
+            dot.register_to_config(**{name: start.config[name] for name in _RECORDS})
     return dot
 
 
@@ -186,6 +192,9 @@ def _train_stage(
     warn_unless_annealed(dot, config, step)
     if accelerator.is_main_process:
         finished = result()
+        if config.fit_gate:
+            pairs = calibration_pairs(test, config)
+            accelerator.print(fit_gate(finished, pairs, len(train.pipeline.dash.schedule)))
         ratios = validate(finished, step)
         accelerator.print(f"residual error / reuse error on held-out images: {ratios}")
         if pruner is not None:

@@ -31,6 +31,7 @@ def first_stage(config: TrainDotConfig) -> TrainDotConfig:
         block_out_channels=None if widths is None else widths[:-1],
         max_train_steps=config.progressive_steps,
         progressive_steps=0,
+        fit_gate=False,
         resume_from_checkpoint="latest",
     )
 

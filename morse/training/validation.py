@@ -32,12 +32,14 @@ def held_out_windows(
     config: TrainDotConfig,
     num_points: int,
     generator: torch.Generator,
+    first: int = 0,
 ) -> Iterator[Window]:
-    """Make windows of held-out images, in batches."""
-    count, pipeline = min(config.validation_images, len(source)), source.pipeline
+    """Make windows of held-out images from the `first` on, in batches."""
+    pipeline = source.pipeline
+    stop = min(first + config.validation_images, len(source))
     size = _LARGE_BATCH_SIZE if pipeline.is_large else _BATCH_SIZE
-    for start in range(0, count, size):
-        batch = source.__getitems__(list(range(start, min(start + size, count))))
+    for start in range(first, stop, size):
+        batch = source.__getitems__(list(range(start, min(start + size, stop))))
         clean = source.clean(batch)
         scale = draw_guidance_scale(len(clean), pipeline.guidance_scale, generator)
         yield fresh_window(
