@@ -29,6 +29,16 @@ def test_plans_come_from_the_config(pipe):
     assert pipe.last_run.fallbacks == {} and pipe.last_run.lsd <= 5
 
 
+def test_searched_plans_come_with_the_leapfrog_solver():
+    pipe = MorsePipeline.from_pretrained("fashion-mnist", scheduler="leapfrog")
+    pipe.set_progress_bar_config(disable=True)
+    (saved,) = (entry for entry in pipe.dot.config.plans["LeapfrogScheduler"] if entry["lsd"] == 5)
+    sample(pipe, count=1, lsd=5)
+    assert str(pipe.last_run.plan) == saved["plan"] and pipe.last_run.lsd <= 5
+    sample(pipe, count=1, lsd=5, plan="uniform")
+    assert pipe.last_run.plan == MorsePlan.from_budget(5, 6.0, 1.5)
+
+
 @pytest.mark.slow
 def test_morse_is_nearer_to_many_steps_than_the_bare_solver(pipe):
     many = MorsePipeline.from_pretrained("fashion-mnist", scheduler="dpmsolver++")
