@@ -44,7 +44,7 @@ def test_bad_settings_are_named():
 
 def test_what_is_left_out_depends_on_the_device_and_on_quick():
     slow = BenchmarkConfig(device="cpu").resolved()
-    assert slow.num_images == 40 and max(slow.lsd) == 30 and max(slow.baseline_lsd) == 40
+    assert slow.num_images == 32 and max(slow.lsd) == 30 and max(slow.baseline_lsd) == 40
     assert BenchmarkConfig(lsd=(50,), device="cpu").resolved().lsd == (50,)
     guided = BenchmarkConfig(guidance_scale=(3.0,), device="cpu").resolved()
     assert guided.latency_batch_sizes == (0,) and slow.latency_batch_sizes == (1, 16, 64)
