@@ -1,5 +1,6 @@
 import json
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from morse.evaluation.ablation.rows import ROWS, Row, select_rows
 from morse.evaluation.ablation.runs import train_and_measure
 from morse.evaluation.ablation.sizes import match_size, parameter_counter
 from morse.evaluation.ablation.statistics import paired_difference, student_quantile
+from morse.evaluation.ablation.workers import run_jobs
 
 PLAIN = Row(name="plain", method="plain", description="a plain Dot")
 NARROW = Row(
@@ -270,6 +272,14 @@ def test_settings_are_checked(tmp_path):
         config.training(0, tmp_path, {"seed": 3})
 
 
+def test_a_first_stage_gets_no_updates_of_its_own(tmp_path):
+    for updates, first in ((300, 150), (100, 50)):
+        config = AblationConfig(train_data_dir=tmp_path, max_train_steps=updates)
+        settings = config.training(0, tmp_path, {"progressive_steps": 150})
+        assert settings.progressive_steps == first
+        assert settings.max_train_steps == updates - first
+
+
 # All of it, on a tiny random Dash
 
 
@@ -358,11 +368,7 @@ def test_rows_are_trained_on_the_same_windows_and_repeat(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_same(tiny, tmp_path):
-    results = []
-    for workers in (1, 2):
-        arguments = [*tiny, "--output_dir", str(tmp_path / str(workers)), "--seeds", "2"]
-        config = parse_config(AblationConfig, [*arguments, "--workers", str(workers)])
-        (row,) = run_ablation(config, [PLAIN])["rows"]
-        results.append([run["ratios"] for run in row["runs"]])
-    assert results[0] == results[1]
+def test_workers_go_on_where_a_job_fails():
+    outcomes = dict(run_jobs(operator.truediv, [(1, 2), (1, 0), (6, 3)], workers=2))
+    assert isinstance(outcomes.pop((1, 0)), ZeroDivisionError)
+    assert outcomes == {(1, 2): 0.5, (6, 3): 2}

@@ -71,6 +71,6 @@ def test_an_unknown_device_is_named(tiny_folder):  # noqa: F811
 
 @pytest.mark.slow
 def test_the_embedded_default_runs_quickly(tmp_path):
-    rows = run_demo(DemoConfig(quick=True, num_images=4, output_dir=tmp_path))
+    rows = run_demo(DemoConfig(quick=True, num_images=2, output_dir=tmp_path))
     best = {row.budget: row.psnr for row in rows if row.solver == "dpmsolver++"}
     assert best[10] > best[5] > 10

@@ -36,10 +36,10 @@ def test_prompts_draw_their_classes(pipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 7.5])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_dot_corrects_what_reuse_leaves(pipe, guidance_scale):
     """The same plan with a Dot that says nothing is reuse of Dash's latest estimate."""
-    options = {"guidance_scale": guidance_scale, "count": 3}
+    options = {"guidance_scale": guidance_scale}
     reference = sample(pipe, num_inference_steps=50, **options)
     with_dot = sample(pipe, lsd=8, **options)
     plan, dot = pipe.last_run.plan, pipe.dot

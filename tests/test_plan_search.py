@@ -111,7 +111,12 @@ class TestUse:
 @pytest.mark.slow
 def test_command(tmp_path):
     config = PlanConfig(
-        output_dir=tmp_path, lsd=(3,), num_images=2, num_quick_images=1, max_rounds=1
+        output_dir=tmp_path,
+        lsd=(3,),
+        num_images=2,
+        num_quick_images=1,
+        max_rounds=1,
+        timestep_power=(1.0,),
     )
     run_plan(config)
     report = json.loads((tmp_path / "plan_search.json").read_text())

@@ -1,10 +1,7 @@
 """train_dot for pipelines with text and classes, from data on disk to a Dot in the pipeline."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -156,20 +153,6 @@ class TestStableDiffusion:
         images, _ = source
         assert_close(cached.float(), images.clean(images.__getitems__(list(range(10)))),
                      rtol=1e-3, atol=1e-3)  # fmt: skip
-
-    @pytest.mark.slow
-    def test_two_processes(self, base, data_dir, tmp_path):
-        given = arguments(base, data_dir, tmp_path / "run", "--class_names", *NAMES, *CACHE)
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2",
-                   "--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
-                   "no", "training/train_dot.py", *given]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("step 4/5") == 1
-        assert sample(base, tmp_path / "run", "Do")[0].isfinite().all()
 
 
 class TestCache:

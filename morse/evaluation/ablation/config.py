@@ -141,7 +141,12 @@ class AblationConfig:
             checkpointing_steps=self.max_train_steps,
             checkpoints_total_limit=1,
         )
-        return replace(settings, **overrides)
+        settings = replace(settings, **overrides)
+        # A first stage takes its updates, half of them at most, from those that all rows have.
+        first = min(settings.progressive_steps, self.max_train_steps // 2)
+        return replace(
+            settings, progressive_steps=first, max_train_steps=self.max_train_steps - first
+        )
 
     def identity(self) -> dict[str, object]:
         """Return the settings that a run's result depends on, as JSON."""

@@ -135,6 +135,13 @@ ROWS = (
         description="blocks that learn to interpolate where they double the resolution",
         overrides={"resample": "ske2grid"},
     ),
+    Row(
+        name="ske2grid-progressive",
+        method="ske2grid",
+        description="the same, with one pair of blocks for half of the updates, then grown",
+        overrides={"resample": "ske2grid", "progressive_steps": 150},
+        controls=("ske2grid",),
+    ),
     *_pruned(50),
     *_pruned(80),
     _distilled(
