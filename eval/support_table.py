@@ -6,6 +6,7 @@ first word is the table's row.
 
 import contextlib
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -29,19 +30,30 @@ class _Collector:
     """A pytest plugin that keeps what tests are marked with and runs none of them."""
 
     def __init__(self) -> None:
-        self.found: set[tuple[str, str]] = set()
+        self.items: list[pytest.Item] = []
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            for mark in item.iter_markers("supports"):
-                row, *names = mark.args
-                if row not in ROWS:
-                    raise ValueError(f"{item.nodeid} supports {row!r}; rows are {list(ROWS)}")
-                self.found.update((row, name) for name in names)
+        self.items = list(items)
+
+
+def read_marks(items: Iterable[pytest.Item]) -> dict[str, list[str]]:
+    """Return what tests show, by row of the table, sorted.
+
+    Raises:
+        ValueError: If a mark names a row that the table does not have.
+    """
+    found: set[tuple[str, str]] = set()
+    for item in items:
+        for mark in item.iter_markers("supports"):
+            row, *names = mark.args
+            if row not in ROWS:
+                raise ValueError(f"{item.nodeid} supports {row!r}; rows are {list(ROWS)}")
+            found.update((row, name) for name in names)
+    return {row: sorted(name for r, name in found if r == row) for row in ROWS}
 
 
 def collect_support() -> dict[str, list[str]]:
-    """Collect all tests and return what they show, by row of the table, sorted.
+    """Collect all tests and return what they show, as `read_marks` does.
 
     Raises:
         RuntimeError: If the tests cannot be collected.
@@ -52,7 +64,7 @@ def collect_support() -> dict[str, list[str]]:
         status = pytest.main(options, plugins=[collector])
     if status != pytest.ExitCode.OK:
         raise RuntimeError(f"the tests cannot be collected:\n{output.getvalue()}")
-    return {row: sorted(name for r, name in collector.found if r == row) for row in ROWS}
+    return read_marks(collector.items)
 
 
 def make_table(support: dict[str, list[str]]) -> str:

@@ -8,7 +8,7 @@ from tiny_pipelines import stable_diffusion, text_inputs, text_unet
 
 from morse import MorseDot, disable_morse, enable_morse
 
-PLAN = "DooD"
+PLAN = "DoD"
 
 
 def text_pipe(**options):

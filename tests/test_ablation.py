@@ -367,8 +367,7 @@ def test_rows_are_trained_on_the_same_windows_and_repeat(tiny, tmp_path):
     assert len(list(tmp_path.glob("windows-*/*.safetensors"))) == 1
 
 
-@pytest.mark.slow
-def test_workers_go_on_where_a_job_fails():
-    outcomes = dict(run_jobs(operator.truediv, [(1, 2), (1, 0), (6, 3)], workers=2))
+def test_jobs_go_on_where_one_fails():
+    outcomes = dict(run_jobs(operator.truediv, [(1, 2), (1, 0), (6, 3)], workers=1))
     assert isinstance(outcomes.pop((1, 0)), ZeroDivisionError)
     assert outcomes == {(1, 2): 0.5, (6, 3): 2}

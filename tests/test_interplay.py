@@ -233,11 +233,6 @@ class TestCompiling:
         parts = {"text_encoder": None, "tokenizer": None}
         assert torch.equal(planned(MorsePipeline.from_pretrained(tmp_path, **parts)), expected)
 
-    def test_dot_itself(self, pipe):
-        expected = planned(pipe)
-        pipe.dot.compile(backend="eager")
-        assert difference(planned(pipe), expected) < 1e-4
-
 
 def chunk_feed_forward(pipe):
     for module in pipe.unet.modules():
@@ -258,10 +253,7 @@ class TestSettings:
             (lambda pipe: pipe.unet.enable_gradient_checkpointing(), False),
             (lambda pipe: pipe.unet.to(memory_format=torch.channels_last), False),
             (lambda pipe: pipe.unet.train(), False),
-            (lambda pipe: pipe.unet.requires_grad_(False), False),
             (lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.5, 1.6), True),
-            (lambda pipe: pipe.vae.enable_tiling(), False),
-            (lambda pipe: pipe.vae.enable_slicing(), False),
         ],
         ids=[
             "sliced attention",
@@ -270,10 +262,7 @@ class TestSettings:
             "checkpointing",
             "channels last",
             "training mode",
-            "no gradients",
             "freeu",
-            "vae tiling",
-            "vae slicing",
         ],
     )
     def test_of_the_models(self, treat, changes):
@@ -373,7 +362,7 @@ class TestCalls:
 
     def test_a_callback_may_change_the_guidance(self):
         def guide(pipe, step, timestep, tensors):
-            pipe._guidance_scale = 7.5 if step < 2 else 3.0
+            pipe._guidance_scale = 7.5 if step < 1 else 3.0
             return tensors
 
         found = check_treated(lambda pipe: None, callback_on_step_end=guide)

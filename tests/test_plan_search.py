@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.planning.command import PlanConfig, run_plan
@@ -109,21 +110,23 @@ class TestUse:
 
 
 @pytest.mark.slow
-def test_command(tmp_path):
+def test_command(tiny_folder, tmp_path):  # noqa: F811
     config = PlanConfig(
+        pipeline=str(tiny_folder),
         output_dir=tmp_path,
+        speed_ratio=6.0,
         lsd=(3,),
         num_images=2,
         num_quick_images=1,
         max_rounds=1,
-        timestep_power=(1.0,),
     )
     run_plan(config)
     report = json.loads((tmp_path / "plan_search.json").read_text())
     (search,) = report["searches"]
     assert search["psnr"] >= search["uniform_psnr"] and len(search["tried"]) > 5
-    pipe = MorsePipeline.from_pretrained("fashion-mnist", dot=tmp_path, scheduler="leapfrog")
+    pipe = MorsePipeline.from_pretrained(tiny_folder, dot=tmp_path, scheduler="leapfrog")
     pipe.set_progress_bar_config(disable=True)
+    pipe.speed_ratio = 6.0
     pipe(lsd=3, generator=torch.Generator().manual_seed(0))
     assert str(pipe.last_run.plan) == search["plan"]
 

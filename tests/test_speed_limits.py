@@ -99,41 +99,6 @@ def test_attaching_to_stable_diffusion_takes_less_than_a_second():
     assert cpu_seconds(partial(enable_morse, pipe, saved)) < 1.0
 
 
-PEAK = """
-    import resource, sys
-    import torch
-    sys.path.insert(0, {tests!r})
-    from diffusers import StableDiffusionPipeline
-    from tiny_pipelines import stable_diffusion
-    from morse import MorseDot, enable_morse
-    from morse.evaluation.bench.architectures import build_architecture, find_architecture
-
-    architecture = find_architecture("sd15")
-    dash = build_architecture(architecture, torch.device("meta"), torch.float32, reduced=True)
-    dash.to_empty(device="cpu")
-    for parameter in dash.parameters():
-        parameter.fill_(0.01)  # drawing them takes a minute
-    pipe = stable_diffusion(StableDiffusionPipeline, dash)
-    text = torch.zeros(1, 77, 768)
-    size = dict(height=32 * pipe.vae_scale_factor, width=32 * pipe.vae_scale_factor)
-
-    def peak(**plan):
-        pipe(prompt_embeds=text, guidance_scale=1.0, output_type="latent", **size, **plan)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    bare = peak(num_inference_steps=2)
-    enable_morse(pipe, MorseDot.from_dash(dash, **{options!r}), merge_lora=False)
-    print(peak(plan="Do") / bare)
-"""
-
-
-@pytest.mark.slow
-def test_the_peak_of_memory_with_an_unmerged_dot(request):
-    """Of a process with Stable Diffusion's denoiser, of less depth, in float32 at 32x32."""
-    tests = str(request.path.parent)
-    assert 1 < run_python(PEAK.format(tests=tests, options=PAPERS_DOT)) < 1.15
-
-
 class TestMemoryFormat:
     """A merged Dot runs channels last on a CPU: same values, fewer reordered weights."""
 

@@ -111,7 +111,7 @@ class TestStableDiffusion:
 
     def test_overfitted_it_beats_reuse(self, run, base):
         """On the way that Dash's own estimates lead."""
-        folder = run(*CACHE, "--max_train_steps", "60", "--train_batch_size", "4",
+        folder = run(*CACHE, "--max_train_steps", "40", "--train_batch_size", "4",
                      "--ema_max_decay", "0.8", "--guidance_scale", "3", "3")  # fmt: skip
         untrained = run("--max_train_steps", "1", "--learning_rate", "1e-12")
         expected, _ = sample(base, folder, "D" * 10, guidance_scale=3.0)

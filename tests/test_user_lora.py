@@ -65,8 +65,11 @@ def test_the_lora_of_these_tests_is_visible():
     assert difference(latents(pipe, num_inference_steps=2), without) > 1
 
 
-@BOTH
-@pytest.mark.parametrize("treat", [load, load_both, load_and_disable, load_and_fuse])
+@pytest.mark.parametrize(
+    ("treat", "merge_lora"),
+    [(load, True), (load, False), (load_both, False), (load_and_disable, True),
+     (load_and_fuse, True), (load_and_fuse, False)],
+)  # fmt: skip
 @pytest.mark.supports("interplay", "users’ LoRA")
 def test_dash_and_dot_run_with_it(treat, merge_lora):
     check_treated(treat, merge_lora)
