@@ -8,7 +8,7 @@ from morse.evaluation.metrics import psnr
 from morse.plan import MorsePlan
 
 
-def sample(pipe, count=2, **kwargs):
+def sample(pipe, count=1, **kwargs):
     generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
     return pipe(batch_size=count, generator=generators, output_type="pt", **kwargs).images
 

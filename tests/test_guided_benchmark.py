@@ -24,7 +24,7 @@ from morse.pipeline import MorsePipeline
 from morse.plan import MorsePlan
 
 NAMES = ("bag", "ankle boot", "shirt")
-REFERENCE_STEPS = 20  # of these tests, to be quick
+REFERENCE_STEPS = 10  # of these tests, to be quick
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -128,7 +128,7 @@ def test_resampling_alone_starts_from_a_plain_dot(configure):
     torch.testing.assert_close(new, weights(plain))
 
 
-@pytest.mark.parametrize("stop", [("run", 0), ("run", 3)])
+@pytest.mark.parametrize("stop", [("first_stage", 1), ("run", 3)])
 def test_interrupted_in_either_stage_and_resumed_gives_the_same_bits(
     configure, whole, stop, monkeypatch
 ):

@@ -175,9 +175,10 @@ def test_cached_windows_and_on_policy_ones(make_config, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_share_all_gradients(base, data_dir, tmp_path):
+def test_two_processes_share_a_cache_and_all_gradients(base, data_dir, tmp_path):
     given = ["--pretrained_model_name_or_path", base, "--train_data_dir", data_dir,
-             "--output_dir", tmp_path / "run", *OPTIONS.split(), "--distill", *ALL]  # fmt: skip
+             "--output_dir", tmp_path / "run", *OPTIONS.split(), "--cache_pairs", "9",
+             "--window_steps", "2", "--distill", *ALL]  # fmt: skip
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                "training/train_dot.py", *map(str, given)]  # fmt: skip

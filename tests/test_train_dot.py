@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -239,21 +238,6 @@ train_dot(parse_config(TrainDotConfig, sys.argv[1:]))
         train_dot(config)
     train_dot(replace(config, resume_from_checkpoint="latest"))
     assert_same_run(tmp_path / "run", whole_run)
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_cache(base, data_dir, tmp_path):
-    given = arguments(base, data_dir, tmp_path / "run", "--cache_pairs", "9", "--window_steps", "2")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "training/train_dot.py", *given]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 4/5") == 1
-    assert MorseDot.from_pretrained(tmp_path / "run").config.lora_rank == 2
 
 
 @pytest.mark.parametrize(
