@@ -1,4 +1,4 @@
-"""Redo README's table from the committed benchmark, and copy the pictures that README shows.
+"""Redo README's tables from the committed results, and copy the pictures that README shows.
 
 `python -m eval.readme_table`
 """
@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+from morse.evaluation.ablation.report import compact_table
 from morse.evaluation.bench.runs import TRAINING_FREE
 from morse.evaluation.report.data import (
     CONTROLS,
@@ -25,6 +26,9 @@ from morse.evaluation.report.data import (
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval/results/fashion_mnist"
 BEGIN, END = "<!-- begin table: python -m eval.readme_table -->", "<!-- end table -->"
+ABLATION = ROOT / "eval/results/ablation/ablation.json"
+BEGIN_ABLATION = "<!-- begin ablation: python -m eval.readme_table -->"
+END_ABLATION = "<!-- end ablation -->"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
 MAX_BUDGETS = 5
 # README's copy -> the benchmark's own; only what README shows is copied.
@@ -91,6 +95,12 @@ def update(text: str, result: Result) -> str:
     return replace_between(text, BEGIN, END, make_table(result))
 
 
+def update_ablation(text: str) -> str:
+    """Return README's text with the ablation's table redone from the committed JSON."""
+    table = compact_table(json.loads(ABLATION.read_text("utf-8")))
+    return replace_between(text, BEGIN_ABLATION, END_ABLATION, table)
+
+
 def replace_between(text: str, begin: str, end: str, content: str) -> str:
     """Return a text with what stands between two marks replaced."""
     before, rest = text.split(begin)
@@ -100,7 +110,7 @@ def replace_between(text: str, begin: str, end: str, content: str) -> str:
 def main() -> None:
     """Rewrite README and copy its pictures."""
     readme = ROOT / "README.md"
-    text = update(readme.read_text(encoding="utf-8"), load_result())
+    text = update_ablation(update(readme.read_text(encoding="utf-8"), load_result()))
     readme.write_text(text, encoding="utf-8")
     for target, source in PICTURES.items():
         if target in text:

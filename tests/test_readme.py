@@ -7,7 +7,16 @@ import pytest
 from report_fixtures import full_result
 from report_older import without_errors
 
-from eval.readme_table import BEGIN, END, PICTURES, load_result, make_table, shown_budgets, update
+from eval.readme_table import (
+    BEGIN,
+    END,
+    PICTURES,
+    load_result,
+    make_table,
+    shown_budgets,
+    update,
+    update_ablation,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +29,10 @@ def readme():
 def test_the_table_is_that_of_the_committed_benchmark(readme):
     assert BEGIN in readme
     assert update(readme, load_result()) == readme
+
+
+def test_the_ablation_is_the_committed_one(readme):
+    assert update_ablation(readme) == readme
 
 
 def test_readme_shows_the_committed_pictures(readme):
