@@ -1,11 +1,22 @@
-"""A tiny random pipeline with a Dot, saved as `MorsePipeline` saves one."""
+"""A tiny random pipeline with a Dot, saved as `MorsePipeline` saves one, and a short reference."""
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from morse.dot import MorseDot
+from morse.evaluation.bench import measuring
 from morse.pipeline import MorsePipeline
+
+REFERENCE_STEPS = 10  # of the benchmarks that use `short_reference`, to be quick
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_reference():
+    """Runs a module's benchmarks against fewer steps, in whichever module imports it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measuring, "REFERENCE_STEPS", REFERENCE_STEPS)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,14 @@ import io
 import json
 
 import pytest
-from evaluation_fixtures import independent_folder, tiny_folder  # noqa: F401
+from evaluation_fixtures import (  # noqa: F401
+    REFERENCE_STEPS,
+    independent_folder,
+    short_reference,
+    tiny_folder,
+)
 from PIL import Image
 
-from morse.evaluation.bench import measuring
 from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
 from morse.evaluation.bench.loading import load_pipelines
 from morse.evaluation.bench.speed import measure_speed_table
@@ -36,18 +40,11 @@ def config(tiny_folder, independent_folder, tmp_path_factory):  # noqa: F811
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_reference():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(measuring, "REFERENCE_STEPS", 20)
-        yield
-
-
 def check_grid(result):
     grid = result["grid"]
     assert grid["seeds"] == [0, 1, 2]
     labels = [row["label"] for row in grid["rows"]]
-    assert labels[0] == "DPM++ 2M, 20 LSD" and "Morse-DDIM r1.5, 3 LSD" in labels
+    assert labels[0] == f"DPM++ 2M, {REFERENCE_STEPS} LSD" and "Morse-DDIM r1.5, 3 LSD" in labels
     assert len(labels) == len(set(labels)) == 1 + 2 * 4
     for row in grid["rows"]:
         picture = Image.open(io.BytesIO(base64.b64decode(row["png_base64"])))

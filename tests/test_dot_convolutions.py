@@ -406,7 +406,7 @@ class TestTraining:
 
         return config
 
-    @pytest.mark.parametrize("kind", KINDS[1:2], ids=lambda kind: kind[0])
+    @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[0])
     def test_a_resumed_run_gives_the_same_bits(self, given, kind, monkeypatch, capsys):
         temperatures = []
 

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, StableDiffusionPipeline
+from evaluation_fixtures import REFERENCE_STEPS, short_reference  # noqa: F401
 from safetensors.torch import save_file
 from tiny_pipelines import stable_diffusion, text_inputs, text_unet
 
 from morse import MorseDot
 from morse.attach import disable_morse
 from morse.cli import parse_config
-from morse.evaluation.bench import measuring
 from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
 from morse.evaluation.bench.loading import load_bare, load_pipelines
 from morse.evaluation.bench.peers import PEERS, Peer
@@ -24,14 +24,6 @@ from morse.pipeline import MorsePipeline
 from morse.plan import MorsePlan
 
 NAMES = ("bag", "ankle boot", "shirt")
-REFERENCE_STEPS = 10  # of these tests, to be quick
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_reference():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(measuring, "REFERENCE_STEPS", REFERENCE_STEPS)
-        yield
 
 
 def test_the_command_line_takes_prompts_and_several_scales():

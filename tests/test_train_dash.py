@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,6 @@ from morse.training.common import derive_seed, learning_rate_at, make_optimizer,
 from morse.training.dash import TrainDashConfig, train_dash
 from morse.training.run import TrainingRun
 
-ROOT = Path(__file__).parents[1]
 OPTIONS = """--resolution 8 --block_out_channels 8 8 --train_batch_size 3 --max_train_steps 5
     --lr_warmup_steps 2 --learning_rate 1e-2 --checkpointing_steps 2 --logging_steps 2
     --save_images_steps 0 --seed 3 --horizontal_flip --gradient_accumulation_steps 2"""

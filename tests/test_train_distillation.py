@@ -187,6 +187,7 @@ def test_two_processes_share_a_cache_and_all_gradients(base, data_dir, tmp_path)
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 2/3") == 1
     assert MorseDot.from_pretrained(tmp_path / "run").config.lora_rank == 2
 
 

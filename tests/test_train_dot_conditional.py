@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from morse.training.pairs import dot_outputs
 from morse.training.source import open_source
 from morse.training.windows import pick_pairs
 
-ROOT = Path(__file__).parents[1]
 NAMES = ("cat", "dog", "emu")
 OPTIONS = """--train_batch_size 3 --max_train_steps 5 --lr_warmup_steps 2 --learning_rate 1e-2
     --checkpointing_steps 4 --logging_steps 2 --validation_steps 0 --validation_images 4 --seed 3
