@@ -17,7 +17,7 @@ from morse.modules import CrossTemporalNorm, DynamicNormRelay, RelayCell, RelayS
 def plain_norms(affine=True):
     torch.manual_seed(0)
     norms = [
-        nn.GroupNorm(2, 8, eps=1e-3, affine=affine),
+        nn.GroupNorm(4, 8, eps=1e-3, affine=affine),
         nn.BatchNorm2d(8, 1e-4, 0.2, affine),
     ]
     return [drawn(norm, dtype=torch.float32) for norm in norms]
@@ -180,11 +180,16 @@ def test_bad_inputs():
             norm(x, RelayState(wrong, right))
         with pytest.raises(ValueError, match=r"state.c must be"):
             norm(x, RelayState(right, wrong))
+        with pytest.raises(ValueError, match=r"state\.h must be"):
+            norm.modulate(x, RelayState(wrong, right))
     state = norm(x)[1]
     with pytest.raises(ValueError, match=r"state.to"):
         norm(x, state.to("meta"))
-    with pytest.raises(ValueError, match="clips of n_segment=4"):
-        CrossTemporalNorm(8, 4, 2)(torch.zeros(6, 8, 3, 3))
+    with pytest.raises(ValueError, match=r"x must be \(N, 8, ...\)"):
+        norm.modulate(x[:, :4], state)
+    for bad in (torch.zeros(6, 8, 3, 3), torch.zeros(4)):
+        with pytest.raises(ValueError, match="clips of n_segment=4"):
+            CrossTemporalNorm(8, 4, 2)(bad)
     with pytest.raises(TypeError, match="LayerNorm"):
         DynamicNormRelay.from_norm(nn.LayerNorm(8))
 

@@ -36,6 +36,13 @@ def test_the_plan_compares_with_plain_convolutions(channels, spatial, whole):
         assert plan.bank_parameters == plain_parameters / 2
 
 
+def test_as_many_cells_as_kernels_do_not_save():
+    warehouse = Warehouse(budget=1)
+    warehouse.conv2d(8, 8, 3)
+    with pytest.warns(UserWarning, match="does not save parameters"):
+        warehouse.build()
+
+
 @pytest.mark.parametrize(
     "budget, ratio, works",
     [
@@ -48,6 +55,9 @@ def test_the_plan_compares_with_plain_convolutions(channels, spatial, whole):
         (0.5, 1.0, False),
         (1.5, 1.0, False),
         (0.3, 0.5, False),
+        (0.49, 0.5, False),
+        (0.334, 0.5, False),
+        (1.01, 1.0, False),
     ],
 )
 def test_which_budgets_fit(budget, ratio, works):
@@ -83,6 +93,7 @@ def test_what_does_not_fit_names_what_does():
         ({"budget": -1.0}, "budget"),
         ({"budget": float("nan")}, "budget"),
         ({"budget": float("inf")}, "budget"),
+        ({"budget": 1e-320}, "budget"),
         ({"cell_in_ratio": 0.0}, "cell_in_ratio"),
         ({"cell_out_ratio": 1.5}, "cell_out_ratio"),
         ({"reduction": 0}, "reduction"),
@@ -180,7 +191,7 @@ def test_batch_norm_names_the_way_out():
 def test_nothing_nonlocal_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warehouse = Warehouse(basis_ratio=0.5, norm="layer")
+        warehouse = Warehouse(budget=2, basis_ratio=0.5, norm="layer")
         layer = warehouse.conv2d(8, 8, 3)
         warehouse.build()
     assert layer.attention.fc3.weight.shape == (0, 16)

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from morse.modules import odconv
+from morse.modules.kernel_warehouse import Warehouse
 from morse.modules.odconv import ODConv2d, linear_temperature, set_temperature
 
 # in, out, kernel, options: every combination of heads, grouped and depthwise.
@@ -307,6 +308,45 @@ def test_bad_inputs():
     for shape in ((3, 5), (2, 4), (4,)):
         with pytest.raises(ValueError, match="cond must be"):
             layer(x, torch.zeros(shape))
+
+
+def test_one_that_cannot_take_a_temperature_leaves_all_as_they_were():
+    warehouse = Warehouse(budget=2, norm="layer")
+    mixed = warehouse.conv2d(6, 6, 3)
+    warehouse.build()
+    mixed.set_temperature(0.5)
+    dynamic = make(SHAPES[0], temperature=7.5)[0]
+    for layers in ((mixed, dynamic), (dynamic, mixed)):
+        for refused in (0.0, 30.0):
+            with pytest.raises(ValueError, match="temperature"):
+                set_temperature(nn.ModuleList(layers), refused)
+            assert (mixed.temperature, dynamic.temperature) == (0.5, 7.5)
+
+
+@pytest.mark.parametrize("kind", ["odconv", "warehouse"])
+def test_channels_last(kind):
+    if kind == "odconv":
+        layer, x, _ = make(SHAPES[1])
+        network, kernels = nn.ModuleList([layer]), layer.weight
+    else:
+        warehouse = Warehouse(budget=2, norm="layer", spatial_partition=False)
+        layer, x = warehouse.conv2d(8, 8, 3, padding=1), torch.randn(3, 8, 7, 6)
+        network, kernels = nn.ModuleList([layer, warehouse.build()]), warehouse.cells
+    expected = layer(x)
+    network.to(memory_format=torch.channels_last)
+    assert kernels[0].is_contiguous(memory_format=torch.channels_last)
+    assert_close(layer(x.to(memory_format=torch.channels_last)), expected)
+
+
+def test_default_temperature_and_identity_start():
+    torch.manual_seed(0)
+    layer, x = ODConv2d(6, 10, 3, padding=1, init="identity").eval(), torch.randn(3, 6, 7, 6)
+    assert layer.temperature == 1.0 and layer.kernel_num == 4
+    # The candidates differ; their mixture, with three gates at one half, is one kernel for all.
+    assert (layer.weight[0] - layer.weight[1]).abs().max() > 1e-4
+    kernel = layer.assembled_kernel(x)
+    assert_close(kernel, layer.weight.mean(0).expand_as(kernel) / 8)
+    assert_close(layer(x), functional.conv2d(x, kernel[0], padding=1))
 
 
 def test_bad_sources_temperatures_and_schedules():

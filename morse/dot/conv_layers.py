@@ -1,6 +1,6 @@
 """Dynamic convolutions as Dot's extra blocks hold them, and how they hear the time."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +29,7 @@ class _InDot:
         return super().forward(x, time[:1] if time is not None and time.stride(0) == 0 else time)
 
 
-class _Stacked:
-    """Mixed into modules with a stack of kernels: "channels last" applies to each of them."""
-
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        def apply(tensor: Tensor) -> Tensor:
-            if tensor.dim() != 5:
-                return function(tensor)
-            return function(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
-
-        return super()._apply(apply, recurse)
-
-
-class DotODConv2d(_InDot, _Stacked, ODConv2d):
+class DotODConv2d(_InDot, ODConv2d):
     """`ODConv2d` inside Dot."""
 
 
@@ -49,7 +37,7 @@ class DotKWConv2d(_InDot, KWConv2d):
     """`KWConv2d` inside Dot."""
 
 
-class DotWarehouse(_Stacked, Warehouse):
+class DotWarehouse(Warehouse):
     """`Warehouse` inside Dot; whether Dot's warehouses save parameters is judged together."""
 
     def conv2d(self, *sizes: object, **options: object) -> DotKWConv2d:

@@ -93,6 +93,9 @@ class DynamicNormRelay(nn.Module):
     def from_norm(cls, norm: nn.Module, **options: object) -> Self:
         """Make a layer that begins exactly as `norm`, whose settings and values it copies.
 
+        A `CrossTemporalNorm`, whose groups of frames have statistics of their own, does so with
+        batch norm in evaluation alone.
+
         Args:
             norm: A `torch.nn.GroupNorm`, or a `BatchNorm1d`, `2d` or `3d` with running statistics.
             options: Options of the class that a norm lacks, such as `cell`.
@@ -138,14 +141,18 @@ class DynamicNormRelay(nn.Module):
         Raises:
             ValueError: If a shape or device does not fit.
         """
-        if x.dim() < 2 or x.shape[1] != self.channels:
-            raise ValueError(f"x must be (N, {self.channels}, ...), got {tuple(x.shape)}")
+        self._check(x)
         pooled = x.flatten(2).mean(2) if x.dim() > 2 else x
         state = self.cell(pooled, state)
         return self.modulate(x, state), state
 
     def modulate(self, x: Tensor, state: RelayState) -> Tensor:
-        """Normalise (N, C, *) with the scale and shift of a given state, which takes no step."""
+        """Normalise with the scale and shift of a given state, which takes no step.
+
+        Takes, returns and raises what `forward` does, without the state.
+        """
+        self._check(x)
+        self.cell.check(state, x)
         scale, shift = (part[-1].view(*x.shape[:2], *(1,) * (x.dim() - 2)) for part in state)
         normalized = self._normalize(x, update=self.init == "official")
         if self.init == "official":
@@ -154,6 +161,10 @@ class DynamicNormRelay(nn.Module):
         plain = self._normalize(x, self.weight, self.bias)
         share = _per_channel(self.a, x) * (normalized * scale + shift)
         return plain + share.to(plain.dtype)
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[1] != self.channels:
+            raise ValueError(f"x must be (N, {self.channels}, ...), got {tuple(x.shape)}")
 
     def _normalize(
         self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
@@ -223,8 +234,11 @@ class CrossTemporalNorm(DynamicNormRelay):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise clips, whose frames follow each other; ValueError if x is not N*T frames."""
-        if len(x) % self.n_segment:
-            raise ValueError(f"x must be clips of n_segment={self.n_segment} frames, got {len(x)}")
+        if x.dim() < 2 or len(x) % self.n_segment:
+            raise ValueError(
+                f"x must be (N*T, C, ...), clips of n_segment={self.n_segment} frames, got "
+                f"{tuple(x.shape)}"
+            )
         clips = x.unflatten(0, (-1, self.n_segment)).transpose(1, 2)  # (N, C, T, *)
         state, groups = None, []
         for group in clips.chunk(self.num_groups, 2):

@@ -109,7 +109,7 @@ class RelayCell(nn.Module):
         if state is None:
             zeros = pooled.new_zeros(self.num_layers, len(pooled), self.hidden)
             state = RelayState(zeros, zeros)
-        self._check(state, pooled)
+        self.check(state, pooled)
         steps = [
             self._step(layer, pooled, h, c)
             for layer, (h, c) in enumerate(zip(state.h, state.c, strict=True))
@@ -123,17 +123,22 @@ class RelayCell(nn.Module):
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.sigmoid(), c
 
-    def _check(self, state: RelayState, pooled: Tensor) -> None:
-        expected = self.num_layers, len(pooled), self.hidden
+    def check(self, state: RelayState, x: Tensor) -> None:
+        """Check that a state is one of this cell's for as many samples as `x`, (N, ...), has.
+
+        Raises:
+            ValueError: If a shape or device does not fit.
+        """
+        expected = self.num_layers, len(x), self.hidden
         for name, part in zip("hc", state, strict=True):
             if tuple(part.shape) != expected:
                 raise ValueError(
                     f"state.{name} must be (layers, N, D) = {expected}, got {tuple(part.shape)}; "
                     "pass None to start anew, or pick samples with state.index"
                 )
-            if part.device != pooled.device:
+            if part.device != x.device:
                 raise ValueError(
-                    f"state.{name} must be on {pooled.device}, got {part.device}: use state.to"
+                    f"state.{name} must be on {x.device}, got {part.device}: use state.to"
                 )
 
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from morse.modules.kernel_stack import KernelStack
 from morse.modules.kernel_warehouse_attention import (
     AttentionNorm,
     AttentionSettings,
@@ -51,7 +52,7 @@ Layer = TypeVar("Layer", bound=WarehouseConv)
 Size = int | tuple[int, ...]
 
 
-class Warehouse(nn.Module):
+class Warehouse(KernelStack):
     """The bank of cells, and the place where its layers are created.
 
     Create the layers, in the order in which they shall own cells, then call `build`. The network
@@ -191,7 +192,7 @@ class Warehouse(nn.Module):
     def build(self) -> "Warehouse":
         """Freeze the plan, create the cells and all layers' attentions; returns the warehouse.
 
-        Warns if a budget below 1 does not save parameters, since attentions cost some as well.
+        Warns if a budget of 1 or less does not save parameters, since attentions cost some as well.
 
         Raises:
             BuildOrderError: If there are no layers, or the warehouse is built already.
@@ -217,7 +218,7 @@ class Warehouse(nn.Module):
         return self
 
     def _warn_unless_saving(self) -> None:
-        if self._share < 1 and self._plan.parameters >= self._plan.plain_parameters:
+        if self._share <= 1 and self._plan.parameters >= self._plan.plain_parameters:
             warnings.warn(
                 f"this warehouse does not save parameters: {self._plan.parameters:,} against "
                 f"{self._plan.plain_parameters:,} of plain convolutions; larger cells (cell ratios,"

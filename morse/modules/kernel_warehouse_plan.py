@@ -96,8 +96,8 @@ class WarehousePlan:
 
 def checked_budget(budget: float) -> Fraction:
     """Return b as k or 1/k; ValueError unless k is a whole number."""
-    if not 0 < budget < math.inf:
-        raise ValueError(f"budget must be finite and above 0, got {budget}")
+    if not 1e-9 < budget < math.inf:
+        raise ValueError(f"budget must be finite and above 1e-9, got {budget}")
     steps = round(budget) if budget >= 1 else round(1 / budget)
     share = Fraction(steps) if budget >= 1 else Fraction(1, steps)
     if not math.isclose(budget, share, rel_tol=1e-6):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.modules.kernel_stack import KernelStack
 from morse.modules.odconv_attention import (
     AttentionNorm,
     KernelAttention,
@@ -35,7 +36,7 @@ __all__ = ["ODConv2d", "linear_temperature", "set_temperature"]
 Init = Literal["official", "identity"]
 
 
-class ODConv2d(nn.Module):
+class ODConv2d(KernelStack):
     """A convolution with one kernel a sample: (B, I, H, W) -> (B, O, H', W').
 
     A small squeeze-and-excite head turns the pooled input, or `cond`, into four attentions. Its

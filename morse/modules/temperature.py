@@ -10,6 +10,8 @@ from torch import nn
 class HasTemperature(Protocol):
     """A layer with a temperature; ValueError where its method cannot take a value."""
 
+    temperature: float
+
     def set_temperature(self, temperature: float) -> None:
         """Set the layer's temperature."""
         ...
@@ -18,12 +20,19 @@ class HasTemperature(Protocol):
 def set_temperature(module: nn.Module, temperature: float) -> int:
     """Set the temperature of every dynamic layer in `module`, itself included.
 
-    Returns how many there are; ValueError if one cannot take `temperature`: `ODConv2d` takes any
-    finite one above 0, the layers of a `Warehouse` those in [0, 1].
+    Returns how many there are (none in a `Warehouse`, whose layers are the network's); ValueError
+    if one cannot take `temperature`, and then none has it: `ODConv2d` takes any finite one above 0,
+    the layers of a `Warehouse` those in [0, 1].
     """
     layers = [layer for layer in module.modules() if isinstance(layer, HasTemperature)]
-    for layer in layers:
-        layer.set_temperature(temperature)
+    before = [layer.temperature for layer in layers]
+    for number, layer in enumerate(layers):
+        try:
+            layer.set_temperature(temperature)
+        except ValueError:
+            for done, old in zip(layers[:number], before, strict=False):
+                done.set_temperature(old)
+            raise
     return len(layers)
 
 
