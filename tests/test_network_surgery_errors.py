@@ -32,6 +32,17 @@ def test_a_very_low_rate_prunes_exact_zeros_alone(c_rate):
     assert surgery.thresholds[""][:2] == (0, 0)
 
 
+def test_an_infinite_rate_prunes_all_unless_its_share_is_zero():
+    for low, kept in ((0.9, 0), (0.0, 16)):
+        layer = nn.Linear(4, 4, bias=False)
+        surgery = NetworkSurgery(layer, c_rate=float("inf"), low=low)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            surgery.step()
+        assert surgery.thresholds[""][:2] == (low and float("inf"), float("inf"))
+        assert surgery.masks["weight"].sum() == kept
+
+
 @pytest.mark.parametrize("c_rate", [-3.0, 0.0, 3.0, float("inf")])
 def test_equal_sizes_have_no_spread(c_rate):
     layer = nn.Linear(7, 3, bias=False)
@@ -142,6 +153,9 @@ def test_state_of_another_network():
     for missing in ("masks.4.bias", "thresholds.4", "generator"):
         with pytest.raises(ValueError, match=f"{missing} None for"):
             surgery.load_state_dict({k: v for k, v in state.items() if k != missing})
+    broken = {"generator": torch.zeros_like(state["generator"])}
+    with pytest.raises(ValueError, match="generator is no state"):
+        surgery.load_state_dict(state | {"iteration": torch.tensor(7)} | broken)
     assert surgery.iteration == 0
     with pytest.raises(ValueError, match="same parameters"):
         NetworkSurgery(nn.Linear(3, 3)).load_state_dict(state)

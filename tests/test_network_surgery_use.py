@@ -143,6 +143,16 @@ def test_lower_precision():
         assert torch.equal(weight[weight != 0], raw(network)["4.weight"][weight != 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_thresholds_are_not_rounded_to_the_weights(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(200, 100, bias=False).to(dtype)
+    sizes = layer.weight.detach().double().abs()
+    surgery = NetworkSurgery(layer, c_rate=0.5, gamma=0.0)
+    surgery.step()
+    assert torch.equal(surgery.masks["weight"], sizes > surgery.thresholds[""].prune_below)
+
+
 def test_a_cast_module_keeps_its_masks():
     network, x, _ = make_network()
     surgery = NetworkSurgery(network, c_rate=0.5)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from morse.distillation.norm import IMAGENET_STAGES, NORMLoss, norm_weight
+from morse.distillation import NORMLoss, norm_weight
+from morse.distillation.norm import IMAGENET_STAGES
 
 
 def random(*shape, seed=1, dtype=torch.float64):
@@ -32,6 +33,16 @@ def test_loss_takes_lower_precision():
     # bfloat16 keeps 8 bits.
     torch.testing.assert_close(loss.double(), NORMLoss(2)(expanded, teacher), rtol=0.02, atol=0)
     assert half.grad.dtype == torch.bfloat16
+
+
+def test_loss_of_features_beyond_half_precision():
+    large = torch.full((1, 2, 2, 2), 400.0, dtype=torch.float16)
+    assert NORMLoss(2)(large, torch.zeros(1, 1, 2, 2)).item() == 2 * 400**2
+    teacher = torch.full((1, 1, 2, 2), 1e5)
+    assert NORMLoss(2)(torch.zeros_like(large), teacher).item() == pytest.approx(2e10)
+    # Nor is the teacher rounded to what the student has.
+    student = torch.full((1, 2, 2, 2), 100.0, dtype=torch.bfloat16)
+    assert NORMLoss(2)(student, teacher / 1e3 + 0.1).item() == pytest.approx(0.02, rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["max", "avg"])

@@ -140,6 +140,10 @@ def test_fold_refuses():
     ):
         with pytest.raises(error, match=match):
             ft.fold(layer)
+    hooked = nn.Linear(6, 4)
+    hooked.register_forward_pre_hook(lambda module, inputs: None)
+    with pytest.raises(TypeError, match="has hooks"):
+        ft.fold(hooked)
     for use in (ft.train().as_affine, lambda: ft.fold(nn.Linear(6, 4))):
         with pytest.raises(RuntimeError, match=r"eval\(\)"):
             use()

@@ -80,6 +80,10 @@ def test_a_trainer_does_not_wake_the_stage():
     assert not teacher[1].drop.training
     nn.ModuleList([tpp]).train()
     assert not teacher[1].training
+    # A new container of the teacher's layers, which its train() does not reach.
+    tpp = TeacherParameterPerception(nn.Sequential(teacher[1]))
+    teacher.train()
+    assert torch.equal(tpp(tokens), tpp(tokens))
 
 
 def test_other_callables():
@@ -96,7 +100,11 @@ def test_stages_with_skip_inputs_are_refused():
         def forward(self, hidden_states, res_hidden_states_tuple):
             return hidden_states
 
-    for stage in (UpBlock(), UpBlock().forward):
+    class HunyuanBlock(nn.Module):
+        def forward(self, hidden_states, temb=None, skip=None):
+            return hidden_states
+
+    for stage in (UpBlock(), UpBlock().forward, HunyuanBlock()):
         with pytest.raises(ValueError, match="without skip inputs"):
             TeacherParameterPerception(stage)
 

@@ -23,9 +23,9 @@ class NetworkSurgery:
     each training forward, train as usual, and `finalize` at the end.
 
     At the first step, each layer's thresholds are computed once, from the mean m and the standard
-    deviation s of |w| over its weight and bias: with t = max(m + c_rate * s, 0), a weight is pruned
-    at |w| <= low * t and spliced back at |w| > high * t. A layer updates at iteration i with
-    probability (1 + gamma * i) ** -power, while i < iter_stop; then its masks stay.
+    deviation s of |w| over all of its parameters with masks: with t = max(m + c_rate * s, 0), a
+    weight is pruned at |w| <= low * t and spliced back at |w| > high * t. A layer updates at
+    iteration i with probability (1 + gamma * i) ** -power, while i < iter_stop; its masks then stay.
 
     The masks are buffers of the module, so they follow it in `to`, `deepcopy` and DDP's broadcast
     (wrap it after this). Parameters stay the same objects, for optimizers made before.
@@ -179,9 +179,8 @@ class NetworkSurgery:
     def finalize(self) -> nn.Module:
         """Write zeros into the pruned weights, remove the masks and return the module.
 
-        Outputs stay the same, and so do the parameters as objects; warns if some layer has not
-        reached `iter_stop`. Warns if masks could still have
-        changed.
+        Outputs stay the same, and so do the parameters as objects. Warns if some layer has not
+        reached `iter_stop`, where its masks could still have changed.
 
         Raises:
             ValueError: If it was done before.
@@ -222,6 +221,10 @@ class NetworkSurgery:
         """
         self._check_open("load_state_dict")
         check_state(state_dict, self.state_dict(), self._layers)
+        try:
+            self.generator.set_state(state_dict["generator"].cpu())
+        except RuntimeError as error:
+            raise ValueError(f"generator is no state of one: {error}") from error
         for name, mask in self.masks.items():
             mask.copy_(state_dict[f"masks.{name}"])
         self._thresholds = {
@@ -231,7 +234,6 @@ class NetworkSurgery:
         }
         self.iteration = int(state_dict["iteration"])
         self.frozen = bool(state_dict["frozen"])
-        self.generator.set_state(state_dict["generator"].cpu())
         self._flips = dict.fromkeys(self.masks, Flips(0, 0))
 
     def _check_open(self, action: str) -> None:

@@ -105,13 +105,17 @@ class MaskedLayer:
         std = math.sqrt(max(sizes.square().mean().item() - mu**2, 0.0))
         # Without spread an infinite c_rate would give NaN.
         threshold = max(mu + self.c_rate * std, 0.0) if std > 0 else mu
-        return Thresholds(low * threshold, high * threshold, mu, std)
+        # So would an infinite threshold times zero.
+        below, above = (share * threshold if share else 0.0 for share in (low, high))
+        return Thresholds(below, above, mu, std)
 
     def update(self, thresholds: Thresholds) -> dict[str, Flips]:
         """Prune and splice; warns once of a matrix or kernel with fewer entries than outputs."""
         flips = {}
         for full, raw in self.raw.items():
-            mask, size = self.masks[full], raw.abs()
+            # In a lower precision, thresholds would be rounded before they are compared with.
+            size = raw.abs().to(torch.promote_types(raw.dtype, torch.float32))
+            mask = self.masks[full]
             pruned = mask & (size <= thresholds.prune_below)
             spliced = ~mask & (size > thresholds.splice_above)
             mask.logical_xor_(pruned | spliced)

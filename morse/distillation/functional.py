@@ -99,13 +99,20 @@ def dct2(x: Tensor) -> Tensor:
     """Transform maps (..., H, W) by the unnormalised DCT-II along both axes."""
     height, width = x.shape[-2:]
     like = {"dtype": x.dtype, "device": x.device}
-    return dct_matrix(height, **like) @ x @ dct_matrix(width, **like).T
+    with _full_precision(x):
+        return dct_matrix(height, **like) @ x @ dct_matrix(width, **like).T
 
 
 def idct2(X: Tensor) -> Tensor:
     """Undo `dct2`."""
     height, width = X.shape[-2:]
-    return _inverse_dct(height, X) @ X @ _inverse_dct(width, X).T
+    with _full_precision(X):
+        return _inverse_dct(height, X) @ X @ _inverse_dct(width, X).T
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Keep autocast from multiplying matrices in a lower precision than `x` has."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _inverse_dct(n: int, like: Tensor) -> Tensor:
@@ -134,9 +141,7 @@ def remove_low_frequencies(x: Tensor, cutoff: tuple[int, int] = (1, 1)) -> Tenso
         return x - x.mean((-2, -1), keepdim=True)
     keep = torch.ones(height, width, dtype=x.dtype, device=x.device)
     keep[: cutoff[0], : cutoff[1]] = 0
-    # Autocast would multiply the matrices in a lower precision.
-    with torch.autocast(x.device.type, enabled=False):
-        return idct2(dct2(x) * keep)
+    return idct2(dct2(x) * keep)
 
 
 def logit_distillation_loss(

@@ -11,6 +11,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.distillation.functional import at_least_float32
+
 # (share of training at which the stage ends, factor) of the authors' two training scripts.
 CIFAR_STAGES = ((10 / 240, 0.1), (20 / 240, 0.5), (180 / 240, 1.0), (210 / 240, 0.5), (1.0, 0.1))
 IMAGENET_STAGES = ((5 / 100, 0.1), (15 / 100, 0.5), (60 / 100, 0.9), (80 / 100, 0.5), (1.0, 0.1))
@@ -104,7 +106,7 @@ class NORMLoss(nn.Module):
             ValueError: If batch, channels or sizes do not fit; the authors' code rounds a ratio of
                 sizes down, here it must be a whole number.
         """
-        teacher = teacher.detach().to(expanded.dtype)
+        expanded, teacher = at_least_float32(expanded), at_least_float32(teacher.detach())
         self._check_shapes(expanded, teacher)
         if self.pool == "teacher":
             size = [self.upscale * length for length in expanded.shape[2:]]

@@ -233,6 +233,8 @@ def _check_kind(layer: nn.Module, in_channels: int) -> None:
     plain = {name for name, _ in layer.named_parameters()} <= {"weight", "bias"}
     if type(layer) not in (nn.Linear, nn.Conv2d) or not plain:
         raise TypeError(f"next_layer must be a plain Linear or Conv2d, got {type(layer).__name__}.")
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise TypeError("next_layer has hooks, which its copy would run as well; remove them first")
     channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     if channels != in_channels:
         raise ValueError(f"next_layer must have {in_channels} input channels, got {channels}.")

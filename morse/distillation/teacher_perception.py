@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from morse.distillation.functional import require
 
 # Diffusers' name for what a UNet's encoder hands to its decoder.
-SKIP_ARGUMENT = "res_hidden_states_tuple"
+# As diffusers names what blocks take from the layers before, in UNets and in HunyuanDiT.
+SKIP_ARGUMENTS = {"res_hidden_states_tuple", "skip"}
 
 
 class TeacherParameterPerception(nn.Module):
@@ -46,9 +47,9 @@ class TeacherParameterPerception(nn.Module):
         if not callable(stage):
             raise TypeError(f"stage must be callable, got {type(stage).__name__}.")
         called = stage.forward if isinstance(stage, nn.Module) else stage
+        skips = ", ".join(SKIP_ARGUMENTS & _argument_names(called))
         require(
-            SKIP_ARGUMENT not in _argument_names(called),
-            f"stage takes {SKIP_ARGUMENT}; choose layers of the teacher without skip inputs.",
+            not skips, f"stage takes {skips}; choose layers of the teacher without skip inputs."
         )
         self.stage = stage
         if isinstance(stage, nn.Module):
@@ -63,8 +64,9 @@ class TeacherParameterPerception(nn.Module):
 
     def forward(self, tokens: Tensor, **kwargs: object) -> Tensor:
         """Apply the stage to tokens (B, L, C), with what else it takes, such as embeddings."""
-        if isinstance(self.stage, nn.Module) and self.stage.training:
-            self.stage.eval()  # by train() of a teacher that holds it as well
+        # A teacher that holds the stage, or parts of it, wakes them with its own train().
+        if isinstance(self.stage, nn.Module) and any(m.training for m in self.stage.modules()):
+            self.stage.eval()
         return self.stage(tokens, **kwargs)
 
 
