@@ -25,7 +25,7 @@ class NetworkSurgery:
     At the first step, each layer's thresholds are computed once, from the mean m and the standard
     deviation s of |w| over all of its parameters with masks: with t = max(m + c_rate * s, 0), a
     weight is pruned at |w| <= low * t and spliced back at |w| > high * t. A layer updates at
-    iteration i with probability (1 + gamma * i) ** -power, while i < iter_stop; its masks then stay.
+    iteration i < iter_stop with probability (1 + gamma * i) ** -power; later its masks stay.
 
     The masks are buffers of the module, so they follow it in `to`, `deepcopy` and DDP's broadcast
     (wrap it after this). Parameters stay the same objects, for optimizers made before.
