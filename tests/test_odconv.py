@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from morse.modules import odconv
+from morse.modules import GridConv2d, odconv
 from morse.modules.kernel_warehouse import Warehouse
 from morse.modules.odconv import ODConv2d, linear_temperature, set_temperature
 
@@ -321,6 +321,16 @@ def test_one_that_cannot_take_a_temperature_leaves_all_as_they_were():
             with pytest.raises(ValueError, match="temperature"):
                 set_temperature(nn.ModuleList(layers), refused)
             assert (mixed.temperature, dynamic.temperature) == (0.5, 7.5)
+
+
+def test_temperatures_of_grid_convolutions():
+    grid, static = (GridConv2d(4, 4, grid_shape=(3, 3), dynamic=d) for d in (True, False))
+    dynamic = make(SHAPES[0], temperature=7.5)[0]
+    layers = nn.ModuleList([grid, static, grid, dynamic])
+    assert set_temperature(layers, 3.0) == 2 and set_temperature(grid.attention, 5.0) == 1
+    with pytest.raises(ValueError, match="temperature"):
+        set_temperature(layers, float("inf"))
+    assert (grid.temperature, dynamic.temperature) == (5.0, 3.0)
 
 
 @pytest.mark.parametrize("kind", ["odconv", "warehouse"])

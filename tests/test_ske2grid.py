@@ -387,6 +387,8 @@ def test_expansion(schedule, nested, trainable):
     train(model.parameters(), lambda: functional.mse_loss(model(x), y), steps=2)
     state = copy.deepcopy(model.state_dict())
     bigger = schedule.expand(schedule.expand(model))
+    kept = torch.equal(bigger.layout(x)[..., :5, :5], model.layout(x))
+    assert kept == nested
     assert model.state_dict().keys() == state.keys() and model.layout.grid_shape == (5, 5)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert bigger.layout.grid_shape == (6, 8) and bigger.layout.nested == nested
@@ -421,6 +423,16 @@ def test_expansion(schedule, nested, trainable):
         same = torch.equal(bigger.state_dict()[key], before[key])
         assert same == (key in pairs), key
     assert all(p.grad is None for n, p in bigger.named_parameters() if n in pairs)
+
+
+def test_a_new_stage_stops_the_others_at_once():
+    layout = SkeletonToGrid(17, [(5, 5)])
+    optimizer = torch.optim.SGD(layout.parameters(), lr=1.0)
+    layout(torch.randn(2, 17, 3)).square().sum().backward()
+    before = layout.stages[0].upt.weight.clone()
+    layout.append_stage((6, 6))
+    optimizer.step()
+    assert torch.equal(layout.stages[0].upt.weight, before)
 
 
 def test_expansion_keeps_type_mode_and_refuses_more(schedule):
@@ -503,7 +515,10 @@ def test_autocast_and_half_precision():
         git = layout.stages[0].git
         nodes = torch.randn(2, 25, 3)
         assert torch.equal(git.inverse(git(nodes)), nodes)
-    assert_close(back.float(), x, rtol=0.01, atol=0.01)
+    assert torch.equal(back, x)
+    inexact = SkeletonToGrid(17, [(5, 5)], adjacency=coco_adjacency())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(inexact.inverse(inexact(x)), x, rtol=1e-4, atol=1e-4)
     (y.float().square().sum() + back.float().sum()).backward()
     for tensor in (x, *layout.parameters()):
         assert tensor.grad.isfinite().all() and tensor.grad.any()
@@ -511,6 +526,7 @@ def test_autocast_and_half_precision():
     back = half.inverse(half(x.detach().bfloat16()))
     assert back.dtype == torch.bfloat16
     assert_close(back.float(), x.detach(), rtol=0.1, atol=0.1)
+    assert SkeletonToGrid(17, [(5, 5)])(x.detach().half()).dtype == torch.half
     mixed = GraphNodeIndexTransform(25)
     assert mixed(nodes.half()).dtype == torch.half
 

@@ -2,7 +2,8 @@
 
 The 3x3 convolutions of the ResNet blocks and of the down-samplers become dynamic; 1x1 convolutions
 stay as they are, as in the authors' own networks. Untrained layers begin at the temperature that
-training ends at, which is no part of a Dot's weights: `anneal` sets it while training.
+training ends at, which is no part of a Dot's weights (but of a grid convolution's state):
+`anneal` sets it while training.
 """
 
 import warnings

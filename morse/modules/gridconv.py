@@ -41,7 +41,8 @@ class _Branch(nn.Conv2d):
             return super().forward(x)
         padded = functional.pad(x, 4 * (self.kernel_size[0] // 2,), PAD_MODES[self.padding_mode])
         patches = functional.unfold(padded, self.kernel_size)
-        patches = patches.view(*x.shape[:2], -1, *x.shape[2:]) * gates[:, None]
+        taps = self.kernel_size[0] ** 2
+        patches = patches.view(*x.shape[:2], taps, *x.shape[2:]) * gates[:, None]
         # What is left is a 1x1 convolution of gated patches, (B, C*k*k, H, W).
         weight = self.weight.flatten(1)[:, :, None, None]
         return functional.conv2d(patches.flatten(1, 2), weight, self.bias)

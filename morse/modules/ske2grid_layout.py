@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from morse.modules.ske2grid_index import GraphNodeIndexTransform, check_nodes
 from morse.modules.ske2grid_matching import Solver
-from morse.modules.ske2grid_upsampling import Shape, UpsamplingTransform
+from morse.modules.ske2grid_upsampling import Shape, UpsamplingTransform, multiply
 
 
 class GridStage(nn.Module):
@@ -55,7 +55,7 @@ class GridStage(nn.Module):
         nodes = self.git.inverse(cells)
         if self.upt.keeps_nodes:
             return nodes[:, : self.upt.in_nodes]
-        return self.upt.left_inverse() @ nodes
+        return multiply(self.upt.left_inverse(), nodes)
 
 
 class SkeletonToGrid(nn.Module):
@@ -127,7 +127,10 @@ class SkeletonToGrid(nn.Module):
         stage = GridStage(upt, git, shape).train(self.training)
         if len(self.stages):
             stage.to(self.stages[-1].git.scores)
-        self.stages.requires_grad_(False).append(stage)
+        for parameter in self.stages.parameters():
+            # An optimizer steps with what gradient there is.
+            parameter.requires_grad_(False).grad = None
+        self.stages.append(stage)
 
     def forward(self, x: Tensor) -> Tensor:
         """Lay joints out: (B, J, C) -> (B, C, H, W); ValueError if J is another."""

@@ -102,12 +102,12 @@ class UpsamplingTransform(nn.Module):
         if self.trainable == "extra":
             identity = torch.eye(self.in_nodes, dtype=rows.dtype, device=rows.device)
             rows = torch.cat([identity, rows])
-        return rows if self.adjacency is None else rows @ self.adjacency.to(rows.dtype)
+        return rows if self.adjacency is None else multiply(rows, self.adjacency)
 
     def forward(self, x: Tensor) -> Tensor:
         """Interpolate: (B, in, C) -> (B, out, C); ValueError for another number of nodes."""
         check_nodes(x, self.in_nodes)
-        return self.matrix() @ x
+        return multiply(self.matrix(), x)
 
     def left_inverse(self) -> Tensor:
         """Return the pseudo-inverse (in, out) of `matrix()`; ValueError below full rank."""
@@ -119,11 +119,23 @@ class UpsamplingTransform(nn.Module):
                 f"matrix() has rank {rank}, and only with {self.in_nodes} could nodes be read "
                 "back; trainable='extra' without adjacency keeps them"
             )
-        return torch.linalg.pinv(full).to(matrix.dtype)
+        with torch.autocast(full.device.type, enabled=False):
+            return torch.linalg.pinv(full).to(matrix.dtype)
 
     def extra_repr(self) -> str:
         """Name the sizes."""
         return f"{self.in_nodes}, {self.out_nodes}, trainable={self.trainable!r}"
+
+
+def multiply(matrix: Tensor, x: Tensor) -> Tensor:
+    """Multiply (out, in) with (in, C) or (B, in, C), in the dtype of the latter.
+
+    Whether gradients are wanted changes no bit, so that a nested grid keeps the old one when that
+    is frozen. Autocast must not round coordinates.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        matrix = matrix.to(x.dtype)
+        return matrix @ x if x.dim() == 2 else torch.bmm(matrix.expand(len(x), -1, -1), x)
 
 
 def _check_settings(

@@ -1,20 +1,9 @@
 """The temperature that dynamic layers begin training with: one schedule, one setter for all."""
 
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
 
 from torch import nn
-
-
-@runtime_checkable
-class HasTemperature(Protocol):
-    """A layer with a temperature; ValueError where its method cannot take a value."""
-
-    temperature: float
-
-    def set_temperature(self, temperature: float) -> None:
-        """Set the layer's temperature."""
-        ...
 
 
 def set_temperature(module: nn.Module, temperature: float) -> int:
@@ -24,8 +13,8 @@ def set_temperature(module: nn.Module, temperature: float) -> int:
     if one cannot take `temperature`, and then none has it: `ODConv2d` takes any finite one above 0,
     the layers of a `Warehouse` those in [0, 1].
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, HasTemperature)]
-    before = [layer.temperature for layer in layers]
+    layers = list(dict.fromkeys(_dynamic_layers(module)))
+    before = [float(layer.temperature) for layer in layers]
     for number, layer in enumerate(layers):
         try:
             layer.set_temperature(temperature)
@@ -34,6 +23,16 @@ def set_temperature(module: nn.Module, temperature: float) -> int:
                 done.set_temperature(old)
             raise
     return len(layers)
+
+
+def _dynamic_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Find the layers with a temperature, but not the parts of them that hold it."""
+    found = hasattr(module, "set_temperature")
+    if found and module.temperature is not None:
+        yield module
+    if not found:
+        for child in module.children():
+            yield from _dynamic_layers(child)
 
 
 def linear_temperature(step: int, total: int, start: float = 30.0, end: float = 1.0) -> float:
