@@ -13,6 +13,7 @@ from test_extractors import clip_folder, inception  # noqa: F401
 from torch import nn
 
 from morse.cli import parse_config
+from morse.evaluation.ablation.workers import one_thread
 from morse.evaluation.features import extract_features, load_features, load_reference
 from morse.evaluation.fid.command import FidConfig, run_fid
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
@@ -246,7 +247,7 @@ def test_schedulers_that_draw_noise_are_told(tiny_folder, tmp_path):  # noqa: F8
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_digits_of_one(tiny_folder, tmp_path):  # noqa: F811
+def test_two_processes_give_the_digits_of_one(tiny_folder, tmp_path, capsys):  # noqa: F811
     script = [str(CHECKOUT / "eval" / "fid.py")]
     options = ["--pipeline", str(tiny_folder), "--real", "fashion-mnist", "--device", "cpu"]
     options += ["--scheduler", "ddim", "--lsd", "2", "--speed_ratio", "4", "--num_images", "11"]
@@ -255,16 +256,23 @@ def test_two_processes_give_the_digits_of_one(tiny_folder, tmp_path):  # noqa: F
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launch += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
     results, pictures = [], []
-    for name, command in (("one", [sys.executable, *script]), ("two", [*launch, *script])):
+    for name in ("one", "two"):
         out, file = tmp_path / name, tmp_path / f"{name}.json"
-        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, *options, "--output_dir", str(out), "--json", str(file)],
-            env=environment, capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("real images:") == 1
+        arguments = [*options, "--output_dir", str(out), "--json", str(file)]
+        if name == "one":
+            with one_thread():
+                run_fid(parse_config(FidConfig, arguments))
+            printed = capsys.readouterr().out
+        else:
+            done = subprocess.run(
+                [*launch, *script, *arguments],
+                env=environment, capture_output=True, text=True, timeout=200,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            printed = done.stdout
+        assert printed.count("real images:") == 1
         results.append([row["scores"] for row in json.loads(file.read_text())["rows"]])
         pictures.append({path.name: path.read_bytes() for path in (out / "lsd_2").iterdir()})
     assert results[0] == results[1] and len(results[0]) == 2

@@ -72,6 +72,39 @@ def test_recorded_placement(name):
     assert torch.equal(git.eval().assignment(), tensors[f"out.{name}.assignment"])
 
 
+class AuthorsBlock(nn.Module):
+    """What the authors put behind the grid, of plain layers: (N, C, T, H, W) -> (N, O, T', H, W)."""
+
+    def __init__(self, channels, out, stride):
+        super().__init__()
+        named = {"conv": nn.Conv2d(channels, out, 3, padding=1), "bn": nn.BatchNorm2d(out)}
+        self.gcn2cn = nn.ModuleDict(named)
+        temporal = nn.Conv2d(out, out, (9, 1), (stride, 1), (4, 0))
+        norms = (nn.BatchNorm2d(out) for _ in range(3))
+        self.tcn2cn = nn.Sequential(next(norms), nn.ReLU(), temporal, next(norms))
+        self.residual = nn.Sequential(nn.Conv2d(channels, out, 1, (stride, 1)), next(norms))
+
+    def forward(self, x):
+        height, width = x.shape[3:]
+        y = self.gcn2cn["bn"](self.gcn2cn["conv"](x.transpose(1, 2).flatten(0, 1)))
+        y = y.unflatten(0, (len(x), -1)).transpose(1, 2)
+        y = self.tcn2cn(y.flatten(3)) + self.residual(x.flatten(3))
+        return y.relu().unflatten(3, (height, width))
+
+
+def test_recorded_block():
+    meta, tensors = read_golden("block_a")
+    config = meta["config"]
+    block = AuthorsBlock(config["in_channels"], config["out_channels"], config["stride"]).eval()
+    state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+    block.load_state_dict(state)
+    x = tensors["in.x"].requires_grad_()
+    y = block(x)
+    assert_golden(y, tensors["out.y"], meta)
+    y.backward(tensors["in.cotangent"])
+    assert_gradient(x.grad, tensors["grad.x"], meta)
+
+
 @pytest.mark.parametrize("name", ["front_d5", "front_d5_d6"])
 @pytest.mark.parametrize("grown", [False, True])
 def test_recorded_front(name, grown):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from morse.distillation.functional import require
 
-# Diffusers' name for what a UNet's encoder hands to its decoder.
-# As diffusers names what blocks take from the layers before, in UNets and in HunyuanDiT.
+# Diffusers' names for what an encoder hands to its decoder, in UNets and in HunyuanDiT.
 SKIP_ARGUMENTS = {"res_hidden_states_tuple", "skip"}
 
 

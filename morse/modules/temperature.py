@@ -27,10 +27,10 @@ def set_temperature(module: nn.Module, temperature: float) -> int:
 
 def _dynamic_layers(module: nn.Module) -> Iterator[nn.Module]:
     """Find the layers with a temperature, but not the parts of them that hold it."""
-    found = hasattr(module, "set_temperature")
-    if found and module.temperature is not None:
-        yield module
-    if not found:
+    if hasattr(module, "set_temperature") and hasattr(module, "temperature"):
+        if module.temperature is not None:
+            yield module
+    else:
         for child in module.children():
             yield from _dynamic_layers(child)
 
