@@ -73,7 +73,7 @@ def test_recorded_placement(name):
 
 
 class AuthorsBlock(nn.Module):
-    """What the authors put behind the grid, of plain layers: (N, C, T, H, W) -> (N, O, T', H, W)."""
+    """What the authors put behind the grid: (N, C, T, H, W) to (N, O, T / stride, H, W)."""
 
     def __init__(self, channels, out, stride):
         super().__init__()
