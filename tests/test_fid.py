@@ -256,24 +256,25 @@ def test_two_processes_give_the_digits_of_one(tiny_folder, tmp_path, capsys):  #
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launch += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    outputs = {name: tmp_path / name for name in ("one", "two")}
+    files = {name: tmp_path / f"{name}.json" for name in outputs}
+    one, two = (
+        [*options, "--output_dir", str(outputs[name]), "--json", str(files[name])]
+        for name in outputs
+    )
+    with one_thread():
+        run_fid(parse_config(FidConfig, one))
+    assert capsys.readouterr().out.count("real images:") == 1
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
-    results, pictures = [], []
-    for name in ("one", "two"):
-        out, file = tmp_path / name, tmp_path / f"{name}.json"
-        arguments = [*options, "--output_dir", str(out), "--json", str(file)]
-        if name == "one":
-            with one_thread():
-                run_fid(parse_config(FidConfig, arguments))
-            printed = capsys.readouterr().out
-        else:
-            done = subprocess.run(
-                [*launch, *script, *arguments],
-                env=environment, capture_output=True, text=True, timeout=200,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            printed = done.stdout
-        assert printed.count("real images:") == 1
-        results.append([row["scores"] for row in json.loads(file.read_text())["rows"]])
-        pictures.append({path.name: path.read_bytes() for path in (out / "lsd_2").iterdir()})
+    done = subprocess.run(
+        [*launch, *script, *two], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("real images:") == 1
+    results = [[row["scores"] for row in json.loads(f.read_text())["rows"]] for f in files.values()]
+    pictures = [
+        {path.name: path.read_bytes() for path in (out / "lsd_2").iterdir()}
+        for out in outputs.values()
+    ]
     assert results[0] == results[1] and len(results[0]) == 2
     assert pictures[0] == pictures[1] and len(pictures[0]) == 12

@@ -33,6 +33,9 @@ def test_loss_takes_lower_precision():
     # bfloat16 keeps 8 bits.
     torch.testing.assert_close(loss.double(), NORMLoss(2)(expanded, teacher), rtol=0.02, atol=0)
     assert half.grad.dtype == torch.bfloat16
+    wide = expanded.clone().requires_grad_()
+    NORMLoss(2)(wide, teacher.float()).backward()
+    assert wide.grad.dtype == torch.float64
 
 
 def test_loss_of_features_beyond_half_precision():

@@ -77,12 +77,16 @@ class AuthorsBlock(nn.Module):
 
     def __init__(self, channels, out, stride):
         super().__init__()
-        named = {"conv": nn.Conv2d(channels, out, 3, padding=1), "bn": nn.BatchNorm2d(out)}
-        self.gcn2cn = nn.ModuleDict(named)
-        temporal = nn.Conv2d(out, out, (9, 1), (stride, 1), (4, 0))
-        norms = (nn.BatchNorm2d(out) for _ in range(3))
-        self.tcn2cn = nn.Sequential(next(norms), nn.ReLU(), temporal, next(norms))
-        self.residual = nn.Sequential(nn.Conv2d(channels, out, 1, (stride, 1)), next(norms))
+        self.gcn2cn = nn.ModuleDict(
+            {"conv": nn.Conv2d(channels, out, 3, padding=1), "bn": nn.BatchNorm2d(out)}
+        )
+        self.tcn2cn = nn.Sequential(
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            nn.Conv2d(out, out, (9, 1), (stride, 1), (4, 0)),
+            nn.BatchNorm2d(out),
+        )
+        self.residual = nn.Sequential(nn.Conv2d(channels, out, 1, (stride, 1)), nn.BatchNorm2d(out))
 
     def forward(self, x):
         height, width = x.shape[3:]

@@ -217,7 +217,8 @@ class NetworkSurgery:
         """Continue from what `state_dict` returned; the raw weights are the module's matter.
 
         Raises:
-            ValueError: If names or shapes are others, or after `finalize`; nothing is loaded then.
+            ValueError: If names or shapes are others, the generator's state is none, or after
+                `finalize`; nothing is loaded then.
         """
         self._check_open("load_state_dict")
         check_state(state_dict, self.state_dict(), self._layers)

@@ -106,7 +106,8 @@ class NORMLoss(nn.Module):
             ValueError: If batch, channels or sizes do not fit; the authors' code rounds a ratio of
                 sizes down, here it must be a whole number.
         """
-        expanded, teacher = at_least_float32(expanded), at_least_float32(teacher.detach())
+        expanded = at_least_float32(expanded)
+        teacher = teacher.detach().to(expanded.dtype)
         self._check_shapes(expanded, teacher)
         if self.pool == "teacher":
             size = [self.upscale * length for length in expanded.shape[2:]]

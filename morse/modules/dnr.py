@@ -144,7 +144,7 @@ class DynamicNormRelay(nn.Module):
         self._check(x)
         pooled = x.flatten(2).mean(2) if x.dim() > 2 else x
         state = self.cell(pooled, state)
-        return self.modulate(x, state), state
+        return self._modulate(x, state), state
 
     def modulate(self, x: Tensor, state: RelayState) -> Tensor:
         """Normalise with the scale and shift of a given state, which takes no step.
@@ -153,6 +153,9 @@ class DynamicNormRelay(nn.Module):
         """
         self._check(x)
         self.cell.check(state, x)
+        return self._modulate(x, state)
+
+    def _modulate(self, x: Tensor, state: RelayState) -> Tensor:
         scale, shift = (part[-1].view(*x.shape[:2], *(1,) * (x.dim() - 2)) for part in state)
         normalized = self._normalize(x, update=self.init == "official")
         if self.init == "official":

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.modules.node_matrix import multiply
+
 Cover = Literal["none", "repair"]
 
 # Human3.6M's joints: 0 pelvis, 1-3 right hip, knee, foot, 4-6 left, 7 spine, 8 thorax, 9 nose,
@@ -121,7 +123,7 @@ class SemanticGridTransform(nn.Module):
         """Lay nodes out: (B, J, C) -> (B, C, H, W); ValueError if J is another."""
         if x.dim() != 3 or x.shape[1] != self.num_nodes:
             raise ValueError(f"x must be (B, {self.num_nodes}, C), got {tuple(x.shape)}")
-        cells = _multiply(self.assignment(), x)
+        cells = multiply(self.assignment(), x)
         return cells.transpose(1, 2).unflatten(2, self.grid_shape)
 
     def inverse(self, grid: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ class SemanticGridTransform(nn.Module):
         chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
         copies = chosen.sum(0)
         copies = copies + self.eps if self.mean_rows is None else copies.clamp(min=self.eps)
-        return _multiply((chosen / copies).t(), grid.flatten(2).transpose(1, 2))
+        return multiply((chosen / copies).t(), grid.flatten(2).transpose(1, 2))
 
     def _nodes(self) -> Tensor:
         """Choose each cell's node, (HW,)."""
@@ -171,12 +173,6 @@ class SemanticGridTransform(nn.Module):
     def extra_repr(self) -> str:
         """Name the sizes."""
         return f"{self.num_nodes}, {self.grid_shape}, cover={self.cover!r}"
-
-
-def _multiply(matrix: Tensor, x: Tensor) -> Tensor:
-    # Coordinates are copied or averaged here, which autocast must not round.
-    with torch.autocast(x.device.type, enabled=False):
-        return matrix.to(x.dtype) @ x
 
 
 def checked_grid(grid_shape: tuple[int, int]) -> tuple[int, int]:

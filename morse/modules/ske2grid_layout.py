@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.modules.node_matrix import multiply
 from morse.modules.ske2grid_index import GraphNodeIndexTransform, check_nodes
 from morse.modules.ske2grid_matching import Solver
-from morse.modules.ske2grid_upsampling import Shape, UpsamplingTransform, multiply
+from morse.modules.ske2grid_upsampling import Shape, UpsamplingTransform
 
 
 class GridStage(nn.Module):

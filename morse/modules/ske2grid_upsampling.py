@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.modules.node_matrix import multiply
 from morse.modules.ske2grid_index import check_entries, check_nodes
 
 Shape = tuple[int, int]
@@ -125,17 +126,6 @@ class UpsamplingTransform(nn.Module):
     def extra_repr(self) -> str:
         """Name the sizes."""
         return f"{self.in_nodes}, {self.out_nodes}, trainable={self.trainable!r}"
-
-
-def multiply(matrix: Tensor, x: Tensor) -> Tensor:
-    """Multiply (out, in) with (in, C) or (B, in, C), in the dtype of the latter.
-
-    Whether gradients are wanted changes no bit, so that a nested grid keeps the old one when that
-    is frozen. Autocast must not round coordinates.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        matrix = matrix.to(x.dtype)
-        return matrix @ x if x.dim() == 2 else torch.bmm(matrix.expand(len(x), -1, -1), x)
 
 
 def _check_settings(

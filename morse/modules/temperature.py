@@ -15,13 +15,13 @@ def set_temperature(module: nn.Module, temperature: float) -> int:
     """
     layers = list(dict.fromkeys(_dynamic_layers(module)))
     before = [float(layer.temperature) for layer in layers]
-    for number, layer in enumerate(layers):
-        try:
+    try:
+        for layer in layers:
             layer.set_temperature(temperature)
-        except ValueError:
-            for done, old in zip(layers[:number], before, strict=False):
-                done.set_temperature(old)
-            raise
+    except ValueError:
+        for layer, old in zip(layers, before, strict=True):
+            layer.set_temperature(old)
+        raise
     return len(layers)
 
 
