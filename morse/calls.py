@@ -63,8 +63,7 @@ class MorseCalls(Publishable):
         Args:
             args: The pipeline's own arguments.
             lsd: Budget in evaluations of Dash; Dot's count for 1/`speed_ratio` each. It is spent
-                by the plan that was saved with Dot for this scheduler and budget (`morse plan`),
-                if there is one, else by a uniform plan.
+                as `plan_for` says.
             num_dash_steps: Dash evaluations, with `num_dot_steps` or `num_inference_steps`.
             num_dot_steps: Dot evaluations.
             plan: Every evaluation's model: a `MorsePlan`, a string such as "DooDoo", or booleans
@@ -92,6 +91,19 @@ class MorseCalls(Publishable):
             wanted = self._make_plan(lsd, num_dash_steps, num_dot_steps, plan, arguments)
             chosen, steps = self._fit_plan(wanted, arguments, shorten=lsd is not None)
             return self._run(chosen, {**arguments, "num_inference_steps": steps})
+
+    def plan_for(self, lsd: float, **kwargs: object) -> SavedPlan:
+        """Tell how a call with this budget is spent: which plan, on which grid.
+
+        That is the plan that was saved with Dot for this scheduler (`morse plan`;
+        `morse.saved_plans.find_saved_plan` says which), if there is one, else a uniform one.
+
+        Args:
+            lsd: The budget.
+            kwargs: The call's other arguments: some choose the timesteps, which no saved plan fits.
+        """
+        saved = self._saved_plan(lsd, kwargs)
+        return saved or SavedPlan(lsd, str(self._make_plan(lsd, None, None, None, kwargs)))
 
     def _saved_plan(self, lsd: float, arguments: dict[str, object]) -> SavedPlan | None:
         """Find the plan that was searched for this budget; for whole runs alone."""
@@ -162,7 +174,7 @@ class MorseCalls(Publishable):
             steps = arguments.get("num_inference_steps")
             if steps is not None:
                 steps = count_evaluations(self, self._with_defaults(arguments), steps)
-            chosen = _plan_from_counts(num_dash, num_dot, steps)
+            chosen = MorsePlan.from_counts(num_dash, num_dot, steps)
         else:
             chosen = MorsePlan.parse(plan)
         if chosen.num_dot and self.dot is None:
@@ -246,14 +258,3 @@ class MorseCalls(Publishable):
     def model_card(self) -> str:
         """Write the card that is saved along: what is known of the pipeline and its Dot."""
         return pipeline_card(self, self.dot if isinstance(self.dot, MorseDot) else None)
-
-
-def _plan_from_counts(num_dash: int | None, num_dot: int | None, steps: int | None) -> MorsePlan:
-    if num_dash is not None and num_dot is not None:
-        return MorsePlan.uniform(num_dash, num_dot)
-    if steps is None:
-        raise ValueError(
-            f"num_dash_steps={num_dash} and num_dot_steps={num_dot}: give both, or one of them "
-            "and num_inference_steps."
-        )
-    return MorsePlan.from_steps(steps, num_dash if num_dash is not None else steps - num_dot)

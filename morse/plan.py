@@ -83,6 +83,25 @@ class MorsePlan:
         return cls.uniform(num_dash_steps, num_inference_steps - num_dash_steps)
 
     @classmethod
+    def from_counts(
+        cls, num_dash: int | None, num_dot: int | None, num_inference_steps: int | None
+    ) -> "MorsePlan":
+        """Make so many evaluations with each, uniformly, given any two of the three numbers.
+
+        Raises:
+            ValueError: If fewer are given, or they are outside their ranges.
+        """
+        if num_dash is not None and num_dot is not None:
+            return cls.uniform(num_dash, num_dot)
+        if num_inference_steps is None:
+            raise ValueError(
+                f"num_dash_steps={num_dash} and num_dot_steps={num_dot}: give both, or one of them "
+                "and num_inference_steps."
+            )
+        steps = num_inference_steps
+        return cls.from_steps(steps, num_dash if num_dash is not None else steps - num_dot)
+
+    @classmethod
     def from_budget(
         cls, lsd: float, speed_ratio: float, ratio: float = 2.0, max_dot_share: float = 0.3
     ) -> "MorsePlan":

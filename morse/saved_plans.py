@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from diffusers import DiffusionPipeline
 
@@ -52,20 +52,28 @@ def find_saved_plan(
     lsd: float,
     speed_ratio: float,
 ) -> SavedPlan | None:
-    """Find the plan that was saved for a scheduler and exactly this budget.
+    """Find the plan that was saved for a scheduler and a budget.
+
+    A budget that none was searched for is spent by the plan of the next smaller one, if that is at
+    least half as large, and by further Dash evaluations at its end: so no budget gives worse
+    images than a smaller one, but for chance.
 
     Args:
         plans: Dot's `config.plans`: scheduler class name -> saved plans.
         scheduler: The pipeline's.
         lsd: The budget.
         speed_ratio: N now. A plan that costs more than `lsd` with it is not taken.
+
+    Returns:
+        The plan as it is to be run; None if there is none that fits.
     """
+    fitting = []
     for entry in (plans or {}).get(type(scheduler).__name__, ()):
         saved = SavedPlan(**entry)
-        cost = MorsePlan.from_string(saved.plan).cost(speed_ratio)
-        if saved.lsd == lsd and cost <= lsd + 1e-9:
-            return saved
-    return None
+        left = lsd - MorsePlan.from_string(saved.plan).cost(speed_ratio)
+        if lsd / 2 <= saved.lsd <= lsd and left > -1e-9:
+            fitting.append(replace(saved, plan=saved.plan + "D" * int(left + 1e-9)))
+    return max(fitting, key=lambda saved: saved.lsd, default=None)
 
 
 def chooses_timesteps(arguments: Mapping[str, object]) -> bool:

@@ -8,10 +8,11 @@ import torch
 from evaluation_fixtures import independent_folder, tiny_folder  # noqa: F401
 
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark
-from morse.evaluation.bench.runs import KINDS, Method
+from morse.evaluation.bench.runs import AS_PLANNED, KINDS, Method
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.tasks import CHOOSABLE
 from morse.evaluation.conditions import UNCONDITIONAL
+from morse.plan import MorsePlan
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,10 @@ def test_baselines_and_morse_are_measured_first():
     assert len(set(tasks)) == len(tasks)
     assert set(kinds) == set(KINDS)
     asked = sum(kind == "baseline" for kind in kinds[: kinds.index("morse")])
-    assert asked == 7 * 7
+    assert asked == 8 * 7
     assert kinds.index("reuse") > max(i for i, kind in enumerate(kinds) if kind == "baseline")
+    planned = {method.solver for method, _ in tasks if method.setting == AS_PLANNED}
+    assert planned == {"leapfrog"}
     solvers = {method.solver for method, _ in tasks if method.kind == "morse"}
     assert solvers == set(BenchmarkConfig().solvers)
     assert {method.solver for method, _ in tasks if method.kind == "pfdiff"} == {"ddim"}
@@ -123,6 +126,21 @@ def test_a_solver_that_cannot_use_the_whole_budget_says_so(config):
     assert samples.num_dash == 3 and samples.note == "3 of 4 evaluations: Heun can't make all"
     morse = bench.sample(Method("heun", "morse", 2.0), 4, range(2), 4.0, UNCONDITIONAL)
     assert morse.spent(4.0) <= 4 and len(morse.plan) % 2 == 1
+
+
+def test_morse_as_planned_is_what_a_call_does(config):
+    bench = Bench(dataclasses.replace(config, solvers=("leapfrog",)))
+    pipe = bench._by_solver["leapfrog"]
+    entry = {"lsd": 3, "plan": "DooD", "scheduler": {"timestep_power": 2.0}}
+    pipe.dot.register_to_config(plans={"LeapfrogScheduler": [entry]})
+    method = Method("leapfrog", "morse", setting=AS_PLANNED)
+    samples = bench.sample(method, 3, range(2), 4.0, UNCONDITIONAL)
+    assert (samples.plan, samples.note) == ("DooD", "timestep_power 2.0")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    images = pipe(batch_size=2, lsd=3, generator=generators, output_type="np").images
+    assert torch.equal(samples.images, torch.from_numpy(images).permute(0, 3, 1, 2).float())
+    slow = bench.sample(method, 3, range(2), 1.5, UNCONDITIONAL)  # it would cost 3.3
+    assert slow.plan == str(MorsePlan.from_budget(3, 1.5, pipe.plan_ratio))
 
 
 @pytest.mark.slow

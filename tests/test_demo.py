@@ -22,11 +22,11 @@ def test_the_demo_writes_pictures_and_figures(tiny_folder, tmp_path, capsys):  #
         device="cpu",
     )
     rows = run_demo(config)
-    assert len(rows) == 2 * 4
+    assert len(rows) == 2 * 6
     for row in rows:
         assert row.lsd <= row.budget
         assert row.num_dot == 0 or row.kind == "morse"
-    assert Image.open(config.output_dir / "grid.png").height > 9 * 64
+    assert Image.open(config.output_dir / "grid.png").height > 13 * 64
     assert (config.output_dir / "quality.png").stat().st_size > 10_000
     facts = json.loads(config.json.read_text())
     assert facts["num_images"] == 3 and len(facts["rows"]) == len(rows)
@@ -73,6 +73,9 @@ def test_an_unknown_device_is_named(tiny_folder):  # noqa: F811
 @pytest.mark.slow
 def test_the_embedded_default_runs_quickly(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_sampling, "REFERENCE_STEPS", 40)
-    rows = run_demo(DemoConfig(quick=True, num_images=2, lsd=(4, 8), output_dir=tmp_path))
+    config = DemoConfig(num_images=2, lsd=(4, 8), speed_ratio=6.0, output_dir=tmp_path)
+    rows = run_demo(config)
     best = {row.budget: row.psnr for row in rows if row.solver == "dpmsolver++"}
     assert best[8] > best[4] > 10
+    planned = {row.budget: row for row in rows if row.label == "Morse-Leapfrog as planned"}
+    assert planned[8].plan == "DDoDoDoDoDoDo" and planned[8].psnr > best[8]

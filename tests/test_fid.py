@@ -12,6 +12,7 @@ from PIL import Image
 from test_extractors import clip_folder, inception  # noqa: F401
 from torch import nn
 
+from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
 from morse.evaluation.ablation.workers import one_thread
 from morse.evaluation.features import extract_features, load_features, load_reference
@@ -86,6 +87,33 @@ def test_generation_and_metrics_in_one_go(tiny_folder, tmp_path, capsys):  # noq
     assert FRECHET_LABEL in printed and "FID" not in printed
     assert result["extractor"]["sha256"] in printed and "singular" in printed
     assert run_fid(config)["rows"] == result["rows"]  # from the images that are there
+
+
+def test_a_budget_is_spent_as_a_call_spends_it(tiny_folder, tmp_path):  # noqa: F811
+    dot = MorseDot.from_pretrained(tiny_folder, subfolder="dot")
+    entry = {"lsd": 2, "plan": "Dooo", "scheduler": {"timestep_power": 2.0}}
+    dot.register_to_config(plans={"LeapfrogScheduler": [entry]}, speed_ratio=4.0)
+    dot.save_pretrained(tmp_path / "dot")
+    config = FidConfig(
+        real="fashion-mnist",
+        pipeline=str(tiny_folder),
+        dot=str(tmp_path / "dot"),
+        scheduler="leapfrog",
+        lsd=(2,),
+        num_images=2,
+        output_dir=tmp_path / "out",
+        device="cpu",
+    )
+    (row,) = run_fid(config)["rows"]
+    assert row["plan"] == "Dooo"
+    pipe = MorsePipeline.from_pretrained(tiny_folder, dot=tmp_path / "dot", scheduler="leapfrog")
+    expected = pipe(lsd=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    written = np.array(Image.open(tmp_path / "out" / "lsd_2" / "00000000.png")) / 255
+    np.testing.assert_allclose(written, expected[0, :, :, 0], atol=0.003)
+    with pytest.raises(ValueError, match="plan_scheduler was"):
+        dot.register_to_config(plans=None)
+        dot.save_pretrained(tmp_path / "dot")
+        run_fid(config)
 
 
 def test_two_folders_in_the_features_of_a_users_network(tmp_path):

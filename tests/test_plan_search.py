@@ -11,6 +11,7 @@ from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.search import (
     Candidate,
+    early_candidates,
     neighbours,
     search_plan,
     uniform_candidates,
@@ -41,6 +42,22 @@ def test_the_best_plan_is_found(wanted):
     found = search_plan(evaluate, 6, 4.0, grids, max_rounds=20)
     assert found.best == Candidate(wanted, grids[1]) and found.psnr == 0
     assert found.uniform_psnr <= found.psnr
+
+
+def test_plans_with_dot_early_are_tried():
+    plans = [each.plan for each in early_candidates(8, 4.0, [()])]
+    assert plans == ["DoDoDoDDDD", "DoDoDoDoDDD"]
+    assert all(MorsePlan.from_string(plan).cost(4.0) <= 8 for plan in plans)
+    assert early_candidates(1, 4.0, [()]) == []
+    judged = search_plan(lambda candidate, quick: worth(candidate.plan, plans[0]), 8, 4.0)
+    assert judged.best.plan == plans[0] and judged.uniform.plan != plans[0]
+
+
+def test_only_the_ratios_asked_for_are_tried():
+    found = search_plan(lambda candidate, quick: 0.0, 8, 4.0, max_rounds=0, ratios=(1.5,))
+    early = {each.plan for each in early_candidates(8, 4.0, [()])}
+    tried = {each.plan for each in found.tried} - early
+    assert tried == {"D" * 8, str(MorsePlan.from_budget(8, 4.0, 1.5, 0.5))}
 
 
 def test_the_result_is_never_worse_than_all_dash_on_all_images():
@@ -81,19 +98,41 @@ class TestUse:
     def call(self, pipe, **kwargs):
         return pipe(generator=torch.Generator().manual_seed(0), **kwargs).images
 
-    def test_a_saved_plan_is_used_for_its_budget_alone(self, pipe):
+    def test_a_saved_plan_is_used(self, pipe):
         with scheduler_options(pipe, {"timestep_power": 2.0}):
             expected = self.call(pipe, plan="DDoDoo")
         before = pipe.scheduler
         assert torch.equal(self.call(pipe, lsd=4), expected)
         assert str(pipe.last_run.plan) == "DDoDoo" and pipe.scheduler is before
-        self.call(pipe, lsd=5)
-        assert pipe.last_run.plan == MorsePlan.from_budget(5, 4.0)
+        assert pipe.plan_for(4).plan == "DDoDoo"
         self.call(pipe, lsd=4, plan="uniform")
         assert pipe.last_run.plan == MorsePlan.from_budget(4, 4.0)
         pipe.speed_ratio = 2.0  # now it would cost 4.5
         self.call(pipe, lsd=4)
         assert pipe.last_run.plan == MorsePlan.from_budget(4, 2.0)
+
+    @pytest.mark.parametrize(
+        ("lsd", "plan"), [(4.5, "DDoDoo"), (5, "DDoDooD"), (7.5, "DDoDooDDD"), (8, "DDoDooDDDD")]
+    )
+    def test_a_budget_between_adds_dash_to_a_saved_plan(self, pipe, lsd, plan):
+        with scheduler_options(pipe, {"timestep_power": 2.0}):
+            expected = self.call(pipe, plan=plan)
+        assert torch.equal(self.call(pipe, lsd=lsd), expected)
+        assert str(pipe.last_run.plan) == plan and pipe.last_run.plan.cost(4.0) <= lsd
+
+    @pytest.mark.parametrize("lsd", [3, 9])
+    def test_a_budget_far_from_saved_ones_is_spent_uniformly(self, pipe, lsd):
+        assert pipe.plan_for(lsd) == SavedPlan(lsd, str(MorsePlan.from_budget(lsd, 4.0)))
+        self.call(pipe, lsd=lsd)
+        assert str(pipe.last_run.plan) == pipe.plan_for(lsd).plan
+
+    def test_the_next_smaller_plan_is_taken(self, pipe):
+        plans = {"LeapfrogScheduler": [{"lsd": lsd, "plan": "D" * lsd} for lsd in (4, 6, 5)]}
+        found = find_saved_plan(plans, pipe.scheduler, 7, 4.0)
+        assert (found.lsd, found.plan) == (6, "DDDDDDD")
+
+    def test_arguments_that_choose_timesteps_leave_saved_plans_aside(self, pipe):
+        assert pipe.plan_for(4, num_inference_steps=6).scheduler == {}
 
     def test_it_is_saved_with_the_dot(self, pipe, tmp_path):
         pipe.dot.save_pretrained(tmp_path)
@@ -136,6 +175,7 @@ def test_command(tiny_folder, tmp_path):  # noqa: F811
     [
         ({"num_images": 4, "num_quick_images": 8}, "num_quick_images is 8, .* num_images = 4"),
         ({"lsd": (0,)}, "lsd is"),
+        ({"ratios": (0.5,)}, "ratios is"),
         ({"solver": ("rk4",)}, "'rk4' is unknown"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],

@@ -6,10 +6,11 @@ from diffusers import DDPMScheduler
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse.evaluation.bench.loading import load_pipelines, make_pipeline
-from morse.evaluation.bench.runs import Method, Samples, sample_images
+from morse.evaluation.bench.runs import AS_PLANNED, Method, Samples, sample_images
 from morse.evaluation.bench.solvers import SOLVERS, make_solver
 from morse.evaluation.metrics import psnr
 from morse.plan import MorsePlan
+from morse.saved_plans import SavedPlan, scheduler_options
 from morse.steps import find_steps
 
 CONFIG = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
@@ -34,7 +35,8 @@ def calls(pipelines):
 def test_the_pipelines_share_one_dash_and_one_dot(pipelines):
     assert len({id(pipe.unet) for pipe in pipelines.values()}) == 1
     assert len({id(pipe.dot) for pipe in pipelines.values()}) == 1
-    assert len({type(pipe.scheduler) for pipe in pipelines.values()}) == len(SOLVERS) - 1
+    # Two names are another setting of a class that has one already.
+    assert len({type(pipe.scheduler) for pipe in pipelines.values()}) == len(SOLVERS) - 2
 
 
 @pytest.mark.parametrize("solver", EVERY)
@@ -61,6 +63,18 @@ def test_morse_fits_every_solver(pipelines, calls, solver):
         assert len(calls) == plan.num_dash and samples.fallbacks == {}
         assert len(letters) - 1 <= len(plan) <= len(letters)
         assert plan.num_dash == min(letters.count("D"), len(plan))
+
+
+def test_a_saved_plan_brings_its_grid(pipelines, calls):
+    pipe = pipelines["leapfrog"]
+    saved = SavedPlan(3, "DDo", {"timestep_power": 2.0})
+    samples = sample_images(pipe, saved, range(1), 1)
+    assert (samples.plan, samples.note) == ("DDo", "timestep_power 2.0")
+    with scheduler_options(pipe, {"timestep_power": 2.0}):
+        pipe.scheduler.set_timesteps(3)
+        expected = pipe.scheduler.timesteps
+    assert [int(timestep) for timestep in calls] == expected[:2].tolist()
+    assert pipe.scheduler.config.timestep_power == 1
 
 
 def test_an_uneven_number_is_refused_by_name(pipelines):
@@ -111,6 +125,9 @@ def test_labels():
     assert Method("ddim", "pfdiff").label == "PFDiff-DDIM"
     peer = Method("unipc", "deepcache", setting="interval 3")
     assert peer.label == "DeepCache-UniPC interval 3"
+    planned = Method("leapfrog", "morse", setting=AS_PLANNED)
+    assert planned.label == "Morse-Leapfrog as planned"
+    assert Method("leapfrog-dense").label == "Leapfrog, power 1.5"
 
 
 @pytest.mark.slow

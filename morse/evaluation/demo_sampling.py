@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from morse.evaluation.bench.runs import (
+    AS_PLANNED,
     REFERENCE_SOLVER,
     REFERENCE_STEPS,
     Method,
@@ -14,6 +15,7 @@ from morse.evaluation.demo_report import Row
 from morse.evaluation.features import extract_features, load_features, load_reference
 from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
 from morse.plan import MorsePlan
+from morse.saved_plans import SavedPlan
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from morse.calls import SpeedRatio
     from morse.pipeline import MorsePipeline
 
-DEMO_SOLVERS = ("ddim", "dpmsolver++")
+DEMO_SOLVERS = ("ddim", "dpmsolver++", "leapfrog")
 REFERENCE_NAME = f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps"
 Run = tuple[Method, int, Samples]
 
@@ -52,8 +54,8 @@ def sample_all(
         progress: Where the bars go.
     """
 
-    def sample(solver: str, steps: int | MorsePlan, name: str) -> Samples:
-        length = steps if isinstance(steps, int) else len(steps)
+    def sample(solver: str, steps: int | SavedPlan, name: str) -> Samples:
+        length = steps if isinstance(steps, int) else len(steps.plan)
         task = progress.add_task(name.ljust(34), total=length)
         return sample_images(
             pipelines[solver], steps, seeds, len(seeds), lambda: progress.advance(task)
@@ -64,14 +66,21 @@ def sample_all(
     methods = [
         method
         for solver in DEMO_SOLVERS
-        for method in (Method(solver), Method(solver, "morse", pipelines[solver].plan_ratio))
+        for method in (Method(solver), _morse(solver, pipelines[solver]))
     ]
     for lsd in budgets:
         for method in methods:
-            steps = method.plan(lsd, speed_ratio) or lsd
+            steps = method.plan(lsd, speed_ratio, pipelines[method.solver]) or lsd
             name = f"{method.label}, {lsd} LSD"
             runs.append((method, lsd, sample(method.solver, steps, name)))
     return reference, runs
+
+
+def _morse(solver: str, pipe: "MorsePipeline") -> Method:
+    """Morse as a call with `lsd=` runs it, under the name of its ratio if that is all there is."""
+    if type(pipe.scheduler).__name__ in (pipe.dot.config.plans or {}):
+        return Method(solver, "morse", setting=AS_PLANNED)
+    return Method(solver, "morse", pipe.plan_ratio)
 
 
 def measure_rows(reference: Samples, runs: list[Run], speed_ratio: float) -> list[Row]:

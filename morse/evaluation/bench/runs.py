@@ -14,6 +14,7 @@ from torch import Tensor
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.conditions import UNCONDITIONAL, Conditions
 from morse.plan import MorsePlan
+from morse.saved_plans import SavedPlan, scheduler_options
 from morse.steps import find_exact_steps
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ KINDS: dict[Kind, str] = {
 # Kinds that Morse has to beat: Dash with another solver, or at other timesteps.
 TRAINING_FREE = ("baseline", "pfdiff", "ays")
 PLANNED = ("morse", "reuse", "extrapolation", "independent")  # kinds that run Morse's plan
+AS_PLANNED = "as planned"  # of kind "morse": what a user's call with this budget does
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Method:
             in `bench.controls`). "ays": Dash at tuned timesteps (`bench.ays`). Everything else: a
             peer (`bench.peers`).
         ratio: Evaluations per LSD that the plan aims at (see `MorsePlan.from_budget`).
-        setting: A peer's setting, such as "interval 3"; "" for everyone else.
+        setting: A peer's setting, such as "interval 3". With kind "morse" `AS_PLANNED` for what
+            `lsd=` does, saved plans and their grids included, instead of `ratio`. Else "".
     """
 
     solver: str
@@ -79,14 +82,24 @@ class Method:
     @property
     def label(self) -> str:
         """A short name, such as "DDIM", "Morse-DDIM r2" or "DeepCache-DDIM interval 3"."""
-        detail = f"r{self.ratio:g}" if self.kind in PLANNED else self.setting
+        by_ratio = self.kind in PLANNED and self.setting != AS_PLANNED
+        detail = f"r{self.ratio:g}" if by_ratio else self.setting
         return f"{KINDS[self.kind]}{SOLVERS[self.solver]} {detail}".rstrip()
 
-    def plan(self, lsd: int, speed_ratio: float) -> MorsePlan | None:
-        """Return Morse's plan for `lsd`; None for the kinds that have no Dot between Dashes."""
+    def plan(self, lsd: int, speed_ratio: float, pipe: "MorsePipeline") -> SavedPlan | None:
+        """Return Morse's plan for `lsd`; None for the kinds that have no Dot between Dashes.
+
+        Args:
+            lsd: The budget.
+            speed_ratio: N; `pipe` plans with it from now on.
+            pipe: The pipeline that the plan is for.
+        """
         if self.kind not in PLANNED:
             return None
-        return MorsePlan.from_budget(lsd, speed_ratio, self.ratio)
+        if self.setting != AS_PLANNED:
+            return SavedPlan(lsd, str(MorsePlan.from_budget(lsd, speed_ratio, self.ratio)))
+        pipe.speed_ratio = speed_ratio
+        return pipe.plan_for(lsd)
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,7 @@ class Samples:
 
 def sample_images(
     pipe: "MorsePipeline | SolverPipeline",
-    steps: int | MorsePlan,
+    steps: int | MorsePlan | SavedPlan,
     seeds: range,
     batch_size: int,
     on_step: Callable[[], object] | None = None,
@@ -157,7 +170,7 @@ def sample_images(
 
     Args:
         pipe: A pipeline of `load_pipelines`.
-        steps: The bare pipeline's number of evaluations, or Morse's plan.
+        steps: The bare pipeline's number of evaluations, or Morse's plan, with a grid or without.
         seeds: The seed of each image's own CPU generator.
         batch_size: Images at a time.
         on_step: Called after each step of each batch, for progress bars.
@@ -166,7 +179,9 @@ def sample_images(
     Raises:
         ValueError: If the pipeline's scheduler can't make so many evaluations.
     """
-    planned = isinstance(steps, MorsePlan)
+    options, planned = {}, not isinstance(steps, int)
+    if isinstance(steps, SavedPlan):
+        steps, options = MorsePlan.from_string(steps.plan), dict(steps.scheduler)
     if planned:
         settings = {"plan": steps}
     else:
@@ -176,7 +191,7 @@ def sample_images(
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(pipe.device)
     start = time.perf_counter()
-    with _step_callback(pipe, on_step):
+    with _step_callback(pipe, on_step), scheduler_options(pipe, options):
         for first in range(0, len(seeds), batch_size):
             began = time.perf_counter()
             chunk = seeds[first : first + batch_size]
@@ -187,7 +202,8 @@ def sample_images(
             batch_seconds.append(time.perf_counter() - began)
             parts.append(torch.from_numpy(output.images).permute(0, 3, 1, 2).float())
             run = pipe.last_run if planned else None
-    images, note = _finite(torch.cat(parts))
+    images, broken = _finite(torch.cat(parts))
+    grid = ", ".join(f"{name} {value}" for name, value in options.items())
     return Samples(
         images=images,
         num_dash=run.num_dash if planned else steps,
@@ -198,7 +214,7 @@ def sample_images(
         batch_seconds=tuple(batch_seconds),
         batch_size=batch_size,
         peak_memory_mib=torch.cuda.max_memory_allocated(pipe.device) / 2**20 if on_cuda else None,
-        note=note,
+        note="; ".join(filter(None, (grid, broken))),
     )
 
 

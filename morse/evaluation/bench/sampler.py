@@ -30,6 +30,7 @@ from morse.evaluation.bench.speed import (
 )
 from morse.evaluation.conditions import Conditions, call_parameters, make_conditions
 from morse.plan import MorsePlan
+from morse.saved_plans import SavedPlan
 from morse.steps import find_steps
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Bench:
         warm = method, batch_size, conditions.guidance_scale
         with self._autocast(), self._set_up(method, pipe) as seconds:
             if warm not in self._warm:
-                warm_up = WARM_UP_PLAN if isinstance(steps, MorsePlan) else WARM_UP
+                warm_up = WARM_UP if isinstance(steps, int) else WARM_UP_PLAN
                 few = seeds[:batch_size]
                 sample_images(pipe, warm_up, few, batch_size, conditions=conditions)
                 self._warm.add(warm)
@@ -202,12 +203,13 @@ class Bench:
         speed_ratio: float,
         pipe: "DiffusionPipeline",
         peer: dict[str, object] | None,
-    ) -> tuple[int | MorsePlan, str]:
+    ) -> tuple[int | SavedPlan, str]:
         """Choose what to run within a budget, and say where the solver can't use all of it."""
-        planned = method.plan(budget, speed_ratio)
-        if planned is not None:
-            wanted, made = len(planned), find_steps(pipe, {}, len(planned))[1]
-            steps = planned.shortened(made)
+        steps = method.plan(budget, speed_ratio, pipe)
+        if steps is not None:
+            plan = MorsePlan.from_string(steps.plan)
+            wanted, made = len(plan), find_steps(pipe, {}, len(plan))[1]
+            steps = dataclasses.replace(steps, plan=str(plan.shortened(made)))
         else:
             wanted = budget
             if method.kind == "shrunk":

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from morse.evaluation.bench.runs import KINDS, PLANNED, Method
+from morse.evaluation.bench.runs import AS_PLANNED, KINDS, PLANNED, Method
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
@@ -53,6 +53,8 @@ def _methods(config: "BenchmarkConfig", solver: str) -> Iterator[Method]:
             continue
         for ratio in ratios if kind in PLANNED else (1.0,):
             yield Method(solver, kind, ratio)
+        if kind == "morse" and solver in config.planned_solvers:
+            yield Method(solver, kind, setting=AS_PLANNED)
     for peer in config.chosen_peers if solver in config.control_solvers else ():
         for setting in PEER_SETTINGS[peer]:
             yield Method(solver, peer, setting=setting)

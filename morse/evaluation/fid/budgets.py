@@ -112,8 +112,9 @@ def _methods(config: "FidConfig", pipe: "DiffusionPipeline") -> Iterator[Method]
     for steps in sorted(set(config.num_inference_steps)):
         yield Method(f"bare, {steps} steps", f"steps_{steps}", "baseline", steps, steps)
     for lsd in sorted(set(config.lsd)):
-        plan = MorsePlan.from_budget(lsd, pipe.speed_ratio, pipe.plan_ratio)
-        yield Method(f"Morse, {lsd:g} LSD", f"lsd_{lsd:g}", "morse", plan, lsd)
+        spent = pipe.plan_for(lsd)
+        plan, options = MorsePlan.from_string(spent.plan), dict(spent.scheduler)
+        yield Method(f"Morse, {lsd:g} LSD", f"lsd_{lsd:g}", "morse", plan, lsd, options)
 
 
 def _settings(

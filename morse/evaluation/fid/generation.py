@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from PIL import Image
 from morse.evaluation.conditions import Conditions
 from morse.evaluation.fid.image_sets import ImageSet, image_files
 from morse.plan import MorsePlan
+from morse.saved_plans import scheduler_options
 from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Method:
             many steps that fidelity is measured against).
         steps: Evaluations of the bare pipeline, or Morse's plan.
         budget: LSD asked for, or the number of steps.
+        scheduler: Options of the scheduler that its plan goes with.
     """
 
     label: str
@@ -42,6 +44,7 @@ class Method:
     kind: str
     steps: int | MorsePlan
     budget: float
+    scheduler: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,9 @@ def _settings(method: Method, request: Request) -> dict[str, object]:
     planned = isinstance(method.steps, MorsePlan)
     # Only where there are any, so that folders made before there were can be gone on with.
     classes = request.conditions.class_labels
-    labels = {"class_labels": classes} if classes else {}
+    rare = {"class_labels": classes} if classes else {}
+    if method.scheduler:
+        rare["plan_scheduler"] = method.scheduler
     content = {
         "steps": len(method.steps) if planned else method.steps,
         "plan": str(method.steps) if planned else None,
@@ -141,7 +146,7 @@ def _settings(method: Method, request: Request) -> dict[str, object]:
         "batch_size": request.batch_size,
         "prompts": list(request.conditions.prompts),
         "guidance_scale": request.conditions.guidance_scale,
-        **labels,
+        **rare,
         **request.settings,
     }
     return json.loads(json.dumps(content))
@@ -195,7 +200,8 @@ def _sample(
     settings = {"plan": method.steps} if planned else {"num_inference_steps": method.steps}
     settings |= request.conditions.arguments(batch)
     generators = [torch.Generator().manual_seed(request.seed + index) for index in batch]
-    images = np.asarray(pipe(generator=generators, output_type="np", **settings).images)
+    with scheduler_options(pipe, method.scheduler):
+        images = np.asarray(pipe(generator=generators, output_type="np", **settings).images)
     broken = [
         request.seed + i
         for i, image in zip(batch, images, strict=True)

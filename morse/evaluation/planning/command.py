@@ -15,9 +15,14 @@ from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import command_line, environment
 from morse.evaluation.metrics import psnr
-from morse.evaluation.planning.search import Candidate, Evaluate, Found, search_plan
-from morse.plan import MorsePlan
-from morse.saved_plans import SavedPlan, scheduler_options
+from morse.evaluation.planning.search import (
+    UNIFORM_RATIOS,
+    Candidate,
+    Evaluate,
+    Found,
+    search_plan,
+)
+from morse.saved_plans import SavedPlan
 from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:
@@ -48,6 +53,10 @@ class PlanConfig:
     timestep_power: tuple[float, ...] = field(
         default=(1.0, 1.25, 1.5), metadata={"help": "grids tried with the leapfrog solver"}
     )
+    ratios: tuple[float, ...] = field(
+        default=UNIFORM_RATIOS,
+        metadata={"help": "evaluations per LSD of the uniform plans tried first; all Dash is too"},
+    )
     num_images: int = field(default=128, metadata={"help": "trajectories to judge the best on"})
     num_quick_images: int = field(
         default=32, metadata={"help": "so many of them to judge each plan that is tried on"}
@@ -73,8 +82,9 @@ class PlanConfig:
                 f"num_quick_images is {self.num_quick_images}, but must be at most "
                 f"num_images = {self.num_images}"
             )
-        if min(self.lsd) < 1:
-            raise ValueError(f"lsd is {self.lsd}, but each must be 1 or more")
+        for name in ("lsd", "ratios"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
 
     def grids(self, solver: str) -> list[tuple[tuple[str, object], ...]]:
         """List the scheduler options to choose from."""
@@ -103,7 +113,14 @@ def run_plan(config: PlanConfig) -> None:
     for solver, lsd in product(config.solver, config.lsd):
         pipe = pipes[solver]
         evaluate = make_judge(config, pipe, reference, seeds, conditions)
-        found = search_plan(evaluate, lsd, speed_ratio, config.grids(solver), config.max_rounds)
+        found = search_plan(
+            evaluate,
+            lsd,
+            speed_ratio,
+            config.grids(solver),
+            config.max_rounds,
+            ratios=config.ratios,
+        )
         saved = _saved(found, lsd, speed_ratio, config.num_images)
         name = type(pipe.scheduler).__name__
         kept = [entry for entry in plans.get(name, ()) if entry["lsd"] != lsd]
@@ -128,14 +145,8 @@ def make_judge(
 
     def evaluate(candidate: Candidate, quick: bool) -> float:
         chosen = seeds[: config.num_quick_images] if quick else seeds
-        with scheduler_options(pipe, dict(candidate.options)):
-            samples = sample_images(
-                pipe,
-                MorsePlan.from_string(candidate.plan),
-                chosen,
-                config.batch_size,
-                conditions=conditions,
-            )
+        plan = SavedPlan(0, candidate.plan, dict(candidate.options))
+        samples = sample_images(pipe, plan, chosen, config.batch_size, conditions=conditions)
         return float(psnr(samples.images, reference[: len(chosen)]).mean())
 
     return evaluate

@@ -2,7 +2,7 @@
 
 Errors of single steps don't add up: Dot's error at one step changes what all later ones see. So a
 plan is judged by the samples it ends in. What is searched is small (a string of D and o, and a few
-grids), so that going from the best uniform plans to better neighbours finds good ones.
+grids), so that going from the best of some regular plans to better neighbours finds good ones.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,12 +45,32 @@ class Found:
 
 
 def uniform_candidates(
-    lsd: float, speed_ratio: float, grids: Sequence[tuple[tuple[str, object], ...]]
+    lsd: float,
+    speed_ratio: float,
+    grids: Sequence[tuple[tuple[str, object], ...]],
+    ratios: Sequence[float] = UNIFORM_RATIOS,
 ) -> list[Candidate]:
     """List uniform plans of several ratios, all Dash among them, on every grid."""
-    plans = [MorsePlan.from_budget(lsd, speed_ratio, ratio, 0.5) for ratio in UNIFORM_RATIOS]
+    plans = [MorsePlan.from_budget(lsd, speed_ratio, ratio, 0.5) for ratio in (1.0, *ratios)]
     strings = dict.fromkeys(str(plan) for plan in plans)
     return [Candidate(plan, grid) for plan in strings for grid in grids]
+
+
+def early_candidates(
+    lsd: float, speed_ratio: float, grids: Sequence[tuple[tuple[str, object], ...]]
+) -> list[Candidate]:
+    """List plans in which Dash and Dot alternate first and Dash alone ends the run, on every grid.
+
+    Errors at high noise decide where a sample goes, those at low noise how near it gets: there a
+    Dash evaluation is worth most once the grid is fine.
+    """
+    plans = []
+    for pairs in sorted({max(1, round(lsd / 3)), max(1, round(lsd / 2))}):
+        start = MorsePlan.from_string("Do" * pairs)
+        rest = lsd - start.cost(speed_ratio)
+        if rest >= 1:
+            plans.append(f"{start}{'D' * int(rest + 1e-9)}")
+    return [Candidate(plan, grid) for plan in plans for grid in grids]
 
 
 def neighbours(plan: str, lsd: float, speed_ratio: float) -> Iterator[str]:
@@ -86,6 +106,7 @@ def search_plan(
     grids: Sequence[tuple[tuple[str, object], ...]] = ((),),
     max_rounds: int = 6,
     finalists: int = 4,
+    ratios: Sequence[float] = UNIFORM_RATIOS,
 ) -> Found:
     """Search the best plan for a budget.
 
@@ -97,6 +118,7 @@ def search_plan(
         max_rounds: Steps to the best neighbour at most.
         finalists: How many of the best are judged on all images; the best uniform plan and the
             best all-Dash one are too, so that the result is never worse than either there.
+        ratios: Evaluations per LSD of the uniform plans to start from; all Dash is always tried.
     """
     tried: dict[Candidate, float] = {}
 
@@ -108,7 +130,8 @@ def search_plan(
     def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
         return sorted(candidates, key=tried.__getitem__, reverse=True)
 
-    starts = uniform_candidates(lsd, speed_ratio, grids)
+    uniform_plans = uniform_candidates(lsd, speed_ratio, grids, ratios)
+    starts = [*uniform_plans, *early_candidates(lsd, speed_ratio, grids)]
     judge(starts)
     best = ranked(starts)[0]
     for _ in range(max_rounds):
@@ -119,8 +142,8 @@ def search_plan(
         if better == best:
             break
         best = better
-    all_dash = [each for each in starts if "o" not in each.plan]
-    uniform = ranked(starts)[:2] + ranked(all_dash)[:1]
+    all_dash = [each for each in uniform_plans if "o" not in each.plan]
+    uniform = ranked(uniform_plans)[:2] + ranked(all_dash)[:1]
     final = {
         each: evaluate(each, False)
         for each in dict.fromkeys([*ranked(list(tried))[:finalists], *uniform])

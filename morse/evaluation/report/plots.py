@@ -16,8 +16,9 @@ COLORS = {
     ("ddim", "morse"): "#0072B2",
     ("dpmsolver++", "baseline"): "#E69F00",
     ("dpmsolver++", "morse"): "#D55E00",
-    ("unipc", "baseline"): "#CC79A7",
-    ("unipc", "morse"): "#009E73",
+    ("leapfrog", "baseline"): "#CC79A7",
+    ("leapfrog", "morse"): "#009E73",
+    ("leapfrog-dense", "baseline"): "#F0E442",
     ("dpmsolver++1", "baseline"): "#000000",
 }
 # Line and marker of each kind; other kinds are drawn like `OTHER`, in their solver's colour.
@@ -33,7 +34,7 @@ KINDS = {
 }
 OTHER = ((0, (1, 3)), "h")
 # Bare solvers without a colour of their own are grey, told apart by their marker.
-SOLVER_MARKERS = {"dpmsolver++1": "p", "deis": "<", "pndm": ">", "heun": "H"}
+SOLVER_MARKERS = {"dpmsolver++1": "p", "unipc": "^", "deis": "<", "pndm": ">", "heun": "H"}
 FILLS = ("full", "none", "left", "right")  # tells curves of one solver and kind (ratios) apart
 FRAMING = ("baseline", "morse")  # kinds whose range a panel shows; others may leave it
 LSD_LABEL = "cost, LSD (1 = one Dash evaluation)"
