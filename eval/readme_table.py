@@ -5,10 +5,11 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from morse.evaluation.ablation.report import compact_table
-from morse.evaluation.bench.runs import TRAINING_FREE
+from morse.evaluation.bench.methods import TRAINING_FREE
 from morse.evaluation.report.data import (
     CONTROLS,
     READABLE_SCHEMAS,
@@ -25,10 +26,7 @@ from morse.evaluation.report.data import (
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval/results/fashion_mnist"
-BEGIN, END = "<!-- begin table: python -m eval.readme_table -->", "<!-- end table -->"
 ABLATION = ROOT / "eval/results/ablation/ablation.json"
-BEGIN_ABLATION = "<!-- begin ablation: python -m eval.readme_table -->"
-END_ABLATION = "<!-- end ablation -->"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
 MAX_BUDGETS = 5
 # README's copy -> the benchmark's own; only what README shows is copied.
@@ -37,16 +35,17 @@ PICTURES = {
 }  # fmt: skip
 
 
-def load_result() -> Result:
-    """Return the committed benchmark's JSON."""
-    return json.loads((RESULTS / "benchmark.json").read_text("utf-8"))
+def load_result(folder: str = "") -> Result:
+    """Return the committed benchmark's JSON, or that of a smaller one in a folder of its own."""
+    return json.loads((RESULTS / folder / "benchmark.json").read_text("utf-8"))
 
 
-def make_table(result: Result) -> str:
+def make_table(result: Result, psnr_errors: bool = False) -> str:
     """Return Fréchet distance and PSNR of training-free solvers, Morse and controls, as Markdown.
 
     Args:
         result: The benchmark's JSON, of a pipeline without guidance.
+        psnr_errors: Show the standard errors of PSNR too: for few images.
 
     Raises:
         ValueError: If it has another schema.
@@ -66,7 +65,7 @@ def make_table(result: Result) -> str:
     lines = [f"| Fréchet distance, PSNR in dB, at LSD | {' | '.join(map(str, budgets))} |"]
     lines.append("|---" * (len(budgets) + 1) + "|")
     for name in dict.fromkeys(name for name, _ in rows):
-        cells = [_cell(result, rows.get((name, budget))) for budget in budgets]
+        cells = [_cell(result, rows.get((name, budget)), psnr_errors) for budget in budgets]
         lines.append(f"| {f'**{name}**' if name in morse else name} | {' | '.join(cells)} |")
     lines += [f"\n{mark} measured on {place}" for place, mark in footnotes(result).items()]
     return "\n".join(lines)
@@ -80,25 +79,36 @@ def shown_budgets(result: Result) -> list[float]:
     return [budgets[round(i * last / max(count - 1, 1))] for i in range(count)]
 
 
-def _cell(result: Result, row: Measured | None) -> str:
+def _cell(result: Result, row: Measured | None, psnr_errors: bool) -> str:
     if row is None:
         return "not measured"
     axes = {axis.name: axis for axis in read_axes(result)}
     frechet, psnr = (read_score(row, axes[name]) for name in ("frechet", "psnr"))
     mark = footnotes(result).get(elsewhere(result, row))
-    text = f"{frechet.text(2)}, {f'{psnr.value:.1f}' if psnr else 'reference'}"
-    return " ".join(filter(None, (text, mark)))
+    fidelity = "reference"
+    if psnr:
+        fidelity = psnr.text(1) if psnr_errors else f"{psnr.value:.1f}"
+    return " ".join(filter(None, (f"{frechet.text(2)}, {fidelity}", mark)))
 
 
-def update(text: str, result: Result) -> str:
-    """Return README's text with the table between its marks redone."""
-    return replace_between(text, BEGIN, END, make_table(result))
+# By the names in README's marks.
+TABLES: dict[str, Callable[[], str]] = {
+    "table": lambda: make_table(load_result()),
+    "planned": lambda: make_table(load_result("planned"), psnr_errors=True),
+    "ablation": lambda: compact_table(json.loads(ABLATION.read_text("utf-8"))),
+}
 
 
-def update_ablation(text: str) -> str:
-    """Return README's text with the ablation's table redone from the committed JSON."""
-    table = compact_table(json.loads(ABLATION.read_text("utf-8")))
-    return replace_between(text, BEGIN_ABLATION, END_ABLATION, table)
+def marks(name: str) -> tuple[str, str]:
+    """Return the lines before and after a table of README."""
+    return f"<!-- begin {name}: python -m eval.readme_table -->", f"<!-- end {name} -->"
+
+
+def update(text: str) -> str:
+    """Return README's text with its tables redone from the committed JSON."""
+    for name, make in TABLES.items():
+        text = replace_between(text, *marks(name), make())
+    return text
 
 
 def replace_between(text: str, begin: str, end: str, content: str) -> str:
@@ -110,7 +120,7 @@ def replace_between(text: str, begin: str, end: str, content: str) -> str:
 def main() -> None:
     """Rewrite README and copy its pictures."""
     readme = ROOT / "README.md"
-    text = update_ablation(update(readme.read_text(encoding="utf-8"), load_result()))
+    text = update(readme.read_text(encoding="utf-8"))
     readme.write_text(text, encoding="utf-8")
     for target, source in PICTURES.items():
         if target in text:

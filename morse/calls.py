@@ -2,7 +2,6 @@
 
 import inspect
 import time
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from statistics import median, quantiles
@@ -15,37 +14,23 @@ from morse.dot.card import pipeline_card
 from morse.dot.hub import Publishable
 from morse.one_pass import read_guidance
 from morse.plan import MorsePlan
+from morse.plan_choice import PlanChoice
 from morse.prepare import prepare_dot, remember
 from morse.rates import choose_base_space
-from morse.sampling import Dot
-from morse.saved_plans import (
-    SavedPlan,
-    chooses_timesteps,
-    find_saved_plan,
-    scheduler_options,
-)
+from morse.saved_plans import scheduler_options
 from morse.slot import CURRENT_RUN, install_switch
-from morse.steps import count_evaluations, find_exact_steps, find_steps
 from morse.summary import SpeedRatio, summarize_run, warn_unless_engaged
 from morse.switch import MorseRun
 
-DEFAULT_PLAN_RATIO = 2.0
 
-
-class MorseCalls(Publishable):
-    """What `enable_morse` adds to a pipeline.
+class MorseCalls(PlanChoice, Publishable):
+    """What `enable_morse` adds to a pipeline; see `PlanChoice` for `dot` and `speed_ratio`.
 
     Attributes:
-        dot: The Dot in use.
-        speed_ratio: N, with which plans for `lsd=` are made. It starts as what Dot's config says,
-            so that the same call gives the same image on every machine; None until first needed
-            where the config says nothing. Set it, or measure it with `measure_speed_ratio`.
         measured: What `measure_speed_ratio` found last; None before.
         last_run: What the latest planned call did; None after a call without a plan.
     """
 
-    dot: Dot | None = None
-    speed_ratio: float | None = None
     measured: SpeedRatio | None = None
     last_run: MorseRun | None = None
 
@@ -92,27 +77,6 @@ class MorseCalls(Publishable):
             chosen, steps = self._fit_plan(wanted, arguments, shorten=lsd is not None)
             return self._run(chosen, {**arguments, "num_inference_steps": steps})
 
-    def plan_for(self, lsd: float, **kwargs: object) -> SavedPlan:
-        """Tell how a call with this budget is spent: which plan, on which grid.
-
-        That is the plan that was saved with Dot for this scheduler (`morse plan`;
-        `morse.saved_plans.find_saved_plan` says which), if there is one, else a uniform one.
-
-        Args:
-            lsd: The budget.
-            kwargs: The call's other arguments: some choose the timesteps, which no saved plan fits.
-        """
-        saved = self._saved_plan(lsd, kwargs)
-        return saved or SavedPlan(lsd, str(self._make_plan(lsd, None, None, None, kwargs)))
-
-    def _saved_plan(self, lsd: float, arguments: dict[str, object]) -> SavedPlan | None:
-        """Find the plan that was searched for this budget; for whole runs alone."""
-        plans = self.dot.config.get("plans") if isinstance(self.dot, MorseDot) else None
-        given = self._with_defaults({"num_inference_steps": None, **arguments})
-        if not plans or chooses_timesteps(given):
-            return None
-        return find_saved_plan(plans, self.scheduler, lsd, self._known_speed_ratio(arguments))
-
     def _name_arguments(self, args: tuple, kwargs: dict) -> dict[str, object]:
         """Give the pipeline's own arguments by name."""
         arguments = dict(inspect.signature(super().__call__).bind(*args, **kwargs).arguments)
@@ -150,74 +114,6 @@ class MorseCalls(Publishable):
         if not getattr(self, "_interrupt", False):
             warn_unless_engaged(run)
         return output
-
-    def _make_plan(
-        self,
-        lsd: float | None,
-        num_dash: int | None,
-        num_dot: int | None,
-        plan: MorsePlan | str | Sequence[bool] | None,
-        arguments: dict[str, object],
-    ) -> MorsePlan:
-        """Plan as asked, whether or not the scheduler can make so many evaluations."""
-        counts = num_dash is not None or num_dot is not None
-        if (lsd is not None) + counts + (plan is not None) > 1:
-            raise ValueError(
-                "give only one of lsd, plan, and num_dash_steps with num_dot_steps; got "
-                f"lsd={lsd}, plan={plan}, num_dash_steps={num_dash}, num_dot_steps={num_dot}."
-            )
-        if lsd is not None:
-            if self.dot is None:
-                warnings.warn("lsd was given but the pipeline has no dot: all Dash.", stacklevel=3)
-            return MorsePlan.from_budget(lsd, self._known_speed_ratio(arguments), self.plan_ratio)
-        if counts:
-            steps = arguments.get("num_inference_steps")
-            if steps is not None:
-                steps = count_evaluations(self, self._with_defaults(arguments), steps)
-            chosen = MorsePlan.from_counts(num_dash, num_dot, steps)
-        else:
-            chosen = MorsePlan.parse(plan)
-        if chosen.num_dot and self.dot is None:
-            raise ValueError("the plan has Dot evaluations but the pipeline has no dot.")
-        return chosen
-
-    def _fit_plan(
-        self, plan: MorsePlan, arguments: dict[str, object], shorten: bool
-    ) -> tuple[MorsePlan, int]:
-        """Find the `num_inference_steps` that makes the plan's evaluations; shorten it if allowed.
-
-        Raises:
-            ValueError: If there is none.
-        """
-        known, steps = self._with_defaults(arguments), arguments.get("num_inference_steps")
-        if steps is not None:
-            count = count_evaluations(self, known, steps)
-            if count != len(plan):
-                raise ValueError(
-                    f"num_inference_steps={steps} makes {count} evaluations but the plan has "
-                    f"{len(plan)} evaluations; leave num_inference_steps away."
-                )
-            return plan, steps
-        if not shorten:
-            return plan, find_exact_steps(self, known, len(plan))
-        steps, count = find_steps(self, known, len(plan))
-        return plan.shortened(count), steps
-
-    @property
-    def plan_ratio(self) -> float:
-        """Evaluations per LSD that plans for `lsd=` aim at, by Dot's config and the scheduler."""
-        config = self.dot.config if isinstance(self.dot, MorseDot) else {}
-        ratios = config.get("plan_ratio") or {}
-        default = ratios.get("default", DEFAULT_PLAN_RATIO)
-        return ratios.get(type(self.scheduler).__name__, default)
-
-    def _known_speed_ratio(self, arguments: dict[str, object]) -> float:
-        if self.dot is None:
-            return 1.0
-        if self.speed_ratio is None:
-            own = {name: value for name, value in arguments.items() if name != "generator"}
-            self.measure_speed_ratio(**own)
-        return self.speed_ratio
 
     def measure_speed_ratio(self, *args: object, repeats: int = 5, **kwargs: object) -> SpeedRatio:
         """Measure N by a run that alternates Dash and Dot, and plan with it from now on.

@@ -305,7 +305,7 @@ class TestFallbacks:
 
     def test_a_pipeline_that_ends_before_the_plan_warns(self, pipe, dot, monkeypatch):
         enable_morse(pipe, dot)
-        monkeypatch.setattr("morse.calls.find_exact_steps", lambda pipe, arguments, length: 3)
+        monkeypatch.setattr("morse.plan_choice.find_exact_steps", lambda pipe, arguments, length: 3)
         with pytest.warns(
             UserWarning, match="planned 4 evaluations but the pipeline ended after 3"
         ):
@@ -313,7 +313,7 @@ class TestFallbacks:
 
     def test_evaluations_beyond_the_plan_are_dash_and_counted(self, pipe, dot, monkeypatch):
         enable_morse(pipe, dot)
-        monkeypatch.setattr("morse.calls.find_exact_steps", lambda pipe, arguments, length: 5)
+        monkeypatch.setattr("morse.plan_choice.find_exact_steps", lambda pipe, arguments, length: 5)
         sample(pipe, plan="DoD")
         assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (4, 1)
         assert pipe.last_run.fallbacks == {"the plan has ended": 2}

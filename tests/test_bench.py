@@ -8,7 +8,7 @@ import torch
 from evaluation_fixtures import independent_folder, tiny_folder  # noqa: F401
 
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark
-from morse.evaluation.bench.runs import AS_PLANNED, KINDS, Method
+from morse.evaluation.bench.methods import AS_PLANNED, KINDS, Method
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.tasks import CHOOSABLE
 from morse.evaluation.conditions import UNCONDITIONAL

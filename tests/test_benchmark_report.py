@@ -144,7 +144,10 @@ def test_latency_alone_needs_no_rows(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["benchmark.json", *(f"{part}/benchmark.json" for part in ("controls", "leapfrog", "pfdiff"))],
+    [
+        "benchmark.json",
+        *(f"{part}/benchmark.json" for part in ("controls", "leapfrog", "pfdiff", "planned")),
+    ],
 )
 def test_committed_results_are_drawn(name, tmp_path):
     committed = json.loads((ROOT / "eval/results/fashion_mnist" / name).read_text("utf-8"))

@@ -17,8 +17,9 @@ from tiny_pipelines import stable_diffusion, text_inputs, text_unet, tiny_vae
 
 from morse.evaluation.bench import ays, caches, peers
 from morse.evaluation.bench.loading import with_scheduler
+from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.peers import PEERS, measure_peer, peer_facts, peer_steps
-from morse.evaluation.bench.runs import Method, Samples, sample_images
+from morse.evaluation.bench.runs import Samples, sample_images
 from morse.evaluation.bench.tasks import PEER_SETTINGS
 from morse.evaluation.conditions import Conditions
 

@@ -7,15 +7,14 @@ import pytest
 from report_fixtures import full_result
 from report_older import without_errors
 
+from eval import readme_table
 from eval.readme_table import (
-    BEGIN,
-    END,
     PICTURES,
-    load_result,
+    TABLES,
     make_table,
+    marks,
     shown_budgets,
     update,
-    update_ablation,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -26,13 +25,10 @@ def readme():
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_table_is_that_of_the_committed_benchmark(readme):
-    assert BEGIN in readme
-    assert update(readme, load_result()) == readme
-
-
-def test_the_ablation_is_the_committed_one(readme):
-    assert update_ablation(readme) == readme
+def test_the_tables_are_those_of_the_committed_results(readme):
+    for name in TABLES:
+        assert all(readme.count(mark) == 1 for mark in marks(name))
+    assert update(readme) == readme
 
 
 def test_readme_shows_the_committed_pictures(readme):
@@ -41,13 +37,15 @@ def test_readme_shows_the_committed_pictures(readme):
             assert (ROOT / copy).read_bytes() == source.read_bytes()
 
 
-def test_a_changed_figure_changes_the_table():
+def test_a_changed_figure_changes_the_table(monkeypatch):
     result = full_result()
-    text = f"before\n{BEGIN}\n{make_table(result)}\n{END}\nafter"
-    assert update(text, result) == text
+    monkeypatch.setattr(readme_table, "TABLES", {"table": lambda: make_table(result)})
+    begin, end = marks("table")
+    text = f"before\n{begin}\n{make_table(result)}\n{end}\nafter"
+    assert update(text) == text
     result["rows"][3]["scores"]["frechet"]["value"] += 0.1
-    assert update(text, result) != text
-    assert update(text, result).startswith("before\n") and update(text, result).endswith("\nafter")
+    assert update(text) != text
+    assert update(text).startswith("before\n") and update(text).endswith("\nafter")
 
 
 def test_the_table_has_training_free_solvers_morse_and_controls():
@@ -61,6 +59,7 @@ def test_the_table_has_training_free_solvers_morse_and_controls():
         "Reuse-DPM++ 2M r1.75",
     ]
     assert "| 5.20 ± 0.10, 22.6 |" in lines[2]
+    assert "| 5.20 ± 0.10, 22.6 ± 0." in make_table(full_result(), psnr_errors=True)
     older = make_table(without_errors(full_result()))
     assert "| 5.20, 22.6 |" in older
     assert older.endswith("\n\n† measured on AMD EPYC, 2 threads, float64")

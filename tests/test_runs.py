@@ -6,7 +6,8 @@ from diffusers import DDPMScheduler
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse.evaluation.bench.loading import load_pipelines, make_pipeline
-from morse.evaluation.bench.runs import AS_PLANNED, Method, Samples, sample_images
+from morse.evaluation.bench.methods import AS_PLANNED, Method
+from morse.evaluation.bench.runs import Samples, sample_images
 from morse.evaluation.bench.solvers import SOLVERS, make_solver
 from morse.evaluation.metrics import psnr
 from morse.plan import MorsePlan

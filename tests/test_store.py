@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from morse.evaluation.bench.runs import Method
+from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.store import Cell, CellStore
 from morse.evaluation.scoring import ImageScores
 

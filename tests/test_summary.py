@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from morse.evaluation.bench.runs import Method
+from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.metrics import feature_statistics, frechet_distance
 from morse.evaluation.scoring import AXES, ImageScores

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from morse.evaluation.bench.loading import load_pipelines
-from morse.evaluation.bench.runs import REFERENCE_SOLVER, Samples
+from morse.evaluation.bench.methods import REFERENCE_SOLVER
+from morse.evaluation.bench.runs import Samples
 from morse.evaluation.demo_report import Row, plot_quality, results_table, save_grid
 from morse.evaluation.demo_sampling import (
     DEMO_SOLVERS,

@@ -18,8 +18,8 @@ class Row:
 
     Attributes:
         label: The method's name.
-        solver: Its solver, a key of `runs.SOLVERS`.
-        kind: A key of `runs.KINDS`.
+        solver: Its solver, a key of `solvers.SOLVERS`.
+        kind: A key of `methods.KINDS`.
         budget: LSD asked for.
         lsd: LSD spent.
         num_dash: Dash evaluations an image.

@@ -2,14 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from morse.evaluation.bench.runs import (
-    AS_PLANNED,
-    REFERENCE_SOLVER,
-    REFERENCE_STEPS,
-    Method,
-    Samples,
-    sample_images,
-)
+from morse.evaluation.bench.methods import AS_PLANNED, REFERENCE_SOLVER, REFERENCE_STEPS, Method
+from morse.evaluation.bench.runs import Samples, sample_images
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.demo_report import Row
 from morse.evaluation.features import extract_features, load_features, load_reference

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from morse.evaluation.bench.architectures import ARCHITECTURES, find_architecture
-from morse.evaluation.bench.runs import Method
+from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.solvers import SOLVERS, check_solvers
 from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS, list_tasks
 from morse.evaluation.environment import resolve_device

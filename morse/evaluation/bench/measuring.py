@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from morse.evaluation.bench.grid import COLUMNS, grid_budgets, strip_png
-from morse.evaluation.bench.runs import REFERENCE_SOLVER, REFERENCE_STEPS, Method, Samples
+from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS, Method
+from morse.evaluation.bench.runs import Samples
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.store import Cell, CellStore

@@ -33,7 +33,8 @@ from morse.evaluation.bench.deepcache import (
     measure_deepcache,
 )
 from morse.evaluation.bench.engagement import LEAST_GAIN, timed, why_not_engaged
-from morse.evaluation.bench.runs import Method, Samples, sample_images
+from morse.evaluation.bench.methods import Method
+from morse.evaluation.bench.runs import Samples, sample_images
 from morse.evaluation.conditions import Conditions
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -12,14 +11,14 @@ import torch
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.engagement import timed
 from morse.evaluation.bench.loading import load_bare, make_pipeline, with_scheduler, with_solver
+from morse.evaluation.bench.methods import REFERENCE_SOLVER, Method
 from morse.evaluation.bench.peers import (
     PEERS,
     apply_peer,
     measure_peer,
     peer_facts,
-    peer_steps,
 )
-from morse.evaluation.bench.runs import REFERENCE_SOLVER, Method, Samples, sample_images
+from morse.evaluation.bench.runs import Samples, sample_images
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.speed import (
     Mode,
@@ -28,10 +27,9 @@ from morse.evaluation.bench.speed import (
     measure_speed_table,
     set_merged,
 )
+from morse.evaluation.bench.spending import choose_steps
 from morse.evaluation.conditions import Conditions, call_parameters, make_conditions
 from morse.plan import MorsePlan
-from morse.saved_plans import SavedPlan
-from morse.steps import find_steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -174,7 +172,7 @@ class Bench:
             peer: What `measure_peer` returned, for a peer.
         """
         pipe, batch_size = self._pipe(method), self._batch_size(len(seeds))
-        steps, note = self._steps(method, budget, speed_ratio, pipe, peer)
+        steps, note = choose_steps(method, budget, speed_ratio, pipe, peer)
         warm = method, batch_size, conditions.guidance_scale
         with self._autocast(), self._set_up(method, pipe) as seconds:
             if warm not in self._warm:
@@ -195,31 +193,6 @@ class Bench:
 
     def _batch_size(self, num_images: int | None = None) -> int:
         return min(self.config.batch_size, num_images or self.config.num_images)
-
-    def _steps(
-        self,
-        method: Method,
-        budget: int,
-        speed_ratio: float,
-        pipe: "DiffusionPipeline",
-        peer: dict[str, object] | None,
-    ) -> tuple[int | SavedPlan, str]:
-        """Choose what to run within a budget, and say where the solver can't use all of it."""
-        steps = method.plan(budget, speed_ratio, pipe)
-        if steps is not None:
-            plan = MorsePlan.from_string(steps.plan)
-            wanted, made = len(plan), find_steps(pipe, {}, len(plan))[1]
-            steps = dataclasses.replace(steps, plan=str(plan.shortened(made)))
-        else:
-            wanted = budget
-            if method.kind == "shrunk":
-                wanted = math.floor(speed_ratio * budget)
-            elif method.kind in PEERS:
-                wanted = peer_steps(method, budget, peer)
-            wanted = min(wanted, pipe.scheduler.config.num_train_timesteps)
-            steps = made = find_steps(pipe, {}, wanted)[1]
-        note = f"{made} of {wanted} evaluations: {SOLVERS[method.solver]} can't make all"
-        return steps, note if made < wanted else ""
 
     def _autocast(self) -> AbstractContextManager:
         if self.config.mixed_precision == "no":

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from morse.evaluation.bench.runs import Method
+from morse.evaluation.bench.methods import Method
 from morse.evaluation.scoring import ImageScores
 from morse.training.checkpoint import atomic_save_file, write_json
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from morse.evaluation.bench.runs import AS_PLANNED, KINDS, PLANNED, Method
+from morse.evaluation.bench.methods import AS_PLANNED, KINDS, PLANNED, Method
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from morse.evaluation.bench.loading import load_pipelines
-from morse.evaluation.bench.runs import REFERENCE_SOLVER, REFERENCE_STEPS, sample_images
+from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS
+from morse.evaluation.bench.runs import sample_images
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import command_line, environment

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from morse.evaluation.bench.runs import TRAINING_FREE
+from morse.evaluation.bench.methods import TRAINING_FREE
 from morse.evaluation.bench.tasks import PEER_SETTINGS
 
 Result = Mapping[str, Any]  # the JSON's content

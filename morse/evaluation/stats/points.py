@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from morse.evaluation.bench.runs import Method
+from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.scoring import AXES, REFERENCE_AXES
 from morse.evaluation.stats.bootstrap import NUM_REAL, Estimate, SeedBootstrap, draw_real
