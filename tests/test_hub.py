@@ -124,6 +124,14 @@ class TestCards:
         parameters = sum(value.numel() for value in pipe.unet.parameters())
         assert rows["Dash"] == f"UNet2DConditionModel, {parameters:,} parameters"
 
+    def test_searched_plans_are_told(self, tmp_path):
+        dot = MorseDot.from_dash(text_pipe().unet, 1)
+        assert "LSD of searched plans" not in self.card(dot, tmp_path / "without").text
+        saved = [{"lsd": 4, "plan": "DoDD"}, {"lsd": 5.5, "plan": "DDDDD"}]
+        dot.register_to_config(plans={"LeapfrogScheduler": saved})
+        text = self.card(dot, tmp_path / "with").text
+        assert "| LSD of searched plans | LeapfrogScheduler: 4, 5.5 |" in text
+
     def test_what_is_not_known_is_not_made_up(self, tmp_path):
         dot = MorseDot.from_dash(text_pipe().unet, 1)
         rows = self.card(dot, tmp_path).text

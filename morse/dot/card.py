@@ -59,6 +59,11 @@ def dot_rows(dot: ModelMixin) -> dict[str, object]:
     config = dot.config
     ratios, fingerprint = config.plan_ratio or {}, config.dash_fingerprint
     zeros = {"of these zero, by pruning": f"{_count_zeros(dot):,}"} if config.sparse else {}
+    plans = {
+        name: ", ".join(f"{entry['lsd']:g}" for entry in saved)
+        for name, saved in (config.plans or {}).items()
+    }
+    searched = {"LSD of searched plans": _pairs(plans)} if plans else {}
     gate = {} if config.gate is None else {"gate on the residual": "fitted, in `config.json`"}
     return {
         "Dash": f"{fingerprint['class']}, {fingerprint['parameters']:,} parameters",
@@ -73,8 +78,13 @@ def dot_rows(dot: ModelMixin) -> dict[str, object]:
         "what it corrects under guidance (`guidance`)": config.guidance,
         **gate,
         "N (Dash's time over Dot's)": config.speed_ratio,
-        "evaluations per LSD": "; ".join(f"{key}: {value}" for key, value in ratios.items()),
+        "evaluations per LSD": _pairs(ratios),
+        **searched,
     }
+
+
+def _pairs(values: dict[str, object]) -> str:
+    return "; ".join(f"{key}: {value}" for key, value in values.items())
 
 
 def _count_zeros(dot: ModelMixin) -> int:

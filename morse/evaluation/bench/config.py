@@ -132,7 +132,7 @@ class BenchmarkConfig:
     )
     control_solvers: tuple[str, ...] = field(
         default=("ddim", "dpmsolver++"),
-        metadata={"help": "those of --solvers that controls other than reuse, and peers, run with"},
+        metadata={"help": "those of --solvers that controls and peers run with"},
     )
     ddim_ratios: tuple[float, ...] = field(
         default=(2.0,), metadata={"help": "plan ratios tried with DDIM"}

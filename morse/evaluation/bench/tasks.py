@@ -47,7 +47,7 @@ def _all_tasks(config: "BenchmarkConfig") -> Iterator[tuple[Method, int]]:
 def _methods(config: "BenchmarkConfig", solver: str) -> Iterator[Method]:
     ratios = config.ddim_ratios if solver == "ddim" else config.dpm_ratios
     for kind in config.kinds:
-        if kind not in ("baseline", "morse", "reuse") and solver not in config.control_solvers:
+        if kind not in ("baseline", "morse") and solver not in config.control_solvers:
             continue
         if OWN_SOLVER.get(kind, solver) != solver:
             continue
