@@ -179,7 +179,10 @@ def _write_pictures(
     """Write the grid and the plot; return the files."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
     grid, plot = config.output_dir / "grid.png", config.output_dir / "quality.png"
-    labelled = [(f"{method.label}, {lsd} LSD", run.images) for method, lsd, run in runs]
+    labelled = [
+        (f"{row.label}, {row.budget} LSD", samples.images)
+        for row, (_, _, samples) in zip(rows, runs, strict=True)
+    ]
     save_grid([(REFERENCE_NAME, reference.images), *labelled], grid)
     plot_quality(rows, plot, title, frechet="frechet_to_reference")
     return [grid, plot]

@@ -60,21 +60,19 @@ def sample_all(
     methods = [
         method
         for solver in DEMO_SOLVERS
-        for method in (Method(solver), _morse(solver, pipelines[solver]))
+        for method in (Method(solver), Method(solver, "morse", setting=AS_PLANNED))
     ]
     for lsd in budgets:
         for method in methods:
             steps = method.plan(lsd, speed_ratio, pipelines[method.solver]) or lsd
-            name = f"{method.label}, {lsd} LSD"
+            name = f"{_short_label(method)}, {lsd} LSD"
             runs.append((method, lsd, sample(method.solver, steps, name)))
     return reference, runs
 
 
-def _morse(solver: str, pipe: "MorsePipeline") -> Method:
-    """Morse as a call with `lsd=` runs it, under the name of its ratio if that is all there is."""
-    if type(pipe.scheduler).__name__ in (pipe.dot.config.plans or {}):
-        return Method(solver, "morse", setting=AS_PLANNED)
-    return Method(solver, "morse", pipe.plan_ratio)
+def _short_label(method: Method) -> str:
+    """A method's name, without what goes without saying: that Morse runs as planned."""
+    return method.label.removesuffix(f" {AS_PLANNED}")
 
 
 def measure_rows(reference: Samples, runs: list[Run], speed_ratio: float) -> list[Row]:
@@ -86,7 +84,7 @@ def measure_rows(reference: Samples, runs: list[Run], speed_ratio: float) -> lis
         statistics = feature_statistics(extract_features(classifier, samples.images))
         rows.append(
             Row(
-                label=method.label,
+                label=_short_label(method),
                 solver=method.solver,
                 kind=method.kind,
                 budget=lsd,
