@@ -81,7 +81,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         norm: "group", or "dnr": norms of the extra blocks that hand a state on, also from one Dot
             step to the next until Dash runs again (`morse.dot.relay`).
         plans: Searched plans (`morse plan`) by scheduler class name, each as a
-            `morse.saved_plans.SavedPlan` has it; a budget that is among them is spent so.
+            `morse.saved_plans.SavedPlan` has it; `find_saved_plan` there says which is run.
         sparse: Save only the weights that are not zero and their places: for a pruned Dot.
         history: Earlier estimates of Dash used: 1, or 0 as in the paper (`morse.history`).
         extrapolation_cap: With history, how far the residual's base follows the line through both
