@@ -88,6 +88,9 @@ def scheduler_options(pipe: DiffusionPipeline, options: Mapping[str, object]) ->
     Raises:
         ValueError: If the scheduler has no such option.
     """
+    if not options:
+        yield
+        return
     before = pipe.scheduler
     unknown = sorted(set(options) - set(before.config))
     if unknown:
@@ -95,9 +98,6 @@ def scheduler_options(pipe: DiffusionPipeline, options: Mapping[str, object]) ->
             f"scheduler options {unknown} are not {type(before).__name__}'s; it has "
             f"{sorted(name for name in before.config if name[0] != '_')}."
         )
-    if not options:
-        yield
-        return
     pipe.scheduler = type(before).from_config(before.config, **options)
     try:
         yield

@@ -27,6 +27,7 @@ GROUPS = [
         "switch",
         "prepare",
         "summary",
+        "plan_choice",
         "calls",
         "attach",
         "pipeline",

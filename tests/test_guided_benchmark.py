@@ -125,8 +125,8 @@ def test_every_guidance_scale_has_its_figures(result):
     assert [part["guidance_scale"] for part in result["guidance"]] == [1.0, 4.0]
     for scale in (1.0, 4.0):
         rows = rows_of(result, scale)
-        # Two solvers bare at 3 and 5 LSD, Morse and reuse with both, PFDiff with DDIM.
-        assert len(rows) == 2 * 2 + 2 * 2 + 1
+        # Two solvers bare at 3 and 5 LSD, Morse with both, reuse and PFDiff with DDIM.
+        assert len(rows) == 2 * 2 + 2 + 2
         assert all(row["seconds"] > 0 and not row["fallbacks"] for row in rows.values())
         # A Dot that starts at zero is reuse, so Morse and its control agree here.
         morse, reuse = rows["morse", "ddim", 3], rows["reuse", "ddim", 3]
