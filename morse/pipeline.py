@@ -34,6 +34,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
     "heun": ("HeunDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "leapfrog": ("LeapfrogScheduler", {}),
+    "leapfrog-dense": ("LeapfrogScheduler", {"timestep_power": 1.5}),
     "pfdiff": ("LeapfrogScheduler", {"clean_above": 1e9}),
 }
 

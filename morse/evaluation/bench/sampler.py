@@ -12,12 +12,7 @@ from morse.denoisers import find_denoiser
 from morse.evaluation.bench.engagement import timed
 from morse.evaluation.bench.loading import load_bare, make_pipeline, with_scheduler, with_solver
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, Method
-from morse.evaluation.bench.peers import (
-    PEERS,
-    apply_peer,
-    measure_peer,
-    peer_facts,
-)
+from morse.evaluation.bench.peers import PEERS, apply_peer, measure_peer, peer_facts
 from morse.evaluation.bench.runs import Samples, sample_images
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.speed import (

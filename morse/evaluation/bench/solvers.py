@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-# Keys as in `morse.pipeline.SCHEDULERS`, or in `VARIANTS`; all of them deterministic.
+# Keys as in `morse.pipeline.SCHEDULERS`; all of them deterministic.
 SOLVERS = {
     "ddim": "DDIM",
     "dpmsolver++1": "DPM++ 1",
@@ -15,10 +15,8 @@ SOLVERS = {
     "pndm": "PNDM",
     "heun": "Heun",
     "leapfrog": "Leapfrog",
-    "leapfrog-dense": "Leapfrog, power 1.5",
+    "leapfrog-dense": "Leapfrog, power 1.5",  # Morse's plans may lie on such a grid
 }
-# A solver on another grid, which Morse's plans may lie on: Morse has to beat it too.
-VARIANTS = {"leapfrog-dense": ("leapfrog", {"timestep_power": 1.5})}
 # PNDM as Stable Diffusion runs it: its Runge-Kutta start takes at least 13 evaluations, and its
 # steps all have one length, which only a "leading" grid has (on a trailing one they miss).
 OPTIONS = {"pndm": {"skip_prk_steps": True, "timestep_spacing": "leading", "steps_offset": 1}}
@@ -35,5 +33,4 @@ def make_solver(solver: str, config: dict[str, object]) -> "SchedulerMixin":
     """Make the scheduler of a solver in `SOLVERS` from the config of a pipeline's own scheduler."""
     from morse.pipeline import make_scheduler
 
-    name, options = VARIANTS.get(solver, (solver, OPTIONS.get(solver, {})))
-    return make_scheduler(name, {**config, **options})
+    return make_scheduler(solver, {**config, **OPTIONS.get(solver, {})})
