@@ -13,7 +13,11 @@ from tiny_pipelines import stable_diffusion, text_inputs, text_unet
 from morse import MorseDot
 from morse.attach import disable_morse
 from morse.cli import parse_config
-from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
+from morse.evaluation.bench.benchmark import (
+    BenchmarkConfig,
+    measure_benchmark,
+    run_benchmark,
+)
 from morse.evaluation.bench.loading import load_bare, load_pipelines
 from morse.evaluation.bench.peers import PEERS, Peer
 from morse.evaluation.bench.runs import sample_images
@@ -188,20 +192,25 @@ def test_the_report_has_sections_and_curves_of_each_scale(config, result):
     assert 'class="quality guidance-4"' in html and 'id="pictures-at-guidance-1"' in html
 
 
+def measure(config, **changed):
+    """What a resumed run measures, without the report."""
+    return measure_benchmark(dataclasses.replace(config, resume=True, **changed).resolved())
+
+
 def test_a_run_is_resumed_and_another_scale_added(config, result, monkeypatch, tmp_path):
     stored = (config.output_dir / "benchmark.json").read_text()
     with monkeypatch.context() as patched:
         patched.setattr("morse.evaluation.bench.sampler.sample_images", None)
-        again = run_benchmark(dataclasses.replace(config, resume=True, json=tmp_path / "a.json"))
+        again = measure(config, json=tmp_path / "a.json")
     assert again["rows"] == result["rows"]
     few = {"solvers": ("ddim",), "kinds": ("baseline",), "guidance_scale": (4.0, 6.0)}
-    more = run_benchmark(dataclasses.replace(config, resume=True, json=tmp_path / "b.json", **few))
+    more = measure(config, json=tmp_path / "b.json", **few)
     scales = {row["guidance_scale"] for row in more["rows"]}
     assert scales == {4.0, 6.0}
     kept = rows_of(more, 4.0)["baseline", "ddim", 3]
     assert kept["seconds"] == rows_of(result, 4.0)["baseline", "ddim", 3]["seconds"]
     with pytest.raises(ValueError, match="prompts is"):
-        run_benchmark(dataclasses.replace(config, resume=True, prompts=("coat",)))
+        measure(config, prompts=("coat",))
     assert json.loads(stored)["rows"] == result["rows"]
 
 
