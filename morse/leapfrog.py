@@ -1,8 +1,11 @@
 """LeapfrogScheduler: a second-order solver that spends one evaluation on two steps of its grid."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -48,6 +51,13 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
             evenly ("trailing"), more puts more of them at low noise.
         clean_above: x_0 is held fixed where sigma / alpha is larger than this, else epsilon.
             A huge number, with timestep_power 1, gives PFDiff-1.
+        fitted_steps: Instead of timestep_power, what `morse plan` fitted to a denoiser, as bespoke
+            solvers are (Shaul et al. 2023, arXiv 2310.19075; Frankel et al. 2025, arXiv
+            2502.17423): one row (timestep, landing, now, ahead) an evaluation. It is made at
+            `timestep`; x_i itself then moves the share `landing` of the way to the next one. Of
+            the estimate's change since the evaluation before, `now` times is added to it for that
+            move, `ahead` times for the one to where the denoiser is evaluated next. The last row's
+            landing is the end. Another number of evaluations takes rows in between.
 
     Example:
         >>> scheduler = LeapfrogScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
@@ -70,11 +80,14 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         timestep_power: float = 1.0,
         clean_above: float = 4.0,
+        fitted_steps: list[list[float]] | None = None,
     ) -> None:
         """Make the noise schedule."""
         check_prediction_type(prediction_type)
         if not timestep_power > 0:
             raise ValueError(f"timestep_power must be positive, got {timestep_power!r}.")
+        if fitted_steps is not None:
+            _check_steps(fitted_steps, num_train_timesteps)
         if trained_betas is not None:
             betas = torch.tensor(trained_betas, dtype=torch.float32)
         elif beta_schedule == "linear":
@@ -98,6 +111,7 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
     def _restart(self) -> None:
         self._step_index: int | None = None
         self._anchor: Tensor | None = None
+        self._before: tuple[Tensor, Tensor] | None = None  # the latest epsilon and x_0
 
     @property
     def step_index(self) -> int | None:
@@ -131,10 +145,15 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
                 f"num_inference_steps must be from 1 to {(total + 1) // 2}, got "
                 f"{num_inference_steps!r}."
             )
-        share = 1 - torch.arange(steps, dtype=torch.float64) / steps
-        grid = (total * share**self.config.timestep_power).round().long() - 1
+        fitted = self.config.fitted_steps
+        rows = None if fitted is None else _resample(fitted, num_inference_steps)
+        if rows is None:
+            grid = total * (1 - np.arange(steps) / steps) ** self.config.timestep_power - 1
+        else:
+            grid = _interleave(rows)
+        self._weights = None if rows is None else rows[:, 2:].tolist()
         # Rounding may bring points together; each keeps one timestep of its own.
-        grid = torch.maximum(grid, torch.arange(steps - 1, -1, -1))
+        grid = torch.from_numpy(np.maximum(grid.round(), np.arange(steps)[::-1])).long()
         self._grid = [*grid.tolist(), -1]
         self.num_inference_steps = num_inference_steps
         self.timesteps = grid[::2].to(device)
@@ -170,18 +189,32 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self._find_beginning(timestep)
         here = 2 * self._step_index
         rates = self._rates(here, sample)
-        fixed = to_clean(model_output, sample, rates, self.config.prediction_type)
+        clean = to_clean(model_output, sample, rates, self.config.prediction_type)
         is_clean = bool(rates[1] > self.config.clean_above * rates[0])
-        if not is_clean:
-            fixed = from_clean(fixed, sample, rates, "epsilon")
+        now, ahead = self._weigh(clean, sample, rates, is_clean)
         start, anchor = (here, sample) if self._anchor is None else (here - 1, self._anchor)
-        self._anchor = self._move(anchor, start, here + 1, fixed, is_clean)
+        self._anchor = self._move(anchor, start, here + 1, now, is_clean)
         self._step_index += 1
         prev_sample = self._anchor
         if self._step_index < self.num_inference_steps:
-            prev_sample = self._move(self._anchor, here + 1, here + 2, fixed, is_clean)
+            prev_sample = self._move(self._anchor, here + 1, here + 2, ahead, is_clean)
         prev_sample = prev_sample.to(model_output.dtype)
         return LeapfrogSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+    def _weigh(
+        self, clean: Tensor, sample: Tensor, rates: Rates, is_clean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Give what is held fixed, x_0 (`is_clean`) or epsilon, in each of the two moves."""
+        if self._weights is None:
+            fixed = clean if is_clean else from_clean(clean, sample, rates, "epsilon")
+            return fixed, fixed
+        before, self._before = self._before, (from_clean(clean, sample, rates, "epsilon"), clean)
+        fixed = self._before[is_clean]
+        if before is None:
+            return fixed, fixed
+        change = fixed - before[is_clean]
+        now, ahead = self._weights[self._step_index]
+        return fixed + now * change, fixed + ahead * change
 
     def _find_beginning(self, timestep: Tensor | int) -> int:
         if self._begin_index is not None:
@@ -211,3 +244,40 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         """Give T."""
         return self.config.num_train_timesteps
+
+
+def _check_steps(rows: Sequence[Sequence[float]], num_train_timesteps: int) -> None:
+    if not rows or any(len(row) != 4 for row in rows):
+        raise ValueError(
+            f"fitted_steps must hold rows (timestep, landing, now, ahead), got {rows!r}."
+        )
+    timesteps = [row[0] for row in rows]
+    falling = all(later < earlier for earlier, later in pairwise(timesteps))
+    if not (falling and timesteps[-1] >= 0 and timesteps[0] < num_train_timesteps):
+        raise ValueError(
+            f"the timesteps of fitted_steps must fall and lie in [0, {num_train_timesteps}), got "
+            f"{timesteps}."
+        )
+    landings = [row[1] for row in rows[:-1]]
+    if not all(0 < landing < 1 for landing in landings):
+        raise ValueError(f"the landings of fitted_steps must lie in (0, 1), got {landings}.")
+
+
+def _resample(rows: Sequence[Sequence[float]], count: int) -> np.ndarray:
+    """Give (count, 4) rows at even shares of a run."""
+    own = np.array([*rows, rows[-1]], dtype=np.float64)
+    own[-1, 0] = -1  # the end of the run, to which the last evaluation goes in one move, not two
+    at = np.append(np.arange(len(rows)), len(rows) - 0.5)
+    if len(rows) > 1:
+        own[-2:, 1] = rows[-2][1]  # the last row's own means nothing
+    wanted = np.arange(count) * (len(rows) - 0.5) / (count - 0.5)
+    return np.stack([np.interp(wanted, at, column) for column in own.T], axis=1)
+
+
+def _interleave(rows: np.ndarray) -> np.ndarray:
+    """Give the grid, (2 n - 1,): the timesteps of (n, 4) rows and between them the landings."""
+    timesteps, landings = rows[:, 0], rows[:-1, 1]
+    grid = np.empty(2 * len(rows) - 1)
+    grid[::2] = timesteps
+    grid[1::2] = timesteps[:-1] + landings * np.diff(timesteps)
+    return grid

@@ -25,8 +25,8 @@ class SavedPlan:
     Attributes:
         lsd: The budget.
         plan: Every evaluation's model, such as "DooDoo"; it may be all Dash.
-        scheduler: Options of the scheduler that lay its grid, such as {"timestep_power": 1.5}, set
-            for the call.
+        scheduler: Options of the scheduler that lay its grid, such as {"timestep_power": 1.5} or
+            `LeapfrogScheduler`'s "fitted_steps", set for the call.
         speed_ratio: N that the plan was searched with.
         psnr: In dB, to many steps from the same noise, on the calibration set.
         uniform_psnr: The same of the best uniform plan, all Dash among them.
@@ -40,6 +40,14 @@ class SavedPlan:
     psnr: float | None = None
     uniform_psnr: float | None = None
     num_images: int | None = None
+
+    @property
+    def grid(self) -> str:
+        """The scheduler's options in few words."""
+        return ", ".join(
+            name.replace("_", " ") if name == "fitted_steps" else f"{name} {value}"
+            for name, value in self.scheduler.items()
+        )
 
     def to_config(self) -> dict[str, object]:
         """Give what is written into Dot's config."""
@@ -55,8 +63,9 @@ def find_saved_plan(
     """Find the plan that was saved for a scheduler and a budget.
 
     A budget that none was searched for is spent by the plan of the next smaller one, if that is at
-    least half as large, and by further Dash evaluations at its end: so no budget gives worse
-    images than a smaller one, but for chance.
+    least half as large, and by further Dash evaluations at its end, unless its steps were fitted
+    to Dash and Dot evaluations in turn: so no budget gives worse images than a smaller one, but
+    for chance.
 
     Args:
         plans: Dot's `config.plans`: scheduler class name -> saved plans.
@@ -72,7 +81,9 @@ def find_saved_plan(
         saved = SavedPlan(**entry)
         left = lsd - MorsePlan.from_string(saved.plan).cost(speed_ratio)
         if lsd / 2 <= saved.lsd <= lsd and left > -1e-9:
-            fitting.append(replace(saved, plan=saved.plan + "D" * int(left + 1e-9)))
+            extensible = "fitted_steps" not in saved.scheduler or "o" not in saved.plan
+            further = "D" * int(left + 1e-9) if extensible else ""
+            fitting.append(replace(saved, plan=saved.plan + further))
     return max(fitting, key=lambda saved: saved.lsd, default=None)
 
 

@@ -143,6 +143,93 @@ def test_the_embedded_pipeline_takes_it_by_name():
     assert isinstance(pipe.scheduler, LeapfrogScheduler)
 
 
+class TestFittedSteps:
+    """Rows (timestep, landing, now, ahead), as `morse plan` saves them."""
+
+    def rows(self, count, power=1.0, now=0.0, ahead=0.0):
+        """What the grid of `timestep_power` is as rows, with weights of extrapolation."""
+        scheduler = LeapfrogScheduler(timestep_power=power)
+        scheduler.set_timesteps(count)
+        here, there = scheduler._grid[::2], scheduler._grid[1::2]
+        landings = [(a - b) / (a - c) for a, b, c in zip(here, there, here[1:], strict=False)]
+        return [[t, s, now, ahead] for t, s in zip(here, [*landings, 1.0], strict=True)]
+
+    @pytest.mark.parametrize(("count", "power"), [(1, 1.0), (2, 2.0), (9, 1.5)])
+    def test_those_of_a_plain_grid_change_nothing(self, count, power):
+        plain = LeapfrogScheduler(timestep_power=power)
+        fitted = LeapfrogScheduler(fitted_steps=self.rows(count, power))
+        assert solve(fitted, count) == pytest.approx(solve(plain, count), rel=1e-6)
+        assert fitted._grid == plain._grid
+
+    @pytest.mark.parametrize("count", [1, 4, 7, 20])
+    def test_another_number_of_evaluations_takes_rows_between(self, count):
+        """An even grid stays even, and extrapolation stays as it was."""
+        fitted, plain = LeapfrogScheduler(fitted_steps=self.rows(8, now=0.25)), LeapfrogScheduler()
+        for scheduler in (fitted, plain):
+            scheduler.set_timesteps(count)
+        for found, expected in zip(fitted._grid, plain._grid, strict=True):
+            assert abs(found - expected) <= 1  # the rows' timesteps are rounded
+        assert fitted._weights == [[0.25, 0.0]] * count
+
+    @pytest.mark.parametrize("clean_above", [0.0, 1e9])
+    def test_moves_extrapolate_what_they_hold_fixed(self, clean_above):
+        rows = self.rows(3, now=0.5, ahead=2.0)
+        scheduler = LeapfrogScheduler(fitted_steps=rows, clean_above=clean_above)
+        scheduler.set_timesteps(3)
+        generator = torch.Generator().manual_seed(0)
+        x0, z0, z1 = torch.randn(3, 1, 1, 4, 4, generator=generator).double()
+        alphas, grid = scheduler.alphas_cumprod.double(), scheduler._grid
+
+        def rates(index):
+            return alphas[grid[index]].sqrt(), (1 - alphas[grid[index]]).sqrt()
+
+        def clean(x, z, index):
+            return (x - rates(index)[1] * z) / rates(index)[0]
+
+        def move(x, start, end, held):
+            """A DDIM step: the other of x_0 and epsilon follows from the sample."""
+            alpha, sigma = rates(start)
+            x_0, z = held, (x - alpha * held) / sigma
+            if clean_above:
+                x_0, z = (x - sigma * held) / alpha, held
+            return rates(end)[0] * x_0 + rates(end)[1] * z
+
+        landed = move(x0, 0, 1, z0 if clean_above else clean(x0, z0, 0))
+        x1 = scheduler.step(z0, grid[0], x0).prev_sample
+        first, second = (z0, z1) if clean_above else (clean(x0, z0, 0), clean(x1, z1, 2))
+        torch.testing.assert_close(x1, move(landed, 1, 2, first), rtol=1e-5, atol=1e-5)
+        change = second - first
+        expected = move(move(landed, 1, 3, second + change / 2), 3, 4, second + 2 * change)
+        found = scheduler.step(z1, grid[2], x1).prev_sample
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    def test_a_run_from_the_middle_and_a_second_run_forget_the_first(self):
+        scheduler = LeapfrogScheduler(fitted_steps=self.rows(5, ahead=0.7))
+        assert solve(scheduler, 5) == solve(scheduler, 5)
+        scheduler.set_timesteps(5)
+        sample = torch.ones(1, 1, 2, 2)
+        assert scheduler.step(sample, scheduler.timesteps[3], sample).prev_sample.isfinite().all()
+
+    def test_saved_and_loaded(self, tmp_path):
+        rows = self.rows(4, ahead=0.5)
+        LeapfrogScheduler(fitted_steps=rows).save_pretrained(tmp_path)
+        assert LeapfrogScheduler.from_pretrained(tmp_path).config.fitted_steps == rows
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([], "must hold rows"),
+            ([[999, 0.5]], "must hold rows"),
+            ([[500, 0.5, 0, 0], [600, 1, 0, 0]], r"must fall and lie in \[0, 1000\), got"),
+            ([[1000, 1, 0, 0]], r"must fall and lie in \[0, 1000\), got"),
+            ([[999, 1.5, 0, 0], [400, 1, 0, 0]], r"must lie in \(0, 1\), got \[1.5\]"),
+        ],
+    )
+    def test_wrong_rows(self, rows, message):
+        with pytest.raises(ValueError, match=message):
+            LeapfrogScheduler(fitted_steps=rows)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

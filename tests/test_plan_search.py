@@ -8,7 +8,9 @@ import torch
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
+from morse.evaluation.planning import command
 from morse.evaluation.planning.command import PlanConfig, run_plan
+from morse.evaluation.planning.fit import curves_to_rows, fit_steps, power_curves
 from morse.evaluation.planning.search import (
     Candidate,
     early_candidates,
@@ -76,6 +78,83 @@ def test_uniform_candidates_keep_the_budget():
     assert all(MorsePlan.from_string(plan).cost(5.0) <= 8 for plan in plans)
 
 
+def test_a_known_plan_is_tried_if_the_budget_allows_it():
+    known = ("DoDDoDo", "DoDDoDoDDD")
+    judged = search_plan(lambda candidate, quick: worth(candidate.plan, known[0]), 6, 4.0,
+                         max_rounds=0, known=known)  # fmt: skip
+    assert judged.best.plan == known[0]
+    assert known[1] not in {each.plan for each in judged.tried}
+
+
+class TestFit:
+    """Curves of a leapfrog run, fitted to data whose exact denoiser is known."""
+
+    def problem(self, seed, count=16):
+        """Noise, and a function from a scheduler's options to samples and errors.
+
+        Every "image" is Gaussian with its own spread by pixel, so that no single run is exact.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        spread = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+        noise = torch.randn(count, 1, 8, 8, generator=generator)
+
+        def sample(evaluations, **options):
+            scheduler = LeapfrogScheduler(**options)
+            scheduler.set_timesteps(evaluations)
+            current = noise
+            for timestep in scheduler.timesteps:
+                squared = scheduler.alphas_cumprod[timestep]
+                variance = squared * spread**2 + 1 - squared
+                output = current * (1 - squared).sqrt() / variance
+                current = scheduler.step(output, timestep, current).prev_sample
+            return current
+
+        last = LeapfrogScheduler().alphas_cumprod[-1]
+        return sample, noise * spread / (last * spread**2 + 1 - last).sqrt()
+
+    def test_plain_curves_are_the_plain_grid(self):
+        rows = curves_to_rows(power_curves(1.5), "DDDDDD")
+        fitted, plain = LeapfrogScheduler(fitted_steps=rows), LeapfrogScheduler(timestep_power=1.5)
+        for scheduler in (fitted, plain):
+            scheduler.set_timesteps(6)
+        assert fitted._grid == plain._grid and fitted._weights == [[0.0, 0.0]] * 6
+
+    def test_samples_of_other_noise_are_nearer_too(self):
+        sample, exact = self.problem(seed=1)
+        other, other_exact = self.problem(seed=2)
+
+        def run(rows):
+            return sample(5, fitted_steps=rows)
+
+        curves = fit_steps(run, "D" * 5, exact, [power_curves(1.0), power_curves(2.0)], 2)
+        rows = curves_to_rows(curves, "D" * 5)
+        fitted = (other(5, fitted_steps=rows) - other_exact).square().mean()
+        plain = min((other(5, timestep_power=p) - other_exact).square().mean() for p in (1.0, 2.0))
+        assert fitted < plain / 10
+
+    def test_what_is_added_at_dots_evaluations_stays_there(self):
+        curves = power_curves(1.0)
+        curves[-2] += 0.25  # of the estimate's change, for the move of the sample itself
+        rows = curves_to_rows(curves, "DoDDo")
+        assert [row[2] for row in rows] == [0.0, 0.25, 0.0, 0.0, 0.25]
+
+    def test_runs_that_cannot_be_are_passed_over(self):
+        """Curves from which a step leads to rising timesteps are no error."""
+        sample, exact = self.problem(seed=1)
+        start = power_curves(1.0)
+        start[5:9] = 0.97  # landings next to the following evaluation
+        plain = (sample(4) - exact).square().mean()
+        curves = fit_steps(lambda rows: sample(4, fitted_steps=rows), "DDDD", exact, [start], 2)
+        found = sample(4, fitted_steps=curves_to_rows(curves, "DDDD"))
+        assert (found - exact).square().mean() < plain
+
+    def test_without_rounds_the_best_start_is_given(self):
+        sample, exact = self.problem(seed=1)
+        starts = [power_curves(power) for power in (4.0, 1.0)]
+        curves = fit_steps(lambda rows: sample(4, fitted_steps=rows), "DDDD", exact, starts, 0)
+        assert (curves == starts[1]).all()
+
+
 class TestUse:
     """A pipeline whose Dot has saved plans."""
 
@@ -131,6 +210,16 @@ class TestUse:
         found = find_saved_plan(plans, pipe.scheduler, 7, 4.0)
         assert (found.lsd, found.plan) == (6, "DDDDDDD")
 
+    @pytest.mark.parametrize(("plan", "spent"), [("DDDD", "DDDDDD"), ("DDoDoo", "DDoDoo")])
+    def test_steps_fitted_to_dot_are_run_as_they_are(self, pipe, plan, spent):
+        rows = curves_to_rows(power_curves(1.2), plan)
+        saved = SavedPlan(4, plan, {"fitted_steps": rows})
+        found = find_saved_plan({"LeapfrogScheduler": [saved.to_config()]}, pipe.scheduler, 6, 4.0)
+        assert found.plan == spent and found.grid == "fitted steps"
+        pipe.dot.register_to_config(plans={"LeapfrogScheduler": [saved.to_config()]})
+        self.call(pipe, lsd=6)
+        assert str(pipe.last_run.plan) == spent
+
     def test_arguments_that_choose_timesteps_leave_saved_plans_aside(self, pipe):
         assert pipe.plan_for(4, num_inference_steps=6).scheduler == {}
 
@@ -149,7 +238,7 @@ class TestUse:
 
 
 @pytest.mark.slow
-def test_command(tiny_folder, tmp_path):  # noqa: F811
+def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     config = PlanConfig(
         pipeline=str(tiny_folder),
         output_dir=tmp_path,
@@ -157,12 +246,18 @@ def test_command(tiny_folder, tmp_path):  # noqa: F811
         lsd=(3,),
         num_images=2,
         num_quick_images=1,
+        num_fit_images=2,
+        fit_rounds=1,
         max_rounds=1,
     )
+    monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
     run_plan(config)
     report = json.loads((tmp_path / "plan_search.json").read_text())
     (search,) = report["searches"]
     assert search["psnr"] >= search["uniform_psnr"] and len(search["tried"]) > 5
+    assert search["fits"] and {fit["plan"] for fit in search["fits"]} <= {
+        each["plan"] for each in search["tried"]
+    }
     pipe = MorsePipeline.from_pretrained(tiny_folder, dot=tmp_path, scheduler="leapfrog")
     pipe.set_progress_bar_config(disable=True)
     pipe.speed_ratio = 6.0
@@ -178,6 +273,8 @@ def test_command(tiny_folder, tmp_path):  # noqa: F811
         ({"ratios": (0.5,)}, "ratios is"),
         ({"solver": ("rk4",)}, "'rk4' is unknown"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_fit_images": 0}, "num_fit_images is 0"),
+        ({"fit_rounds": -1}, "fit_rounds is -1"),
     ],
 )
 def test_wrong_settings(tmp_path, options, message):

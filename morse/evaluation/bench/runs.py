@@ -98,9 +98,10 @@ def sample_images(
     Raises:
         ValueError: If the pipeline's scheduler can't make so many evaluations.
     """
-    options, planned = {}, not isinstance(steps, int)
+    options, grid, planned = {}, "", not isinstance(steps, int)
     if isinstance(steps, SavedPlan):
-        steps, options = MorsePlan.from_string(steps.plan), dict(steps.scheduler)
+        options, grid = dict(steps.scheduler), steps.grid
+        steps = MorsePlan.from_string(steps.plan)
     if planned:
         settings = {"plan": steps}
     else:
@@ -122,7 +123,6 @@ def sample_images(
             parts.append(torch.from_numpy(output.images).permute(0, 3, 1, 2).float())
             run = pipe.last_run if planned else None
     images, broken = _finite(torch.cat(parts))
-    grid = ", ".join(f"{name} {value}" for name, value in options.items())
     return Samples(
         images=images,
         num_dash=run.num_dash if planned else steps,

@@ -1,12 +1,12 @@
 """`morse plan`: search plans for a Dot and save them with it."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from morse.evaluation.bench.loading import load_pipelines
@@ -16,6 +16,7 @@ from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import command_line, environment
 from morse.evaluation.metrics import psnr
+from morse.evaluation.planning.fit import Rows, curves_to_rows, fit_steps, power_curves
 from morse.evaluation.planning.search import (
     UNIFORM_RATIOS,
     Candidate,
@@ -28,6 +29,9 @@ from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:
     from morse.pipeline import MorsePipeline
+
+
+FIT_MARGIN = 1.0  # dB behind the best plan, up to which one is worth fitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,15 @@ class PlanConfig:
     batch_size: int = field(default=64, metadata={"help": "images at a time"})
     seed: int = field(default=10**6, metadata={"help": "of the first image; keep evaluation's off"})
     max_rounds: int = field(default=6, metadata={"help": "steps to a better neighbour at most"})
+    fit_rounds: int = field(
+        default=4,
+        metadata={
+            "help": "rounds of fitting the leapfrog solver's steps to the best plans; 0: none"
+        },
+    )
+    num_fit_images: int = field(
+        default=32, metadata={"help": "further trajectories, which the steps are fitted on"}
+    )
     prompts: tuple[str, ...] = field(default=(), metadata={"help": "for a text pipeline"})
     class_names: tuple[str, ...] = field(default=(), metadata={"help": "for labels, or as prompts"})
     guidance_scale: float | None = field(
@@ -75,7 +88,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_solvers(self.solver)
-        for name in ("num_images", "num_quick_images", "batch_size"):
+        for name in ("num_images", "num_quick_images", "num_fit_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be 1 or more")
         if self.num_quick_images > self.num_images:
@@ -83,6 +96,8 @@ class PlanConfig:
                 f"num_quick_images is {self.num_quick_images}, but must be at most "
                 f"num_images = {self.num_images}"
             )
+        if self.fit_rounds < 0:
+            raise ValueError(f"fit_rounds is {self.fit_rounds}, but must be 0 or more")
         for name in ("lsd", "ratios"):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
@@ -94,6 +109,27 @@ class PlanConfig:
         return [(("timestep_power", power),) for power in self.timestep_power]
 
 
+class Trajectories(NamedTuple):
+    """Noise and where many steps take it.
+
+    Attributes:
+        seeds: Of each image.
+        images: (B, C, H, W) in [0, 1].
+        conditions: What the images are of.
+        batch_size: Images at a time.
+    """
+
+    seeds: range
+    images: Tensor
+    conditions: Conditions
+    batch_size: int
+
+    def sample(self, pipe: "MorsePipeline", plan: SavedPlan, count: int | None = None) -> Tensor:
+        """Sample (the first of) the images with a plan."""
+        seeds = self.seeds[:count]
+        return sample_images(pipe, plan, seeds, self.batch_size, conditions=self.conditions).images
+
+
 def run_plan(config: PlanConfig) -> None:
     """Search, and write the Dot with its plans and what was tried."""
     solvers = tuple(dict.fromkeys((*config.solver, REFERENCE_SOLVER)))
@@ -102,18 +138,26 @@ def run_plan(config: PlanConfig) -> None:
     conditions = make_conditions(
         main, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
-    seeds = range(config.seed, config.seed + config.num_images)
-    reference = sample_images(
-        main, REFERENCE_STEPS, seeds, config.batch_size, conditions=conditions
-    ).images
-    few = conditions.arguments(range(min(config.batch_size, config.num_images)))
     speed_ratio = config.speed_ratio or main.speed_ratio
-    speed_ratio = speed_ratio or main.measure_speed_ratio(**few).speed_ratio
+    if speed_ratio is None:
+        few = conditions.arguments(range(min(config.batch_size, config.num_images)))
+        speed_ratio = main.measure_speed_ratio(**few).speed_ratio
+
+    def follow(first: int, count: int) -> Trajectories:
+        seeds, size = range(first, first + count), config.batch_size
+        images = sample_images(main, REFERENCE_STEPS, seeds, size, conditions=conditions).images
+        return Trajectories(seeds, images, conditions, size)
+
+    judged_on = follow(config.seed, config.num_images)
+    fits = config.fit_rounds > 0 and "leapfrog" in config.solver
+    fitted_on = follow(config.seed + config.num_images, config.num_fit_images) if fits else None
     plans = {name: list(saved) for name, saved in (main.dot.config.plans or {}).items()}
-    report = []
+    report, curves = [], {}
     for solver, lsd in product(config.solver, config.lsd):
         pipe = pipes[solver]
-        evaluate = make_judge(config, pipe, reference, seeds, conditions)
+        name = type(pipe.scheduler).__name__
+        same = [entry["plan"] for entry in plans.get(name, ()) if entry["lsd"] == lsd]
+        evaluate = make_judge(config, pipe, judged_on)
         found = search_plan(
             evaluate,
             lsd,
@@ -121,36 +165,75 @@ def run_plan(config: PlanConfig) -> None:
             config.grids(solver),
             config.max_rounds,
             ratios=config.ratios,
+            known=same,
         )
+        if fits and solver == "leapfrog":
+            found = fit_best(found, evaluate, pipe, fitted_on, config.fit_rounds, curves)
         saved = _saved(found, lsd, speed_ratio, config.num_images)
-        name = type(pipe.scheduler).__name__
         kept = [entry for entry in plans.get(name, ()) if entry["lsd"] != lsd]
         plans[name] = sorted([*kept, saved.to_config()], key=lambda entry: entry["lsd"])
         report.append(_report(solver, saved, found))
         print(
-            f"{solver} {lsd} LSD: {saved.plan} {dict(saved.scheduler)} {saved.psnr:.2f} dB "
+            f"{solver} {lsd} LSD: {saved.plan} ({saved.grid}) {saved.psnr:.2f} dB "
             f"(uniform {found.uniform.plan}: {saved.uniform_psnr:.2f} dB)",
             flush=True,
         )
         _write(config, pipes, plans, report, speed_ratio)
 
 
-def make_judge(
-    config: PlanConfig,
-    pipe: "MorsePipeline",
-    reference: Tensor,
-    seeds: range,
-    conditions: Conditions,
-) -> Evaluate:
-    """Give a function that samples with a candidate and compares with `reference`."""
+def make_judge(config: PlanConfig, pipe: "MorsePipeline", judged_on: Trajectories) -> Evaluate:
+    """Give a function that samples with a candidate and compares with the reference."""
 
     def evaluate(candidate: Candidate, quick: bool) -> float:
-        chosen = seeds[: config.num_quick_images] if quick else seeds
         plan = SavedPlan(0, candidate.plan, dict(candidate.options))
-        samples = sample_images(pipe, plan, chosen, config.batch_size, conditions=conditions)
-        return float(psnr(samples.images, reference[: len(chosen)]).mean())
+        count = config.num_quick_images if quick else config.num_images
+        images = judged_on.sample(pipe, plan, count)
+        return float(psnr(images, judged_on.images[:count]).mean())
 
     return evaluate
+
+
+def fit_best(
+    found: Found,
+    evaluate: Evaluate,
+    pipe: "MorsePipeline",
+    fitted_on: Trajectories,
+    rounds: int,
+    curves: dict[bool, np.ndarray],
+) -> Found:
+    """Fit the steps of the best plan with Dot and of all Dash, where they are near each other.
+
+    They are fitted on images of their own, and judged on those that all candidates are.
+
+    Args:
+        found: What the search ended with.
+        evaluate: Judges a candidate.
+        pipe: With a `LeapfrogScheduler`.
+        fitted_on: What to fit to.
+        rounds: See `fit_steps`.
+        curves: Latest fitted, by whether the plan has Dot; they are a start for the next fit.
+    """
+    num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+    for has_dot in (True, False):
+        of_kind = [each for each in found.tried if ("o" in each.plan) == has_dot]
+        start = max(of_kind, key=found.tried.__getitem__, default=None)
+        if start is None or found.tried[start] < max(found.tried.values()) - FIT_MARGIN:
+            continue
+
+        def sample(rows: Rows, plan: str = start.plan) -> Tensor:
+            return fitted_on.sample(pipe, SavedPlan(0, plan, {"fitted_steps": rows}))
+
+        starts = [power_curves(dict(start.options)["timestep_power"])]
+        starts += [curves[has_dot]] if has_dot in curves else []
+        curves[has_dot] = fit_steps(
+            sample, start.plan, fitted_on.images, starts, rounds, num_train_timesteps
+        )
+        rows = curves_to_rows(curves[has_dot], start.plan, num_train_timesteps)
+        fitted = Candidate(start.plan, (("fitted_steps", tuple(map(tuple, rows))),))
+        found.fitted[fitted] = value = evaluate(fitted, False)
+        if value > found.psnr:
+            found = replace(found, best=fitted, psnr=value)
+    return found
 
 
 def _saved(found: Found, lsd: float, speed_ratio: float, num_images: int) -> SavedPlan:
@@ -166,15 +249,19 @@ def _saved(found: Found, lsd: float, speed_ratio: float, num_images: int) -> Sav
 
 
 def _report(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:
-    tried: Callable[[Candidate], float] = found.tried.__getitem__
+    def judged(values: dict[Candidate, float]) -> list[dict[str, object]]:
+        best_first = sorted(values, key=values.__getitem__, reverse=True)
+        return [
+            {"plan": each.plan, "scheduler": dict(each.options), "psnr": round(values[each], 3)}
+            for each in best_first
+        ]
+
     return {
         "solver": solver,
         **saved.to_config(),
         "uniform": {"plan": found.uniform.plan, "scheduler": dict(found.uniform.options)},
-        "tried": [
-            {"plan": each.plan, "scheduler": dict(each.options), "psnr": round(tried(each), 3)}
-            for each in sorted(found.tried, key=tried, reverse=True)
-        ],
+        "tried": judged(found.tried),
+        "fits": judged(found.fitted),
     }
 
 

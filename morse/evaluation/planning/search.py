@@ -35,6 +35,7 @@ class Found:
         uniform: The best of the uniform plans, judged on all images.
         uniform_psnr: Its PSNR there.
         tried: Every candidate's PSNR on few images.
+        fitted: PSNR on all images of candidates whose steps were fitted.
     """
 
     best: Candidate
@@ -42,6 +43,7 @@ class Found:
     uniform: Candidate
     uniform_psnr: float
     tried: dict[Candidate, float] = field(default_factory=dict)
+    fitted: dict[Candidate, float] = field(default_factory=dict)
 
 
 def uniform_candidates(
@@ -107,6 +109,7 @@ def search_plan(
     max_rounds: int = 6,
     finalists: int = 4,
     ratios: Sequence[float] = UNIFORM_RATIOS,
+    known: Sequence[str] = (),
 ) -> Found:
     """Search the best plan for a budget.
 
@@ -119,6 +122,7 @@ def search_plan(
         finalists: How many of the best are judged on all images; the best uniform plan and the
             best all-Dash one are too, so that the result is never worse than either there.
         ratios: Evaluations per LSD of the uniform plans to start from; all Dash is always tried.
+        known: Plans to start from as well, those that cost more than `lsd` excepted.
     """
     tried: dict[Candidate, float] = {}
 
@@ -132,6 +136,12 @@ def search_plan(
 
     uniform_plans = uniform_candidates(lsd, speed_ratio, grids, ratios)
     starts = [*uniform_plans, *early_candidates(lsd, speed_ratio, grids)]
+    starts += [
+        Candidate(plan, grid)
+        for plan in known
+        if MorsePlan.from_string(plan).cost(speed_ratio) <= lsd + 1e-9
+        for grid in grids
+    ]
     judge(starts)
     best = ranked(starts)[0]
     for _ in range(max_rounds):

@@ -1,0 +1,141 @@
+"""Fit where a leapfrog run evaluates and lands, and how it extrapolates, to a denoiser and a plan.
+
+A few smooth curves over the run say it all, so that few images suffice. They are found by least
+squares (Levenberg-Marquardt; an image's error counts relative to itself) on the samples that the
+run ends in, since what a step costs shows only there. Curves that fit one run are a start for
+another with more evaluations.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Rows = list[list[float]]  # `LeapfrogScheduler`'s fitted_steps
+Sample = Callable[[Rows], Tensor]  # rows -> images in [0, 1], (B, C, H, W)
+
+# Knots of each curve, spread evenly over a run, and how far each is moved to see what it changes:
+# timesteps are rounded, so that less would show little. The last three are added at Dot's
+# evaluations, along the whole run.
+_CURVES = {
+    "power": (5, 0.06),
+    "landing": (4, 0.08),
+    "now": (4, 0.06),
+    "ahead": (4, 0.06),
+    "dot_landing": (1, 0.08),
+    "dot_now": (1, 0.06),
+    "dot_ahead": (1, 0.06),
+}
+_DAMPING = 1e-2  # of the first round, relative to the curvature
+_LEAST_GAIN = 0.02  # dB of a round, else it is the last
+
+
+def power_curves(power: float) -> np.ndarray:
+    """Give the curves of the plain scheduler with this `timestep_power`."""
+    start = {"power": power, "landing": 0.5}
+    return np.concatenate(
+        [np.full(size, start.get(name, 0.0)) for name, (size, _) in _CURVES.items()]
+    )
+
+
+def curves_to_rows(curves: np.ndarray, plan: str, num_train_timesteps: int = 1000) -> Rows:
+    """Give the rows of a plan's evaluations; see `LeapfrogScheduler`'s fitted_steps."""
+    sizes = [size for size, _ in _CURVES.values()]
+    knots = dict(zip(_CURVES, np.split(curves, np.cumsum(sizes)[:-1]), strict=True))
+    is_dot = np.array([letter == "o" for letter in plan])
+    steps = 2 * len(plan) - 1
+    shares = 2 * np.arange(len(plan)) / steps
+
+    def along(name: str, share: np.ndarray) -> np.ndarray:
+        return np.interp(share, np.linspace(0, 1, len(knots[name])), knots[name])
+
+    def timestep(share: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):  # powers below zero give what no run can have
+            return num_train_timesteps * (1 - share) ** along("power", share) - 1
+
+    def by_model(name: str) -> np.ndarray:
+        return along(name, shares) + is_dot * knots[f"dot_{name}"]
+
+    here = timestep(shares)
+    landed = timestep(np.minimum(shares + 2 * by_model("landing") / steps, 1))
+    landing = np.ones(len(plan))  # the last one goes to the end
+    with np.errstate(all="ignore"):
+        landing[:-1] = (here - landed)[:-1] / -np.diff(here)
+    columns = (here, landing, by_model("now"), by_model("ahead"))
+    return np.stack(columns, axis=1).round(4).tolist()
+
+
+def fit_steps(
+    sample: Sample,
+    plan: str,
+    reference: Tensor,
+    starts: Sequence[np.ndarray],
+    rounds: int,
+    num_train_timesteps: int = 1000,
+) -> np.ndarray:
+    """Fit the curves of a run to the reference's images.
+
+    Args:
+        sample: Samples the reference's images with given rows.
+        plan: The run's plan.
+        reference: (B, C, H, W) in [0, 1].
+        starts: Curves; the best of them is where the fit begins.
+        rounds: Each samples once for each of the curves' 20 knots and a few times more.
+        num_train_timesteps: T.
+
+    Returns:
+        The curves with the least mean logarithm of squared error (the greatest mean PSNR).
+    """
+    steps = np.concatenate([np.full(size, step) for size, step in _CURVES.values()])
+    free = [k for k in range(len(steps)) if k < len(steps) - 3 or "o" in plan]
+
+    def run(curves: np.ndarray) -> Tensor | None:
+        rows = curves_to_rows(curves, plan, num_train_timesteps)
+        return sample(rows) if _are_possible(rows) else None
+
+    def errors(images: Tensor | None) -> Tensor:
+        if images is None:
+            return torch.full((len(reference),), torch.inf)
+        return (images - reference).square().flatten(1).mean(1).clamp(min=1e-10)
+
+    tried = [(curves, run(curves)) for curves in starts]
+    best, images = min(tried, key=lambda each: float(errors(each[1]).log().mean()))
+    damping = _DAMPING
+    for _ in range(rounds):
+        scale = errors(images).rsqrt()[:, None, None, None]
+        columns = []
+        for knot in free:
+            moved = best.copy()
+            moved[knot] += steps[knot]
+            changed = run(moved)
+            change = images * 0 if changed is None else (changed - images) / steps[knot]
+            columns.append((change * scale).flatten())
+        jacobian = torch.stack(columns, dim=1).double()
+        residual = ((images - reference) * scale).flatten().double()
+        curvature, slope = jacobian.T @ jacobian, jacobian.T @ residual
+        # Knots that change next to nothing must not run away: more than each one's own curvature.
+        diagonal = curvature.diagonal() + curvature.diagonal().mean()
+        gain = 0.0
+        while damping < 1e3 and gain <= 0:
+            system = curvature + damping * torch.diag(diagonal)
+            moved = best.copy()
+            moved[free] -= torch.linalg.solve(system, slope).numpy()
+            changed = run(moved)
+            gain = float((errors(images).log10() - errors(changed).log10()).mean()) * 10
+            damping = damping / 5 if gain > 0 else damping * 5
+        if gain > 0:
+            best, images = moved, changed
+        if gain < _LEAST_GAIN:
+            break
+    return best
+
+
+def _are_possible(rows: Rows) -> bool:
+    timesteps, landings = (np.array(column) for column in list(zip(*rows, strict=True))[:2])
+    return bool(
+        (np.diff(timesteps) < 0).all()
+        and timesteps[-1] >= 0
+        and ((landings > 0).all())
+        and (landings[:-1] < 1).all()
+    )
