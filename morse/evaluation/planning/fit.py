@@ -104,16 +104,18 @@ def fit_steps(
     damping = _DAMPING
     for _ in range(rounds):
         scale = errors(images).rsqrt()[:, None, None, None]
-        columns = []
+        parts = [(images - reference) * scale]
         for knot in free:
             moved = best.copy()
             moved[knot] += steps[knot]
             changed = run(moved)
             change = images * 0 if changed is None else (changed - images) / steps[knot]
-            columns.append((change * scale).flatten())
-        jacobian = torch.stack(columns, dim=1).double()
-        residual = ((images - reference) * scale).flatten().double()
-        curvature, slope = jacobian.T @ jacobian, jacobian.T @ residual
+            parts.append(change * scale)
+        products = torch.zeros(len(parts), len(parts), dtype=torch.float64)
+        for of_image in zip(*parts, strict=True):  # one at a time, for memory
+            own = torch.stack(of_image).double().flatten(1)
+            products += own @ own.T
+        curvature, slope = products[1:, 1:], products[1:, 0]
         # Knots that change next to nothing must not run away: more than each one's own curvature.
         diagonal = curvature.diagonal() + curvature.diagonal().mean()
         gain = 0.0
