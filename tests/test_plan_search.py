@@ -10,7 +10,7 @@ from evaluation_fixtures import tiny_folder  # noqa: F401
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.planning import command
 from morse.evaluation.planning.command import PlanConfig, run_plan
-from morse.evaluation.planning.fit import curves_to_rows, fit_steps, power_curves
+from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
 from morse.evaluation.planning.search import (
     Candidate,
     early_candidates,
@@ -126,11 +126,27 @@ class TestFit:
         def run(rows):
             return sample(5, fitted_steps=rows)
 
-        curves = fit_steps(run, "D" * 5, exact, [power_curves(1.0), power_curves(2.0)], 2)
+        curves = fit_curves(run, "D" * 5, exact, [power_curves(1.0), power_curves(2.0)], 2)
         rows = curves_to_rows(curves, "D" * 5)
         fitted = (other(5, fitted_steps=rows) - other_exact).square().mean()
         plain = min((other(5, timestep_power=p) - other_exact).square().mean() for p in (1.0, 2.0))
         assert fitted < plain / 10
+
+    def test_rows_of_their_own_fit_better_than_curves(self):
+        sample, exact = self.problem(seed=1)
+        other, other_exact = self.problem(seed=2)
+
+        def run(rows):
+            return sample(5, fitted_steps=rows)
+
+        curves = fit_curves(run, "DDDDD", exact, [power_curves(1.0)], 3)
+        smooth = curves_to_rows(curves, "DDDDD")
+        plain = curves_to_rows(power_curves(1.0), "DDDDD")
+        refined = refine_rows(run, exact, [plain, smooth], 4)
+        errors = [(other(5, fitted_steps=rows) - other_exact).square().mean()
+                  for rows in (smooth, refined)]  # fmt: skip
+        assert errors[1] < errors[0] / 2
+        assert refined[0][0] == 999 and refined[-1][1] == 1
 
     def test_what_is_added_at_dots_evaluations_stays_there(self):
         curves = power_curves(1.0)
@@ -144,14 +160,14 @@ class TestFit:
         start = power_curves(1.0)
         start[5:9] = 0.97  # landings next to the following evaluation
         plain = (sample(4) - exact).square().mean()
-        curves = fit_steps(lambda rows: sample(4, fitted_steps=rows), "DDDD", exact, [start], 2)
+        curves = fit_curves(lambda rows: sample(4, fitted_steps=rows), "DDDD", exact, [start], 2)
         found = sample(4, fitted_steps=curves_to_rows(curves, "DDDD"))
         assert (found - exact).square().mean() < plain
 
     def test_without_rounds_the_best_start_is_given(self):
         sample, exact = self.problem(seed=1)
         starts = [power_curves(power) for power in (4.0, 1.0)]
-        curves = fit_steps(lambda rows: sample(4, fitted_steps=rows), "DDDD", exact, starts, 0)
+        curves = fit_curves(lambda rows: sample(4, fitted_steps=rows), "DDDD", exact, starts, 0)
         assert (curves == starts[1]).all()
 
 
@@ -248,6 +264,7 @@ def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
         num_quick_images=1,
         num_fit_images=2,
         fit_rounds=1,
+        refine_rounds=1,
         max_rounds=1,
     )
     monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
@@ -275,6 +292,7 @@ def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_fit_images": 0}, "num_fit_images is 0"),
         ({"fit_rounds": -1}, "fit_rounds is -1"),
+        ({"refine_rounds": -1}, "refine_rounds is -1"),
     ],
 )
 def test_wrong_settings(tmp_path, options, message):

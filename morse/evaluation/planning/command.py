@@ -1,6 +1,7 @@
 """`morse plan`: search plans for a Dot and save them with it."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,13 @@ from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import command_line, environment
 from morse.evaluation.metrics import psnr
-from morse.evaluation.planning.fit import Rows, curves_to_rows, fit_steps, power_curves
+from morse.evaluation.planning.fit import (
+    Rows,
+    curves_to_rows,
+    fit_curves,
+    power_curves,
+    refine_rows,
+)
 from morse.evaluation.planning.search import (
     UNIFORM_RATIOS,
     Candidate,
@@ -70,10 +77,13 @@ class PlanConfig:
     seed: int = field(default=10**6, metadata={"help": "of the first image; keep evaluation's off"})
     max_rounds: int = field(default=6, metadata={"help": "steps to a better neighbour at most"})
     fit_rounds: int = field(
-        default=4,
+        default=3,
         metadata={
-            "help": "rounds of fitting the leapfrog solver's steps to the best plans; 0: none"
+            "help": "rounds of fitting the leapfrog solver's steps as smooth curves; 0: none"
         },
+    )
+    refine_rounds: int = field(
+        default=1, metadata={"help": "rounds of fitting each evaluation's then by itself; 0: none"}
     )
     num_fit_images: int = field(
         default=32, metadata={"help": "further trajectories, which the steps are fitted on"}
@@ -96,8 +106,9 @@ class PlanConfig:
                 f"num_quick_images is {self.num_quick_images}, but must be at most "
                 f"num_images = {self.num_images}"
             )
-        if self.fit_rounds < 0:
-            raise ValueError(f"fit_rounds is {self.fit_rounds}, but must be 0 or more")
+        for name in ("fit_rounds", "refine_rounds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 or more")
         for name in ("lsd", "ratios"):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
@@ -149,14 +160,14 @@ def run_plan(config: PlanConfig) -> None:
         return Trajectories(seeds, images, conditions, size)
 
     judged_on = follow(config.seed, config.num_images)
-    fits = config.fit_rounds > 0 and "leapfrog" in config.solver
+    fits = config.fit_rounds + config.refine_rounds > 0 and "leapfrog" in config.solver
     fitted_on = follow(config.seed + config.num_images, config.num_fit_images) if fits else None
     plans = {name: list(saved) for name, saved in (main.dot.config.plans or {}).items()}
     report, curves = [], {}
     for solver, lsd in product(config.solver, config.lsd):
         pipe = pipes[solver]
         name = type(pipe.scheduler).__name__
-        same = [entry["plan"] for entry in plans.get(name, ()) if entry["lsd"] == lsd]
+        same = [entry for entry in plans.get(name, ()) if entry["lsd"] == lsd]
         evaluate = make_judge(config, pipe, judged_on)
         found = search_plan(
             evaluate,
@@ -165,10 +176,10 @@ def run_plan(config: PlanConfig) -> None:
             config.grids(solver),
             config.max_rounds,
             ratios=config.ratios,
-            known=same,
+            known=[entry["plan"] for entry in same],
         )
         if fits and solver == "leapfrog":
-            found = fit_best(found, evaluate, pipe, fitted_on, config.fit_rounds, curves)
+            found = fit_best(config, found, evaluate, pipe, fitted_on, curves, same)
         saved = _saved(found, lsd, speed_ratio, config.num_images)
         kept = [entry for entry in plans.get(name, ()) if entry["lsd"] != lsd]
         plans[name] = sorted([*kept, saved.to_config()], key=lambda entry: entry["lsd"])
@@ -194,24 +205,26 @@ def make_judge(config: PlanConfig, pipe: "MorsePipeline", judged_on: Trajectorie
 
 
 def fit_best(
+    config: PlanConfig,
     found: Found,
     evaluate: Evaluate,
     pipe: "MorsePipeline",
     fitted_on: Trajectories,
-    rounds: int,
     curves: dict[bool, np.ndarray],
+    known: Sequence[Mapping[str, object]],
 ) -> Found:
     """Fit the steps of the best plan with Dot and of all Dash, where they are near each other.
 
     They are fitted on images of their own, and judged on those that all candidates are.
 
     Args:
+        config: How many rounds.
         found: What the search ended with.
         evaluate: Judges a candidate.
         pipe: With a `LeapfrogScheduler`.
         fitted_on: What to fit to.
-        rounds: See `fit_steps`.
         curves: Latest fitted, by whether the plan has Dot; they are a start for the next fit.
+        known: Plans that were saved for the budget; the rows of theirs are a start, too.
     """
     num_train_timesteps = pipe.scheduler.config.num_train_timesteps
     for has_dot in (True, False):
@@ -219,17 +232,21 @@ def fit_best(
         start = max(of_kind, key=found.tried.__getitem__, default=None)
         if start is None or found.tried[start] < max(found.tried.values()) - FIT_MARGIN:
             continue
+        plan = start.plan
 
-        def sample(rows: Rows, plan: str = start.plan) -> Tensor:
+        def sample(rows: Rows, plan: str = plan) -> Tensor:
             return fitted_on.sample(pipe, SavedPlan(0, plan, {"fitted_steps": rows}))
 
         starts = [power_curves(dict(start.options)["timestep_power"])]
         starts += [curves[has_dot]] if has_dot in curves else []
-        curves[has_dot] = fit_steps(
-            sample, start.plan, fitted_on.images, starts, rounds, num_train_timesteps
+        curves[has_dot] = fit_curves(
+            sample, plan, fitted_on.images, starts, config.fit_rounds, num_train_timesteps
         )
-        rows = curves_to_rows(curves[has_dot], start.plan, num_train_timesteps)
-        fitted = Candidate(start.plan, (("fitted_steps", tuple(map(tuple, rows))),))
+        rows = [curves_to_rows(curves[has_dot], plan, num_train_timesteps)]
+        saved = [entry["scheduler"].get("fitted_steps") for entry in known if entry["plan"] == plan]
+        rows += filter(None, saved)
+        refined = refine_rows(sample, fitted_on.images, rows, config.refine_rounds)
+        fitted = Candidate(plan, (("fitted_steps", tuple(map(tuple, refined))),))
         found.fitted[fitted] = value = evaluate(fitted, False)
         if value > found.psnr:
             found = replace(found, best=fitted, psnr=value)

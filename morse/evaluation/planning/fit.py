@@ -1,9 +1,9 @@
 """Fit where a leapfrog run evaluates and lands, and how it extrapolates, to a denoiser and a plan.
 
-A few smooth curves over the run say it all, so that few images suffice. They are found by least
-squares (Levenberg-Marquardt; an image's error counts relative to itself) on the samples that the
-run ends in, since what a step costs shows only there. Curves that fit one run are a start for
-another with more evaluations.
+A few smooth curves over the run say most of it; every evaluation's own numbers the rest. Both are
+found by least squares (Levenberg-Marquardt; an image's error counts relative to itself) on the
+samples that the run ends in, since what a step costs shows only there. Curves that fit one run are
+a start for another with more evaluations.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +27,7 @@ _CURVES = {
     "dot_now": (1, 0.06),
     "dot_ahead": (1, 0.06),
 }
+_ROW_STEPS = (0.06, 0.08, 0.06, 0.06)  # log(timestep + 1), landing, now, ahead
 _DAMPING = 1e-2  # of the first round, relative to the curvature
 _LEAST_GAIN = 0.02  # dB of a round, else it is the last
 
@@ -66,7 +67,7 @@ def curves_to_rows(curves: np.ndarray, plan: str, num_train_timesteps: int = 100
     return np.stack(columns, axis=1).round(4).tolist()
 
 
-def fit_steps(
+def fit_curves(
     sample: Sample,
     plan: str,
     reference: Tensor,
@@ -90,8 +91,63 @@ def fit_steps(
     steps = np.concatenate([np.full(size, step) for size, step in _CURVES.values()])
     free = [k for k in range(len(steps)) if k < len(steps) - 3 or "o" in plan]
 
-    def run(curves: np.ndarray) -> Tensor | None:
-        rows = curves_to_rows(curves, plan, num_train_timesteps)
+    def to_rows(curves: np.ndarray) -> Rows:
+        return curves_to_rows(curves, plan, num_train_timesteps)
+
+    return _least_squares(sample, to_rows, reference, starts, steps, free, rounds)
+
+
+def refine_rows(sample: Sample, reference: Tensor, starts: Sequence[Rows], rounds: int) -> Rows:
+    """Fit every number of a run's rows by itself; `fit_curves` leads near enough for it.
+
+    A round samples once for each of them, about four times as often as the run has evaluations.
+    For the other arguments see `fit_curves`; `starts` has rows.
+    """
+    shape = np.shape(starts[0])
+
+    def to_vector(rows: Rows) -> np.ndarray:
+        columns = np.array(rows, dtype=np.float64)
+        columns[:, 0] = np.log1p(columns[:, 0])  # what a timestep's error does goes with its size
+        return columns.ravel()
+
+    def to_rows(vector: np.ndarray) -> Rows:
+        columns = vector.reshape(shape).copy()
+        columns[:, 0] = np.expm1(columns[:, 0])
+        return columns.round(4).tolist()
+
+    # A run starts at its first timestep and ends at zero noise, and has no change to extrapolate
+    # at first.
+    fixed = np.zeros(shape, dtype=bool)
+    fixed[0, [0, 2, 3]] = fixed[-1, [1, 3]] = True
+    steps = np.broadcast_to(np.array(_ROW_STEPS), shape).ravel()
+    free = np.flatnonzero(~fixed.ravel()).tolist()
+    vectors = [to_vector(rows) for rows in starts]
+    return to_rows(_least_squares(sample, to_rows, reference, vectors, steps, free, rounds))
+
+
+def _least_squares(
+    sample: Sample,
+    to_rows: Callable[[np.ndarray], Rows],
+    reference: Tensor,
+    starts: Sequence[np.ndarray],
+    steps: np.ndarray,
+    free: list[int],
+    rounds: int,
+) -> np.ndarray:
+    """Give the vector with the least mean logarithm of squared error.
+
+    Args:
+        sample: Rows -> images.
+        to_rows: Vector -> rows.
+        reference: What to come near to.
+        starts: Vectors; the best is where it begins.
+        steps: How far to move each number to see what it changes.
+        free: Which numbers to fit.
+        rounds: At most.
+    """
+
+    def run(vector: np.ndarray) -> Tensor | None:
+        rows = to_rows(vector)
         return sample(rows) if _are_possible(rows) else None
 
     def errors(images: Tensor | None) -> Tensor:
@@ -99,24 +155,24 @@ def fit_steps(
             return torch.full((len(reference),), torch.inf)
         return (images - reference).square().flatten(1).mean(1).clamp(min=1e-10)
 
-    tried = [(curves, run(curves)) for curves in starts]
+    tried = [(vector, run(vector)) for vector in starts]
     best, images = min(tried, key=lambda each: float(errors(each[1]).log().mean()))
     damping = _DAMPING
     for _ in range(rounds):
         scale = errors(images).rsqrt()[:, None, None, None]
         parts = [(images - reference) * scale]
-        for knot in free:
+        for index in free:
             moved = best.copy()
-            moved[knot] += steps[knot]
+            moved[index] += steps[index]
             changed = run(moved)
-            change = images * 0 if changed is None else (changed - images) / steps[knot]
+            change = images * 0 if changed is None else (changed - images) / steps[index]
             parts.append(change * scale)
         products = torch.zeros(len(parts), len(parts), dtype=torch.float64)
         for of_image in zip(*parts, strict=True):  # one at a time, for memory
             own = torch.stack(of_image).double().flatten(1)
             products += own @ own.T
         curvature, slope = products[1:, 1:], products[1:, 0]
-        # Knots that change next to nothing must not run away: more than each one's own curvature.
+        # Numbers that change next to nothing must not run away: not each one's own curvature alone.
         diagonal = curvature.diagonal() + curvature.diagonal().mean()
         gain = 0.0
         while damping < 1e3 and gain <= 0:
