@@ -244,7 +244,7 @@ def fit_best(
         )
         rows = [curves_to_rows(curves[has_dot], plan, num_train_timesteps)]
         saved = [entry["scheduler"].get("fitted_steps") for entry in known if entry["plan"] == plan]
-        rows += filter(None, saved)
+        rows += [each for each in saved if each and len(each) == len(plan)]
         refined = refine_rows(sample, fitted_on.images, rows, config.refine_rounds)
         fitted = Candidate(plan, (("fitted_steps", tuple(map(tuple, refined))),))
         found.fitted[fitted] = value = evaluate(fitted, False)
