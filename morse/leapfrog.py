@@ -146,7 +146,7 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
                 f"{num_inference_steps!r}."
             )
         fitted = self.config.fitted_steps
-        rows = None if fitted is None else _resample(fitted, num_inference_steps)
+        rows = None if fitted is None else resample_steps(fitted, num_inference_steps)
         if rows is None:
             grid = total * (1 - np.arange(steps) / steps) ** self.config.timestep_power - 1
         else:
@@ -246,6 +246,22 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
 
+def resample_steps(rows: Sequence[Sequence[float]], count: int) -> np.ndarray:
+    """Give rows of another number of evaluations, (count, 4), at even shares of the run.
+
+    Args:
+        rows: See `LeapfrogScheduler`'s fitted_steps.
+        count: How many evaluations.
+    """
+    own = np.array([*rows, rows[-1]], dtype=np.float64)
+    own[-1, 0] = -1  # the end of the run, to which the last evaluation goes in one move, not two
+    at = np.append(np.arange(len(rows)), len(rows) - 0.5)
+    if len(rows) > 1:
+        own[-2:, 1] = rows[-2][1]  # the last row's own means nothing
+    wanted = np.arange(count) * (len(rows) - 0.5) / (count - 0.5)
+    return np.stack([np.interp(wanted, at, column) for column in own.T], axis=1)
+
+
 def _check_steps(rows: Sequence[Sequence[float]], num_train_timesteps: int) -> None:
     if not rows or any(len(row) != 4 for row in rows):
         raise ValueError(
@@ -261,17 +277,6 @@ def _check_steps(rows: Sequence[Sequence[float]], num_train_timesteps: int) -> N
     landings = [row[1] for row in rows[:-1]]
     if not all(0 < landing < 1 for landing in landings):
         raise ValueError(f"the landings of fitted_steps must lie in (0, 1), got {landings}.")
-
-
-def _resample(rows: Sequence[Sequence[float]], count: int) -> np.ndarray:
-    """Give (count, 4) rows at even shares of a run."""
-    own = np.array([*rows, rows[-1]], dtype=np.float64)
-    own[-1, 0] = -1  # the end of the run, to which the last evaluation goes in one move, not two
-    at = np.append(np.arange(len(rows)), len(rows) - 0.5)
-    if len(rows) > 1:
-        own[-2:, 1] = rows[-2][1]  # the last row's own means nothing
-    wanted = np.arange(count) * (len(rows) - 0.5) / (count - 0.5)
-    return np.stack([np.interp(wanted, at, column) for column in own.T], axis=1)
 
 
 def _interleave(rows: np.ndarray) -> np.ndarray:

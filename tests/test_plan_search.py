@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
+from diffusers import DDPMPipeline
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
-from morse.evaluation.planning import command
+from morse.evaluation.planning import command, memory
 from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
+from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.search import (
     Candidate,
     early_candidates,
@@ -84,6 +86,65 @@ def test_a_known_plan_is_tried_if_the_budget_allows_it():
                          max_rounds=0, known=known)  # fmt: skip
     assert judged.best.plan == known[0]
     assert known[1] not in {each.plan for each in judged.tried}
+
+
+def test_without_a_dot_grids_of_all_dash_are_compared():
+    grids = [(("timestep_power", power),) for power in (1.0, 1.5)]
+    found = search_plan(lambda candidate, quick: 0.0, 8, 1.0, grids, with_dot=False)
+    assert set(found.tried) == {Candidate("D" * 8, grid) for grid in grids}
+
+
+class TestMemory:
+    """Dash's calls are made once in a search."""
+
+    @pytest.fixture
+    def network(self):
+        class Network(torch.nn.Module):
+            calls = 0
+
+            def forward(self, sample, timestep, conditions=None, return_dict=True):
+                self.calls += 1
+                return (sample * timestep, conditions)
+
+        return Network()
+
+    def test_the_same_call_is_made_once(self, network):
+        sample = torch.randn(2, 3)
+        with remembering(network):
+            first = network(sample, torch.tensor(3), {"text": [torch.ones(1)]})
+            again = network(sample.clone(), torch.tensor(3), {"text": [torch.ones(1)]})
+        assert network.calls == 1 and torch.equal(first[0], again[0])
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs"),
+        [
+            ((torch.ones(2), 4), {}),
+            ((torch.ones(2, dtype=torch.float64), 3), {}),
+            ((torch.ones(2, 1), 3), {}),
+            ((torch.ones(2) * 2, 3), {}),
+            ((torch.ones(2), 3), {"conditions": {"text": torch.ones(1)}}),
+            ((torch.ones(2), 3), {"return_dict": False}),
+        ],
+    )
+    def test_other_arguments_are_another_call(self, network, args, kwargs):
+        with remembering(network):
+            network(torch.ones(2), 3)
+            network(*args, **kwargs)
+        assert network.calls == 2
+
+    def test_nothing_is_remembered_afterwards(self, network):
+        with pytest.raises(KeyError), remembering(network):
+            raise KeyError
+        network(torch.ones(2), 3)
+        network(torch.ones(2), 3)
+        assert network.calls == 2 and "forward" not in vars(network)
+
+    def test_the_oldest_calls_are_forgotten(self, network, monkeypatch):
+        monkeypatch.setattr(memory, "_MOST_CALLS", 2)
+        with remembering(network):
+            for timestep in (1, 2, 1, 3, 1, 2):
+                network(torch.ones(2), timestep)
+        assert network.calls == 4  # 2 was forgotten when 3 came, 1 was not
 
 
 class TestFit:
@@ -253,33 +314,68 @@ class TestUse:
             pass
 
 
+QUICK = {
+    "speed_ratio": 6.0,
+    "lsd": (3,),
+    "num_images": 2,
+    "num_quick_images": 1,
+    "num_fit_images": 2,
+    "fit_rounds": 1,
+    "refine_rounds": 1,
+    "max_rounds": 1,
+}
+
+
+def test_saved_rows_that_a_fit_may_start_from():
+    def entry(plan, rows=None):
+        return {"plan": plan, "scheduler": {"fitted_steps": rows} if rows else {}}
+
+    rows = curves_to_rows(power_curves(1.0), "DDDD")
+    known = [entry("DDDD", rows), entry("DoDo", rows), entry("DoDoD", rows), entry("DDDDD")]
+    assert command._known_rows(known, "DDDD") == [rows]
+    assert command._known_rows(known, "DoDo") == [rows]
+    assert command._known_rows(known, "DoDoD") == []
+    (longer,) = command._known_rows(known, "DDDDDD")
+    assert [row[0] for row in longer] == pytest.approx(
+        [row[0] for row in curves_to_rows(power_curves(1.0), "DDDDDD")]
+    )
+
+
 @pytest.mark.slow
 def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
-    config = PlanConfig(
-        pipeline=str(tiny_folder),
-        output_dir=tmp_path,
-        speed_ratio=6.0,
-        lsd=(3,),
-        num_images=2,
-        num_quick_images=1,
-        num_fit_images=2,
-        fit_rounds=1,
-        refine_rounds=1,
-        max_rounds=1,
-    )
     monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
-    run_plan(config)
+    run_plan(PlanConfig(pipeline=str(tiny_folder), output_dir=tmp_path, fit_margin=99.0, **QUICK))
     report = json.loads((tmp_path / "plan_search.json").read_text())
     (search,) = report["searches"]
     assert search["psnr"] >= search["uniform_psnr"] and len(search["tried"]) > 5
-    assert search["fits"] and {fit["plan"] for fit in search["fits"]} <= {
-        each["plan"] for each in search["tried"]
-    }
+    fitted = {fit["plan"]: fit["scheduler"]["fitted_steps"] for fit in search["fits"]}
+    assert len(fitted) == 2 and set(fitted) <= {each["plan"] for each in search["tried"]}
     pipe = MorsePipeline.from_pretrained(tiny_folder, dot=tmp_path, scheduler="leapfrog")
     pipe.set_progress_bar_config(disable=True)
     pipe.speed_ratio = 6.0
     pipe(lsd=3, generator=torch.Generator().manual_seed(0))
     assert str(pipe.last_run.plan) == search["plan"]
+    scheduler = LeapfrogScheduler.from_pretrained(tmp_path / "leapfrog-3")
+    assert scheduler.config.fitted_steps == fitted["DDD"]
+
+
+@pytest.mark.slow
+def test_a_pipeline_without_a_dot_gets_schedulers(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
+    bare = tmp_path / "bare"
+    DDPMPipeline.from_pretrained(tiny_folder).save_pretrained(bare)
+    with pytest.raises(ValueError, match=r"has no Dot.* solver is \('ddim',\).* give a Dot"):
+        run_plan(PlanConfig(pipeline=str(bare), output_dir=tmp_path, solver=("ddim",), **QUICK))
+    run_plan(PlanConfig(pipeline=str(bare), output_dir=tmp_path / "found", **QUICK))
+    files = {str(file.relative_to(tmp_path / "found")) for file in tmp_path.rglob("*.json")
+             if "found" in file.parts}  # fmt: skip
+    assert files == {"leapfrog-3/scheduler_config.json", "plan_search.json"}
+    pipe = MorsePipeline.from_pretrained(bare)
+    scheduler = LeapfrogScheduler.from_pretrained(tmp_path / "found/leapfrog-3")
+    assert len(scheduler.config.fitted_steps) == 3
+    pipe = MorsePipeline.from_pretrained(bare, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    assert len(pipe(num_inference_steps=3).images) == 1
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,11 @@ ASKED_FOR = ("prompt", "class_labels", "batch_size")
 
 
 def load_pipelines(
-    pipeline: str, dot: str | None, solvers: tuple[str, ...], device: str
+    pipeline: str,
+    dot: str | None,
+    solvers: tuple[str, ...],
+    device: str,
+    needs_dot: bool = True,
 ) -> dict[str, "MorsePipeline"]:
     """Load one pipeline a solver, quiet, on `device`; all share one Dash and one Dot.
 
@@ -35,6 +39,7 @@ def load_pipelines(
         dot: See there.
         solvers: Keys of `SOLVERS`.
         device: See there.
+        needs_dot: See there.
 
     Returns:
         Morse pipelines: `SolverPipeline`s where there is a unet and a scheduler alone, else of the
@@ -42,15 +47,15 @@ def load_pipelines(
     """
     from morse.pipeline import MorsePipeline
 
-    bare, loaded_dot = load_bare(pipeline, dot, device)
+    bare, loaded_dot = load_bare(pipeline, dot, device, needs_dot)
     return {
         solver: MorsePipeline.from_pipe(with_solver(bare, solver), loaded_dot) for solver in solvers
     }
 
 
 def load_bare(
-    pipeline: str, dot: str | None, device: str
-) -> tuple["DiffusionPipeline", "MorseDot"]:
+    pipeline: str, dot: str | None, device: str, needs_dot: bool = True
+) -> tuple["DiffusionPipeline", "MorseDot | None"]:
     """Load a pipeline without Morse in which every solver works, and its Dot, on `device`.
 
     Args:
@@ -58,9 +63,11 @@ def load_bare(
             noise and prompts or classes. A safety checker is left out: it would paint over images.
         dot: A Dot's folder; None for the one that comes with the pipeline.
         device: A torch device, or "auto" for a GPU where there is one.
+        needs_dot: Whether to refuse a pipeline without a Dot.
 
     Raises:
-        ValueError: If the device is unknown, or the pipeline has no Dot or is of another kind.
+        ValueError: If the device is unknown, or the pipeline has no Dot though one is needed, or is
+            of another kind.
     """
     from morse.attach import disable_morse
     from morse.pipeline import MorsePipeline
@@ -69,13 +76,13 @@ def load_bare(
     with _quiet_loading():
         absent = _absent_components(pipeline)
         loaded = MorsePipeline.from_pretrained(pipeline, dot=dot, **absent).to(torch_device)
-    if loaded.dot is None:
+    if loaded.dot is None and needs_dot:
         raise ValueError(
             f"pipeline {pipeline!r} has no Dot; give one with --dot, or train one with "
             "`morse train-dot`"
         )
     if torch_device.type == "cuda":  # the layout that its convolutions want
-        for model in (find_denoiser(loaded), loaded.dot):
+        for model in filter(None, (find_denoiser(loaded), loaded.dot)):
             model.to(memory_format=torch.channels_last)
     loaded_dot = loaded.dot
     return _bare_pipeline(disable_morse(loaded), pipeline), loaded_dot

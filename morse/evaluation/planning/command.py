@@ -1,4 +1,4 @@
-"""`morse plan`: search plans for a Dot and save them with it."""
+"""`morse plan`: search plans for a pipeline, and save them with its Dot or as schedulers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_pipelines
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS
 from morse.evaluation.bench.runs import sample_images
@@ -24,6 +25,7 @@ from morse.evaluation.planning.fit import (
     power_curves,
     refine_rows,
 )
+from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.search import (
     UNIFORM_RATIOS,
     Candidate,
@@ -31,27 +33,35 @@ from morse.evaluation.planning.search import (
     Found,
     search_plan,
 )
+from morse.leapfrog import resample_steps
 from morse.saved_plans import SavedPlan
 from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
     from morse.pipeline import MorsePipeline
-
-
-FIT_MARGIN = 1.0  # dB behind the best plan, up to which one is worth fitting
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Search which evaluations Dot makes, by solver and budget, and save the plans with Dot."""
+    """Search which evaluations Dot makes, by solver and budget, and save the plans with Dot.
+
+    Fitted steps of Dash alone are saved as schedulers, too. Without a Dot they are all there is.
+    """
 
     pipeline: str = field(
         default="fashion-mnist",
         metadata={"help": "the pipeline", "alias": "pretrained_model_name_or_path"},
     )
-    dot: str | None = field(default=None, metadata={"help": "a Dot's folder; the pipeline's own"})
+    dot: str | None = field(
+        default=None, metadata={"help": "a Dot's folder; the pipeline's own, if any"}
+    )
     output_dir: Path = field(
-        metadata={"help": "where the Dot is saved with its plans, with plan_search.json beside it"}
+        metadata={
+            "help": "where the Dot is saved with its plans, with plan_search.json beside it and "
+            "a scheduler in leapfrog-LSD for each budget's fitted steps of Dash alone"
+        }
     )
     solver: tuple[str, ...] = field(
         default=("leapfrog",), metadata={"help": "names of solvers, as for `morse bench`"}
@@ -87,6 +97,13 @@ class PlanConfig:
     )
     num_fit_images: int = field(
         default=32, metadata={"help": "further trajectories, which the steps are fitted on"}
+    )
+    fit_margin: float = field(
+        default=1.0,
+        metadata={
+            "help": "dB: the best plan with Dot and the best of all Dash are both fitted if the "
+            "worse is no further behind"
+        },
     )
     prompts: tuple[str, ...] = field(default=(), metadata={"help": "for a text pipeline"})
     class_names: tuple[str, ...] = field(default=(), metadata={"help": "for labels, or as prompts"})
@@ -142,14 +159,21 @@ class Trajectories(NamedTuple):
 
 
 def run_plan(config: PlanConfig) -> None:
-    """Search, and write the Dot with its plans and what was tried."""
+    """Search, and write what was found and tried."""
     solvers = tuple(dict.fromkeys((*config.solver, REFERENCE_SOLVER)))
-    pipes = load_pipelines(config.pipeline, config.dot, solvers, config.device)
+    pipes = load_pipelines(config.pipeline, config.dot, solvers, config.device, needs_dot=False)
     main = pipes[REFERENCE_SOLVER]
+    has_dot = main.dot is not None
+    if not has_dot and set(config.solver) != {"leapfrog"}:
+        raise ValueError(
+            f"pipeline {config.pipeline!r} has no Dot, so that there is nothing to search but "
+            f"leapfrog's steps; solver is {config.solver}, but must be 'leapfrog' alone, or give a "
+            "Dot with --dot"
+        )
     conditions = make_conditions(
         main, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
-    speed_ratio = config.speed_ratio or main.speed_ratio
+    speed_ratio = (config.speed_ratio or main.speed_ratio) if has_dot else 1.0
     if speed_ratio is None:
         few = conditions.arguments(range(min(config.batch_size, config.num_images)))
         speed_ratio = main.measure_speed_ratio(**few).speed_ratio
@@ -162,26 +186,29 @@ def run_plan(config: PlanConfig) -> None:
     judged_on = follow(config.seed, config.num_images)
     fits = config.fit_rounds + config.refine_rounds > 0 and "leapfrog" in config.solver
     fitted_on = follow(config.seed + config.num_images, config.num_fit_images) if fits else None
-    plans = {name: list(saved) for name, saved in (main.dot.config.plans or {}).items()}
+    saved_plans = main.dot.config.plans if has_dot else None
+    plans = {name: list(saved) for name, saved in (saved_plans or {}).items()}
     report, curves = [], {}
     for solver, lsd in product(config.solver, config.lsd):
         pipe = pipes[solver]
         name = type(pipe.scheduler).__name__
-        same = [entry for entry in plans.get(name, ()) if entry["lsd"] == lsd]
+        known = plans.get(name, [])
         evaluate = make_judge(config, pipe, judged_on)
-        found = search_plan(
-            evaluate,
-            lsd,
-            speed_ratio,
-            config.grids(solver),
-            config.max_rounds,
-            ratios=config.ratios,
-            known=[entry["plan"] for entry in same],
-        )
-        if fits and solver == "leapfrog":
-            found = fit_best(config, found, evaluate, pipe, fitted_on, curves, same)
+        with remembering(find_denoiser(pipe)):
+            found = search_plan(
+                evaluate,
+                lsd,
+                speed_ratio,
+                config.grids(solver),
+                config.max_rounds,
+                ratios=config.ratios,
+                known=[entry["plan"] for entry in known if entry["lsd"] == lsd],
+                with_dot=has_dot,
+            )
+            if fits and solver == "leapfrog":
+                found = fit_best(config, found, evaluate, pipe, fitted_on, curves, known)
         saved = _saved(found, lsd, speed_ratio, config.num_images)
-        kept = [entry for entry in plans.get(name, ()) if entry["lsd"] != lsd]
+        kept = [entry for entry in known if entry["lsd"] != lsd]
         plans[name] = sorted([*kept, saved.to_config()], key=lambda entry: entry["lsd"])
         report.append(_report(solver, saved, found))
         print(
@@ -189,7 +216,8 @@ def run_plan(config: PlanConfig) -> None:
             f"(uniform {found.uniform.plan}: {saved.uniform_psnr:.2f} dB)",
             flush=True,
         )
-        _write(config, pipes, plans, report, speed_ratio)
+        _save_scheduler(config.output_dir / f"{solver}-{lsd}", pipe.scheduler, found)
+        _write(config, main, plans, report, speed_ratio)
 
 
 def make_judge(config: PlanConfig, pipe: "MorsePipeline", judged_on: Trajectories) -> Evaluate:
@@ -224,13 +252,14 @@ def fit_best(
         pipe: With a `LeapfrogScheduler`.
         fitted_on: What to fit to.
         curves: Latest fitted, by whether the plan has Dot; they are a start for the next fit.
-        known: Plans that were saved for the budget; the rows of theirs are a start, too.
+        known: Saved plans; the rows of the same plan are a start too, as are those of other numbers
+            of Dash evaluations for a plan that is all Dash.
     """
     num_train_timesteps = pipe.scheduler.config.num_train_timesteps
     for has_dot in (True, False):
         of_kind = [each for each in found.tried if ("o" in each.plan) == has_dot]
         start = max(of_kind, key=found.tried.__getitem__, default=None)
-        if start is None or found.tried[start] < max(found.tried.values()) - FIT_MARGIN:
+        if start is None or found.tried[start] < max(found.tried.values()) - config.fit_margin:
             continue
         plan = start.plan
 
@@ -243,13 +272,24 @@ def fit_best(
             sample, plan, fitted_on.images, starts, config.fit_rounds, num_train_timesteps
         )
         rows = [curves_to_rows(curves[has_dot], plan, num_train_timesteps)]
-        saved = [entry["scheduler"].get("fitted_steps") for entry in known if entry["plan"] == plan]
-        rows += [each for each in saved if each and len(each) == len(plan)]
+        rows += _known_rows(known, plan)
         refined = refine_rows(sample, fitted_on.images, rows, config.refine_rounds)
         fitted = Candidate(plan, (("fitted_steps", tuple(map(tuple, refined))),))
         found.fitted[fitted] = value = evaluate(fitted, False)
         if value > found.psnr:
             found = replace(found, best=fitted, psnr=value)
+    return found
+
+
+def _known_rows(known: Sequence[Mapping[str, object]], plan: str) -> list[Rows]:
+    """List the rows of saved plans that may be a start for the fit of `plan`."""
+    found = []
+    for entry in known:
+        rows = entry["scheduler"].get("fitted_steps")
+        if rows and entry["plan"] == plan and len(rows) == len(plan):
+            found.append(rows)
+        elif rows and "o" not in entry["plan"] + plan:
+            found.append(resample_steps(rows, len(plan)).tolist())
     return found
 
 
@@ -282,16 +322,26 @@ def _report(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:
     }
 
 
+def _save_scheduler(folder: Path, scheduler: "SchedulerMixin", found: Found) -> None:
+    """Save the best fitted steps of Dash alone, which need no Morse but its scheduler."""
+    all_dash = [each for each in found.fitted if "o" not in each.plan]
+    if all_dash:
+        best = max(all_dash, key=found.fitted.__getitem__)
+        options = dict(best.options)
+        type(scheduler).from_config(scheduler.config, **options).save_pretrained(folder)
+
+
 def _write(
     config: PlanConfig,
-    pipes: dict[str, "MorsePipeline"],
+    main: "MorsePipeline",
     plans: dict[str, list[dict[str, object]]],
     report: list[dict[str, object]],
     speed_ratio: float,
 ) -> None:
-    main = pipes[REFERENCE_SOLVER]
-    main.dot.register_to_config(plans=plans)
-    main.dot.save_pretrained(config.output_dir)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    if main.dot is not None:
+        main.dot.register_to_config(plans=plans)
+        main.dot.save_pretrained(config.output_dir)
     facts = {
         "command": command_line(),
         "environment": environment(main.device),

@@ -160,13 +160,14 @@ def _least_squares(
     damping = _DAMPING
     for _ in range(rounds):
         scale = errors(images).rsqrt()[:, None, None, None]
-        parts = [(images - reference) * scale]
-        for index in free:
+        changes = {}
+        for index in reversed(free):  # from the run's end, for what Dash's calls are remembered
             moved = best.copy()
             moved[index] += steps[index]
             changed = run(moved)
             change = images * 0 if changed is None else (changed - images) / steps[index]
-            parts.append(change * scale)
+            changes[index] = change * scale
+        parts = [(images - reference) * scale, *(changes[index] for index in free)]
         products = torch.zeros(len(parts), len(parts), dtype=torch.float64)
         for of_image in zip(*parts, strict=True):  # one at a time, for memory
             own = torch.stack(of_image).double().flatten(1)

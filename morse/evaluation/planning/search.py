@@ -110,6 +110,7 @@ def search_plan(
     finalists: int = 4,
     ratios: Sequence[float] = UNIFORM_RATIOS,
     known: Sequence[str] = (),
+    with_dot: bool = True,
 ) -> Found:
     """Search the best plan for a budget.
 
@@ -123,6 +124,7 @@ def search_plan(
             best all-Dash one are too, so that the result is never worse than either there.
         ratios: Evaluations per LSD of the uniform plans to start from; all Dash is always tried.
         known: Plans to start from as well, those that cost more than `lsd` excepted.
+        with_dot: Whether there is a Dot; else the grids of all Dash are compared and no more.
     """
     tried: dict[Candidate, float] = {}
 
@@ -134,8 +136,10 @@ def search_plan(
     def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
         return sorted(candidates, key=tried.__getitem__, reverse=True)
 
-    uniform_plans = uniform_candidates(lsd, speed_ratio, grids, ratios)
-    starts = [*uniform_plans, *early_candidates(lsd, speed_ratio, grids)]
+    uniform_plans = uniform_candidates(lsd, speed_ratio, grids, ratios if with_dot else ())
+    starts = [*uniform_plans]
+    if with_dot:
+        starts += early_candidates(lsd, speed_ratio, grids)
     starts += [
         Candidate(plan, grid)
         for plan in known
@@ -144,7 +148,7 @@ def search_plan(
     ]
     judge(starts)
     best = ranked(starts)[0]
-    for _ in range(max_rounds):
+    for _ in range(max_rounds if with_dot else 0):
         around = [Candidate(plan, best.options) for plan in neighbours(best.plan, lsd, speed_ratio)]
         around += [Candidate(best.plan, grid) for grid in grids]
         judge(around)
