@@ -12,9 +12,11 @@ from evaluation_fixtures import (  # noqa: F401
 )
 from PIL import Image
 
+from morse.evaluation.bench import sampler
 from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
 from morse.evaluation.bench.loading import load_pipelines
 from morse.evaluation.bench.speed import measure_speed_table
+from morse.saved_plans import SavedPlan
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     assert "FID" not in text
 
     # Resuming measures nothing again; redrawing needs the JSON only.
-    monkeypatch.setattr("morse.evaluation.bench.sampler.sample_images", None)
+    monkeypatch.setattr(sampler, "sample_images", None)
     resumed = run_benchmark(dataclasses.replace(config, resume=True))
     assert resumed["rows"] == result["rows"]
     run_benchmark(
@@ -84,6 +86,18 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     with pytest.raises(FileExistsError):
         run_benchmark(config)
+
+    # The same command would measure another Dot, whose plans were searched meanwhile.
+    load = sampler.load_bare
+
+    def load_changed(*args):
+        bare, dot = load(*args)
+        dot.register_to_config(plans={"DDIMScheduler": [SavedPlan(3, "DDD").to_config()]})
+        return bare, dot
+
+    monkeypatch.setattr(sampler, "load_bare", load_changed)
+    with pytest.raises(ValueError, match=r"dot_sha256 is '.* repeat its settings"):
+        run_benchmark(dataclasses.replace(config, resume=True))
 
 
 def test_the_speed_table_leaves_the_pipeline_as_it_was(tiny_folder):  # noqa: F811

@@ -72,8 +72,9 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     deadline = time.monotonic() + (config.max_seconds or math.inf)
     scales = bench.guidance_scales()
     conditions = [bench.conditions(scale) for scale in scales]  # what is wrong is told at once
+    identity = {**config.identity(), **bench.models}
     parts = [
-        Part(config, CellStore(folder, config.identity(), config.resume), bench, wanted, deadline)
+        Part(config, CellStore(folder, identity, config.resume), bench, wanted, deadline)
         for folder, wanted in zip(part_folders(config.output_dir, scales), conditions, strict=True)
     ]
     facts = [measure_cells(part) for part in parts]

@@ -1,7 +1,9 @@
 """The loaded pipelines of the benchmark: one a solver and kind of method, over one Dash."""
 
 import dataclasses
+import hashlib
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from morse.denoisers import find_denoiser
+from morse.dot.view import fingerprint
 from morse.evaluation.bench.engagement import timed
 from morse.evaluation.bench.loading import load_bare, make_pipeline, with_scheduler, with_solver
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, Method
@@ -29,6 +32,7 @@ from morse.plan import MorsePlan
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from morse.dot import MorseDot
     from morse.evaluation.bench.config import BenchmarkConfig
     from morse.evaluation.bench.controls import ShrunkDash
 
@@ -37,12 +41,22 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WARM_UP, WARM_UP_PLAN = 3, MorsePlan.from_string("Doo")
 
 
+def _sha256(dot: "MorseDot") -> str:
+    config = {name: value for name, value in dot.config.items() if name[0] != "_"}  # no paths
+    state = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in sorted(dot.state_dict().items()):
+        state.update(name.encode())
+        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
 class Bench:
     """Samples any method at any budget.
 
     Attributes:
         device: Where the models are.
         mode: Whether they are compiled.
+        models: What tells Dash and Dot, with its saved plans, from others; JSON types.
     """
 
     def __init__(self, config: "BenchmarkConfig"):
@@ -53,6 +67,7 @@ class Bench:
         self.config = config
         self.mode: Mode = "eager"
         self._bare, dot = load_bare(config.pipeline, config.dot, config.device)
+        self.models = {"dash": fingerprint(find_denoiser(self._bare)), "dot_sha256": _sha256(dot)}
         self._is_conditional = not isinstance(self._bare, SolverPipeline)
         self._by_solver: dict[str, MorsePipeline] = {
             solver: MorsePipeline.from_pipe(with_solver(self._bare, solver), dot)
