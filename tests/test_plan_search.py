@@ -81,11 +81,11 @@ def test_uniform_candidates_keep_the_budget():
 
 
 def test_a_known_plan_is_tried_if_the_budget_allows_it():
-    known = ("DoDDoDo", "DoDDoDoDDD")
-    judged = search_plan(lambda candidate, quick: worth(candidate.plan, known[0]), 6, 4.0,
+    options = (("fitted_steps", ((999, 0.5, 0.0, 0.0),)),)
+    known = (Candidate("DoDDoDo", options), Candidate("DoDDoDoDDD"))
+    judged = search_plan(lambda candidate, quick: worth(candidate.plan, known[0].plan), 6, 4.0,
                          max_rounds=0, known=known)  # fmt: skip
-    assert judged.best.plan == known[0]
-    assert known[1] not in {each.plan for each in judged.tried}
+    assert judged.best == known[0] and known[1] not in judged.tried
 
 
 def test_without_a_dot_grids_of_all_dash_are_compared():
@@ -357,6 +357,21 @@ def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     assert str(pipe.last_run.plan) == search["plan"]
     scheduler = LeapfrogScheduler.from_pretrained(tmp_path / "leapfrog-3")
     assert scheduler.config.fitted_steps == fitted["DDD"]
+
+
+@pytest.mark.slow
+def test_a_second_search_goes_on_from_the_first(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
+    results = []
+    for rounds in (1, 0):
+        settings = {**QUICK, "max_rounds": 0, "fit_rounds": 0, "refine_rounds": rounds}
+        dot = str(tmp_path) if results else None
+        run_plan(PlanConfig(pipeline=str(tiny_folder), dot=dot, output_dir=tmp_path, **settings))
+        report = json.loads((tmp_path / "plan_search.json").read_text())
+        results.append(report["searches"][0])
+    assert "fitted_steps" in results[0]["scheduler"]
+    for name in ("plan", "scheduler", "psnr"):
+        assert results[1][name] == results[0][name]
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ class PlanConfig:
         default=32, metadata={"help": "further trajectories, which the steps are fitted on"}
     )
     fit_margin: float = field(
-        default=1.0,
+        default=3.0,
         metadata={
             "help": "dB: the best plan with Dot and the best of all Dash are both fitted if the "
             "worse is no further behind"
@@ -202,7 +202,7 @@ def run_plan(config: PlanConfig) -> None:
                 config.grids(solver),
                 config.max_rounds,
                 ratios=config.ratios,
-                known=[entry["plan"] for entry in known if entry["lsd"] == lsd],
+                known=[_candidate(entry) for entry in known if entry["lsd"] == lsd],
                 with_dot=has_dot,
             )
             if fits and solver == "leapfrog":
@@ -266,19 +266,34 @@ def fit_best(
         def sample(rows: Rows, plan: str = plan) -> Tensor:
             return fitted_on.sample(pipe, SavedPlan(0, plan, {"fitted_steps": rows}))
 
-        starts = [power_curves(dict(start.options)["timestep_power"])]
+        options = dict(start.options)
+        powers = (
+            [options["timestep_power"]] if "timestep_power" in options else config.timestep_power
+        )
+        starts = [power_curves(power) for power in powers]
         starts += [curves[has_dot]] if has_dot in curves else []
         curves[has_dot] = fit_curves(
             sample, plan, fitted_on.images, starts, config.fit_rounds, num_train_timesteps
         )
         rows = [curves_to_rows(curves[has_dot], plan, num_train_timesteps)]
         rows += _known_rows(known, plan)
+        if "fitted_steps" in options:
+            rows.append(resample_steps(options["fitted_steps"], len(plan)).tolist())
         refined = refine_rows(sample, fitted_on.images, rows, config.refine_rounds)
-        fitted = Candidate(plan, (("fitted_steps", tuple(map(tuple, refined))),))
+        fitted = _candidate({"plan": plan, "scheduler": {"fitted_steps": refined}})
         found.fitted[fitted] = value = evaluate(fitted, False)
         if value > found.psnr:
             found = replace(found, best=fitted, psnr=value)
     return found
+
+
+def _candidate(entry: Mapping[str, object]) -> Candidate:
+    """Give a saved plan as a candidate, rows as tuples."""
+    options = {
+        name: tuple(map(tuple, value)) if name == "fitted_steps" else value
+        for name, value in entry["scheduler"].items()
+    }
+    return Candidate(entry["plan"], tuple(sorted(options.items())))
 
 
 def _known_rows(known: Sequence[Mapping[str, object]], plan: str) -> list[Rows]:

@@ -109,7 +109,7 @@ def search_plan(
     max_rounds: int = 6,
     finalists: int = 4,
     ratios: Sequence[float] = UNIFORM_RATIOS,
-    known: Sequence[str] = (),
+    known: Sequence[Candidate] = (),
     with_dot: bool = True,
 ) -> Found:
     """Search the best plan for a budget.
@@ -123,7 +123,7 @@ def search_plan(
         finalists: How many of the best are judged on all images; the best uniform plan and the
             best all-Dash one are too, so that the result is never worse than either there.
         ratios: Evaluations per LSD of the uniform plans to start from; all Dash is always tried.
-        known: Plans to start from as well, those that cost more than `lsd` excepted.
+        known: To start from as well, those that cost more than `lsd` excepted.
         with_dot: Whether there is a Dot; else the grids of all Dash are compared and no more.
     """
     tried: dict[Candidate, float] = {}
@@ -141,10 +141,7 @@ def search_plan(
     if with_dot:
         starts += early_candidates(lsd, speed_ratio, grids)
     starts += [
-        Candidate(plan, grid)
-        for plan in known
-        if MorsePlan.from_string(plan).cost(speed_ratio) <= lsd + 1e-9
-        for grid in grids
+        each for each in known if MorsePlan.from_string(each.plan).cost(speed_ratio) <= lsd + 1e-9
     ]
     judge(starts)
     best = ranked(starts)[0]
