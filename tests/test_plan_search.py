@@ -10,6 +10,7 @@ from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.planning import command, memory
+from morse.evaluation.planning.best_fit import known_rows
 from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
 from morse.evaluation.planning.memory import remembering
@@ -332,10 +333,10 @@ def test_saved_rows_that_a_fit_may_start_from():
 
     rows = curves_to_rows(power_curves(1.0), "DDDD")
     known = [entry("DDDD", rows), entry("DoDo", rows), entry("DoDoD", rows), entry("DDDDD")]
-    assert command._known_rows(known, "DDDD") == [rows]
-    assert command._known_rows(known, "DoDo") == [rows]
-    assert command._known_rows(known, "DoDoD") == []
-    (longer,) = command._known_rows(known, "DDDDDD")
+    assert known_rows(known, "DDDD") == [rows]
+    assert known_rows(known, "DoDo") == [rows]
+    assert known_rows(known, "DoDoD") == []
+    (longer,) = known_rows(known, "DDDDDD")
     assert [row[0] for row in longer] == pytest.approx(
         [row[0] for row in curves_to_rows(power_curves(1.0), "DDDDDD")]
     )

@@ -1,0 +1,121 @@
+"""Fits the steps of the best plans that a search found, on trajectories of their own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from morse.evaluation.bench.runs import sample_images
+from morse.evaluation.conditions import Conditions
+from morse.evaluation.planning.config import PlanConfig
+from morse.evaluation.planning.fit import (
+    Rows,
+    curves_to_rows,
+    fit_curves,
+    power_curves,
+    refine_rows,
+)
+from morse.evaluation.planning.search import Candidate, Evaluate, Found
+from morse.leapfrog import resample_steps
+from morse.saved_plans import SavedPlan
+
+if TYPE_CHECKING:
+    from morse.pipeline import MorsePipeline
+
+
+class Trajectories(NamedTuple):
+    """Noise and where many steps take it.
+
+    Attributes:
+        seeds: Of each image.
+        images: (B, C, H, W) in [0, 1].
+        conditions: What the images are of.
+        batch_size: Images at a time.
+    """
+
+    seeds: range
+    images: Tensor
+    conditions: Conditions
+    batch_size: int
+
+    def sample(self, pipe: "MorsePipeline", plan: SavedPlan, count: int | None = None) -> Tensor:
+        """Sample (the first of) the images with a plan."""
+        seeds = self.seeds[:count]
+        return sample_images(pipe, plan, seeds, self.batch_size, conditions=self.conditions).images
+
+
+def fit_best(
+    config: PlanConfig,
+    found: Found,
+    evaluate: Evaluate,
+    pipe: "MorsePipeline",
+    fitted_on: Trajectories,
+    curves: dict[bool, np.ndarray],
+    known: Sequence[Mapping[str, object]],
+) -> Found:
+    """Fit the steps of the best plan with Dot and of all Dash, where they are near each other.
+
+    They are fitted on images of their own, and judged on those that all candidates are.
+
+    Args:
+        config: How many rounds.
+        found: What the search ended with.
+        evaluate: Judges a candidate.
+        pipe: With a `LeapfrogScheduler`.
+        fitted_on: What to fit to.
+        curves: Latest fitted, by whether the plan has Dot; they are a start for the next fit.
+        known: Saved plans; the rows of the same plan are a start too, as are those of other numbers
+            of Dash evaluations for a plan that is all Dash.
+    """
+    num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+    for has_dot in (True, False):
+        of_kind = [each for each in found.tried if ("o" in each.plan) == has_dot]
+        start = max(of_kind, key=found.tried.__getitem__, default=None)
+        if start is None or found.tried[start] < max(found.tried.values()) - config.fit_margin:
+            continue
+        plan = start.plan
+
+        def sample(rows: Rows, plan: str = plan) -> Tensor:
+            return fitted_on.sample(pipe, SavedPlan(0, plan, {"fitted_steps": rows}))
+
+        options = dict(start.options)
+        power = options.get("timestep_power")
+        powers = config.timestep_power if power is None else [power]
+        starts = [power_curves(power) for power in powers]
+        starts += [curves[has_dot]] if has_dot in curves else []
+        curves[has_dot] = fit_curves(
+            sample, plan, fitted_on.images, starts, config.fit_rounds, num_train_timesteps
+        )
+        rows = [curves_to_rows(curves[has_dot], plan, num_train_timesteps)]
+        rows += known_rows(known, plan)
+        if "fitted_steps" in options:
+            rows.append(resample_steps(options["fitted_steps"], len(plan)).tolist())
+        refined = refine_rows(sample, fitted_on.images, rows, config.refine_rounds)
+        fitted = candidate_of({"plan": plan, "scheduler": {"fitted_steps": refined}})
+        found.fitted[fitted] = value = evaluate(fitted, False)
+        if value > found.psnr:
+            found = replace(found, best=fitted, psnr=value)
+    return found
+
+
+def candidate_of(entry: Mapping[str, object]) -> Candidate:
+    """Give a saved plan as a candidate, rows as tuples."""
+    options = {
+        name: tuple(map(tuple, value)) if name == "fitted_steps" else value
+        for name, value in entry["scheduler"].items()
+    }
+    return Candidate(entry["plan"], tuple(sorted(options.items())))
+
+
+def known_rows(known: Sequence[Mapping[str, object]], plan: str) -> list[Rows]:
+    """List the rows of saved plans that may be a start for the fit of `plan`."""
+    found = []
+    for entry in known:
+        rows = entry["scheduler"].get("fitted_steps")
+        if rows and entry["plan"] == plan and len(rows) == len(plan):
+            found.append(rows)
+        elif rows and "o" not in entry["plan"] + plan:
+            found.append(resample_steps(rows, len(plan)).tolist())
+    return found

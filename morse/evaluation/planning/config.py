@@ -1,0 +1,101 @@
+"""What `morse plan` searches: its settings."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from morse.evaluation.bench.solvers import check_solvers
+from morse.evaluation.planning.search import UNIFORM_RATIOS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Search which evaluations Dot makes, by solver and budget, and save the plans with Dot.
+
+    Fitted steps of Dash alone are saved as schedulers, too. Without a Dot they are all there is.
+    """
+
+    pipeline: str = field(
+        default="fashion-mnist",
+        metadata={"help": "the pipeline", "alias": "pretrained_model_name_or_path"},
+    )
+    dot: str | None = field(
+        default=None, metadata={"help": "a Dot's folder; the pipeline's own, if any"}
+    )
+    output_dir: Path = field(
+        metadata={
+            "help": "where the Dot is saved with its plans, with plan_search.json beside it and "
+            "a scheduler in leapfrog-LSD for each budget's fitted steps of Dash alone"
+        }
+    )
+    solver: tuple[str, ...] = field(
+        default=("leapfrog",), metadata={"help": "names of solvers, as for `morse bench`"}
+    )
+    lsd: tuple[int, ...] = field(
+        default=(5, 6, 8, 10, 12, 16, 20), metadata={"help": "budgets to search plans for"}
+    )
+    speed_ratio: float | None = field(
+        default=None, metadata={"help": "N; that of Dot's config, or measured, if left out"}
+    )
+    timestep_power: tuple[float, ...] = field(
+        default=(1.0, 1.25, 1.5), metadata={"help": "grids tried with the leapfrog solver"}
+    )
+    ratios: tuple[float, ...] = field(
+        default=UNIFORM_RATIOS,
+        metadata={"help": "evaluations per LSD of the uniform plans tried first; all Dash is too"},
+    )
+    num_images: int = field(default=128, metadata={"help": "trajectories to judge the best on"})
+    num_quick_images: int = field(
+        default=32, metadata={"help": "so many of them to judge each plan that is tried on"}
+    )
+    batch_size: int = field(default=64, metadata={"help": "images at a time"})
+    seed: int = field(default=10**6, metadata={"help": "of the first image; keep evaluation's off"})
+    max_rounds: int = field(default=6, metadata={"help": "steps to a better neighbour at most"})
+    fit_rounds: int = field(
+        default=3,
+        metadata={
+            "help": "rounds of fitting the leapfrog solver's steps as smooth curves; 0: none"
+        },
+    )
+    refine_rounds: int = field(
+        default=1, metadata={"help": "rounds of fitting each evaluation's then by itself; 0: none"}
+    )
+    num_fit_images: int = field(
+        default=32, metadata={"help": "further trajectories, which the steps are fitted on"}
+    )
+    fit_margin: float = field(
+        default=3.0,
+        metadata={
+            "help": "dB: the best plan with Dot and the best of all Dash are both fitted if the "
+            "worse is no further behind"
+        },
+    )
+    prompts: tuple[str, ...] = field(default=(), metadata={"help": "for a text pipeline"})
+    class_names: tuple[str, ...] = field(default=(), metadata={"help": "for labels, or as prompts"})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "the pipeline's own default if left out"}
+    )
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto takes a GPU"})
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_solvers(self.solver)
+        for name in ("num_images", "num_quick_images", "num_fit_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be 1 or more")
+        if self.num_quick_images > self.num_images:
+            raise ValueError(
+                f"num_quick_images is {self.num_quick_images}, but must be at most "
+                f"num_images = {self.num_images}"
+            )
+        for name in ("fit_rounds", "refine_rounds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 or more")
+        for name in ("lsd", "ratios"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
+
+    def grids(self, solver: str) -> list[tuple[tuple[str, object], ...]]:
+        """List the scheduler options to choose from."""
+        if solver != "leapfrog":
+            return [()]
+        return [(("timestep_power", power),) for power in self.timestep_power]
