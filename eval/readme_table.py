@@ -26,9 +26,19 @@ from morse.evaluation.report.data import (
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval/results/fashion_mnist"
+GUIDED = ROOT / "eval/results/fashion_mnist_text/benchmark.json"
 ABLATION = ROOT / "eval/results/ablation/ablation.json"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
 MAX_BUDGETS = 5
+# Of many rows at each guidance scale: the best without training, Morse, and what Dot is worth.
+GUIDED_ROWS = (
+    "DPM++ 2M",
+    "Leapfrog",
+    "PFDiff-DDIM",
+    "Morse-DPM++ 2M r1.5",
+    "Morse-Leapfrog as planned",
+    "Reuse-DPM++ 2M r1.5",
+)
 # README's copy -> the benchmark's own; only what README shows is copied.
 PICTURES = {
     f"docs/{name}": RESULTS / name for name in ("benchmark.png", "benchmark_grid.png")
@@ -40,12 +50,17 @@ def load_result(folder: str = "") -> Result:
     return json.loads((RESULTS / folder / "benchmark.json").read_text("utf-8"))
 
 
-def make_table(result: Result, psnr_errors: bool = False) -> str:
+def make_table(
+    result: Result, psnr_errors: bool = False, names: tuple[str, ...] | None = None
+) -> str:
     """Return Fréchet distance and PSNR of training-free solvers, Morse and controls, as Markdown.
 
+    Under guidance a first column says how strong it is.
+
     Args:
-        result: The benchmark's JSON, of a pipeline without guidance.
+        result: The benchmark's JSON.
         psnr_errors: Show the standard errors of PSNR too: for few images.
+        names: Rows to show; None for all of these kinds.
 
     Raises:
         ValueError: If it has another schema.
@@ -57,16 +72,21 @@ def make_table(result: Result, psnr_errors: bool = False) -> str:
         )
     budgets = shown_budgets(result)
     rows = {
-        (row_name(row), row["budget"]): row
+        (row.get("guidance_scale"), row_name(row), row["budget"]): row
         for row in engaged_rows(result)
-        if row["kind"] in SHOWN_KINDS
+        if row["kind"] in SHOWN_KINDS and (names is None or row_name(row) in names)
     }
-    morse = {name for (name, _), row in rows.items() if row["kind"] == "morse"}
-    lines = [f"| Fréchet distance, PSNR in dB, at LSD | {' | '.join(map(str, budgets))} |"]
-    lines.append("|---" * (len(budgets) + 1) + "|")
-    for name in dict.fromkeys(name for name, _ in rows):
-        cells = [_cell(result, rows.get((name, budget)), psnr_errors) for budget in budgets]
-        lines.append(f"| {f'**{name}**' if name in morse else name} | {' | '.join(cells)} |")
+    morse = {name for (_, name, _), row in rows.items() if row["kind"] == "morse"}
+    guided = any(scale is not None for scale, *_ in rows)
+    heads = ["guidance"] if guided else []
+    heads += ["Fréchet distance, PSNR in dB, at LSD", *map(str, budgets)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    by_scale = sorted(rows, key=lambda key: key[0] or 0)
+    for scale, name in dict.fromkeys((scale, name) for scale, name, _ in by_scale):
+        cells = [f"{scale:g}"] if guided else []
+        cells.append(f"**{name}**" if name in morse else name)
+        cells += [_cell(result, rows.get((scale, name, each)), psnr_errors) for each in budgets]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [f"\n{mark} measured on {place}" for place, mark in footnotes(result).items()]
     return "\n".join(lines)
 
@@ -95,6 +115,7 @@ def _cell(result: Result, row: Measured | None, psnr_errors: bool) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "table": lambda: make_table(load_result()),
     "planned": lambda: make_table(load_result("planned"), psnr_errors=True),
+    "guided": lambda: make_table(json.loads(GUIDED.read_text("utf-8")), names=GUIDED_ROWS),
     "ablation": lambda: compact_table(json.loads(ABLATION.read_text("utf-8"))),
 }
 

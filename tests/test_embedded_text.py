@@ -35,6 +35,21 @@ def test_prompts_draw_their_classes(pipe):
     assert (found == expected).float().mean() > 0.75
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 7.5])
+def test_fitted_steps_carry_over_to_other_noise_and_guidance(guidance_scale):
+    """They were fitted at guidance 3 on other seeds."""
+    many = MorsePipeline.from_pretrained("fashion-mnist-text", scheduler="dpmsolver++")
+    few = MorsePipeline.from_pretrained("fashion-mnist-text", scheduler="leapfrog")
+    for pipe in (many, few):
+        pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": guidance_scale}
+    reference = sample(many, num_inference_steps=50, **options)
+    fitted = sample(few, lsd=8, **options)
+    assert few.last_run.num_dash == 8
+    plain = sample(few, num_inference_steps=8, **options)
+    assert psnr(fitted, reference).mean() > psnr(plain, reference).mean() + 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_dot_corrects_what_reuse_leaves(pipe, guidance_scale):

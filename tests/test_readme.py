@@ -66,6 +66,22 @@ def test_the_table_has_training_free_solvers_morse_and_controls():
     assert "†" in next(line for line in older.splitlines() if line.startswith("| Reuse"))
 
 
+def test_guidance_has_a_column_and_its_rows_together():
+    result = full_result()
+    for row in result["rows"]:
+        row["guidance_scale"] = 3.0
+    result["rows"] += [row | {"guidance_scale": 1.0} for row in result["rows"]]
+    lines = make_table(result, names=("DDIM", "Morse-DDIM r2")).splitlines()
+    assert lines[0].startswith("| guidance | ") and lines[1].count("---") == lines[0].count("|") - 1
+    cells = [line.split(" | ")[:2] for line in lines[2:6]]
+    assert cells == [
+        ["| 1", "DDIM"],
+        ["| 1", "**Morse-DDIM r2**"],
+        ["| 3", "DDIM"],
+        ["| 3", "**Morse-DDIM r2**"],
+    ]
+
+
 def test_many_budgets_are_thinned_with_both_ends_kept():
     result = full_result()
     morse = next(row for row in result["rows"] if row["kind"] == "morse")
