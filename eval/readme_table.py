@@ -6,10 +6,11 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 from morse.evaluation.ablation.report import compact_table
-from morse.evaluation.bench.methods import TRAINING_FREE
+from morse.evaluation.bench.methods import REFERENCE_STEPS, TRAINING_FREE
 from morse.evaluation.report.data import (
     CONTROLS,
     READABLE_SCHEMAS,
@@ -31,12 +32,13 @@ ABLATION = ROOT / "eval/results/ablation/ablation.json"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
 MAX_BUDGETS = 5
 # Of many rows at each guidance scale: the best without training, Morse, and what Dot is worth.
+PLANNED = "Morse-Leapfrog as planned"
 GUIDED_ROWS = (
     "DPM++ 2M",
     "Leapfrog",
     "PFDiff-DDIM",
     "Morse-DPM++ 2M r1.5",
-    "Morse-Leapfrog as planned",
+    PLANNED,
     "Reuse-DPM++ 2M r1.5",
 )
 # README's copy -> the benchmark's own; only what README shows is copied.
@@ -111,8 +113,48 @@ def _cell(result: Result, row: Measured | None, psnr_errors: bool) -> str:
     return " ".join(filter(None, (f"{frechet.text(2)}, {fidelity}", mark)))
 
 
+def make_factors(results: dict[str, Result], baselines: tuple[str, ...]) -> str:
+    """Return how many times fewer LSD `PLANNED` needs for the same PSNR, as Markdown.
+
+    Args:
+        results: What the rows are about -> a benchmark's JSON.
+        baselines: Each has rows: a method's label, or the best training-free solver.
+    """
+    rows: dict[tuple[str, str], dict[float, str]] = {}
+    for baseline, (about, result) in product(baselines, results.items()):
+        for entry in result["speedups"]:
+            chosen = (entry["method"], entry["baseline"], entry["axis"], entry["cost"])
+            if chosen == (PLANNED, baseline, "psnr", "lsd"):
+                scale = entry.get("guidance_scale")
+                place = about if scale is None else f"{about}, guidance {scale:g}"
+                rows.setdefault((baseline, place), {})[entry["budget"]] = _factor(result, entry)
+    budgets = sorted({budget for cells in rows.values() for budget in cells})
+    lines = [f"| against | times fewer LSD at | {' | '.join(map(str, budgets))} |"]
+    lines.append("|---" * (len(budgets) + 2) + "|")
+    for (baseline, place), cells in rows.items():
+        shown = " | ".join(cells.get(budget, "") for budget in budgets)
+        lines.append(f"| {baseline} | {place} | {shown} |")
+    return "\n".join(lines)
+
+
+def _factor(result: Result, entry: Measured) -> str:
+    if entry["status"] == "measured":
+        low, high = entry["interval"] or (None, None)
+        interval = "" if low is None else f" ({low:.2f}–{high:.2f})"
+        return f"{entry['value']:.2f}{interval}"
+    if entry["status"] != "saturated":
+        return entry["status"]
+    costs = [row["lsd"] for row in result["rows"] if row["kind"] in TRAINING_FREE]
+    largest = max(cost for cost in costs if cost < REFERENCE_STEPS)
+    return f"over {largest / entry['spent']:.2f}"
+
+
 # By the names in README's marks.
 TABLES: dict[str, Callable[[], str]] = {
+    "factors": lambda: make_factors(
+        {"pixels": load_result("planned"), "text": json.loads(GUIDED.read_text("utf-8"))},
+        ("best training-free solver", "DPM++ 2M"),
+    ),
     "table": lambda: make_table(load_result()),
     "planned": lambda: make_table(load_result("planned"), psnr_errors=True),
     "guided": lambda: make_table(json.loads(GUIDED.read_text("utf-8")), names=GUIDED_ROWS),

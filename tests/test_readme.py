@@ -10,7 +10,9 @@ from report_older import without_errors
 from eval import readme_table
 from eval.readme_table import (
     PICTURES,
+    PLANNED,
     TABLES,
+    make_factors,
     make_table,
     marks,
     shown_budgets,
@@ -79,6 +81,26 @@ def test_guidance_has_a_column_and_its_rows_together():
         ["| 1", "**Morse-DDIM r2**"],
         ["| 3", "DDIM"],
         ["| 3", "**Morse-DDIM r2**"],
+    ]
+
+
+def test_factors_have_an_interval_or_a_bound():
+    entry = {"method": PLANNED, "baseline": "DPM++ 2M", "axis": "psnr", "cost": "lsd", "budget": 8}
+    entry |= {"status": "measured", "value": 2.0, "interval": [1.5, 2.25], "spent": 8.0}
+    bare = {"kind": "baseline", "lsd": 30.0}
+    result = {
+        "rows": [bare, bare | {"lsd": 100.0}, bare | {"kind": "morse", "lsd": 50.0}],
+        "speedups": [
+            entry,
+            entry | {"budget": 12, "spent": 12.0, "status": "saturated"},
+            entry | {"budget": 4, "status": "out of range"},
+            entry | {"cost": "seconds", "value": 9.0},
+            entry | {"guidance_scale": 3.0, "interval": None},
+        ],
+    }
+    assert make_factors({"pixels": result}, ("DPM++ 2M",)).splitlines()[2:] == [
+        "| DPM++ 2M | pixels | out of range | 2.00 (1.50–2.25) | over 2.50 |",
+        "| DPM++ 2M | pixels, guidance 3 |  | 2.00 |  |",
     ]
 
 
