@@ -31,8 +31,8 @@ GUIDED = ROOT / "eval/results/fashion_mnist_text/benchmark.json"
 ABLATION = ROOT / "eval/results/ablation/ablation.json"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
 MAX_BUDGETS = 5
-# Of many rows at each guidance scale: the best without training, Morse, and what Dot is worth.
 PLANNED = "Morse-Leapfrog as planned"
+# Of many rows at each guidance scale: the best without training, Morse, and what Dot is worth.
 GUIDED_ROWS = (
     "DPM++ 2M",
     "Leapfrog",

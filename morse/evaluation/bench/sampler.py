@@ -27,6 +27,7 @@ from morse.evaluation.bench.speed import (
 )
 from morse.evaluation.bench.spending import choose_steps
 from morse.evaluation.conditions import Conditions, call_parameters, make_conditions
+from morse.evaluation.fid.extractors import state_sha256
 from morse.plan import MorsePlan
 
 if TYPE_CHECKING:
@@ -43,11 +44,8 @@ WARM_UP, WARM_UP_PLAN = 3, MorsePlan.from_string("Doo")
 
 def _sha256(dot: "MorseDot") -> str:
     config = {name: value for name, value in dot.config.items() if name[0] != "_"}  # no paths
-    state = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, value in sorted(dot.state_dict().items()):
-        state.update(name.encode())
-        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    told = json.dumps(config, sort_keys=True, default=str) + state_sha256(dot)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 class Bench:
