@@ -26,6 +26,7 @@ from morse.dot.hub import Publishable
 from morse.dot.inputs import dot_inputs, input_channels
 from morse.dot.loading import align_weights, safetensors_only
 from morse.dot.lora import LowRank, nest_adapter
+from morse.dot.mixture import GaussianMixture
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
 from morse.dot.relay import Norm, install_relay
 from morse.dot.resampling import (
@@ -95,6 +96,8 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
             starts so and learns weights of each position, for samples of one size alone.
         sample_size: That height and width; `from_dash` takes those that Dash names.
         gate: Factors on the residual by t_s - t_i and t_i, as `morse.dot.gate.Gate` has them.
+        mixture_size: Size of the Gaussian mixture saved along, with which plans may begin, as
+            `morse.dot.mixture.GaussianMixture.to_config` gives it; None for none.
     """
 
     @register_to_config
@@ -128,6 +131,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         resample: Resample = "nearest",
         sample_size: tuple[int, int] | None = None,
         gate: dict[str, list[object]] | None = None,
+        mixture_size: dict[str, object] | None = None,
     ) -> None:
         """Create the layers that are Dot's own."""
         super().__init__()
@@ -137,6 +141,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         check_options(num_down_blocks, block_out_channels, layers_per_block, lora_rank)
         self.independent, self.base_space = independent, base_space
         self.gate = Gate.from_config(gate)
+        self.mixture = None if mixture_size is None else GaussianMixture(**mixture_size)
         self.history, self.extrapolation_cap = history, extrapolation_cap
         self.guidance = guidance
         alpha = lora_rank if lora_alpha is None else lora_alpha
@@ -244,6 +249,12 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         """Scale the residual from now on by what `Gate.to_config` gave; None for not at all."""
         self.gate = Gate.from_config(gate)
         self.register_to_config(gate=gate)
+        return self
+
+    def set_mixture(self, mixture: GaussianMixture | None) -> Self:
+        """Keep a mixture of Gaussians for the beginning of runs; None for none."""
+        self.mixture = None if mixture is None else mixture.to(self.device, self.dtype)
+        self.register_to_config(mixture_size=None if mixture is None else mixture.to_config())
         return self
 
     def _residual(

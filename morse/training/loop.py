@@ -73,6 +73,7 @@ def build_dot(
         )
     if config.init_from is not None:
         start = MorseDot.from_pretrained(config.init_from)
+        dot.set_mixture(start.mixture)  # it is of the data, whatever becomes of Dot
         start_from(dot, start)
         if config.max_train_steps == 0:  # the same Dot: what was recorded of it holds
             dot.register_to_config(**{name: start.config[name] for name in _RECORDS})
