@@ -37,11 +37,15 @@ class Denoiser:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of one call of a denoiser, taken apart; None conditions are left out."""
+    """The arguments of one call of a denoiser, taken apart; None conditions are left out.
+
+    `return_dict` is as given or the model's default; None where it does not know it.
+    """
 
     sample: Tensor
     timestep: Tensor | float
     conditions: dict[str, object]
+    return_dict: bool | None = None
 
 
 def find_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -88,17 +92,19 @@ def take_apart(module: nn.Module, args: tuple, kwargs: dict) -> Call | None:
     Returns:
         None where there is no sample or no timestep among them, or the sample is no tensor.
     """
-    given = dict(_signature(type(unwrap(module))).bind(module, *args, **kwargs).arguments)
+    signature = _signature(type(unwrap(module)))
+    given = dict(signature.bind(module, *args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
-    for name in ("self", "return_dict"):
-        given.pop(name, None)
+    given.pop("self", None)
+    known = signature.parameters.get("return_dict")
+    return_dict = given.pop("return_dict", None if known is None else known.default)
     sample_name = next((name for name in _SAMPLE_NAMES if name in given), None)
     timestep_name = next((name for name in _TIMESTEP_NAMES if name in given), None)
     if timestep_name is None or not isinstance(given.get(sample_name), Tensor):
         return None
     sample, timestep = given.pop(sample_name), given.pop(timestep_name)
     conditions = {name: value for name, value in given.items() if value is not None}
-    return Call(sample, timestep, conditions)
+    return Call(sample, timestep, conditions, return_dict)
 
 
 def result_of(output: object) -> tuple[Tensor, Callable[[Tensor], object]] | None:

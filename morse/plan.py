@@ -3,7 +3,8 @@
 **Dash** is the pretrained denoiser, **Dot** the fast network that corrects Dash's latest estimate
 between two Dash evaluations. **LSD** (Latency per Step of Dash) is the unit of cost: a Dash
 evaluation costs 1 LSD, a Dot evaluation 1/N, where the speed ratio N says how many times faster Dot
-is on the device, dtype and batch in use (Morse, ICML 2025, section 3.2).
+is on the device, dtype and batch in use (Morse, ICML 2025, section 3.2). Estimates of a Gaussian
+mixture (`morse.dot.mixture`), with which a run may begin, run no network and count for nothing.
 """
 
 import math
@@ -11,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-ModelName = Literal["dash", "dot"]
-_LETTERS: dict[str, ModelName] = {"D": "dash", "o": "dot"}
+ModelName = Literal["dash", "dot", "gaussian"]
+_LETTERS: dict[str, ModelName] = {"D": "dash", "o": "dot", "g": "gaussian"}
 
 
 def _check_count(name: str, value: int, minimum: int) -> None:
@@ -30,27 +31,33 @@ def _check_speed_ratio(speed_ratio: float) -> None:
 
 @dataclass(frozen=True)
 class MorsePlan:
-    """An ordered list of model evaluations, "dash" or "dot"; the first is always "dash".
+    """An ordered list of model evaluations, "dash" or "dot"; the first is "dash".
+
+    Before it there may be some that are "gaussian".
 
     Attributes:
         models: The model of each evaluation, in sampling order.
 
     Raises:
-        ValueError: If the plan is empty, names another model, or starts with "dot".
+        ValueError: If the plan is empty, names another model, starts with "dot", or is "gaussian"
+            later on.
     """
 
     models: tuple[ModelName, ...]
 
     def __post_init__(self) -> None:
         """Check the models."""
-        unknown = sorted(set(self.models) - {"dash", "dot"})
+        unknown = sorted(set(self.models) - set(_LETTERS.values()))
         if unknown:
-            raise ValueError(f'models may hold "dash" and "dot" only, got {unknown}.')
-        if not self.models or self.models[0] != "dash":
+            raise ValueError(f'models may hold "dash", "dot" and "gaussian" only, got {unknown}.')
+        networks = self.models[self.num_gaussian :]
+        if not networks or networks[0] != "dash":
             raise ValueError(
-                'models must start with "dash" (Dot corrects an earlier Dash estimate), '
-                f"got {self.models!r}."
+                'models must start with "dash", if not with "gaussian" before (Dot corrects an '
+                f"earlier Dash estimate), got {self.models!r}."
             )
+        if "gaussian" in networks:
+            raise ValueError(f'models may be "gaussian" before "dash" only, got {self.models!r}.')
 
     @classmethod
     def uniform(cls, num_dash: int, num_dot: int) -> "MorsePlan":
@@ -141,14 +148,17 @@ class MorsePlan:
 
     @classmethod
     def from_string(cls, letters: str) -> "MorsePlan":
-        """Read a plan written with D for Dash and o for Dot, such as "DooDoo"; the inverse of str.
+        """Read a plan such as "DooDoo": D for Dash, o for Dot, g for Gaussian; the inverse of str.
 
         Raises:
             ValueError: If another letter occurs.
         """
         wrong = sorted(set(letters) - set(_LETTERS))
         if wrong:
-            raise ValueError(f"a plan is written with D (Dash) and o (Dot) only, got {wrong}.")
+            raise ValueError(
+                "a plan is written with D (Dash), o (Dot) and g (Gaussian mixture) only, got "
+                f"{wrong}."
+            )
         return cls(tuple(_LETTERS[letter] for letter in letters))
 
     @classmethod
@@ -184,6 +194,12 @@ class MorsePlan:
         """Number of Dot evaluations."""
         return self.models.count("dot")
 
+    @property
+    def num_gaussian(self) -> int:
+        """Number of evaluations of the Gaussian mixture, with which the run begins."""
+        networks = (i for i, model in enumerate(self.models) if model != "gaussian")
+        return next(networks, len(self.models))
+
     def cost(self, speed_ratio: float) -> float:
         """The plan's cost in LSD when Dot is `speed_ratio` times as fast as Dash."""
         _check_speed_ratio(speed_ratio)
@@ -199,4 +215,5 @@ class MorsePlan:
         return self.models[index]
 
     def __str__(self) -> str:
-        return "".join("D" if model == "dash" else "o" for model in self.models)
+        letters = {model: letter for letter, model in _LETTERS.items()}
+        return "".join(letters[model] for model in self.models)

@@ -74,6 +74,11 @@ class PlanChoice:
             chosen = MorsePlan.parse(plan)
         if chosen.num_dot and self.dot is None:
             raise ValueError("the plan has Dot evaluations but the pipeline has no dot.")
+        if chosen.num_gaussian and getattr(self.dot, "mixture", None) is None:
+            raise ValueError(
+                f"plan {str(chosen)!r} begins with a Gaussian mixture, but the pipeline has no dot "
+                "that holds one; leave the g's away, or fit one: morse plan --mixture_images 1024."
+            )
         return chosen
 
     def _fit_plan(

@@ -64,7 +64,7 @@ def find_saved_plan(
 
     A budget that none was searched for is spent by the plan of the next smaller one, if that is at
     least half as large, and by further Dash evaluations at its end, unless its steps were fitted
-    to Dash and Dot evaluations in turn: so no budget gives worse images than a smaller one, but
+    to evaluations that are not all Dash's: so no budget gives worse images than a smaller one, but
     for chance.
 
     Args:
@@ -81,7 +81,7 @@ def find_saved_plan(
         saved = SavedPlan(**entry)
         left = lsd - MorsePlan.from_string(saved.plan).cost(speed_ratio)
         if lsd / 2 <= saved.lsd <= lsd and left > -1e-9:
-            extensible = "fitted_steps" not in saved.scheduler or "o" not in saved.plan
+            extensible = "fitted_steps" not in saved.scheduler or set(saved.plan) == {"D"}
             further = "D" * int(left + 1e-9) if extensible else ""
             fitting.append(replace(saved, plan=saved.plan + further))
     return max(fitting, key=lambda saved: saved.lsd, default=None)

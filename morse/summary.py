@@ -25,7 +25,8 @@ def summarize_run(run: MorseRun, measured: SpeedRatio | None) -> str:
     """
     rows = {
         "plan": str(run.plan),
-        "evaluations": f"{run.num_dash} Dash, {run.num_dot} Dot",
+        "evaluations": f"{run.num_dash} Dash, {run.num_dot} Dot"
+        + (f", {run.num_gaussian} of the mixture" if run.num_gaussian else ""),
         "base": run.base_space,
         "N": "not known" if run.speed_ratio is None else f"{run.speed_ratio:.2f}",
         "LSD": "not known" if run.lsd is None else f"{run.lsd:.2f}",

@@ -1,4 +1,4 @@
-"""The switch at the denoiser: inside a planned run Dash or Dot, otherwise plain Dash.
+"""The switch at the denoiser: in a planned run Dash, Dot or a mixture, otherwise plain Dash.
 
 Each of several denoisers gets one, and a ControlNet too: it is not evaluated where Dot comes next.
 
@@ -21,6 +21,7 @@ from morse.controlnet import LatestFeatures
 from morse.denoisers import Call, Denoiser, take_apart
 from morse.dot import MorseDot
 from morse.estimates import LatestEstimate, correct_estimate
+from morse.guess import guess_estimate
 from morse.one_pass import DotView, view_call
 from morse.plan import ModelName, MorsePlan
 from morse.rates import find_family, noise_rates
@@ -37,7 +38,8 @@ class MorseRun:
         speed_ratio: N, with which the cost is counted; None where it is not known yet.
         num_dash: Dash evaluations made.
         num_dot: Dot evaluations made.
-        fallbacks: Why evaluations planned for Dot were made by Dash -> how many.
+        num_gaussian: Evaluations answered by the Gaussian mixture that is saved with Dot.
+        fallbacks: Why evaluations planned for another were made by Dash -> how many.
         seconds: Wall time of the call.
         timings: (model, seconds) of each evaluation, where the call was timed.
         base_space: What of Dash's latest estimate Dot's residual was added to.
@@ -47,6 +49,7 @@ class MorseRun:
     speed_ratio: float | None
     num_dash: int = 0
     num_dot: int = 0
+    num_gaussian: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     timings: list[tuple[ModelName, float]] | None = None
@@ -67,6 +70,8 @@ class MorseRun:
     @property
     def lsd(self) -> float | None:
         """Cost of the steps made: 1 for Dash's, 1/N for Dot's; None where N is not known.
+
+        The mixture's cost nothing.
 
         A step's evaluations, where guidance makes several, are a share of it each.
         """
@@ -127,6 +132,12 @@ class MorseRun:
     def _evaluate(self, denoiser: Denoiser, call: Call, compute: Callable[[], object]) -> object:
         self._advance(call.timestep)
         started, steady = self._now(call.sample), steady_conditions(call)
+        if self._planned(self._step) == "gaussian":
+            guessed = guess_estimate(denoiser, call, self.scheduler, self._index)
+            if not isinstance(guessed, str):
+                self._count("gaussian")
+                return guessed
+            self.fallbacks[guessed] += 1
         view = view_call(denoiser.dot, call, self.read_guidance)
         timestep = torch.as_tensor(view.call.timestep, device=call.sample.device)
         rates = self._rates_at(view.call.sample, timestep)
@@ -150,7 +161,7 @@ class MorseRun:
         if self._step >= len(self.plan):
             self.fallbacks["the plan has ended"] += 1
             return None
-        if self._planned(self._step) == "dash":
+        if self._planned(self._step) != "dot":
             return None
         if denoiser.dot is None:
             kept: object = "it has no Dot"
@@ -215,6 +226,7 @@ class MorseRun:
     def _count(self, model: ModelName) -> None:
         self.num_dash += model == "dash"
         self.num_dot += model == "dot"
+        self.num_gaussian += model == "gaussian"
         self._steps[-1][model] += 1
 
     def _now(self, sample: Tensor) -> float:
