@@ -14,6 +14,7 @@ from morse.evaluation.planning.best_fit import known_rows
 from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
 from morse.evaluation.planning.memory import remembering
+from morse.evaluation.planning.mixture import check_mixture
 from morse.evaluation.planning.search import (
     Candidate,
     early_candidates,
@@ -35,6 +36,22 @@ def test_neighbours_cost_at_most_the_budget_and_start_with_dash():
     found = list(neighbours("DoDo", 3.0, 2.0))
     assert sorted(found) == ["DDo", "DDoo", "DoD", "DooD", "Dooo"]
     assert "DoDoo" in set(neighbours("DoDo", 3.5, 2.0))
+
+
+def test_neighbours_of_a_plan_begun_by_a_mixture():
+    found = set(neighbours("ggDo", 2.0, 2.0))
+    assert found == {"gDo", "gggDo", "ggD", "ggDoo"}
+
+
+def test_a_mixture_is_tried_before_every_plan_where_there_is_one():
+    def evaluate(candidate, quick):
+        plan = candidate.plan.lstrip("g")
+        return worth(plan, "DoDD") - abs(len(candidate.plan) - len(plan) - 5)
+
+    known = (Candidate("DoDD", (("fitted_steps", ((999, 0.5, 0.0, 0.0),)),)),)
+    found = search_plan(evaluate, 4, 2.0, known=known, with_mixture=True)
+    assert found.best == Candidate("gggggDoDD") and "g" not in found.uniform.plan
+    assert not any("g" in each.plan for each in search_plan(evaluate, 4, 2.0).tried)
 
 
 @pytest.mark.parametrize("wanted", ["DDoDoDoo", "DDDDDD", "DoooDDDo"])
@@ -327,12 +344,22 @@ QUICK = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "message"),
+    [("fashion-mnist-text", 1024, "works on latents"), ("fashion-mnist", 5, "at least 20")],
+)
+def test_no_mixture_of_latents_or_of_few_images(name, count, message):
+    with pytest.raises(ValueError, match=f"mixture_images is {count}.*{message}"):
+        check_mixture(MorsePipeline.from_pretrained(name), count)
+
+
 def test_saved_rows_that_a_fit_may_start_from():
     def entry(plan, rows=None):
         return {"plan": plan, "scheduler": {"fitted_steps": rows} if rows else {}}
 
     rows = curves_to_rows(power_curves(1.0), "DDDD")
     known = [entry("DDDD", rows), entry("DoDo", rows), entry("DoDoD", rows), entry("DDDDD")]
+    assert known_rows([entry("gDDD", rows)], "DDDDDD") == []
     assert known_rows(known, "DDDD") == [rows]
     assert known_rows(known, "DoDo") == [rows]
     assert known_rows(known, "DoDoD") == []
@@ -361,6 +388,21 @@ def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.slow
+def test_a_mixture_is_fitted_and_saved_with_the_dot(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
+    settings = {**QUICK, "mixture_images": 24, "max_rounds": 0, "fit_margin": 99.0}
+    run_plan(PlanConfig(pipeline=str(tiny_folder), output_dir=tmp_path, **settings))
+    report = json.loads((tmp_path / "plan_search.json").read_text())
+    fitted = {fit["plan"] for fit in report["searches"][0]["fits"]}
+    assert {"DDD", "gggDDD"} < fitted and any(set(plan) == set("gDo") for plan in fitted)
+    pipe = MorsePipeline.from_pretrained(tiny_folder, dot=tmp_path, scheduler="leapfrog")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.dot.mixture.means.shape[0] > 1
+    pipe(plan="gggDDD", generator=torch.Generator().manual_seed(0))
+    assert pipe.last_run.num_gaussian == 3 and not pipe.last_run.fallbacks
+
+
+@pytest.mark.slow
 def test_a_second_search_goes_on_from_the_first(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
     results = []
@@ -382,6 +424,8 @@ def test_a_pipeline_without_a_dot_gets_schedulers(tiny_folder, tmp_path, monkeyp
     DDPMPipeline.from_pretrained(tiny_folder).save_pretrained(bare)
     with pytest.raises(ValueError, match=r"has no Dot.* solver is \('ddim',\).* give a Dot"):
         run_plan(PlanConfig(pipeline=str(bare), output_dir=tmp_path, solver=("ddim",), **QUICK))
+    with pytest.raises(ValueError, match="mixture_images is 24, but the pipeline has no Dot"):
+        run_plan(PlanConfig(pipeline=str(bare), output_dir=tmp_path, mixture_images=24, **QUICK))
     run_plan(PlanConfig(pipeline=str(bare), output_dir=tmp_path / "found", **QUICK))
     files = {str(file.relative_to(tmp_path / "found")) for file in tmp_path.rglob("*.json")
              if "found" in file.parts}  # fmt: skip
@@ -405,6 +449,7 @@ def test_a_pipeline_without_a_dot_gets_schedulers(tiny_folder, tmp_path, monkeyp
         ({"num_fit_images": 0}, "num_fit_images is 0"),
         ({"fit_rounds": -1}, "fit_rounds is -1"),
         ({"refine_rounds": -1}, "refine_rounds is -1"),
+        ({"mixture_images": -1}, "mixture_images is -1"),
     ],
 )
 def test_wrong_settings(tmp_path, options, message):

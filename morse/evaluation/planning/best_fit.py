@@ -52,12 +52,13 @@ def fit_best(
     evaluate: Evaluate,
     pipe: "MorsePipeline",
     fitted_on: Trajectories,
-    curves: dict[bool, np.ndarray],
+    curves: dict[str, np.ndarray],
     known: Sequence[Mapping[str, object]],
 ) -> Found:
-    """Fit the steps of the best plan with Dot and of all Dash, where they are near each other.
+    """Fit the steps of the best plan of each kind: with Dot or not, begun by a mixture or not.
 
-    They are fitted on images of their own, and judged on those that all candidates are.
+    Those far behind the best of all are left out. They are fitted on images of their own, and
+    judged on those that all candidates are.
 
     Args:
         config: How many rounds.
@@ -65,15 +66,15 @@ def fit_best(
         evaluate: Judges a candidate.
         pipe: With a `LeapfrogScheduler`.
         fitted_on: What to fit to.
-        curves: Latest fitted, by whether the plan has Dot; they are a start for the next fit.
+        curves: Latest fitted, by kind; they are a start for the next fit.
         known: Saved plans; the rows of the same plan are a start too, as are those of other numbers
             of Dash evaluations for a plan that is all Dash.
     """
     num_train_timesteps = pipe.scheduler.config.num_train_timesteps
-    for has_dot in (True, False):
-        of_kind = [each for each in found.tried if ("o" in each.plan) == has_dot]
-        start = max(of_kind, key=found.tried.__getitem__, default=None)
-        if start is None or found.tried[start] < max(found.tried.values()) - config.fit_margin:
+    for kind in dict.fromkeys(_kind(each.plan) for each in found.tried):
+        of_kind = [each for each in found.tried if _kind(each.plan) == kind]
+        start = max(of_kind, key=found.tried.__getitem__)
+        if found.tried[start] < max(found.tried.values()) - config.fit_margin:
             continue
         plan = start.plan
 
@@ -84,11 +85,11 @@ def fit_best(
         power = options.get("timestep_power")
         powers = config.timestep_power if power is None else [power]
         starts = [power_curves(power) for power in powers]
-        starts += [curves[has_dot]] if has_dot in curves else []
-        curves[has_dot] = fit_curves(
+        starts += [curves[kind]] if kind in curves else []
+        curves[kind] = fit_curves(
             sample, plan, fitted_on.images, starts, config.fit_rounds, num_train_timesteps
         )
-        rows = [curves_to_rows(curves[has_dot], plan, num_train_timesteps)]
+        rows = [curves_to_rows(curves[kind], plan, num_train_timesteps)]
         rows += known_rows(known, plan)
         if "fitted_steps" in options:
             rows.append(resample_steps(options["fitted_steps"], len(plan)).tolist())
@@ -98,6 +99,11 @@ def fit_best(
         if value > found.psnr:
             found = replace(found, best=fitted, psnr=value)
     return found
+
+
+def _kind(plan: str) -> str:
+    """Give the letters that a plan is written with."""
+    return "".join(sorted(set(plan)))
 
 
 def candidate_of(entry: Mapping[str, object]) -> Candidate:
@@ -116,6 +122,6 @@ def known_rows(known: Sequence[Mapping[str, object]], plan: str) -> list[Rows]:
         rows = entry["scheduler"].get("fitted_steps")
         if rows and entry["plan"] == plan and len(rows) == len(plan):
             found.append(rows)
-        elif rows and "o" not in entry["plan"] + plan:
+        elif rows and set(entry["plan"] + plan) == {"D"}:
             found.append(resample_steps(rows, len(plan)).tolist())
     return found

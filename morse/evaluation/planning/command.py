@@ -15,6 +15,7 @@ from morse.evaluation.metrics import psnr
 from morse.evaluation.planning.best_fit import Trajectories, candidate_of, fit_best
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.memory import remembering
+from morse.evaluation.planning.mixture import check_mixture, fit_mixture
 from morse.evaluation.planning.search import Candidate, Evaluate, Found, search_plan
 from morse.saved_plans import SavedPlan
 from morse.training.checkpoint import write_json
@@ -39,6 +40,8 @@ def run_plan(config: PlanConfig) -> None:
             f"leapfrog's steps; solver is {config.solver}, but must be 'leapfrog' alone, or give a "
             "Dot with --dot"
         )
+    if config.mixture_images:
+        check_mixture(main, config.mixture_images)
     conditions = make_conditions(
         main, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
@@ -52,6 +55,12 @@ def run_plan(config: PlanConfig) -> None:
         images = sample_images(main, REFERENCE_STEPS, seeds, size, conditions=conditions).images
         return Trajectories(seeds, images, conditions, size)
 
+    if config.mixture_images:
+        first = config.seed + config.num_images + config.num_fit_images
+        seeds = range(first, first + config.mixture_images)
+        mixture = fit_mixture(main, seeds, config.batch_size, conditions)
+        for pipe in pipes.values():
+            pipe.dot.set_mixture(mixture)
     judged_on = follow(config.seed, config.num_images)
     fits = config.fit_rounds + config.refine_rounds > 0 and "leapfrog" in config.solver
     fitted_on = follow(config.seed + config.num_images, config.num_fit_images) if fits else None
@@ -73,6 +82,7 @@ def run_plan(config: PlanConfig) -> None:
                 ratios=config.ratios,
                 known=[candidate_of(entry) for entry in known if entry["lsd"] == lsd],
                 with_dot=has_dot,
+                with_mixture=has_dot and pipe.dot.mixture is not None,
             )
             if fits and solver == "leapfrog":
                 found = fit_best(config, found, evaluate, pipe, fitted_on, curves, known)
@@ -132,7 +142,7 @@ def _report(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:
 
 def _save_scheduler(folder: Path, scheduler: "SchedulerMixin", found: Found) -> None:
     """Save the best fitted steps of Dash alone, which need no Morse but its scheduler."""
-    all_dash = [each for each in found.fitted if "o" not in each.plan]
+    all_dash = [each for each in found.fitted if set(each.plan) == {"D"}]
     if all_dash:
         best = max(all_dash, key=found.fitted.__getitem__)
         options = dict(best.options)

@@ -65,8 +65,15 @@ class PlanConfig:
     fit_margin: float = field(
         default=3.0,
         metadata={
-            "help": "dB: the best plan with Dot and the best of all Dash are both fitted if the "
-            "worse is no further behind"
+            "help": "dB: the best plans with and without Dot, and begun by a mixture or not, are "
+            "fitted too if no further than this behind the best of all"
+        },
+    )
+    mixture_images: int = field(
+        default=0,
+        metadata={
+            "help": "so many samples of Dash to fit a Gaussian mixture to, with which runs may "
+            "begin for next to nothing; 0: the one that Dot has, if any"
         },
     )
     prompts: tuple[str, ...] = field(default=(), metadata={"help": "for a text pipeline"})
@@ -87,7 +94,7 @@ class PlanConfig:
                 f"num_quick_images is {self.num_quick_images}, but must be at most "
                 f"num_images = {self.num_images}"
             )
-        for name in ("fit_rounds", "refine_rounds"):
+        for name in ("fit_rounds", "refine_rounds", "mixture_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 or more")
         for name in ("lsd", "ratios"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from morse.plan import MorsePlan
 
 UNIFORM_RATIOS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
+MIXTURE_START = "ggg"  # tried before every plan, where there is a mixture; then one g more or less
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,22 @@ def early_candidates(
     return [Candidate(plan, grid) for plan in plans for grid in grids]
 
 
-def neighbours(plan: str, lsd: float, speed_ratio: float) -> Iterator[str]:
-    """Give plans that differ a little and cost at most `lsd`; the first stays Dash.
+def neighbours(whole: str, lsd: float, speed_ratio: float) -> Iterator[str]:
+    """Give plans that differ a little and cost at most `lsd`; the first network stays Dash.
 
     Two adjacent evaluations change places, a Dot evaluation goes or comes, or a Dash evaluation
-    becomes one of Dot.
+    becomes one of Dot. Where the plan begins with a mixture's evaluations, one goes or comes.
     """
-    seen = {plan}
+    plan = whole.lstrip("g")
+    head = whole.removesuffix(plan)
+    seen = {whole}
 
     def possible() -> Iterator[str]:
+        if head:
+            yield from (whole[1:], "g" + whole)
+        yield from (head + body for body in bodies())
+
+    def bodies() -> Iterator[str]:
         for i in range(1, len(plan)):
             if i + 1 < len(plan):
                 yield plan[:i] + plan[i + 1] + plan[i] + plan[i + 2 :]
@@ -111,6 +119,7 @@ def search_plan(
     ratios: Sequence[float] = UNIFORM_RATIOS,
     known: Sequence[Candidate] = (),
     with_dot: bool = True,
+    with_mixture: bool = False,
 ) -> Found:
     """Search the best plan for a budget.
 
@@ -125,6 +134,7 @@ def search_plan(
         ratios: Evaluations per LSD of the uniform plans to start from; all Dash is always tried.
         known: To start from as well, those that cost more than `lsd` excepted.
         with_dot: Whether there is a Dot; else the grids of all Dash are compared and no more.
+        with_mixture: Whether runs may begin with evaluations of a Gaussian mixture.
     """
     tried: dict[Candidate, float] = {}
 
@@ -143,6 +153,9 @@ def search_plan(
     starts += [
         each for each in known if MorsePlan.from_string(each.plan).cost(speed_ratio) <= lsd + 1e-9
     ]
+    if with_mixture:
+        plans = dict.fromkeys(each.plan for each in starts if each.plan[0] != "g")
+        starts += [Candidate(MIXTURE_START + plan, grid) for plan in plans for grid in grids]
     judge(starts)
     best = ranked(starts)[0]
     for _ in range(max_rounds if with_dot else 0):
