@@ -58,13 +58,7 @@ def dot_estimate(
 def estimate(
     model: ModelName, sample: Tensor, timestep: Tensor, jump: JumpPoint | None, dash: Dash, dot: Dot
 ) -> tuple[Tensor, JumpPoint]:
-    """Evaluate Dash or Dot (Equation 5); returns the estimate and the jump point to go on with.
-
-    Raises:
-        ValueError: For another model: a Gaussian mixture has no jump point.
-    """
-    if model == "gaussian":
-        raise ValueError('model is "gaussian", but must be "dash" or "dot"; run it in a pipeline.')
+    """Evaluate Dot, else Dash (Equation 5); returns the estimate and the jump point to go on with."""
     if model == "dot":
         return dot_estimate(dot, sample, timestep, jump), jump
     model_output = dash(sample, timestep)

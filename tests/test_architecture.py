@@ -21,6 +21,7 @@ GROUPS = [
         "denoisers",
         "branches",
         "estimates",
+        "guess",
         "one_pass",
         "controlnet",
         "slot",

@@ -79,4 +79,4 @@ def test_the_embedded_default_runs_quickly(tmp_path, monkeypatch, capsys):
     assert best[8] > best[4] > 10
     assert "…" not in capsys.readouterr().out  # the table fits
     planned = {row.budget: row for row in rows if row.label == "Morse-Leapfrog"}
-    assert planned[8].plan == "DDoDoDoDoDoDo" and planned[8].psnr > best[8]
+    assert planned[8].plan == "ggDoDDoDoDoDoDo" and planned[8].psnr > best[8]
