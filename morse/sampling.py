@@ -58,7 +58,7 @@ def dot_estimate(
 def estimate(
     model: ModelName, sample: Tensor, timestep: Tensor, jump: JumpPoint | None, dash: Dash, dot: Dot
 ) -> tuple[Tensor, JumpPoint]:
-    """Evaluate Dot, else Dash (Equation 5); returns the estimate and the jump point to go on with."""
+    """Evaluate Dot, else Dash (Equation 5); give the estimate and the jump point to go on with."""
     if model == "dot":
         return dot_estimate(dot, sample, timestep, jump), jump
     model_output = dash(sample, timestep)
