@@ -41,11 +41,17 @@ def summarize_run(run: MorseRun, measured: SpeedRatio | None) -> str:
 
 
 def warn_unless_engaged(run: MorseRun) -> None:
-    """Warn if Dot was planned and never ran, or the pipeline ended before the plan."""
+    """Warn if Dot or the mixture was planned and never ran, or the pipeline ended too early."""
     if run.plan.num_dot and not run.num_dot and run.num_dash:
         warnings.warn(
             f"Morse planned {run.plan.num_dot} Dot evaluations and made none: "
             f"{dict(run.fallbacks) or 'the run ended early'}.",
+            stacklevel=4,
+        )
+    elif run.plan.num_gaussian and not run.num_gaussian and run.num_dash:
+        warnings.warn(
+            f"Morse planned to begin with {run.plan.num_gaussian} estimates of the Gaussian "
+            f"mixture and Dash made them: {dict(run.fallbacks)}.",
             stacklevel=4,
         )
     elif 0 < run.num_steps < len(run.plan):
