@@ -27,7 +27,6 @@ from morse.evaluation.report.data import (
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval/results/fashion_mnist"
-GUIDED = ROOT / "eval/results/fashion_mnist_text/benchmark.json"
 ABLATION = ROOT / "eval/results/ablation/ablation.json"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
 MAX_BUDGETS = 5
@@ -47,9 +46,9 @@ PICTURES = {
 }  # fmt: skip
 
 
-def load_result(folder: str = "") -> Result:
-    """Return the committed benchmark's JSON, or that of a smaller one in a folder of its own."""
-    return json.loads((RESULTS / folder / "benchmark.json").read_text("utf-8"))
+def load_result(folder: str) -> Result:
+    """Return a committed benchmark's JSON, by its folder in eval/results."""
+    return json.loads((ROOT / "eval/results" / folder / "benchmark.json").read_text("utf-8"))
 
 
 def make_table(
@@ -152,12 +151,12 @@ def _factor(result: Result, entry: Measured) -> str:
 # By the names in README's marks.
 TABLES: dict[str, Callable[[], str]] = {
     "factors": lambda: make_factors(
-        {"pixels": load_result("planned"), "text": json.loads(GUIDED.read_text("utf-8"))},
+        {"pixels": load_result("fashion_mnist/planned"), "text": load_result("fashion_mnist_text")},
         ("best training-free solver", "DPM++ 2M"),
     ),
-    "table": lambda: make_table(load_result()),
-    "planned": lambda: make_table(load_result("planned"), psnr_errors=True),
-    "guided": lambda: make_table(json.loads(GUIDED.read_text("utf-8")), names=GUIDED_ROWS),
+    "table": lambda: make_table(load_result("fashion_mnist")),
+    "planned": lambda: make_table(load_result("fashion_mnist/planned"), psnr_errors=True),
+    "guided": lambda: make_table(load_result("fashion_mnist_text"), names=GUIDED_ROWS),
     "ablation": lambda: compact_table(json.loads(ABLATION.read_text("utf-8"))),
 }
 

@@ -43,8 +43,7 @@ def guess_estimate(denoiser: Denoiser, call: Call, scheduler: object, index: int
         return "the scheduler's noise rates are not known"
     timestep = torch.as_tensor(call.timestep, device=call.sample.device)
     noisy = call.sample.float()
-    alpha, sigma = noise_rates(scheduler, index, timestep, noisy)
-    rates = tuple(torch.as_tensor(rate).to(noisy) for rate in (alpha, sigma))
+    rates = noise_rates(scheduler, index, timestep, noisy)
     clean = mixture(noisy, rates)
     output = from_clean(clean, noisy, rates, prediction_type(scheduler)).to(call.sample.dtype)
     return Guess(output) if call.return_dict else (output,)

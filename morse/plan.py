@@ -51,13 +51,13 @@ class MorsePlan:
         if unknown:
             raise ValueError(f'models may hold "dash", "dot" and "gaussian" only, got {unknown}.')
         networks = self.models[self.num_gaussian :]
+        if "gaussian" in networks:
+            raise ValueError(f'models may be "gaussian" before "dash" only, got {self.models!r}.')
         if not networks or networks[0] != "dash":
             raise ValueError(
                 'models must start with "dash", if not with "gaussian" before (Dot corrects an '
                 f"earlier Dash estimate), got {self.models!r}."
             )
-        if "gaussian" in networks:
-            raise ValueError(f'models may be "gaussian" before "dash" only, got {self.models!r}.')
 
     @classmethod
     def uniform(cls, num_dash: int, num_dot: int) -> "MorsePlan":
@@ -197,8 +197,7 @@ class MorsePlan:
     @property
     def num_gaussian(self) -> int:
         """Number of evaluations of the Gaussian mixture, with which the run begins."""
-        networks = (i for i, model in enumerate(self.models) if model != "gaussian")
-        return next(networks, len(self.models))
+        return self.models.count("gaussian")
 
     def cost(self, speed_ratio: float) -> float:
         """The plan's cost in LSD when Dot is `speed_ratio` times as fast as Dash."""

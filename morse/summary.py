@@ -42,21 +42,16 @@ def summarize_run(run: MorseRun, measured: SpeedRatio | None) -> str:
 
 def warn_unless_engaged(run: MorseRun) -> None:
     """Warn if Dot or the mixture was planned and never ran, or the pipeline ended too early."""
-    if run.plan.num_dot and not run.num_dot and run.num_dash:
-        warnings.warn(
-            f"Morse planned {run.plan.num_dot} Dot evaluations and made none: "
-            f"{dict(run.fallbacks) or 'the run ended early'}.",
-            stacklevel=4,
+    planned, fallbacks, problem = run.plan, dict(run.fallbacks), None
+    if planned.num_dot and not run.num_dot and run.num_dash:
+        reason = fallbacks or "the run ended early"
+        problem = f"{planned.num_dot} Dot evaluations and made none: {reason}."
+    elif planned.num_gaussian and not run.num_gaussian and run.num_dash:
+        problem = (
+            f"to begin with {planned.num_gaussian} estimates of the Gaussian mixture and Dash made "
+            f"them: {fallbacks}."
         )
-    elif run.plan.num_gaussian and not run.num_gaussian and run.num_dash:
-        warnings.warn(
-            f"Morse planned to begin with {run.plan.num_gaussian} estimates of the Gaussian "
-            f"mixture and Dash made them: {dict(run.fallbacks)}.",
-            stacklevel=4,
-        )
-    elif 0 < run.num_steps < len(run.plan):
-        warnings.warn(
-            f"Morse planned {len(run.plan)} evaluations but the pipeline ended after "
-            f"{run.num_steps}.",
-            stacklevel=4,
-        )
+    elif 0 < run.num_steps < len(planned):
+        problem = f"{len(planned)} evaluations but the pipeline ended after {run.num_steps}."
+    if problem is not None:
+        warnings.warn(f"Morse planned {problem}", stacklevel=4)

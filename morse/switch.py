@@ -71,9 +71,8 @@ class MorseRun:
     def lsd(self) -> float | None:
         """Cost of the steps made: 1 for Dash's, 1/N for Dot's; None where N is not known.
 
-        The mixture's cost nothing.
-
-        A step's evaluations, where guidance makes several, are a share of it each.
+        The mixture's cost nothing. A step's evaluations, where guidance makes several, are a share
+        of it each.
         """
         dash = sum(step["dash"] / step.total() for step in self._steps)
         if self.speed_ratio is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from morse.spaces import Rates
 
+NUM_COMPONENTS, RANK = 10, 8  # enough for small images; see eval/results/NOTES.md
 _ROUNDS = 25  # of k-means
 _LEAST_VARIANCE = 1e-4
 
@@ -44,7 +45,13 @@ class GaussianMixture(nn.Module):
         self.register_buffer("rest", torch.ones(num_components))
 
     @classmethod
-    def fit(cls, samples: Tensor, num_components: int = 10, rank: int = 8, seed: int = 0) -> Self:
+    def fit(
+        cls,
+        samples: Tensor,
+        num_components: int = NUM_COMPONENTS,
+        rank: int = RANK,
+        seed: int = 0,
+    ) -> Self:
         """Cluster samples by k-means and fit a Gaussian to each cluster.
 
         Args:

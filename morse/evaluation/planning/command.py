@@ -58,9 +58,8 @@ def run_plan(config: PlanConfig) -> None:
     if config.mixture_images:
         first = config.seed + config.num_images + config.num_fit_images
         seeds = range(first, first + config.mixture_images)
-        mixture = fit_mixture(main, seeds, config.batch_size, conditions)
-        for pipe in pipes.values():
-            pipe.dot.set_mixture(mixture)
+        # All pipelines have this Dot.
+        main.dot.set_mixture(fit_mixture(main, seeds, config.batch_size, conditions))
     judged_on = follow(config.seed, config.num_images)
     fits = config.fit_rounds + config.refine_rounds > 0 and "leapfrog" in config.solver
     fitted_on = follow(config.seed + config.num_images, config.num_fit_images) if fits else None

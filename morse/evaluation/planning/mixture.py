@@ -2,14 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from morse.dot.mixture import GaussianMixture
+from morse.dot.mixture import NUM_COMPONENTS, GaussianMixture
 from morse.evaluation.bench.runs import sample_images
 from morse.evaluation.conditions import Conditions
 
 if TYPE_CHECKING:
     from morse.pipeline import MorsePipeline
 
-COMPONENTS, RANK = 10, 8
 _STEPS = 20  # enough for mean and covariance
 
 
@@ -29,9 +28,10 @@ def check_mixture(pipe: "MorsePipeline", count: int) -> None:
             f"mixture_images is {count}, but {type(pipe).__name__} works on latents, for which the "
             "mixture is of no use (eval/results/NOTES.md); leave it away."
         )
-    if count < 2 * COMPONENTS:
+    if count < 2 * NUM_COMPONENTS:
         raise ValueError(
-            f"mixture_images is {count}, but must be 0 or at least {2 * COMPONENTS}, better 1024."
+            f"mixture_images is {count}, but must be 0 or at least {2 * NUM_COMPONENTS}, better "
+            "1024."
         )
 
 
@@ -40,4 +40,4 @@ def fit_mixture(
 ) -> GaussianMixture:
     """Sample one image a seed with the bare pipeline, and fit a mixture to them."""
     images = sample_images(pipe, _STEPS, seeds, batch_size, conditions=conditions).images
-    return GaussianMixture.fit(images * 2 - 1, COMPONENTS, RANK)
+    return GaussianMixture.fit(images * 2 - 1)
