@@ -176,13 +176,17 @@ class MorsePlan:
     def shortened(self, length: int) -> "MorsePlan":
         """Spread the same Dash evaluations, or as many as fit, over at most `length` evaluations.
 
+        What a mixture begins, it still begins.
+
         Raises:
             ValueError: If `length` < 1.
         """
         if length >= len(self):
             return self
-        num_dash = min(self.num_dash, length)
-        return self.uniform(num_dash, length - num_dash)
+        num_gaussian = min(self.num_gaussian, max(length - 1, 0))
+        num_dash = min(self.num_dash, length - num_gaussian)
+        networks = self.uniform(num_dash, length - num_gaussian - num_dash)
+        return MorsePlan(("gaussian",) * num_gaussian + networks.models)
 
     @property
     def num_dash(self) -> int:

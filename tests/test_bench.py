@@ -7,6 +7,7 @@ import pytest
 import torch
 from evaluation_fixtures import independent_folder, tiny_folder  # noqa: F401
 
+from morse.dot.mixture import GaussianMixture
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark
 from morse.evaluation.bench.methods import AS_PLANNED, KINDS, Method
 from morse.evaluation.bench.sampler import Bench
@@ -85,14 +86,29 @@ def test_baselines_and_morse_are_measured_first():
 
 def test_every_control_is_measured(config, tmp_path):
     result = measure_benchmark(dataclasses.replace(config, output_dir=tmp_path))
-    # Three budgets of each bare solver, two of the five other kinds, two of PFDiff with DDIM.
+    # Three budgets of each bare solver, two of the five other kinds that this pipeline can run, two
+    # of PFDiff with DDIM.
     assert len(result["rows"]) == 2 * (3 + 5 * 2) + 2
     rows = {(row["kind"], row["solver"], row["budget"]): row for row in result["rows"]}
-    assert {kind for kind, _, _ in rows} == set(CHOOSABLE) - {"ays"}
+    assert {kind for kind, _, _ in rows} == set(CHOOSABLE) - {"ays", "mixture"}
     shrunk, pfdiff = rows["shrunk", "ddim", 3], rows["pfdiff", "ddim", 3]
     assert (shrunk["num_dash"], shrunk["num_dot"], shrunk["lsd"]) == (0, 12, 3.0)
     assert (pfdiff["num_dash"], pfdiff["num_dot"], pfdiff["lsd"]) == (3, 0, 3.0)
     assert rows["extrapolation", "ddim", 3]["plan"] == rows["morse", "ddim", 3]["plan"]
+
+
+def test_a_mixture_begins_a_bare_solver(config):
+    bench = Bench(config)
+    begun = Method("ddim", "mixture")
+    assert "no Gaussian mixture" in bench.obstacle(begun)
+    dot = bench._by_solver["ddim"].dot
+    dot.set_mixture(GaussianMixture.fit(torch.randn(8, 1, 32, 32), num_components=2, rank=1))
+    assert bench.obstacle(begun) is None
+    samples = bench.sample(begun, 3, range(2), 4.0, UNCONDITIONAL)
+    assert (samples.plan, samples.num_dash, samples.spent(4.0)) == ("gggDDD", 3, 3.0)
+    assert samples.fallbacks == {}
+    bare = bench.sample(Method("ddim"), 3, range(2), 4.0, UNCONDITIONAL)
+    assert not torch.equal(samples.images, bare.images)
 
 
 def test_methods_that_cannot_run_are_listed_with_the_reason(config, tmp_path, monkeypatch):

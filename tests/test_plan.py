@@ -64,6 +64,10 @@ def test_shortened_keeps_dash_where_it_can():
     assert plan.shortened(9) is plan and plan.shortened(20) is plan
     assert plan.shortened(8) == MorsePlan.uniform(3, 5)
     assert plan.shortened(3) == MorsePlan.uniform(3, 0) and str(plan.shortened(2)) == "DD"
+    begun = MorsePlan.from_string("gggDDoD")
+    assert [str(begun.shortened(n)) for n in (6, 5, 2)] == ["gggDDD", "gggDD", "gD"]
+    with pytest.raises(ValueError, match="num_dash"):
+        begun.shortened(0)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
@@ -358,11 +359,11 @@ def test_saved_rows_that_a_fit_may_start_from():
         return {"plan": plan, "scheduler": {"fitted_steps": rows} if rows else {}}
 
     rows = curves_to_rows(power_curves(1.0), "DDDD")
-    known = [entry("DDDD", rows), entry("DoDo", rows), entry("DoDoD", rows), entry("DDDDD")]
+    known = [entry("DDDD", rows), entry("DoDo", rows), entry("DDDDD")]
     assert known_rows([entry("gDDD", rows)], "DDDDDD") == []
     assert known_rows(known, "DDDD") == [rows]
-    assert known_rows(known, "DoDo") == [rows]
-    assert known_rows(known, "DoDoD") == []
+    assert known_rows(known, "DoDo") == known_rows(known, "DDoo") == [rows]
+    assert np.shape(known_rows(known, "DoDoDo")) == (1, 6, 4)
     (longer,) = known_rows(known, "DDDDDD")
     assert [row[0] for row in longer] == pytest.approx(
         [row[0] for row in curves_to_rows(power_curves(1.0), "DDDDDD")]

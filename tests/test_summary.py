@@ -6,7 +6,7 @@ from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.metrics import feature_statistics, frechet_distance
 from morse.evaluation.scoring import AXES, ImageScores
-from morse.evaluation.stats.summary import BEST, Statistics, rounded, summarize
+from morse.evaluation.stats.summary import BEST, BEST_BEGUN, Statistics, rounded, summarize
 
 NUM_IMAGES, SIZE = 64, 2
 REAL = torch.zeros(SIZE), torch.eye(SIZE)
@@ -91,6 +91,16 @@ def test_training_free_solvers_are_compared_with_each_other_where_another_method
     assert [point["value"] for point in points] == pytest.approx([1.5] * 3, rel=5e-3)
     assert not select(result["speedups"], method=SOLVER.label, baseline=BEST)
     assert not select(result["speedups"], method=DDIM.label, baseline=DDIM.label)
+
+
+def test_morse_is_compared_with_what_a_mixture_begins():
+    begun = Method("ddim", "mixture")
+    cells = make_cells() + [quality_cell(begun, b, 1 / (2 * b)) for b in range(5, 61)]
+    speedups = summarize(cells, REAL, references(0), STATISTICS)["speedups"]
+    points = select(speedups, baseline=BEST_BEGUN, axis="psnr", cost="lsd")
+    assert {point["method"] for point in points} == {FAST.label}
+    assert [point["value"] for point in points] == pytest.approx([1.5] * 3, rel=5e-3)
+    assert select(speedups, method=begun.label, baseline=BEST)  # itself not among the training-free
 
 
 def test_rows_carry_values_errors_and_intervals(result):

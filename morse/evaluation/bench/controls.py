@@ -1,10 +1,11 @@
-"""Controls: what takes Dot's place to show what Dot itself is worth.
+"""Controls: what takes Dot's place, or a plan's, to show what each part of Morse is worth.
 
 | control | between Dash's evaluations | trained | counted as |
 |---|---|---|---|
 | reuse | Dash's latest estimate | no | Morse's plan |
 | extrapolation | a line through Dash's two latest estimates | no | Morse's plan |
 | pfdiff | PFDiff-1's grid, twice as fine (`morse.leapfrog`) | no | an LSD an evaluation of Dash |
+| mixture | nothing; three estimates of Dot's Gaussian mixture before | on samples | as pfdiff |
 | independent | a network of Dot's size that sees the sample alone | yes | Morse's plan |
 | shrunk | that network from the first to the last step, without Dash | yes | N evaluations an LSD |
 """

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from morse.evaluation.bench.solvers import SOLVERS
+from morse.evaluation.planning.search import MIXTURE_START
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan
 
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
 
 REFERENCE_SOLVER, REFERENCE_STEPS = "dpmsolver++", 100
 Kind = Literal[
-    "baseline", "morse", "reuse", "extrapolation", "pfdiff", "ays", "independent", "shrunk",
-    "deepcache", "tomesd", "fbcache", "pab", "fastercache", "taylorseer", "cache-dit",
+    "baseline", "morse", "reuse", "extrapolation", "pfdiff", "ays", "mixture", "independent",
+    "shrunk", "deepcache", "tomesd", "fbcache", "pab", "fastercache", "taylorseer", "cache-dit",
 ]  # fmt: skip
 KINDS: dict[Kind, str] = {
     "baseline": "",
@@ -22,6 +23,7 @@ KINDS: dict[Kind, str] = {
     "extrapolation": "Extrapolation-",
     "pfdiff": "PFDiff-",
     "ays": "AYS-",
+    "mixture": "Mixture-",
     "independent": "Independent-",
     "shrunk": "Shrunk-",
     "deepcache": "DeepCache-",
@@ -46,9 +48,9 @@ class Method:
         solver: A key of `SOLVERS`.
         kind: "baseline": Dash alone. "morse": Dash and Dot. The controls "reuse", "extrapolation"
             and "independent" run Morse's plan, counted as if they had its cost, with something
-            else in Dot's place; "pfdiff" and "shrunk" are controls with plans of their own (all
-            in `bench.controls`). "ays": Dash at tuned timesteps (`bench.ays`). Everything else: a
-            peer (`bench.peers`).
+            else in Dot's place; "pfdiff", "mixture" and "shrunk" are controls with plans of their
+            own (all in `bench.controls`). "ays": Dash at tuned timesteps (`bench.ays`). Everything
+            else: a peer (`bench.peers`).
         ratio: Evaluations per LSD that the plan aims at (see `MorsePlan.from_budget`).
         setting: A peer's setting, such as "interval 3". With kind "morse" `AS_PLANNED` for what
             `lsd=` does, saved plans and their grids included, instead of `ratio`. Else "".
@@ -76,13 +78,15 @@ class Method:
         return f"{KINDS[self.kind]}{SOLVERS[self.solver]} {detail}".rstrip()
 
     def plan(self, lsd: int, speed_ratio: float, pipe: "MorsePipeline") -> SavedPlan | None:
-        """Return Morse's plan for `lsd`; None for the kinds that have no Dot between Dashes.
+        """Return the plan for `lsd`; None for the kinds that Morse has no part in.
 
         Args:
             lsd: The budget.
             speed_ratio: N; `pipe` plans with it from now on.
             pipe: The pipeline that the plan is for.
         """
+        if self.kind == "mixture":
+            return SavedPlan(lsd, MIXTURE_START + "D" * lsd)
         if self.kind not in PLANNED:
             return None
         if self.setting != AS_PLANNED:

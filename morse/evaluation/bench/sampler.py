@@ -150,6 +150,8 @@ class Bench:
             return "it is made for unconditional pipelines of pixels"
         if kind == "ays" and ays_name(self._bare) is None:
             return "not applicable: there are timesteps for Stable Diffusion 1.5 and XL alone"
+        if kind == "mixture" and pipe.dot.mixture is None:
+            return "its Dot has no Gaussian mixture (`morse plan --mixture_images`)"
         if kind in PEERS and self.mode == "compiled":
             return "it replaces forward methods, which --compile has compiled"
         return PEERS[kind].obstacle(pipe) if kind in PEERS else None
@@ -208,7 +210,7 @@ class Bench:
         return torch.autocast(self.device.type, AUTOCAST[self.config.mixed_precision])
 
     def _pipe(self, method: Method) -> "DiffusionPipeline":
-        if method.kind in ("baseline", "morse", *PEERS):
+        if method.kind in ("baseline", "morse", "mixture", *PEERS):
             return self._by_solver[method.solver]
         key = method.solver, method.kind
         if key not in self._pipes:

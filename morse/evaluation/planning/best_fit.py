@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from morse.evaluation.bench.methods import REFERENCE_STEPS
 from morse.evaluation.bench.runs import sample_images
 from morse.evaluation.conditions import Conditions
 from morse.evaluation.planning.config import PlanConfig
@@ -46,6 +47,14 @@ class Trajectories(NamedTuple):
         return sample_images(pipe, plan, seeds, self.batch_size, conditions=self.conditions).images
 
 
+def follow(
+    pipe: "MorsePipeline", seeds: range, batch_size: int, conditions: Conditions
+) -> Trajectories:
+    """Take noise to its end by the reference's solver, which `pipe` must have, and its steps."""
+    images = sample_images(pipe, REFERENCE_STEPS, seeds, batch_size, conditions=conditions).images
+    return Trajectories(seeds, images, conditions, batch_size)
+
+
 def fit_best(
     config: PlanConfig,
     found: Found,
@@ -67,8 +76,7 @@ def fit_best(
         pipe: With a `LeapfrogScheduler`.
         fitted_on: What to fit to.
         curves: Latest fitted, by kind; they are a start for the next fit.
-        known: Saved plans; the rows of the same plan are a start too, as are those of other numbers
-            of Dash evaluations for a plan that is all Dash.
+        known: Saved plans; the rows of those of the same kind are a start too.
     """
     num_train_timesteps = pipe.scheduler.config.num_train_timesteps
     for kind in dict.fromkeys(_kind(each.plan) for each in found.tried):
@@ -116,12 +124,11 @@ def candidate_of(entry: Mapping[str, object]) -> Candidate:
 
 
 def known_rows(known: Sequence[Mapping[str, object]], plan: str) -> list[Rows]:
-    """List the rows of saved plans that may be a start for the fit of `plan`."""
+    """List the rows of saved plans of the same kind, as a start for the fit of `plan`."""
     found = []
     for entry in known:
         rows = entry["scheduler"].get("fitted_steps")
-        if rows and entry["plan"] == plan and len(rows) == len(plan):
-            found.append(rows)
-        elif rows and set(entry["plan"] + plan) == {"D"}:
-            found.append(resample_steps(rows, len(plan)).tolist())
+        if rows and _kind(entry["plan"]) == _kind(plan):
+            fits = len(rows) == len(plan)
+            found.append(rows if fits else resample_steps(rows, len(plan)).tolist())
     return found

@@ -1,18 +1,17 @@
 """`morse plan`: search plans for a pipeline, and save them with its Dot or as schedulers."""
 
 import json
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_pipelines
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS
-from morse.evaluation.bench.runs import sample_images
-from morse.evaluation.conditions import make_conditions
+from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import command_line, environment
 from morse.evaluation.metrics import psnr
-from morse.evaluation.planning.best_fit import Trajectories, candidate_of, fit_best
+from morse.evaluation.planning.best_fit import Trajectories, candidate_of, fit_best, follow
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture, fit_mixture
@@ -30,41 +29,20 @@ __all__ = ["PlanConfig", "run_plan"]
 
 def run_plan(config: PlanConfig) -> None:
     """Search, and write what was found and tried."""
-    solvers = tuple(dict.fromkeys((*config.solver, REFERENCE_SOLVER)))
-    pipes = load_pipelines(config.pipeline, config.dot, solvers, config.device, needs_dot=False)
+    pipes = _load(config)
     main = pipes[REFERENCE_SOLVER]
-    has_dot = main.dot is not None
-    if not has_dot and set(config.solver) != {"leapfrog"}:
-        raise ValueError(
-            f"pipeline {config.pipeline!r} has no Dot, so that there is nothing to search but "
-            f"leapfrog's steps; solver is {config.solver}, but must be 'leapfrog' alone, or give a "
-            "Dot with --dot"
-        )
-    if config.mixture_images:
-        check_mixture(main, config.mixture_images)
     conditions = make_conditions(
         main, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
-    speed_ratio = (config.speed_ratio or main.speed_ratio) if has_dot else 1.0
-    if speed_ratio is None:
-        few = conditions.arguments(range(min(config.batch_size, config.num_images)))
-        speed_ratio = main.measure_speed_ratio(**few).speed_ratio
-
-    def follow(first: int, count: int) -> Trajectories:
-        seeds, size = range(first, first + count), config.batch_size
-        images = sample_images(main, REFERENCE_STEPS, seeds, size, conditions=conditions).images
-        return Trajectories(seeds, images, conditions, size)
-
-    if config.mixture_images:
-        first = config.seed + config.num_images + config.num_fit_images
-        seeds = range(first, first + config.mixture_images)
-        # All pipelines have this Dot.
-        main.dot.set_mixture(fit_mixture(main, seeds, config.batch_size, conditions))
-    judged_on = follow(config.seed, config.num_images)
+    speed_ratio = _choose_speed_ratio(config, main, conditions)
     fits = config.fit_rounds + config.refine_rounds > 0 and "leapfrog" in config.solver
-    fitted_on = follow(config.seed + config.num_images, config.num_fit_images) if fits else None
-    saved_plans = main.dot.config.plans if has_dot else None
-    plans = {name: list(saved) for name, saved in (saved_plans or {}).items()}
+    judge_seeds, fit_seeds, mixture_seeds = _split_seeds(config)
+    if mixture_seeds:
+        # All pipelines have this Dot.
+        main.dot.set_mixture(fit_mixture(main, mixture_seeds, config.batch_size, conditions))
+    judged_on = follow(main, judge_seeds, config.batch_size, conditions)
+    fitted_on = follow(main, fit_seeds, config.batch_size, conditions) if fits else None
+    plans = {name: list(saved) for name, saved in (_saved_plans(main) or {}).items()}
     report, curves = [], {}
     for solver, lsd in product(config.solver, config.lsd):
         pipe = pipes[solver]
@@ -80,8 +58,8 @@ def run_plan(config: PlanConfig) -> None:
                 config.max_rounds,
                 ratios=config.ratios,
                 known=[candidate_of(entry) for entry in known if entry["lsd"] == lsd],
-                with_dot=has_dot,
-                with_mixture=has_dot and pipe.dot.mixture is not None,
+                with_dot=pipe.dot is not None,
+                with_mixture=pipe.dot is not None and pipe.dot.mixture is not None,
             )
             if fits and solver == "leapfrog":
                 found = fit_best(config, found, evaluate, pipe, fitted_on, curves, known)
@@ -96,6 +74,43 @@ def run_plan(config: PlanConfig) -> None:
         )
         _save_scheduler(config.output_dir / f"{solver}-{lsd}", pipe.scheduler, found)
         _write(config, main, plans, report, speed_ratio)
+
+
+def _load(config: PlanConfig) -> "dict[str, MorsePipeline]":
+    """Load a pipeline for each solver and the reference, all with one Dash and one Dot."""
+    solvers = tuple(dict.fromkeys((*config.solver, REFERENCE_SOLVER)))
+    pipes = load_pipelines(config.pipeline, config.dot, solvers, config.device, needs_dot=False)
+    main = pipes[REFERENCE_SOLVER]
+    if main.dot is None and set(config.solver) != {"leapfrog"}:
+        raise ValueError(
+            f"pipeline {config.pipeline!r} has no Dot, so that there is nothing to search but "
+            f"leapfrog's steps; solver is {config.solver}, but must be 'leapfrog' alone, or give a "
+            "Dot with --dot"
+        )
+    if config.mixture_images:
+        check_mixture(main, config.mixture_images)
+    return pipes
+
+
+def _choose_speed_ratio(config: PlanConfig, main: "MorsePipeline", conditions: Conditions) -> float:
+    """Return N: as set, as Dot's config has it, or measured; 1 without a Dot."""
+    if main.dot is None:
+        return 1.0
+    if chosen := config.speed_ratio or main.speed_ratio:
+        return chosen
+    few = conditions.arguments(range(min(config.batch_size, config.num_images)))
+    return main.measure_speed_ratio(**few).speed_ratio
+
+
+def _split_seeds(config: PlanConfig) -> list[range]:
+    """Give the seeds to judge plans on, to fit steps to, and to fit a mixture to."""
+    sizes = (config.num_images, config.num_fit_images, config.mixture_images)
+    ends = [config.seed + end for end in accumulate(sizes)]
+    return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _saved_plans(main: "MorsePipeline") -> dict[str, list[dict[str, object]]] | None:
+    return None if main.dot is None else main.dot.config.plans
 
 
 def make_judge(config: PlanConfig, pipe: "MorsePipeline", judged_on: Trajectories) -> Evaluate:

@@ -18,7 +18,8 @@ Verdict = Literal["better", "within noise", "worse"]
 
 SCHEMA_VERSION, READABLE_SCHEMAS = 3, (2, 3)
 BEST_TRAINING_FREE = "best training-free solver"
-CONTROLS = ("reuse", "extrapolation", "independent", "shrunk")
+BEST_BEGUN = "best solver begun by the mixture"  # where that control was measured
+CONTROLS = ("mixture", "reuse", "extrapolation", "independent", "shrunk")
 KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, *PEER_SETTINGS)
 FOOTNOTE_MARKS = "†‡§¶"
 NONE = "–"

@@ -29,6 +29,7 @@ KINDS = {
     "extrapolation": (":", "^"),
     "independent": ("-.", "X"),
     "shrunk": ("-.", "D"),
+    "mixture": ("--", "d"),
     "pfdiff": ((0, (5, 1, 1, 1)), "P"),
     "deepcache": ((0, (5, 1, 1, 1)), "*"),
 }

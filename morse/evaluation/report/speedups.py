@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from morse.evaluation.report.blocks import Section, Table, budget_matrix
 from morse.evaluation.report.data import (
+    BEST_BEGUN,
     BEST_TRAINING_FREE,
     Measured,
     Result,
@@ -13,14 +14,16 @@ from morse.evaluation.report.data import (
     read_axes,
 )
 
+BESTS = (BEST_TRAINING_FREE, BEST_BEGUN)
 COSTS = {"lsd": "cost in LSD", "seconds": "cost in wall seconds"}
 
 
 def speedups_section(result: Result) -> Section:
     """Matched-quality speed-ups at each budget; what could not be measured is written out.
 
-    The headline axes are shown for every method over the best training-free solver; Morse over each
-    single solver, and the other axes, are folded away.
+    The headline axes are shown for every method over the best training-free solver, and for Morse
+    over the best that a mixture begins; Morse over each single solver, and the other axes, are
+    folded away.
     """
     entries = engaged_entries(result, "speedups")
     if not entries:
@@ -30,21 +33,22 @@ def speedups_section(result: Result) -> Section:
     for cost in COSTS:
         for axis in read_axes(result):
             own = [e for e in entries if (e["axis"], e["cost"]) == (axis.name, cost)]
-            best = [entry for entry in own if entry["baseline"] == BEST_TRAINING_FREE]
-            single = [entry for entry in own if entry not in best and entry["method"] in morse]
             title = f"{axis.short_title}, {COSTS[cost]}, over "
-            if best:
-                table = _speedup_table(title + f"the {BEST_TRAINING_FREE}", best, morse)
-                (tables if axis in headline else folded).append(table)
+            for name in BESTS:
+                best = [entry for entry in own if entry["baseline"] == name]
+                if best:
+                    table = _speedup_table(f"{title}the {name}", best, morse)
+                    (tables if axis in headline else folded).append(table)
+            single = [e for e in own if e["baseline"] not in BESTS and e["method"] in morse]
             if single:
                 folded.append(
                     _speedup_table(title + "each training-free solver", single, frozenset())
                 )
     text = (
-        "What a training-free solver pays for the quality that a method has at a budget, divided "
-        "by what the method pays: above 1, the method is cheaper. Brackets hold the 95 % interval. "
-        "Where there is no factor, the line below the table says why. No interval: too many of the "
-        "bootstrap's replicates have no factor."
+        "What a solver pays for the quality that a method has at a budget, divided by what the "
+        "method pays: above 1, the method is cheaper. Brackets hold the 95 % interval. Where there "
+        "is no factor, the line below the table says why. No interval: too many of the bootstrap's "
+        "replicates have no factor."
     )
     return Section("Matched-quality speed-ups", (text,), tuple(tables), tuple(folded))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from morse.evaluation.bench.methods import Method
+from morse.evaluation.bench.methods import TRAINING_FREE, Kind, Method
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.scoring import AXES, REFERENCE_AXES
 from morse.evaluation.stats.bootstrap import NUM_REAL, Estimate, SeedBootstrap, draw_real
@@ -137,18 +137,20 @@ def _estimates(
     }
 
 
-def training_free(points: Sequence[Point], axis: str) -> list[Point]:
-    """Return the points of training-free solvers that have an estimate on an axis."""
-    return [p for p in points if p.method.is_training_free and axis in p.estimates]
+def of_kinds(points: Sequence[Point], axis: str, kinds: Sequence[Kind]) -> list[Point]:
+    """Return the points of methods of some kinds that have an estimate on an axis."""
+    return [p for p in points if p.method.kind in kinds and axis in p.estimates]
 
 
-def best_points(points: Sequence[Point], axis: str) -> list[Point]:
-    """Return the best training-free solver's point at each budget, in the order of their LSD.
+def best_points(
+    points: Sequence[Point], axis: str, kinds: Sequence[Kind] = TRAINING_FREE
+) -> list[Point]:
+    """Return the point of the best method of some kinds at each budget, in the order of their LSD.
 
-    Which solver that is, is decided on all images; its replicates come with it.
+    Which method that is, is decided on all images; its replicates come with it.
     """
     best: dict[int, Point] = {}
-    for point in training_free(points, axis):
+    for point in of_kinds(points, axis, kinds):
         other = best.get(point.budget)
         if other is None or point.errors(axis)[0] < other.errors(axis)[0]:
             best[point.budget] = point

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from morse.evaluation.bench.methods import TRAINING_FREE
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.scoring import AXES, FEATURE_AXES
 from morse.evaluation.stats.bootstrap import Estimate
@@ -19,10 +20,11 @@ from morse.evaluation.stats.points import (
     curve_by_seed,
     fit_curve,
     make_points,
-    training_free,
+    of_kinds,
 )
 
 BEST = "best training-free solver"
+BEST_BEGUN = "best solver begun by the mixture"
 COSTS = ("lsd", "seconds")
 
 
@@ -110,19 +112,23 @@ def _describe(points: Sequence[Point], axis: str) -> list[dict[str, object]]:
 def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]:
     """Compare every method with the best training-free solver and with each, in LSD and seconds.
 
-    The training-free solvers are compared with each other where another method was measured.
+    The training-free solvers are compared with each other where another method was measured, and
+    Morse with the best of those solvers that a mixture begins.
     """
     asked = {point.budget for point in points if not point.method.is_training_free}
     shown = [point for point in points if point.budget in asked and axis in point.estimates]
     baselines = {BEST: best_points(points, axis)}
-    for point in training_free(points, axis):
+    for point in of_kinds(points, axis, TRAINING_FREE):
         baselines.setdefault(point.method.label, []).append(point)
+    own = {name: {name} for name in baselines} | {BEST: set(baselines)}
+    if begun := best_points(points, axis, ("mixture",)):
+        baselines[BEST_BEGUN] = begun
+        own[BEST_BEGUN] = {point.method.label for point in points if point.method.kind != "morse"}
     for name, baseline in baselines.items():
-        own = (name,) if name != BEST else tuple(baselines)
         for cost in COSTS:
             curve = fit_curve(baseline, axis, cost)
             for point in shown:
-                if point.method.label in own:
+                if point.method.label in own[name]:
                     continue
                 spent = getattr(point, cost)
                 head = {"method": point.method.label, "baseline": name, "axis": axis}
