@@ -52,7 +52,7 @@ class MorseCalls(PlanChoice, Publishable):
             num_dash_steps: Dash evaluations, with `num_dot_steps` or `num_inference_steps`.
             num_dot_steps: Dot evaluations.
             plan: Every evaluation's model: a `MorsePlan`, a string such as "DooDoo", or booleans
-                (True for Dash). With `lsd`: "uniform", to leave a saved plan aside.
+                (True for Dash). With `lsd`: "uniform", to leave aside what is saved with Dot.
             kwargs: The pipeline's own keyword arguments.
 
         Returns:
@@ -65,16 +65,16 @@ class MorseCalls(PlanChoice, Publishable):
             self.last_run = None
             return super().__call__(*args, **kwargs)
         arguments = self._name_arguments(args, kwargs)
-        saved = None
-        if lsd is not None and plan == "uniform":
+        saved, is_budget = None, lsd is not None
+        if is_budget and plan == "uniform":
             plan = None
-        elif lsd is not None and plan is None:
-            saved = self._saved_plan(lsd, arguments)
+        elif is_budget and plan is None:
+            saved = self._plan_by_dot(lsd, arguments)
         if saved is not None:
             lsd, plan = None, saved.plan
         with scheduler_options(self, saved.scheduler if saved else {}):
             wanted = self._make_plan(lsd, num_dash_steps, num_dot_steps, plan, arguments)
-            chosen, steps = self._fit_plan(wanted, arguments, shorten=lsd is not None)
+            chosen, steps = self._fit_plan(wanted, arguments, shorten=is_budget)
             return self._run(chosen, {**arguments, "num_inference_steps": steps})
 
     def _name_arguments(self, args: tuple, kwargs: dict) -> dict[str, object]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ModelName = Literal["dash", "dot", "gaussian"]
+MIXTURE_START = "ggg"  # what begins a plan where a mixture is to; fewer gain less
 _LETTERS: dict[str, ModelName] = {"D": "dash", "o": "dot", "g": "gaussian"}
 
 

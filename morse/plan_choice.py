@@ -4,12 +4,15 @@ import warnings
 from collections.abc import Sequence
 
 from morse.dot import MorseDot
-from morse.plan import MorsePlan
+from morse.plan import MIXTURE_START, MorsePlan
+from morse.rates import adds_noise, find_family
 from morse.sampling import Dot
 from morse.saved_plans import SavedPlan, chooses_timesteps, find_saved_plan
 from morse.steps import count_evaluations, find_exact_steps, find_steps
 
 DEFAULT_PLAN_RATIO = 2.0
+# LSD. A mixture gains less the finer the grid is, and from 20 on it loses (eval/results/NOTES.md).
+BEGUN_UP_TO = 8
 
 
 class PlanChoice:
@@ -29,22 +32,28 @@ class PlanChoice:
         """Tell how a call with this budget is spent: which plan, on which grid.
 
         That is the plan that was saved with Dot for this scheduler (`morse plan`;
-        `morse.saved_plans.find_saved_plan` says which), if there is one, else a uniform one.
+        `morse.saved_plans.find_saved_plan` says which), if there is one, else a uniform one. Up to
+        8 LSD the latter begins with Dot's Gaussian mixture, if it has one.
 
         Args:
             lsd: The budget.
             kwargs: The call's other arguments: some choose the timesteps, which no saved plan fits.
         """
-        saved = self._saved_plan(lsd, kwargs)
+        saved = self._plan_by_dot(lsd, kwargs)
         return saved or SavedPlan(lsd, str(self._make_plan(lsd, None, None, None, kwargs)))
 
-    def _saved_plan(self, lsd: float, arguments: dict[str, object]) -> SavedPlan | None:
-        """Find the plan that was searched for this budget; for whole runs alone."""
-        plans = self.dot.config.get("plans") if isinstance(self.dot, MorseDot) else None
+    def _plan_by_dot(self, lsd: float, arguments: dict[str, object]) -> SavedPlan | None:
+        """Find the plan that was searched for this budget, or begin one; for whole runs alone."""
         given = self._with_defaults({"num_inference_steps": None, **arguments})
-        if not plans or chooses_timesteps(given):
+        if not isinstance(self.dot, MorseDot) or chooses_timesteps(given):
             return None
-        return find_saved_plan(plans, self.scheduler, lsd, self._known_speed_ratio(arguments))
+        plans, speed_ratio = self.dot.config.plans, self._known_speed_ratio(arguments)
+        if saved := find_saved_plan(plans, self.scheduler, lsd, speed_ratio):
+            return saved
+        known = find_family(self.scheduler) is not None and not adds_noise(self.scheduler)
+        if self.dot.mixture is None or lsd > BEGUN_UP_TO or not known:
+            return None
+        return SavedPlan(lsd, f"{MIXTURE_START}{self._make_plan(lsd, None, None, None, arguments)}")
 
     def _make_plan(
         self,

@@ -25,7 +25,7 @@ def test_plans_come_from_the_config(pipe):
     ratio = {"DDIMScheduler": 2.0, "DPMSolverMultistepScheduler": 1.75}[
         type(pipe.scheduler).__name__
     ]
-    assert pipe.last_run.plan == MorsePlan.from_budget(5, 6.0, ratio)
+    assert str(pipe.last_run.plan) == f"ggg{MorsePlan.from_budget(5, 6.0, ratio)}"
     assert pipe.last_run.fallbacks == {} and pipe.last_run.lsd <= 5
 
 

@@ -182,6 +182,30 @@ class TestRuns:
         assert not run.fallbacks and (run.num_gaussian, run.num_dash, run.num_dot) == (2, 2, 2)
         assert run.lsd == pytest.approx(2 + 2 / 4)
 
+    def test_it_begins_what_a_small_budget_is_spent_on(self, unet, dot):
+        uniform = str(MorsePlan.from_budget(6, 4.0))
+        pipe = enable_morse(loop_pipeline(unet, LeapfrogScheduler()), dot)
+        self.call(pipe, lsd=6)
+        assert str(pipe.last_run.plan) == pipe.plan_for(6).plan == f"ggg{uniform}"
+        assert pipe.last_run.lsd <= 6 and not pipe.last_run.fallbacks
+        self.call(pipe, lsd=6, plan="uniform")
+        assert str(pipe.last_run.plan) == uniform
+        assert "g" not in pipe.plan_for(9).plan
+        assert "g" not in pipe.plan_for(6, num_inference_steps=8, timesteps=[9, 5]).plan
+        pipe.scheduler = DDPMScheduler(clip_sample=False)
+        assert "g" not in pipe.plan_for(6).plan
+        dot.register_to_config(plans={"LeapfrogScheduler": [SavedPlan(6, "DDoDo").to_config()]})
+        pipe.scheduler = LeapfrogScheduler()
+        assert pipe.plan_for(6).plan == "DDoDo" + "D" * 2
+        assert "g" not in enable_morse(pipe, dot.set_mixture(None)).plan_for(5).plan
+
+    def test_a_budget_of_a_solver_that_makes_odd_runs_alone(self, unet, dot):
+        config = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
+        pipe = enable_morse(loop_pipeline(unet, make_scheduler("heun", config)), dot)
+        for lsd in (5, 6):
+            self.call(pipe, lsd=lsd)
+            assert str(pipe.last_run.plan).startswith("gggD") and pipe.last_run.lsd <= lsd
+
     def test_saved_with_the_dot(self, unet, dot, tmp_path):
         pipe = enable_morse(loop_pipeline(unet, LeapfrogScheduler()), dot)
         expected = self.call(pipe, plan="ggDD")

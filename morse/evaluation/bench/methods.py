@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from morse.evaluation.bench.solvers import SOLVERS
-from morse.evaluation.planning.search import MIXTURE_START
-from morse.plan import MorsePlan
+from morse.plan import MIXTURE_START, MorsePlan
 from morse.saved_plans import SavedPlan
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ grids), so that going from the best of some regular plans to better neighbours f
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from morse.plan import MorsePlan
+from morse.plan import MIXTURE_START, MorsePlan
 
 UNIFORM_RATIOS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
-MIXTURE_START = "ggg"  # tried before every plan, where there is a mixture; then one g more or less
 
 
 @dataclass(frozen=True)
