@@ -34,7 +34,10 @@ class Publishable:
         super().save_pretrained(save_directory, *args, **kwargs)
         card = Path(save_directory) / CARD
         if not card.exists():
-            card.write_text(self.model_card(), encoding="utf-8")
+            # Whole or not at all: half a card would never be replaced.
+            half = card.with_name(f".{CARD}.part")
+            half.write_text(self.model_card(), encoding="utf-8")
+            half.replace(card)
         if push:
             publish(Path(save_directory), **{"repo_id": Path(save_directory).name, **options})
 
