@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="unconditional.png")
     args = parser.parse_args(argv)
 
-    pipe = MorsePipeline.from_pretrained(args.model, dot=args.dot, scheduler="dpmsolver++")
+    pipe = MorsePipeline.from_pretrained(args.model, dot=args.dot, scheduler="leapfrog")
     generators = [torch.Generator().manual_seed(seed) for seed in range(16)]
     images = pipe(batch_size=16, lsd=args.lsd, generator=generators).images
 

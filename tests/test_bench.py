@@ -26,6 +26,7 @@ def config(tiny_folder, independent_folder):  # noqa: F811
         lsd=(2, 3),
         baseline_lsd=(4,),
         solvers=("ddim", "dpmsolver++"),
+        planned_solvers=(),
         peers=("none",),
         ddim_ratios=(1.5,),
         dpm_ratios=(2.0,),
@@ -63,7 +64,7 @@ def test_a_run_without_a_gpu_fits_into_an_hour():
     for quick, most in ((True, 120), (False, 3600)):
         config = BenchmarkConfig(quick=quick, device="cpu").resolved()
         # What the embedded pipeline can't run is left out: its peers but DeepCache, and so on.
-        kinds = {"baseline", "morse", "reuse", "extrapolation", "pfdiff", "deepcache"}
+        kinds = {"baseline", "morse", "reuse", "extrapolation", "pfdiff", "mixture", "deepcache"}
         lsd = sum(budget for method, budget in config.tasks() if method.kind in kinds)
         seconds = (lsd + 100) * config.num_images * 0.0187
         assert seconds < 0.85 * most  # leaves time for loading, warm-ups and N
@@ -78,7 +79,7 @@ def test_baselines_and_morse_are_measured_first():
     assert asked == 8 * 7
     assert kinds.index("reuse") > max(i for i, kind in enumerate(kinds) if kind == "baseline")
     planned = {method.solver for method, _ in tasks if method.setting == AS_PLANNED}
-    assert planned == {"leapfrog"}
+    assert planned == {"leapfrog", "ddim", "dpmsolver++"}
     solvers = {method.solver for method, _ in tasks if method.kind == "morse"}
     assert solvers == set(BenchmarkConfig().solvers)
     assert {method.solver for method, _ in tasks if method.kind == "pfdiff"} == {"ddim"}

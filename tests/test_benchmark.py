@@ -32,6 +32,7 @@ def config(tiny_folder, independent_folder, tmp_path_factory):  # noqa: F811
         dpm_ratios=(2.0,),
         independent_dot=str(independent_folder),
         solvers=("ddim",),
+        planned_solvers=(),
         speed_ratio=4.0,
         latency_batch_sizes=(1,),
         num_replicates=2,

@@ -120,7 +120,7 @@ class BenchmarkConfig:
         metadata={"help": ", ".join(SOLVERS)},
     )
     planned_solvers: tuple[str, ...] = field(
-        default=("leapfrog",),
+        default=("leapfrog", "ddim", "dpmsolver++"),
         metadata={"help": "those with which Morse also runs as lsd= plans, saved plans included"},
     )
     kinds: tuple[str, ...] = field(
