@@ -8,6 +8,8 @@ from report_fixtures import BUDGETS, full_result
 from report_tables import all_text, find, find_claims, find_headline, tables_of
 
 from morse.evaluation.report.data import (
+    BEST_BEGUN,
+    BEST_TRAINING_FREE,
     Axis,
     Score,
     best_training_free_row,
@@ -136,6 +138,19 @@ def test_speedups_have_intervals_and_every_status(result):
         "1.27–1.60× (3 of 5)",
         "1.14–1.44× (3 of 5)",
     )
+
+
+def test_speedups_over_what_a_mixture_begins_have_a_table(result):
+    begun = [
+        entry | {"baseline": BEST_BEGUN, "value": entry["value"] and entry["value"] / 2}
+        for entry in result["speedups"]
+        if entry["baseline"] == BEST_TRAINING_FREE
+    ]
+    changed = result | {"speedups": [*result["speedups"], *begun]}
+    section, title = "Matched-quality speed-ups", "PSNR to the reference, cost in LSD, over the "
+    cells = find(changed, section, title + BEST_BEGUN)["Morse-DPM++ 2M r1.75"]
+    assert cells["5"].startswith("0.80×") and cells["20"] == "saturated"
+    assert find(changed, section, title + BEST_TRAINING_FREE) == find(result, section, title)
 
 
 def test_a_speedup_without_interval_says_so(result):
