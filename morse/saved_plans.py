@@ -8,6 +8,9 @@ from diffusers import DiffusionPipeline
 
 from morse.plan import MorsePlan
 
+# N of two measurements on one machine differs by several per cent, which is so much of a plan's cost:
+# that must not decide between a plan and one of three quarters of the budget.
+MAX_OVERDRAFT = 0.02
 CHOOSE_TIMESTEPS = (
     "num_inference_steps",
     "timesteps",
@@ -71,7 +74,7 @@ def find_saved_plan(
         plans: Dot's `config.plans`: scheduler class name -> saved plans.
         scheduler: The pipeline's.
         lsd: The budget.
-        speed_ratio: N now. A plan that costs more than `lsd` with it is not taken.
+        speed_ratio: N now. A plan that costs over 2 % more than `lsd` with it is not taken.
 
     Returns:
         The plan as it is to be run; None if there is none that fits.
@@ -80,7 +83,7 @@ def find_saved_plan(
     for entry in (plans or {}).get(type(scheduler).__name__, ()):
         saved = SavedPlan(**entry)
         left = lsd - MorsePlan.from_string(saved.plan).cost(speed_ratio)
-        if lsd / 2 <= saved.lsd <= lsd and left > -1e-9:
+        if lsd / 2 <= saved.lsd <= lsd and left >= -MAX_OVERDRAFT * lsd:
             extensible = "fitted_steps" not in saved.scheduler or set(saved.plan) == {"D"}
             further = "D" * int(left + 1e-9) if extensible else ""
             fitting.append(replace(saved, plan=saved.plan + further))

@@ -306,6 +306,13 @@ class TestUse:
         found = find_saved_plan(plans, pipe.scheduler, 7, 4.0)
         assert (found.lsd, found.plan) == (6, "DDDDDDD")
 
+    @pytest.mark.parametrize(("speed_ratio", "found"), [(3.0, True), (2.9, True), (2.5, False)])
+    def test_a_plan_may_cost_little_more_where_dot_is_slower(self, pipe, speed_ratio, found):
+        plans = {"LeapfrogScheduler": [SavedPlan(4, "DDoDoo").to_config()]}
+        saved = find_saved_plan(plans, pipe.scheduler, 4, speed_ratio)
+        assert (saved is not None) == found
+        assert saved is None or saved.plan == "DDoDoo"
+
     @pytest.mark.parametrize(("plan", "spent"), [("DDDD", "DDDDDD"), ("DDoDoo", "DDoDoo")])
     def test_steps_fitted_to_dot_are_run_as_they_are(self, pipe, plan, spent):
         rows = curves_to_rows(power_curves(1.2), plan)
