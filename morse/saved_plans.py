@@ -8,8 +8,8 @@ from diffusers import DiffusionPipeline
 
 from morse.plan import MorsePlan
 
-# N of two measurements on one machine differs by several per cent, which is so much of a plan's cost:
-# that must not decide between a plan and one of three quarters of the budget.
+# Two measurements of N differ by several per cent, so a plan's cost by one or two: that must not
+# decide between this plan and one for three quarters of the budget.
 MAX_OVERDRAFT = 0.02
 CHOOSE_TIMESTEPS = (
     "num_inference_steps",

@@ -84,8 +84,9 @@ estimate. Train it with `accelerate launch training/train_dot.py`.""",
     ),
     (
         "code",
-        """from diffusers import DDPMPipeline
-from importlib.resources import files
+        """from importlib.resources import files
+
+from diffusers import DDPMPipeline
 
 from morse import MorseDot, disable_morse, enable_morse
 
