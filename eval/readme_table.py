@@ -10,10 +10,13 @@ from itertools import product
 from pathlib import Path
 
 from morse.evaluation.ablation.report import compact_table
-from morse.evaluation.bench.methods import REFERENCE_STEPS, TRAINING_FREE
-from morse.evaluation.report.data import (
+from morse.evaluation.bench.methods import (
     BEST_BEGUN,
     BEST_TRAINING_FREE,
+    REFERENCE_STEPS,
+    TRAINING_FREE,
+)
+from morse.evaluation.report.data import (
     CONTROLS,
     READABLE_SCHEMAS,
     Measured,

@@ -18,7 +18,7 @@ from eval.readme_table import (
     shown_budgets,
     update,
 )
-from morse.evaluation.report.data import BEST_BEGUN
+from morse.evaluation.bench.methods import BEST_BEGUN
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,9 +7,8 @@ import pytest
 from report_fixtures import BUDGETS, full_result
 from report_tables import all_text, find, find_claims, find_headline, tables_of
 
+from morse.evaluation.bench.methods import BEST_BEGUN, BEST_TRAINING_FREE
 from morse.evaluation.report.data import (
-    BEST_BEGUN,
-    BEST_TRAINING_FREE,
     Axis,
     Score,
     best_training_free_row,

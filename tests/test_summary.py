@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from morse.evaluation.bench.methods import Method
+from morse.evaluation.bench.methods import BEST_BEGUN, BEST_TRAINING_FREE, Method
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.metrics import feature_statistics, frechet_distance
 from morse.evaluation.scoring import AXES, ImageScores
-from morse.evaluation.stats.summary import BEST, BEST_BEGUN, Statistics, rounded, summarize
+from morse.evaluation.stats.summary import Statistics, rounded, summarize
 
 NUM_IMAGES, SIZE = 64, 2
 REAL = torch.zeros(SIZE), torch.eye(SIZE)
@@ -61,7 +61,7 @@ def test_a_method_twice_as_fast_shows_as_two_on_every_axis_and_cost(result):
     for axis in AXES:
         for cost in ("lsd", "seconds"):
             found = select(result["speedups"], method=FAST.label, axis=axis, cost=cost)
-            for name, value in ((BEST, 2.0), (SOLVER.label, 2.0), (DDIM.label, 3.0)):
+            for name, value in ((BEST_TRAINING_FREE, 2.0), (SOLVER.label, 2.0), (DDIM.label, 3.0)):
                 points = select(found, baseline=name)
                 assert [point["budget"] for point in points] == [5, 10, 15]
                 assert all(point["status"] == "measured" for point in points)
@@ -73,7 +73,7 @@ def test_a_method_twice_as_fast_shows_as_two_on_every_axis_and_cost(result):
     (point,) = select(
         result["speedups"],
         method=FAST.label,
-        baseline=BEST,
+        baseline=BEST_TRAINING_FREE,
         axis="psnr",
         cost="lsd",
         budget=10,
@@ -89,7 +89,7 @@ def test_training_free_solvers_are_compared_with_each_other_where_another_method
     )
     assert [point["budget"] for point in points] == [5, 10, 15]
     assert [point["value"] for point in points] == pytest.approx([1.5] * 3, rel=5e-3)
-    assert not select(result["speedups"], method=SOLVER.label, baseline=BEST)
+    assert not select(result["speedups"], method=SOLVER.label, baseline=BEST_TRAINING_FREE)
     assert not select(result["speedups"], method=DDIM.label, baseline=DDIM.label)
 
 
@@ -100,7 +100,9 @@ def test_morse_is_compared_with_what_a_mixture_begins():
     points = select(speedups, baseline=BEST_BEGUN, axis="psnr", cost="lsd")
     assert {point["method"] for point in points} == {FAST.label}
     assert [point["value"] for point in points] == pytest.approx([1.5] * 3, rel=5e-3)
-    assert select(speedups, method=begun.label, baseline=BEST)  # itself not among the training-free
+    assert select(
+        speedups, method=begun.label, baseline=BEST_TRAINING_FREE
+    )  # it is none of them
 
 
 def test_rows_carry_values_errors_and_intervals(result):
@@ -175,7 +177,7 @@ def test_points_without_a_speedup_are_listed():
     cells = [quality_cell(DDIM, budget, error) for budget, error in errors.items()]
     cells += [quality_cell(FAST, n, e) for n, e in ((5, 0.01), (10, 0.1), (20, 0.7), (30, 0.07))]
     speedups = summarize(cells, REAL, references(0), STATISTICS)["speedups"]
-    points = select(speedups, baseline=BEST, axis="psnr", cost="lsd")
+    points = select(speedups, baseline=BEST_TRAINING_FREE, axis="psnr", cost="lsd")
     assert [point["status"] for point in points] == [
         "saturated",
         "saturated",

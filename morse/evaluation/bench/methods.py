@@ -36,6 +36,9 @@ KINDS: dict[Kind, str] = {
 # Kinds that Morse has to beat: Dash with another solver, or at other timesteps.
 TRAINING_FREE = ("baseline", "pfdiff", "ays")
 PLANNED = ("morse", "reuse", "extrapolation", "independent")  # kinds that run Morse's plan
+# What methods are compared with, by name; at each budget another solver may be the best.
+BEST_TRAINING_FREE = "best training-free solver"
+BEST_BEGUN = "best solver begun by the mixture"
 AS_PLANNED = "as planned"  # of kind "morse": what a user's call with this budget does
 
 

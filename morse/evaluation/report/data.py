@@ -17,8 +17,6 @@ Measured = Mapping[str, Any]  # one of its "rows": a method at a budget
 Verdict = Literal["better", "within noise", "worse"]
 
 SCHEMA_VERSION, READABLE_SCHEMAS = 3, (2, 3)
-BEST_TRAINING_FREE = "best training-free solver"
-BEST_BEGUN = "best solver begun by the mixture"  # where that control was measured
 CONTROLS = ("mixture", "reuse", "extrapolation", "independent", "shrunk")
 KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, *PEER_SETTINGS)
 FOOTNOTE_MARKS = "†‡§¶"

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from morse.evaluation.bench.methods import BEST_TRAINING_FREE
 from morse.evaluation.report.blocks import Section, Table
 from morse.evaluation.report.data import (
-    BEST_TRAINING_FREE,
     NONE,
     Axis,
     Measured,

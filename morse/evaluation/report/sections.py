@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
+from morse.evaluation.bench.methods import BEST_TRAINING_FREE
 from morse.evaluation.report.blocks import Section, Table, budget_matrix
 from morse.evaluation.report.costs import (
     costs_section,
@@ -12,7 +13,6 @@ from morse.evaluation.report.costs import (
     speed_ratios_section,
 )
 from morse.evaluation.report.data import (
-    BEST_TRAINING_FREE,
     NONE,
     Axis,
     Measured,

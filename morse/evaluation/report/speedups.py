@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
+from morse.evaluation.bench.methods import BEST_BEGUN, BEST_TRAINING_FREE
 from morse.evaluation.report.blocks import Section, Table, budget_matrix
 from morse.evaluation.report.data import (
-    BEST_BEGUN,
-    BEST_TRAINING_FREE,
     Measured,
     Result,
     engaged_entries,

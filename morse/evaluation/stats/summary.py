@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from morse.evaluation.bench.methods import TRAINING_FREE
+from morse.evaluation.bench.methods import BEST_BEGUN, BEST_TRAINING_FREE, TRAINING_FREE
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.scoring import AXES, FEATURE_AXES
 from morse.evaluation.stats.bootstrap import Estimate
@@ -23,8 +23,6 @@ from morse.evaluation.stats.points import (
     of_kinds,
 )
 
-BEST = "best training-free solver"
-BEST_BEGUN = "best solver begun by the mixture"
 COSTS = ("lsd", "seconds")
 
 
@@ -117,10 +115,10 @@ def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]
     """
     asked = {point.budget for point in points if not point.method.is_training_free}
     shown = [point for point in points if point.budget in asked and axis in point.estimates]
-    baselines = {BEST: best_points(points, axis)}
+    baselines = {BEST_TRAINING_FREE: best_points(points, axis)}
     for point in of_kinds(points, axis, TRAINING_FREE):
         baselines.setdefault(point.method.label, []).append(point)
-    own = {name: {name} for name in baselines} | {BEST: set(baselines)}
+    own = {name: {name} for name in baselines} | {BEST_TRAINING_FREE: set(baselines)}
     if begun := best_points(points, axis, ("mixture",)):
         baselines[BEST_BEGUN] = begun
         own[BEST_BEGUN] = {point.method.label for point in points if point.method.kind != "morse"}
