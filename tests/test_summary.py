@@ -100,9 +100,7 @@ def test_morse_is_compared_with_what_a_mixture_begins():
     points = select(speedups, baseline=BEST_BEGUN, axis="psnr", cost="lsd")
     assert {point["method"] for point in points} == {FAST.label}
     assert [point["value"] for point in points] == pytest.approx([1.5] * 3, rel=5e-3)
-    assert select(
-        speedups, method=begun.label, baseline=BEST_TRAINING_FREE
-    )  # it is none of them
+    assert select(speedups, method=begun.label, baseline=BEST_TRAINING_FREE)  # it is none of them
 
 
 def test_rows_carry_values_errors_and_intervals(result):
