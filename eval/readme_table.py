@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval/results/fashion_mnist"
 ABLATION = ROOT / "eval/results/ablation/ablation.json"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
-MAX_BUDGETS = 5
+MAX_BUDGETS = 6
 PLANNED = "Morse-Leapfrog as planned"
 # Of many rows at each guidance scale: the best without training, Morse, and what Dot is worth.
 GUIDED_ROWS = (

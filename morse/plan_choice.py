@@ -12,7 +12,7 @@ from morse.steps import count_evaluations, find_exact_steps, find_steps
 
 DEFAULT_PLAN_RATIO = 2.0
 # LSD. A mixture gains less the finer the grid is, and from 20 on it loses (eval/results/NOTES.md).
-BEGUN_UP_TO = 8
+BEGUN_UP_TO = 10
 
 
 class PlanChoice:
@@ -33,7 +33,7 @@ class PlanChoice:
 
         That is the plan that was saved with Dot for this scheduler (`morse plan`;
         `morse.saved_plans.find_saved_plan` says which), if there is one, else a uniform one. Up to
-        8 LSD the latter begins with Dot's Gaussian mixture, if it has one.
+        10 LSD the latter begins with Dot's Gaussian mixture, if it has one.
 
         Args:
             lsd: The budget.

@@ -115,7 +115,7 @@ def test_many_budgets_are_thinned_with_both_ends_kept():
     result = full_result()
     morse = next(row for row in result["rows"] if row["kind"] == "morse")
     result["rows"] = [morse | {"budget": n} for n in range(4, 13)]
-    assert shown_budgets(result) == [4, 6, 8, 10, 12]
+    assert shown_budgets(result) == [4, 6, 7, 9, 10, 12]
     result["rows"] = [morse]
     assert shown_budgets(result) == [5]
 
