@@ -120,6 +120,9 @@ def test_broadcast_reaches_the_masks(tmp_path):
         wrapped = nn.parallel.DistributedDataParallel(networks[0])
         train(wrapped, surgeries[0], adam(wrapped), x, make_network()[2], 3)
         assert 0 < surgeries[0].density() < 0.5
+        # Before its process group, which it else takes down holding the GIL that gloo's thread may
+        # be waiting for: a deadlock now and then.
+        del wrapped
     finally:
         torch.distributed.destroy_process_group()
 
