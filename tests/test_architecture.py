@@ -10,7 +10,7 @@ import morse
 PACKAGE = Path(morse.__file__).parent
 # Each module may import those of its own group and of the groups above it.
 GROUPS = [
-    ("plan", "spaces", "sampling", "history", "modules", "distillation", "compression"),
+    ("files", "plan", "spaces", "sampling", "history", "modules", "distillation", "compression"),
     ("dot",),
     (
         "clock",

@@ -5,12 +5,13 @@ byte range of each tensor and with string metadata; the tensors' bytes, without 
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from morse.files import replacing
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -35,15 +36,8 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         end = span[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines([len(text).to_bytes(8, "little"), text, *chunks])
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.writelines([len(text).to_bytes(8, "little"), text, *chunks])
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,6 +8,8 @@ from tempfile import TemporaryDirectory
 from diffusers import ModelMixin
 from huggingface_hub import HfApi
 
+from morse.files import write_bytes
+
 CARD = "README.md"
 
 
@@ -35,9 +37,7 @@ class Publishable:
         card = Path(save_directory) / CARD
         if not card.exists():
             # Whole or not at all: half a card would never be replaced.
-            half = card.with_name(f".{CARD}.part")
-            half.write_text(self.model_card(), encoding="utf-8")
-            half.replace(card)
+            write_bytes(card, self.model_card().encode())
         if push:
             publish(Path(save_directory), **{"repo_id": Path(save_directory).name, **options})
 

@@ -1,7 +1,6 @@
 """Checkpoints that are either complete or absent, in safetensors and JSON only."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from morse.files import put_in_place, replacing, temporary_for, write_bytes
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -23,41 +24,13 @@ EMA_FILE, STATE_FILE = "ema.safetensors", "state.json"
 DEVICE_OPTIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
-def _sync(path: Path) -> None:
-    """Make the system write a file, or on POSIX the entries of a folder, to the disk."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
-
-
 def atomic_save_file(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors; a reader sees the old file or the whole new one."""
-    temporary = _temporary(path)
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata)
-    _replace(temporary, path)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file; a reader sees the old one or the whole new one."""
-    temporary = _temporary(path)
-    temporary.write_bytes(content)
-    _replace(temporary, path)
+    content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(content, temporary, metadata)
 
 
 def write_json(path: Path, data: object) -> None:
@@ -157,7 +130,7 @@ def save_checkpoint(
     final = output_dir / f"checkpoint-{step}"
     for leftover in output_dir.glob(".checkpoint-*.tmp-*"):
         shutil.rmtree(leftover)
-    temporary = _temporary(final)
+    temporary = temporary_for(final)
     temporary.mkdir(parents=True)
     tensors, scalars = _flatten(optimizer.state_dict()["state"])
     state = {
@@ -177,7 +150,7 @@ def save_checkpoint(
     write_json(temporary / STATE_FILE, state)
     if final.exists():  # saved before this run went back to an earlier one
         final.rename(output_dir / f".{final.name}.tmp-old")
-    _replace(temporary, final)
+    put_in_place(temporary, final)
     outdated = _list_checkpoints(output_dir)[: -total_limit if total_limit else 0]
     for path in (*output_dir.glob(".checkpoint-*.tmp-*"), *outdated):
         shutil.rmtree(path)

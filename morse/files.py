@@ -1,0 +1,46 @@
+"""Files and folders that are written whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def temporary_for(path: Path) -> Path:
+    """Name a place beside `path` for what is to become it; each process has its own."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Make a file or folder `path`, once it is on the disk."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a place to write a file to, which then becomes `path`, or is gone if writing fails."""
+    temporary = temporary_for(path)
+    try:
+        yield temporary
+        put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file; a reader sees the old one or the whole new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _sync(path: Path) -> None:
+    """Make the system write a file, or on POSIX the entries of a folder, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
