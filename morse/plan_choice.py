@@ -53,7 +53,8 @@ class PlanChoice:
         known = find_family(self.scheduler) is not None and not adds_noise(self.scheduler)
         if self.dot.mixture is None or lsd > BEGUN_UP_TO or not known:
             return None
-        return SavedPlan(lsd, f"{MIXTURE_START}{self._make_plan(lsd, None, None, None, arguments)}")
+        uniform = MorsePlan.from_budget(lsd, speed_ratio, self.plan_ratio)
+        return SavedPlan(lsd, f"{MIXTURE_START}{uniform}")
 
     def _make_plan(
         self,

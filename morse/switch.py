@@ -130,13 +130,13 @@ class MorseRun:
 
     def _evaluate(self, denoiser: Denoiser, call: Call, compute: Callable[[], object]) -> object:
         self._advance(call.timestep)
-        started, steady = self._now(call.sample), steady_conditions(call)
         if self._planned(self._step) == "gaussian":
             guessed = guess_estimate(denoiser, call, self.scheduler, self._index)
             if not isinstance(guessed, str):
                 self._count("gaussian")
                 return guessed
             self.fallbacks[guessed] += 1
+        started, steady = self._now(call.sample), steady_conditions(call)
         view = view_call(denoiser.dot, call, self.read_guidance)
         timestep = torch.as_tensor(view.call.timestep, device=call.sample.device)
         rates = self._rates_at(view.call.sample, timestep)

@@ -98,9 +98,7 @@ def fit_best(
             sample, plan, fitted_on.images, starts, config.fit_rounds, num_train_timesteps
         )
         rows = [curves_to_rows(curves[kind], plan, num_train_timesteps)]
-        rows += known_rows(known, plan)
-        if "fitted_steps" in options:
-            rows.append(resample_steps(options["fitted_steps"], len(plan)).tolist())
+        rows += known_rows([*known, {"plan": plan, "scheduler": options}], plan)
         refined = refine_rows(sample, fitted_on.images, rows, config.refine_rounds)
         fitted = candidate_of({"plan": plan, "scheduler": {"fitted_steps": refined}})
         found.fitted[fitted] = value = evaluate(fitted, False)
@@ -129,6 +127,5 @@ def known_rows(known: Sequence[Mapping[str, object]], plan: str) -> list[Rows]:
     for entry in known:
         rows = entry["scheduler"].get("fitted_steps")
         if rows and _kind(entry["plan"]) == _kind(plan):
-            fits = len(rows) == len(plan)
-            found.append(rows if fits else resample_steps(rows, len(plan)).tolist())
+            found.append(resample_steps(rows, len(plan)).tolist())
     return found

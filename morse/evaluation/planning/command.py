@@ -42,7 +42,8 @@ def run_plan(config: PlanConfig) -> None:
         main.dot.set_mixture(fit_mixture(main, mixture_seeds, config.batch_size, conditions))
     judged_on = follow(main, judge_seeds, config.batch_size, conditions)
     fitted_on = follow(main, fit_seeds, config.batch_size, conditions) if fits else None
-    plans = {name: list(saved) for name, saved in (_saved_plans(main) or {}).items()}
+    saved_plans = None if main.dot is None else main.dot.config.plans
+    plans = {name: list(saved) for name, saved in (saved_plans or {}).items()}
     report, curves = [], {}
     for solver, lsd in product(config.solver, config.lsd):
         pipe = pipes[solver]
@@ -107,10 +108,6 @@ def _split_seeds(config: PlanConfig) -> list[range]:
     sizes = (config.num_images, config.num_fit_images, config.mixture_images)
     ends = [config.seed + end for end in accumulate(sizes)]
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-
-
-def _saved_plans(main: "MorsePipeline") -> dict[str, list[dict[str, object]]] | None:
-    return None if main.dot is None else main.dot.config.plans
 
 
 def make_judge(config: PlanConfig, pipe: "MorsePipeline", judged_on: Trajectories) -> Evaluate:
