@@ -10,7 +10,7 @@ from morse.plan import MorsePlan
 
 # Two measurements of N differ by several per cent, so a plan's cost by one or two: that must not
 # decide between this plan and one for three quarters of the budget.
-MAX_OVERDRAFT = 0.02
+_MAX_OVERDRAFT = 0.02
 CHOOSE_TIMESTEPS = (
     "num_inference_steps",
     "timesteps",
@@ -57,6 +57,17 @@ class SavedPlan:
         return asdict(self)
 
 
+def is_affordable(plan: str, lsd: float, speed_ratio: float) -> bool:
+    """Tell whether a plan that was made for `lsd` may run on it with today's N, or costs 2 % more.
+
+    Args:
+        plan: Such as "DooDoo".
+        lsd: The budget.
+        speed_ratio: N.
+    """
+    return MorsePlan.from_string(plan).cost(speed_ratio) <= lsd * (1 + _MAX_OVERDRAFT)
+
+
 def find_saved_plan(
     plans: Mapping[str, Sequence[Mapping[str, object]]] | None,
     scheduler: object,
@@ -82,8 +93,8 @@ def find_saved_plan(
     fitting = []
     for entry in (plans or {}).get(type(scheduler).__name__, ()):
         saved = SavedPlan(**entry)
-        left = lsd - MorsePlan.from_string(saved.plan).cost(speed_ratio)
-        if lsd / 2 <= saved.lsd <= lsd and left >= -MAX_OVERDRAFT * lsd:
+        if lsd / 2 <= saved.lsd <= lsd and is_affordable(saved.plan, lsd, speed_ratio):
+            left = lsd - MorsePlan.from_string(saved.plan).cost(speed_ratio)
             extensible = "fitted_steps" not in saved.scheduler or set(saved.plan) == {"D"}
             further = "D" * int(left + 1e-9) if extensible else ""
             fitting.append(replace(saved, plan=saved.plan + further))

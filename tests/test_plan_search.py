@@ -105,6 +105,9 @@ def test_a_known_plan_is_tried_if_the_budget_allows_it():
     judged = search_plan(lambda candidate, quick: worth(candidate.plan, known[0].plan), 6, 4.0,
                          max_rounds=0, known=known)  # fmt: skip
     assert judged.best == known[0] and known[1] not in judged.tried
+    overdrawn = Candidate("DDDDDDo")  # 6.1 LSD at N = 10, which `lsd=6` runs
+    judged = search_plan(lambda candidate, quick: 0.0, 6, 10.0, max_rounds=0, known=[overdrawn])
+    assert overdrawn in judged.tried
 
 
 def test_without_a_dot_grids_of_all_dash_are_compared():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from morse.plan import MIXTURE_START, MorsePlan
+from morse.saved_plans import is_affordable
 
 UNIFORM_RATIOS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 
@@ -131,7 +132,8 @@ def search_plan(
         finalists: How many of the best are judged on all images; the best uniform plan and the
             best all-Dash one are too, so that the result is never worse than either there.
         ratios: Evaluations per LSD of the uniform plans to start from; all Dash is always tried.
-        known: To start from as well, those that cost more than `lsd` excepted.
+        known: To start from as well, those excepted that `lsd=` would not run either, for their
+            cost (`morse.saved_plans.is_affordable`).
         with_dot: Whether there is a Dot; else the grids of all Dash are compared and no more.
         with_mixture: Whether runs may begin with evaluations of a Gaussian mixture.
     """
@@ -149,9 +151,7 @@ def search_plan(
     starts = [*uniform_plans]
     if with_dot:
         starts += early_candidates(lsd, speed_ratio, grids)
-    starts += [
-        each for each in known if MorsePlan.from_string(each.plan).cost(speed_ratio) <= lsd + 1e-9
-    ]
+    starts += [each for each in known if is_affordable(each.plan, lsd, speed_ratio)]
     if with_mixture:
         plans = dict.fromkeys(each.plan for each in starts if each.plan[0] != "g")
         starts += [Candidate(MIXTURE_START + plan, grid) for plan in plans for grid in grids]
