@@ -66,7 +66,9 @@ class MorseCalls(PlanChoice, Publishable):
             return super().__call__(*args, **kwargs)
         arguments = self._name_arguments(args, kwargs)
         saved, is_budget = None, lsd is not None
-        if is_budget and plan == "uniform":
+        if isinstance(plan, str) and plan == "uniform":
+            if not is_budget:
+                raise ValueError('plan="uniform" spends a budget: give lsd= too.')
             plan = None
         elif is_budget and plan is None:
             saved = self._plan_by_dot(lsd, arguments)

@@ -8,8 +8,9 @@ mixture (`morse.dot.mixture`), with which a run may begin, run no network and co
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 ModelName = Literal["dash", "dot", "gaussian"]
@@ -27,6 +28,16 @@ def _check_speed_ratio(speed_ratio: float) -> None:
         raise ValueError(
             f"speed_ratio (N, how many times faster Dot is than Dash) must be a positive number, "
             f"got {speed_ratio!r}."
+        )
+
+
+def check_budget(lsd: float) -> None:
+    """Raise `ValueError` unless `lsd` is a budget: a finite number that pays for a Dash."""
+    is_number = isinstance(lsd, Real) and not isinstance(lsd, bool)
+    if not (is_number and math.isfinite(lsd) and lsd >= 1):
+        raise ValueError(
+            "lsd must be a finite number of at least 1 (the first evaluation is Dash's), got "
+            f"{lsd!r}."
         )
 
 
@@ -130,10 +141,7 @@ class MorsePlan:
         Raises:
             ValueError: If an argument is outside its range.
         """
-        if not (lsd >= 1 and math.isfinite(lsd)):
-            raise ValueError(
-                f"lsd must be at least 1 (the first evaluation is Dash's), got {lsd!r}."
-            )
+        check_budget(lsd)
         _check_speed_ratio(speed_ratio)
         if not (ratio >= 1 and math.isfinite(ratio)):
             raise ValueError(f"ratio (evaluations per LSD) must be at least 1, got {ratio!r}.")
@@ -169,10 +177,22 @@ class MorsePlan:
 
     @classmethod
     def parse(cls, plan: "MorsePlan | str | Sequence[bool]") -> "MorsePlan":
-        """Read a plan in any of its forms: itself, a string, or a mask."""
+        """Read a plan in any of its forms: itself, a string, or a mask.
+
+        Raises:
+            ValueError: If it is none of them.
+        """
         if isinstance(plan, cls):
             return plan
-        return cls.from_string(plan) if isinstance(plan, str) else cls.from_mask(plan)
+        if isinstance(plan, str):
+            return cls.from_string(plan)
+        is_mask = isinstance(plan, Iterable) and not any(isinstance(each, str) for each in plan)
+        if not is_mask:
+            raise ValueError(
+                'plan must be a MorsePlan, a string such as "DooDoo", or a list of booleans (True '
+                f"for Dash), got {plan!r}."
+            )
+        return cls.from_mask(plan)
 
     def shortened(self, length: int) -> "MorsePlan":
         """Spread the same Dash evaluations, or as many as fit, over at most `length` evaluations.

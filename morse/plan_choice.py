@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 
 from morse.dot import MorseDot
-from morse.plan import MIXTURE_START, MorsePlan
+from morse.plan import MIXTURE_START, MorsePlan, check_budget
 from morse.rates import adds_noise, find_family
 from morse.sampling import Dot
 from morse.saved_plans import SavedPlan, chooses_timesteps, find_saved_plan
@@ -44,6 +44,7 @@ class PlanChoice:
 
     def _plan_by_dot(self, lsd: float, arguments: dict[str, object]) -> SavedPlan | None:
         """Find the plan that was searched for this budget, or begin one; for whole runs alone."""
+        check_budget(lsd)
         given = self._with_defaults({"num_inference_steps": None, **arguments})
         if not isinstance(self.dot, MorseDot) or chooses_timesteps(given):
             return None

@@ -248,7 +248,9 @@ class TestBudgets:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"lsd": 0.5}, "lsd must be at least 1"),
+            ({"lsd": 0.5}, "lsd must be a finite number of at least 1"),
+            ({"lsd": "5"}, "lsd must be .* got '5'"),
+            ({"plan": "uniform"}, "give lsd= too"),
             ({"lsd": 5, "plan": "Do"}, "only one of"),
             ({"lsd": 5, "num_dash_steps": 3}, "only one of"),
             ({"num_dash_steps": 3}, "give both"),

@@ -73,8 +73,11 @@ def test_shortened_keeps_dash_where_it_can():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MorsePlan.from_budget(0.9, 6), "lsd must be at least 1"),
-        (lambda: MorsePlan.from_budget(float("nan"), 6), "lsd must be at least 1"),
+        (lambda: MorsePlan.from_budget(0.9, 6), "lsd must be a finite number of at least 1"),
+        (lambda: MorsePlan.from_budget(float("nan"), 6), "lsd must be .* got nan"),
+        (lambda: MorsePlan.from_budget(float("inf"), 6), "lsd must be .* got inf"),
+        (lambda: MorsePlan.from_budget("5", 6), "lsd must be .* got '5'"),
+        (lambda: MorsePlan.from_budget(True, 6), "lsd must be .* got True"),
         (lambda: MorsePlan.from_budget(5, 0), "speed_ratio"),
         (lambda: MorsePlan.from_budget(5, -1), "speed_ratio"),
         (lambda: MorsePlan.from_budget(5, 6, ratio=0.5), "ratio"),
@@ -85,6 +88,8 @@ def test_shortened_keeps_dash_where_it_can():
         (lambda: MorsePlan.uniform(2.5, 1), "num_dash"),
         (lambda: MorsePlan.from_string("oD"), "must start with"),
         (lambda: MorsePlan.from_string("DxD"), "x"),
+        (lambda: MorsePlan.parse(5), "plan must be a MorsePlan, .* got 5"),
+        (lambda: MorsePlan.parse(["D", "o"]), "plan must be a MorsePlan, .* got .'D', 'o'."),
         (lambda: MorsePlan(()), "must start with"),
         (lambda: MorsePlan.uniform(2, 2).cost(0), "speed_ratio"),
     ],
