@@ -11,10 +11,11 @@ from pathlib import Path
 
 from morse.evaluation.ablation.report import compact_table
 from morse.evaluation.bench.methods import (
-    BEST_BEGUN,
     BEST_TRAINING_FREE,
+    BEST_WITH_MIXTURE,
     REFERENCE_STEPS,
     TRAINING_FREE,
+    WITH_MIXTURE,
 )
 from morse.evaluation.report.data import (
     CONTROLS,
@@ -164,21 +165,46 @@ def _factor(result: Result, entry: Measured) -> str:
         return f"{entry['value']:.2f}{interval}"
     if entry["status"] != "saturated":
         return entry["status"]
-    kinds = ("mixture",) if entry["baseline"] == BEST_BEGUN else TRAINING_FREE
+    kinds = WITH_MIXTURE if entry["baseline"] == BEST_WITH_MIXTURE else TRAINING_FREE
     costs = [row["lsd"] for row in result["rows"] if row["kind"] in kinds]
     largest = max(cost for cost in costs if cost < REFERENCE_STEPS)
     return f"over {largest / entry['spent']:.2f}"
+
+
+def make_speeds(entries: list[dict[str, object]]) -> str:
+    """Return N at each batch size, as Markdown, of `morse bench --latency_only --compile`.
+
+    Args:
+        entries: The JSON's "speed_ratios".
+    """
+    columns = {
+        "N, LoRA merged (default)": (True, "eager"),
+        "N, LoRA separate": (False, "eager"),
+        "N, Dash and Dot compiled": (True, "compiled"),
+    }
+    found = {
+        (entry["batch_size"], entry["merged"], entry["mode"]): f"{entry['speed_ratio']:.1f}"
+        for entry in entries
+    }
+    lines = [f"| batch | {' | '.join(columns)} |", "|--:" * (len(columns) + 1) + "|"]
+    for size in sorted({size for size, *_ in found}):
+        cells = [str(size), *(found[size, *how] for how in columns.values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 # By the names in README's marks.
 TABLES: dict[str, Callable[[], str]] = {
     "factors": lambda: make_factors(
         {"pixels": load_result("fashion_mnist/planned"), "text": load_result("fashion_mnist_text")},
-        (BEST_TRAINING_FREE, BEST_BEGUN, "DPM++ 2M"),
+        (BEST_TRAINING_FREE, BEST_WITH_MIXTURE, "DPM++ 2M"),
     ),
     "table": lambda: make_table(load_result("fashion_mnist")),
     "planned": lambda: make_table(
         load_result("fashion_mnist/planned"), psnr_errors=True, names=PLANNED_ROWS
+    ),
+    "speeds": lambda: make_speeds(
+        json.loads((RESULTS / "latency.json").read_text("utf-8"))["speed_ratios"]
     ),
     "guided": lambda: make_table(load_result("fashion_mnist_text"), names=GUIDED_ROWS),
     "ablation": lambda: compact_table(json.loads(ABLATION.read_text("utf-8"))),

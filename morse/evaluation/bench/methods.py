@@ -35,10 +35,11 @@ KINDS: dict[Kind, str] = {
 }
 # Kinds that Morse has to beat: Dash with another solver, or at other timesteps.
 TRAINING_FREE = ("baseline", "pfdiff", "ays")
+WITH_MIXTURE = (*TRAINING_FREE, "mixture")  # the strongest control: all that Morse has but Dot
 PLANNED = ("morse", "reuse", "extrapolation", "independent")  # kinds that run Morse's plan
 # What methods are compared with, by name; at each budget another solver may be the best.
 BEST_TRAINING_FREE = "best training-free solver"
-BEST_BEGUN = "best solver begun by the mixture"
+BEST_WITH_MIXTURE = "best solver, bare or begun by the mixture"
 AS_PLANNED = "as planned"  # of kind "morse": what a user's call with this budget does
 
 

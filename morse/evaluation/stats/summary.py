@@ -7,7 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from morse.evaluation.bench.methods import BEST_BEGUN, BEST_TRAINING_FREE, TRAINING_FREE
+from morse.evaluation.bench.methods import (
+    BEST_TRAINING_FREE,
+    BEST_WITH_MIXTURE,
+    TRAINING_FREE,
+    WITH_MIXTURE,
+)
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.scoring import AXES, FEATURE_AXES
 from morse.evaluation.stats.bootstrap import Estimate
@@ -111,7 +116,7 @@ def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]
     """Compare every method with the best training-free solver and with each, in LSD and seconds.
 
     The training-free solvers are compared with each other where another method was measured, and
-    Morse with the best of those solvers that a mixture begins.
+    Morse also with the best of them and of those that a mixture begins.
     """
     asked = {point.budget for point in points if not point.method.is_training_free}
     shown = [point for point in points if point.budget in asked and axis in point.estimates]
@@ -119,9 +124,11 @@ def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]
     for point in of_kinds(points, axis, TRAINING_FREE):
         baselines.setdefault(point.method.label, []).append(point)
     own = {name: {name} for name in baselines} | {BEST_TRAINING_FREE: set(baselines)}
-    if begun := best_points(points, axis, ("mixture",)):
-        baselines[BEST_BEGUN] = begun
-        own[BEST_BEGUN] = {point.method.label for point in points if point.method.kind != "morse"}
+    if of_kinds(points, axis, ("mixture",)):
+        baselines[BEST_WITH_MIXTURE] = best_points(points, axis, WITH_MIXTURE)
+        own[BEST_WITH_MIXTURE] = {
+            point.method.label for point in points if point.method.kind != "morse"
+        }
     for name, baseline in baselines.items():
         for cost in COSTS:
             curve = fit_curve(baseline, axis, cost)
