@@ -77,9 +77,9 @@ def find_saved_plan(
     """Find the plan that was saved for a scheduler and a budget.
 
     A budget that none was searched for is spent by the plan of the next smaller one, if that is at
-    least half as large, and by further Dash evaluations at its end, unless its steps were fitted
-    to evaluations that are not all Dash's: so no budget gives worse images than a smaller one, but
-    for chance.
+    least half as large, and by further Dash evaluations at its end. A plan whose steps were fitted
+    is run as it is: more evaluations at steps in between may give worse images. So no budget gives
+    worse ones than a smaller budget, but for chance.
 
     Args:
         plans: Dot's `config.plans`: scheduler class name -> saved plans.
@@ -95,8 +95,7 @@ def find_saved_plan(
         saved = SavedPlan(**entry)
         if lsd / 2 <= saved.lsd <= lsd and is_affordable(saved.plan, lsd, speed_ratio):
             left = lsd - MorsePlan.from_string(saved.plan).cost(speed_ratio)
-            extensible = "fitted_steps" not in saved.scheduler or set(saved.plan) == {"D"}
-            further = "D" * int(left + 1e-9) if extensible else ""
+            further = "" if "fitted_steps" in saved.scheduler else "D" * int(left + 1e-9)
             fitting.append(replace(saved, plan=saved.plan + further))
     return max(fitting, key=lambda saved: saved.lsd, default=None)
 
