@@ -35,7 +35,7 @@ KINDS: dict[Kind, str] = {
 }
 # Kinds that Morse has to beat: Dash with another solver, or at other timesteps.
 TRAINING_FREE = ("baseline", "pfdiff", "ays")
-WITH_MIXTURE = (*TRAINING_FREE, "mixture")  # the strongest control: all that Morse has but Dot
+WITH_MIXTURE = (*TRAINING_FREE, "mixture")  # the strongest without training and fits
 PLANNED = ("morse", "reuse", "extrapolation", "independent")  # kinds that run Morse's plan
 # What methods are compared with, by name; at each budget another solver may be the best.
 BEST_TRAINING_FREE = "best training-free solver"
