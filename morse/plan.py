@@ -186,13 +186,13 @@ class MorsePlan:
             return plan
         if isinstance(plan, str):
             return cls.from_string(plan)
-        is_mask = isinstance(plan, Iterable) and not any(isinstance(each, str) for each in plan)
-        if not is_mask:
+        mask = tuple(plan) if isinstance(plan, Iterable) else None
+        if mask is None or any(isinstance(each, str) for each in mask):
             raise ValueError(
                 'plan must be a MorsePlan, a string such as "DooDoo", or a list of booleans (True '
                 f"for Dash), got {plan!r}."
             )
-        return cls.from_mask(plan)
+        return cls.from_mask(mask)
 
     def shortened(self, length: int) -> "MorsePlan":
         """Spread the same Dash evaluations, or as many as fit, over at most `length` evaluations.

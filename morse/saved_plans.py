@@ -57,15 +57,9 @@ class SavedPlan:
         return asdict(self)
 
 
-def is_affordable(plan: str, lsd: float, speed_ratio: float) -> bool:
-    """Tell whether a plan that was made for `lsd` may run on it with today's N, or costs 2 % more.
-
-    Args:
-        plan: Such as "DooDoo".
-        lsd: The budget.
-        speed_ratio: N.
-    """
-    return MorsePlan.from_string(plan).cost(speed_ratio) <= lsd * (1 + _MAX_OVERDRAFT)
+def is_affordable(cost: float, lsd: float) -> bool:
+    """Tell whether a plan that was made for `lsd` may run on it at its cost with today's N."""
+    return cost <= lsd * (1 + _MAX_OVERDRAFT)
 
 
 def find_saved_plan(
@@ -93,9 +87,9 @@ def find_saved_plan(
     fitting = []
     for entry in (plans or {}).get(type(scheduler).__name__, ()):
         saved = SavedPlan(**entry)
-        if lsd / 2 <= saved.lsd <= lsd and is_affordable(saved.plan, lsd, speed_ratio):
-            left = lsd - MorsePlan.from_string(saved.plan).cost(speed_ratio)
-            further = "" if "fitted_steps" in saved.scheduler else "D" * int(left + 1e-9)
+        cost = MorsePlan.from_string(saved.plan).cost(speed_ratio)
+        if lsd / 2 <= saved.lsd <= lsd and is_affordable(cost, lsd):
+            further = "" if "fitted_steps" in saved.scheduler else "D" * int(lsd - cost + 1e-9)
             fitting.append(replace(saved, plan=saved.plan + further))
     return max(fitting, key=lambda saved: saved.lsd, default=None)
 

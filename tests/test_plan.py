@@ -56,6 +56,7 @@ def test_forms_of_a_plan_are_equal():
     assert MorsePlan.from_mask([model == "dash" for model in plan]) == plan
     assert MorsePlan.parse(plan) is plan
     assert MorsePlan.parse("DooDoo") == plan == MorsePlan.parse([True, False, False] * 2)
+    assert MorsePlan.parse(model == "dash" for model in plan) == plan
     assert MorsePlan.from_steps(6, 2) == plan
 
 

@@ -151,7 +151,8 @@ def search_plan(
     starts = [*uniform_plans]
     if with_dot:
         starts += early_candidates(lsd, speed_ratio, grids)
-    starts += [each for each in known if is_affordable(each.plan, lsd, speed_ratio)]
+    costs = {each: MorsePlan.from_string(each.plan).cost(speed_ratio) for each in known}
+    starts += [each for each, cost in costs.items() if is_affordable(cost, lsd)]
     if with_mixture:
         plans = dict.fromkeys(each.plan for each in starts if each.plan[0] != "g")
         starts += [Candidate(MIXTURE_START + plan, grid) for plan in plans for grid in grids]
