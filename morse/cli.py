@@ -18,6 +18,7 @@ COMMANDS = {
     "eval fid": ("morse.evaluation.fid.command", "FidConfig", "run_fid"),
     "train-dash": ("morse.training.dash", "TrainDashConfig", "train_dash"),
     "train-dot": ("morse.training.loop", "TrainDotConfig", "train_dot"),
+    "tune-dot": ("morse.tuning.command", "TuneDotConfig", "tune_dot"),
     "train-features": ("morse.evaluation.train_features", "TrainFeaturesConfig", "train_features"),
 }
 

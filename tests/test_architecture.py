@@ -35,6 +35,7 @@ GROUPS = [
     ),
     ("training",),
     ("evaluation",),
+    ("tuning",),
     ("cli", "__main__"),
 ]
 RANKS = {name: rank for rank, group in enumerate(GROUPS) for name in group}

@@ -165,7 +165,7 @@ def claim_folder(folder: Path, description: dict[str, object]) -> None:
     if found != description:
         differing = sorted(key for key in description if found.get(key) != description[key])
         raise ValueError(
-            f"cache_dir is {folder}, whose windows were made with other {differing}; give another "
+            f"cache_dir is {folder}, whose contents were made with other {differing}; give another "
             "--cache_dir or the settings it was made with."
         )
 

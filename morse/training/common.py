@@ -23,23 +23,11 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Settings that all training commands share, named as in diffusers' training examples."""
+class RunConfig:
+    """Settings of every training loop, named as in diffusers' training examples."""
 
     output_dir: Path = field(
         metadata={"help": "folder for the result, the checkpoints and the logs"}
-    )
-    train_data_dir: Path | None = field(
-        default=None,
-        metadata={
-            "help": "folder of images, or IDX files such as /usr/share/datasets/fashion-mnist"
-        },
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "dataset on the Hugging Face hub, instead of a folder"}
-    )
-    image_column: str = field(
-        default="image", metadata={"help": "column of a hub dataset that holds the images"}
     )
     train_batch_size: int = field(
         default=64, metadata={"help": "images per process in one forward pass"}
@@ -124,6 +112,28 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
             value = getattr(self, name)
             require(0 <= value < 1, name, value, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig):
+    """Settings of the training commands that learn from images."""
+
+    train_data_dir: Path | None = field(
+        default=None,
+        metadata={
+            "help": "folder of images, or IDX files such as /usr/share/datasets/fashion-mnist"
+        },
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "dataset on the Hugging Face hub, instead of a folder"}
+    )
+    image_column: str = field(
+        default="image", metadata={"help": "column of a hub dataset that holds the images"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check that there is one source of images, and what is checked of every run."""
+        super().__post_init__()
         if (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError(
                 f"train_data_dir is {self.train_data_dir} and dataset_name is "
@@ -150,7 +160,7 @@ def step_generator(
     return generator
 
 
-def learning_rate_at(config: TrainingConfig, step: int) -> float:
+def learning_rate_at(config: RunConfig, step: int) -> float:
     """Give the rate of update `step` (from 0): linear warm-up, then constant or half a cosine.
 
     Equals diffusers' `get_scheduler("cosine")` and `("constant_with_warmup")` at that step.
@@ -170,7 +180,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.AdamW:
     """Build AdamW over `parameters`; on CUDA its fused form, which is one kernel an update."""
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     return torch.optim.AdamW(
@@ -183,7 +193,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
     )
 
 
-def make_ema(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> "EMAModel | None":
+def make_ema(parameters: Iterable[nn.Parameter], config: RunConfig) -> "EMAModel | None":
     """Build the moving average with the warm-up of diffusers' examples; None without `use_ema`."""
     if not config.use_ema:
         return None
@@ -194,7 +204,7 @@ def make_ema(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> "EMA
     )
 
 
-def make_accelerator(config: TrainingConfig) -> "Accelerator":
+def make_accelerator(config: RunConfig) -> "Accelerator":
     """Build the accelerator, and on CUDA allow TF32 and the search for fast convolutions."""
     from accelerate import Accelerator
 

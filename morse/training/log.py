@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from morse.training.common import TrainingConfig
+from morse.training.common import RunConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class TrainingLog:
     """Mean losses, rates and speed: to the tracker, to the terminal's bar, or as lines."""
 
-    def __init__(self, config: TrainingConfig, accelerator: "Accelerator", step: int) -> None:
+    def __init__(self, config: RunConfig, accelerator: "Accelerator", step: int) -> None:
         """Start the bar at `step`."""
         from rich.progress import Progress
 

@@ -18,7 +18,7 @@ from morse.training.checkpoint import (
     write_json,
 )
 from morse.training.common import (
-    TrainingConfig,
+    RunConfig,
     learning_rate_at,
     make_accelerator,
     make_ema,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 LossFunction = Callable[[nn.Module, Tensor | tuple[Tensor, ...], torch.Generator], Tensor]
 
 
-def begin_run(config: TrainingConfig) -> "Accelerator":
+def begin_run(config: RunConfig) -> "Accelerator":
     """Claim the output folder, start accelerate and its trackers, and save the settings."""
     accelerator = make_accelerator(config)
     prepare_output_dir(config.output_dir, config.resume_from_checkpoint is not None)
@@ -78,7 +78,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        config: TrainingConfig,
+        config: RunConfig,
         accelerator: "Accelerator",
         model: nn.Module,
         dataset: ImageDataset,

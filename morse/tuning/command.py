@@ -1,0 +1,169 @@
+"""`morse tune-dot`: train a Dot on the error of the samples that its plans end in.
+
+A Dot learns single steps first (`train_dot`), where an error counts as much as any other. Here
+whole runs are made, Dash frozen but differentiated, so that it learns what matters at a run's end.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from morse.denoisers import find_denoiser
+from morse.evaluation.bench.loading import load_bare, with_solver
+from morse.evaluation.conditions import make_conditions
+from morse.evaluation.environment import command_line, environment
+from morse.saved_plans import SavedPlan
+from morse.training.checkpoint import write_json
+from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.tuning.config import TuneDotConfig
+from morse.tuning.sampler import SampledRun, enable_with_gradients
+from morse.tuning.targets import Targets, prepare_targets
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from morse.dot import MorseDot
+
+__all__ = ["TuneDotConfig", "tune_dot"]
+
+_LEAST_ERROR = 1e-8  # of pixels in [0, 1]: 80 dB
+
+
+def tune_dot(config: TuneDotConfig) -> Path:
+    """Tune a Dot and save it for `MorseDot.from_pretrained`, with its plans.
+
+    Returns:
+        Its folder, `config.output_dir`.
+    """
+    accelerator = begin_run(config)
+    bare, dot = load_bare(config.pretrained_model_name_or_path, config.dot, str(accelerator.device))
+    pipe = enable_with_gradients(with_solver(bare, config.solver), dot)
+    if config.gradient_checkpointing:
+        find_denoiser(pipe).enable_gradient_checkpointing()
+    plans = [*plans_to_tune(pipe, config.lsd), _target_plan(pipe, config.target_lsd)]
+    conditions = make_conditions(
+        pipe, config.prompts, config.class_names, guidance_scale=config.guidance_scale
+    )
+    sampled = SampledRun(pipe, plans, conditions, config.seed)
+    targets = prepare_targets(sampled, len(plans) - 1, config, accelerator)
+    run = TrainingRun(config, accelerator, sampled, targets, run_loss(len(plans) - 1))
+    found: dict[int, dict[str, float]] = {}
+
+    def validate(step: int) -> None:
+        with _averaged(run):
+            found[step] = judge(sampled, targets, config.train_batch_size)
+        accelerator.log(found[step], step=step)
+        shown = ", ".join(f"{value:.2f} dB at {name}" for name, value in found[step].items())
+        accelerator.print(f"step {step}: {shown}")
+
+    def after_step(step: int) -> None:
+        if config.validation_steps and step % config.validation_steps == 0:
+            validate(step)
+
+    if accelerator.is_main_process:
+        validate(run.step)
+    accelerator.wait_for_everyone()
+    last = run.train(after_step)
+    if accelerator.is_main_process:
+        if last not in found:
+            validate(last)
+        run.copy_weights_to(sampled)
+        _save(dot, config, found)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return config.output_dir
+
+
+def plans_to_tune(pipe: "DiffusionPipeline", budgets: tuple[float, ...]) -> list[SavedPlan]:
+    """Give what `lsd=` runs for each budget, without those that have no Dot.
+
+    Raises:
+        ValueError: If none has.
+    """
+    plans = [pipe.plan_for(lsd) for lsd in budgets]
+    with_dot = [plan for plan in plans if "o" in plan.plan]
+    if not with_dot:
+        raise ValueError(
+            f"lsd is {budgets}, but {type(pipe.scheduler).__name__}'s plans for these are all Dash "
+            f"({', '.join(plan.plan for plan in plans)}); give budgets whose plans have Dot."
+        )
+    return with_dot
+
+
+def _target_plan(pipe: "DiffusionPipeline", lsd: float) -> SavedPlan:
+    """Give the saved plan for a budget if it is all Dash, else as many evaluations of Dash."""
+    saved = pipe.plan_for(lsd)
+    return saved if set(saved.plan) == {"D"} else SavedPlan(lsd, "D" * round(lsd))
+
+
+def run_loss(num_plans: int) -> LossFunction:
+    """Give the mean logarithm of the runs' squared errors, all of a batch made with one plan.
+
+    By the logarithm each run counts alike; the few that end in another mode would make most of a
+    mean error. Its negative is the mean PSNR, in other units.
+
+    Args:
+        num_plans: One of so many plans is drawn for a batch.
+    """
+
+    def compute_loss(
+        sampled: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator
+    ) -> Tensor:
+        numbers, targets = batch
+        device = generator.device
+        plan = int(torch.randint(num_plans, (), generator=generator, device=device))
+        errors = (sampled(numbers, plan) - targets).square().flatten(1).mean(1)
+        return errors.clamp(min=_LEAST_ERROR).log().mean()
+
+    return compute_loss
+
+
+@torch.no_grad()
+def judge(sampled: SampledRun, targets: Targets, batch_size: int) -> dict[str, float]:
+    """Give, for each plan with Dot, the mean of -10 log10 of the held-out runs' squared errors.
+
+    Of images in [0, 1] that is PSNR, in dB.
+    """
+    numbers, wanted = targets.held_out
+    found = {}
+    for index, plan in enumerate(sampled.plans[:-1]):
+        parts = [sampled(part, index).cpu() for part in numbers.split(batch_size)]
+        errors = (torch.cat(parts) - wanted).square().flatten(1).mean(1)
+        found[f"{plan.lsd:g} LSD"] = float(-10 * errors.clamp(min=_LEAST_ERROR).log10().mean())
+    return found
+
+
+@contextmanager
+def _averaged(run: TrainingRun) -> Iterator[None]:
+    """Put the averaged weights in the place of the present ones for a while."""
+    if run.ema is None:
+        yield
+        return
+    parameters = list(run.model.parameters())
+    run.ema.store(parameters)
+    run.ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        run.ema.restore(parameters)
+
+
+def _save(dot: "MorseDot", config: TuneDotConfig, found: dict[int, dict[str, float]]) -> None:
+    """Save the Dot; what was measured of its plans before holds no more."""
+    unknown = {"psnr": None, "uniform_psnr": None, "num_images": None}
+    plans = {
+        name: [entry | unknown if "o" in entry["plan"] else entry for entry in entries]
+        for name, entries in (dot.config.plans or {}).items()
+    }
+    dot.register_to_config(plans=plans)
+    dot.save_pretrained(config.output_dir)
+    facts = {
+        "command": command_line(),
+        "environment": environment(dot.device),
+        "decibels_by_step": {str(step): values for step, values in found.items()},
+    }
+    write_json(config.output_dir / "tuning.json", facts)

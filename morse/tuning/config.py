@@ -1,0 +1,70 @@
+"""Settings of tune_dot."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from morse.evaluation.bench.solvers import check_solvers
+from morse.training.common import RunConfig, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneDotConfig(RunConfig):
+    """Tune a trained Dot on whole runs of its plans, and save it as a MorseDot."""
+
+    pretrained_model_name_or_path: str = field(
+        metadata={"help": '"fashion-mnist" or a folder: the pipeline whose denoiser is the Dash'}
+    )
+    dot: str | None = field(
+        default=None, metadata={"help": "a Dot's folder; the pipeline's own, if any"}
+    )
+    solver: str = field(
+        default="leapfrog", metadata={"help": "name of a solver, as for `morse bench`"}
+    )
+    lsd: tuple[float, ...] = field(
+        default=(5.0, 6.0, 8.0, 10.0),
+        metadata={"help": "budgets; what `lsd=` runs for each is a plan to tune for"},
+    )
+    target_lsd: float = field(
+        default=20.0, metadata={"help": "budget, all Dash, of the runs to come near to"}
+    )
+    num_images: int = field(default=4096, metadata={"help": "noises to train on"})
+    validation_images: int = field(default=64, metadata={"help": "further noises to validate on"})
+    validation_steps: int = field(
+        default=100, metadata={"help": "updates between two validations; 0 for the ends only"}
+    )
+    cache_dir: Path | None = field(
+        default=None,
+        metadata={"help": "where the runs to come near to are kept; OUTPUT_DIR/targets if not set"},
+    )
+    prompts: tuple[str, ...] = field(default=(), metadata={"help": "for a text pipeline"})
+    class_names: tuple[str, ...] = field(default=(), metadata={"help": "for labels, or as prompts"})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "the pipeline's own default if left out"}
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "compute Dash's activations twice rather than keep those of a whole run"},
+    )
+    # Far fewer and dearer updates than those of train_dot, from a network that is trained.
+    train_batch_size: int = field(
+        default=16, metadata={"help": "runs per process in one forward pass"}
+    )
+    max_train_steps: int = field(default=1000, metadata={"help": "optimizer updates in all"})
+    learning_rate: float = field(default=5e-5, metadata={"help": "highest learning rate"})
+    lr_warmup_steps: int = field(
+        default=20, metadata={"help": "updates over which the rate rises from zero"}
+    )
+    adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's beta2"})
+    ema_max_decay: float = field(default=0.98, metadata={"help": "highest decay of that average"})
+    checkpointing_steps: int = field(default=50, metadata={"help": "updates between checkpoints"})
+    logging_steps: int = field(default=10, metadata={"help": "updates between two logged losses"})
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_solvers((self.solver,))
+        for name in ("num_images", "validation_images", "target_lsd"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(bool(self.lsd) and min(self.lsd) >= 1, "lsd", self.lsd, "1 or more each")
+        require(self.validation_steps >= 0, "validation_steps", self.validation_steps, "at least 0")
+        require(not self.compile, "compile", self.compile, "False: whole runs are not compiled")

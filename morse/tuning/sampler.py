@@ -1,0 +1,87 @@
+"""A pipeline's whole run as a network: noise in, samples out, and gradients for its Dot."""
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from morse.attach import enable_morse
+from morse.evaluation.conditions import Conditions
+from morse.saved_plans import SavedPlan, scheduler_options
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from morse.dot import MorseDot
+
+
+def enable_with_gradients(pipe: "DiffusionPipeline", dot: "MorseDot") -> "DiffusionPipeline":
+    """Attach a Dot as `enable_morse` does, so that gradients reach it through a call.
+
+    diffusers' pipelines are decorated to compute none. All else than Dot is frozen.
+
+    Args:
+        pipe: A pipeline without Morse; its class is replaced.
+        dot: Its Dot, whose LoRA will be beside Dash's weights.
+    """
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+    base = type(pipe)
+    members = {"__call__": inspect.unwrap(base.__call__), "__module__": base.__module__}
+    pipe.__class__ = type(base.__name__, (base,), members)
+    enable_morse(pipe, dot, merge_lora=False)
+    dot.unmerge_lora().requires_grad_(True)
+    return pipe
+
+
+class SampledRun(nn.Module):
+    """Samples with one of several plans, the same noise for the same number.
+
+    Args:
+        pipe: From `enable_with_gradients`.
+        plans: What is run, by its index.
+        conditions: What samples are of, by their numbers.
+        seed: That of sample 0's noise; sample n's is n more.
+    """
+
+    def __init__(
+        self,
+        pipe: "DiffusionPipeline",
+        plans: Sequence[SavedPlan],
+        conditions: Conditions,
+        seed: int,
+    ) -> None:
+        """Take the pipeline's Dot as the part that is trained."""
+        super().__init__()
+        self.dot = pipe.dot
+        self.pipe, self.plans, self.conditions, self.seed = pipe, tuple(plans), conditions, seed
+        # Latents are compared as they are: decoding them costs more than a run of Dot.
+        self.output_type = "pt" if getattr(pipe, "vae", None) is None else "latent"
+
+    def forward(self, numbers: Tensor, plan: int) -> Tensor:
+        """Sample the numbers (B,) with the plan of this index.
+
+        Returns:
+            Images in [0, 1], or latents, (B, C, H, W).
+
+        Raises:
+            ValueError: If the pipeline gives no tensors.
+        """
+        wanted, chosen = numbers.tolist(), self.plans[plan]
+        generators = [torch.Generator().manual_seed(self.seed + number) for number in wanted]
+        with scheduler_options(self.pipe, chosen.scheduler):
+            samples = self.pipe(
+                generator=generators,
+                output_type=self.output_type,
+                plan=chosen.plan,
+                **self.conditions.arguments(wanted),
+            ).images
+        if not isinstance(samples, Tensor):
+            raise ValueError(
+                f"{type(self.pipe).__name__} gives no tensors for output_type="
+                f"{self.output_type!r}, so that no Dot can be tuned through it."
+            )
+        return samples.float()
