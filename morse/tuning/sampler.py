@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from morse.attach import enable_morse
 from morse.evaluation.conditions import Conditions
-from morse.saved_plans import SavedPlan, scheduler_options
+from morse.saved_plans import SavedPlan
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -72,13 +72,18 @@ class SampledRun(nn.Module):
         """
         wanted, chosen = numbers.tolist(), self.plans[plan]
         generators = [torch.Generator().manual_seed(self.seed + number) for number in wanted]
-        with scheduler_options(self.pipe, chosen.scheduler):
+        kept = self.pipe.scheduler
+        # A fresh one for each run: they hold on to estimates, here with all that led to them.
+        self.pipe.scheduler = type(kept).from_config(kept.config, **chosen.scheduler)
+        try:
             samples = self.pipe(
                 generator=generators,
                 output_type=self.output_type,
                 plan=chosen.plan,
                 **self.conditions.arguments(wanted),
             ).images
+        finally:
+            self.pipe.scheduler = kept
         if not isinstance(samples, Tensor):
             raise ValueError(
                 f"{type(self.pipe).__name__} gives no tensors for output_type="

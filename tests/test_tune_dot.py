@@ -1,0 +1,275 @@
+"""Tuning a Dot through whole runs: gradients, targets, the command, and what it saves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+from tiny_text import text_pipeline
+
+from morse import MorseDot, MorsePipeline
+from morse.cli import parse_config
+from morse.dot.mixture import GaussianMixture
+from morse.evaluation.bench.loading import load_bare, with_solver
+from morse.evaluation.conditions import UNCONDITIONAL
+from morse.saved_plans import SavedPlan
+from morse.tuning.command import TuneDotConfig, plans_to_tune, run_loss, tune_dot
+from morse.tuning.sampler import SampledRun, enable_with_gradients
+from morse.tuning.targets import SHARD_SAMPLES
+
+ROOT = Path(__file__).parents[1]
+# Begun where there is little noise, for a random Dash takes samples far away.
+ROWS = [[400.0, 0.4, 0.0, 0.0], [300.0, 0.5, 0.2, 0.3], [200.0, 0.5, 0.1, 0.1], [90.0, 1, 0, 0]]
+PLANS = (
+    SavedPlan(2, "gDoo", {"fitted_steps": ROWS}, psnr=20.0, uniform_psnr=19.0, num_images=8),
+    SavedPlan(4, "DDDD", {"fitted_steps": ROWS}, psnr=30.0, uniform_psnr=29.0, num_images=8),
+)
+OPTIONS = """--lsd 2 3 --target_lsd 4 --num_images 6 --validation_images 3 --train_batch_size 2
+    --max_train_steps 5 --lr_warmup_steps 1 --learning_rate 1e-3 --checkpointing_steps 2
+    --logging_steps 2 --validation_steps 2 --seed 3"""
+
+
+@pytest.fixture(scope="module")
+def folder(build_unet, tmp_path_factory):
+    """A pipeline whose Dot has a mixture and plans for leapfrog."""
+    unet = build_unet(channels=(8, 8), sample_size=8)
+    pipe = DDPMPipeline(unet, DDPMScheduler(clip_sample=False, timestep_spacing="trailing"))
+    torch.manual_seed(1)
+    dot = MorseDot.from_dash(unet, num_down_blocks=1, block_out_channels=(8,), lora_rank=2)
+    torch.nn.init.normal_(dot.conv_out.weight, std=0.05)
+    dot.set_mixture(GaussianMixture.fit(torch.randn(32, 1, 8, 8), num_components=2, rank=2))
+    plans = {"LeapfrogScheduler": [plan.to_config() for plan in PLANS]}
+    dot.register_to_config(plans=plans, speed_ratio=4.0)
+    path = tmp_path_factory.mktemp("tune") / "pipeline"
+    MorsePipeline.from_pipe(pipe, dot).save_pretrained(path)
+    return path
+
+
+def arguments(folder, output_dir, *options):
+    return ["--pretrained_model_name_or_path", str(folder), "--output_dir", str(output_dir),
+            *OPTIONS.split(), *options]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tune(folder, tmp_path_factory):
+    def run(*options):
+        output_dir = tmp_path_factory.mktemp("runs") / "run"
+        return tune_dot(parse_config(TuneDotConfig, arguments(folder, output_dir, *options)))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_run(tune):
+    return tune()
+
+
+@pytest.fixture
+def sampled(folder):
+    bare, dot = load_bare(str(folder), None, "cpu")
+    pipe = enable_with_gradients(with_solver(bare, "leapfrog"), dot)
+    return SampledRun(pipe, PLANS, UNCONDITIONAL, seed=3)
+
+
+def weights(path):
+    return load_file(path / "diffusion_pytorch_model.safetensors")
+
+
+class TestSampledRun:
+    """A run with gradients is the pipeline's own."""
+
+    @pytest.mark.parametrize("plan", [0, 1])
+    def test_samples_are_those_of_the_pipeline(self, sampled, folder, plan):
+        pipe = MorsePipeline.from_pretrained(folder, scheduler="leapfrog", merge_lora=False)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = type(pipe.scheduler).from_config(
+            pipe.scheduler.config, **PLANS[plan].scheduler
+        )
+        generators = [torch.Generator().manual_seed(3 + number) for number in (5, 1)]
+        images = pipe(
+            batch_size=2, generator=generators, plan=PLANS[plan].plan, output_type="np"
+        ).images
+        expected = torch.from_numpy(images).permute(0, 3, 1, 2)
+        torch.testing.assert_close(sampled(torch.tensor([5, 1]), plan).detach(), expected)
+
+    def test_gradients_are_those_of_finite_differences(self, sampled):
+        sampled.double()
+        sampled.pipe.unet.double()
+        numbers, aim = torch.tensor([0, 4]), torch.full((2, 1, 8, 8), 0.4)
+        loss = run_loss(1)
+        value = loss(sampled, (numbers, aim), torch.Generator().manual_seed(0))
+        value.backward()
+        # conv_out reaches the end through Dash's later layers' inputs too; the LoRA through all.
+        lora = next(p for n, p in sampled.dot.named_parameters() if "lora_B" in n)
+        for parameter in (sampled.dot.conv_out.weight, lora):
+            direction = torch.sign(parameter.grad) + (parameter.grad == 0)
+            slope = float((parameter.grad * direction).sum())
+            values = []
+            for step in (1e-3, -1e-3):
+                with torch.no_grad():
+                    parameter += step * direction
+                moved = loss(sampled, (numbers, aim), torch.Generator().manual_seed(0))
+                values.append(float(moved.detach()))
+                with torch.no_grad():
+                    parameter -= step * direction
+            measured = (values[0] - values[1]) / 2e-3
+            assert slope != 0 and measured == pytest.approx(slope, rel=2e-2)
+
+    def test_only_dot_gets_gradients(self, sampled):
+        sampled(torch.tensor([0]), 0).sum().backward()
+        assert all(p.grad is None for p in sampled.pipe.unet.parameters())
+        names = {n.split(".")[0] for n, p in sampled.dot.named_parameters() if p.grad is not None}
+        assert {"conv_in", "down_blocks", "up_blocks", "jump_time", "conv_out"} <= names
+
+    def test_checkpointed_gradients_are_the_same(self, sampled):
+        found = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                sampled.pipe.unet.enable_gradient_checkpointing()
+            sampled.zero_grad()
+            sampled(torch.tensor([0, 1]), 0).square().sum().backward()
+            found.append(sampled.dot.conv_in.weight.grad.clone())
+        torch.testing.assert_close(found[0], found[1])
+
+
+def test_the_result_keeps_plans_and_mixture_and_forgets_their_figures(whole_run, folder):
+    dot, before = MorseDot.from_pretrained(whole_run), MorseDot.from_pretrained(folder / "dot")
+    tuned, all_dash = dot.config.plans["LeapfrogScheduler"]
+    assert (tuned["plan"], tuned["scheduler"]["fitted_steps"]) == ("gDoo", ROWS)
+    assert tuned["psnr"] is tuned["uniform_psnr"] is tuned["num_images"] is None
+    assert all_dash == PLANS[1].to_config()
+    for name, value in before.mixture.state_dict().items():
+        assert torch.equal(value, dot.mixture.state_dict()[name])
+    assert not torch.equal(dot.conv_out.weight, before.conv_out.weight)
+    assert dot.config.dash_fingerprint == before.config.dash_fingerprint
+    pipe = MorsePipeline.from_pretrained(folder, dot=dot, scheduler="leapfrog")
+    pipe.set_progress_bar_config(disable=True)
+    pipe(lsd=2)
+    assert str(pipe.last_run.plan) == "gDoo" and pipe.last_run.num_dot == 2
+
+
+def test_the_report_has_each_plan_with_dot_before_and_after(whole_run):
+    facts = json.loads((whole_run / "tuning.json").read_text())
+    by_step = facts["decibels_by_step"]
+    assert list(by_step) == ["0", "2", "4", "5"]
+    # At 3 LSD the plan of 2 is run: its steps are fitted.
+    assert all(set(values) == {"2 LSD"} for values in by_step.values())
+    assert facts["command"] and facts["environment"]["torch"]
+
+
+def test_tuning_lowers_the_error_of_whole_runs(tune):
+    found = tune("--max_train_steps", "30", "--learning_rate", "1e-2", "--num_images", "32",
+                 "--train_batch_size", "8", "--ema_max_decay", "0.5")  # fmt: skip
+    by_step = json.loads((found / "tuning.json").read_text())["decibels_by_step"]
+    assert by_step["30"]["2 LSD"] > by_step["0"]["2 LSD"] + 0.5
+
+
+def test_targets_are_made_once_and_are_the_runs_of_dash(whole_run, tune, folder):
+    pipe = MorsePipeline.from_pretrained(folder, scheduler="leapfrog")
+    pipe.set_progress_bar_config(disable=True)
+    cache = whole_run / "targets"
+    samples = load_file(cache / "targets-00000.safetensors")["samples"]
+    assert samples.shape == (9, 1, 8, 8) and SHARD_SAMPLES >= 9
+    images = pipe(lsd=4, generator=[torch.Generator().manual_seed(3 + 7)], output_type="np").images
+    torch.testing.assert_close(samples[7], torch.from_numpy(images[0]).permute(2, 0, 1))
+    stamp = (cache / "targets-00000.safetensors").stat().st_mtime_ns
+    again = tune("--cache_dir", str(cache))
+    assert (cache / "targets-00000.safetensors").stat().st_mtime_ns == stamp
+    torch.testing.assert_close(weights(again), weights(whole_run), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"made with other \['seed'\]"):
+        tune("--cache_dir", str(cache), "--seed", "4")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_killed_and_resumed_gives_the_same_bits(folder, tmp_path, whole_run):
+    program = """
+import os, signal, sys
+from morse.cli import parse_config
+from morse.tuning.command import TuneDotConfig, tune_dot
+from morse.training.run import TrainingRun
+one_pass = TrainingRun._forward_backward
+def die_in_the_fourth_step(run, batch, micro_step):
+    if run.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return one_pass(run, batch, micro_step)
+TrainingRun._forward_backward = die_in_the_fourth_step
+tune_dot(parse_config(TuneDotConfig, sys.argv[1:]))
+"""
+    given = arguments(folder, tmp_path / "run")
+    command = [sys.executable, "-c", program, *given]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    config = parse_config(TuneDotConfig, given)
+    tune_dot(replace(config, resume_from_checkpoint="latest"))
+    torch.testing.assert_close(weights(tmp_path / "run"), weights(whole_run), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(folder, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    given = arguments(folder, tmp_path / "run", "--num_images", "300")
+    command = [*launch, str(ROOT / "training/tune_dot.py"), *given]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "run/targets").glob("targets-*.safetensors"))) == 2
+    assert MorseDot.from_pretrained(tmp_path / "run").config.plans
+
+
+def test_a_text_pipeline_is_tuned_on_its_guided_latents(tmp_path):
+    pipe = text_pipeline()
+    torch.manual_seed(1)
+    dot = MorseDot.from_dash(pipe.unet, num_down_blocks=1, block_out_channels=(8,), lora_rank=2)
+    torch.nn.init.normal_(dot.conv_out.weight, std=0.05)
+    dot.register_to_config(speed_ratio=4.0)
+    MorsePipeline.from_pipe(pipe, dot).save_pretrained(tmp_path / "pipeline")
+    options = ("--solver", "dpmsolver++", "--prompts", "a", "b", "--guidance_scale", "3")
+    config = parse_config(
+        TuneDotConfig, arguments(tmp_path / "pipeline", tmp_path / "run", *options)
+    )
+    tune_dot(config)
+    samples = load_file(tmp_path / "run/targets/targets-00000.safetensors")["samples"]
+    assert samples.shape == (9, 4, 4, 4)
+    plain = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "pipeline", use_safetensors=True, dot=None
+    )
+    plain.set_progress_bar_config(disable=True)
+    plain = with_solver(plain, "dpmsolver++")
+    latents = plain("b", guidance_scale=3.0, num_inference_steps=4, output_type="latent",
+                    generator=torch.Generator().manual_seed(3 + 1)).images  # fmt: skip
+    torch.testing.assert_close(samples[1:2], latents, rtol=1e-4, atol=1e-4)
+    facts = json.loads((tmp_path / "run/tuning.json").read_text())
+    assert set(facts["decibels_by_step"]["0"]) == {"2 LSD", "3 LSD"}
+
+
+def test_plans_without_dot_are_refused(sampled):
+    with pytest.raises(ValueError, match=r"lsd is \(4,\).*all Dash \(DDDD\)"):
+        plans_to_tune(sampled.pipe, (4,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--solver", "dmp"), "solver 'dmp' is unknown"),
+        (("--lsd", "0.5"), "lsd is (0.5,)"),
+        (("--num_images", "0"), "num_images is 0"),
+        (("--target_lsd", "0"), "target_lsd is 0"),
+        (("--compile",), "compile is True"),
+        (("--train_batch_size", "0"), "train_batch_size is 0"),
+    ],
+)
+def test_settings_are_checked(tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(TuneDotConfig, arguments("fashion-mnist", tmp_path, *options))
+    assert message in capsys.readouterr().err
