@@ -1,10 +1,9 @@
-"""Redo README's tables from the committed results, and copy the pictures that README shows.
+"""Redo the tables of README and of the figures' page from the committed results.
 
 `python -m eval.readme_table`
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -32,6 +31,7 @@ from morse.evaluation.report.data import (
 )
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "eval/results/README.md")
 RESULTS = ROOT / "eval/results/fashion_mnist"
 ABLATION = ROOT / "eval/results/ablation/ablation.json"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
@@ -62,10 +62,6 @@ PLANNED_ROWS = (
     "Morse-UniPC as planned",
     PLANNED,
 )
-# README's copy -> the benchmark's own; only what README shows is copied.
-PICTURES = {
-    f"docs/{name}": RESULTS / name for name in ("benchmark.png", "benchmark_grid.png")
-}  # fmt: skip
 
 
 def load_result(folder: str) -> Result:
@@ -193,7 +189,7 @@ def make_speeds(entries: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-# By the names in README's marks.
+# By the names in the pages' marks.
 TABLES: dict[str, Callable[[], str]] = {
     "factors": lambda: make_factors(
         {"pixels": load_result("fashion_mnist/planned"), "text": load_result("fashion_mnist_text")},
@@ -212,14 +208,15 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def marks(name: str) -> tuple[str, str]:
-    """Return the lines before and after a table of README."""
+    """Return the lines before and after a table of a page."""
     return f"<!-- begin {name}: python -m eval.readme_table -->", f"<!-- end {name} -->"
 
 
 def update(text: str) -> str:
-    """Return README's text with its tables redone from the committed JSON."""
+    """Return a page's text with its tables redone from the committed JSON."""
     for name, make in TABLES.items():
-        text = replace_between(text, *marks(name), make())
+        if marks(name)[0] in text:
+            text = replace_between(text, *marks(name), make())
     return text
 
 
@@ -230,13 +227,9 @@ def replace_between(text: str, begin: str, end: str, content: str) -> str:
 
 
 def main() -> None:
-    """Rewrite README and copy its pictures."""
-    readme = ROOT / "README.md"
-    text = update(readme.read_text(encoding="utf-8"))
-    readme.write_text(text, encoding="utf-8")
-    for target, source in PICTURES.items():
-        if target in text:
-            shutil.copyfile(source, ROOT / target)
+    """Rewrite the pages."""
+    for page in PAGES:
+        page.write_text(update(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""README and the committed results agree."""
+"""README, the figures' page and the committed results agree."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from report_older import without_errors
 
 from eval import readme_table
 from eval.readme_table import (
-    PICTURES,
+    PAGES,
     PLANNED,
     TABLES,
     make_factors,
@@ -23,21 +24,19 @@ from morse.evaluation.bench.methods import BEST_WITH_MIXTURE
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def readme():
-    return (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_tables_are_those_of_the_committed_results(readme):
+def test_the_tables_are_those_of_the_committed_results():
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
     for name in TABLES:
-        assert all(readme.count(mark) == 1 for mark in marks(name))
-    assert update(readme) == readme
+        assert all(sum(text.count(mark) for text in texts) == 1 for mark in marks(name))
+    assert [update(text) for text in texts] == texts
 
 
-def test_readme_shows_the_committed_pictures(readme):
-    for copy, source in PICTURES.items():
-        if copy in readme:
-            assert (ROOT / copy).read_bytes() == source.read_bytes()
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "eval/results/NOTES.md"])
+def test_links_and_pictures_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert targets
+    assert not [target for target in targets if not (page.parent / target).exists()]
 
 
 def test_a_changed_figure_changes_the_table(monkeypatch):

@@ -20,7 +20,13 @@ from morse.dot.mixture import GaussianMixture
 from morse.evaluation.bench.loading import load_bare, with_solver
 from morse.evaluation.conditions import UNCONDITIONAL
 from morse.saved_plans import SavedPlan
-from morse.tuning.command import TuneDotConfig, plans_to_tune, run_loss, tune_dot
+from morse.tuning.command import (
+    TuneDotConfig,
+    plans_to_tune,
+    run_loss,
+    tune_dot,
+    worse_plans,
+)
 from morse.tuning.sampler import SampledRun, enable_with_gradients
 from morse.tuning.targets import SHARD_SAMPLES
 
@@ -251,6 +257,12 @@ def test_a_text_pipeline_is_tuned_on_its_guided_latents(tmp_path):
     torch.testing.assert_close(samples[1:2], latents, rtol=1e-4, atol=1e-4)
     facts = json.loads((tmp_path / "run/tuning.json").read_text())
     assert set(facts["decibels_by_step"]["0"]) == {"2 LSD", "3 LSD"}
+
+
+def test_what_became_worse_is_named():
+    found = {0: {"5 LSD": 30.0, "8 LSD": 33.0}, 9: {"5 LSD": 29.0, "8 LSD": 34.0}}
+    assert worse_plans(found) == ["5 LSD"]
+    assert worse_plans({4: {"5 LSD": 30.0}}) == []
 
 
 def test_plans_without_dot_are_refused(sampled):

@@ -71,6 +71,11 @@ def tune_dot(config: TuneDotConfig) -> Path:
     if accelerator.is_main_process:
         if last not in found:
             validate(last)
+        if worse := worse_plans(found):
+            accelerator.print(
+                f"worse than before at {', '.join(worse)}: try a lower --learning_rate, or more "
+                "--num_images"
+            )
         run.copy_weights_to(sampled)
         _save(dot, config, found)
     accelerator.wait_for_everyone()
@@ -135,6 +140,12 @@ def judge(sampled: SampledRun, targets: Targets, batch_size: int) -> dict[str, f
         errors = (torch.cat(parts) - wanted).square().flatten(1).mean(1)
         found[f"{plan.lsd:g} LSD"] = float(-10 * errors.clamp(min=_LEAST_ERROR).log10().mean())
     return found
+
+
+def worse_plans(found: dict[int, dict[str, float]]) -> list[str]:
+    """Name the plans whose held-out runs the last validation found worse than the first did."""
+    first, last = found[min(found)], found[max(found)]
+    return [name for name in first if last[name] < first[name]]
 
 
 @contextmanager
