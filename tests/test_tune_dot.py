@@ -22,12 +22,12 @@ from morse.evaluation.conditions import UNCONDITIONAL
 from morse.saved_plans import SavedPlan
 from morse.tuning.command import (
     TuneDotConfig,
-    plans_to_tune,
     run_loss,
+    runs_to_tune,
     tune_dot,
     worse_plans,
 )
-from morse.tuning.sampler import SampledRun, enable_with_gradients
+from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import SHARD_SAMPLES
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +81,8 @@ def whole_run(tune):
 def sampled(folder):
     bare, dot = load_bare(str(folder), None, "cpu")
     pipe = enable_with_gradients(with_solver(bare, "leapfrog"), dot)
-    return SampledRun(pipe, PLANS, UNCONDITIONAL, seed=3)
+    runs = [PlannedRun(pipe.scheduler, plan, f"{plan.lsd} LSD") for plan in PLANS]
+    return SampledRun(pipe, runs, UNCONDITIONAL, seed=3)
 
 
 def weights(path):
@@ -165,8 +166,7 @@ def test_the_report_has_each_plan_with_dot_before_and_after(whole_run):
     facts = json.loads((whole_run / "tuning.json").read_text())
     by_step = facts["decibels_by_step"]
     assert list(by_step) == ["0", "2", "4", "5"]
-    # At 3 LSD the plan of 2 is run: its steps are fitted.
-    assert all(set(values) == {"2 LSD"} for values in by_step.values())
+    assert all(set(values) == {"leapfrog, 2 LSD", "leapfrog, 3 LSD"} for values in by_step.values())
     assert facts["command"] and facts["environment"]["torch"]
 
 
@@ -174,7 +174,7 @@ def test_tuning_lowers_the_error_of_whole_runs(tune):
     found = tune("--max_train_steps", "30", "--learning_rate", "1e-2", "--num_images", "32",
                  "--train_batch_size", "8", "--ema_max_decay", "0.5")  # fmt: skip
     by_step = json.loads((found / "tuning.json").read_text())["decibels_by_step"]
-    assert by_step["30"]["2 LSD"] > by_step["0"]["2 LSD"] + 0.5
+    assert by_step["30"]["leapfrog, 2 LSD"] > by_step["0"]["leapfrog, 2 LSD"] + 0.5
 
 
 def test_targets_are_made_once_and_are_the_runs_of_dash(whole_run, tune, folder):
@@ -240,7 +240,7 @@ def test_a_text_pipeline_is_tuned_on_its_guided_latents(tmp_path):
     torch.nn.init.normal_(dot.conv_out.weight, std=0.05)
     dot.register_to_config(speed_ratio=4.0)
     MorsePipeline.from_pipe(pipe, dot).save_pretrained(tmp_path / "pipeline")
-    options = ("--solver", "dpmsolver++", "--prompts", "a", "b", "--guidance_scale", "3")
+    options = ("--solver", "dpmsolver++", "ddim", "--prompts", "a", "b", "--guidance_scale", "3")
     config = parse_config(
         TuneDotConfig, arguments(tmp_path / "pipeline", tmp_path / "run", *options)
     )
@@ -256,7 +256,9 @@ def test_a_text_pipeline_is_tuned_on_its_guided_latents(tmp_path):
                     generator=torch.Generator().manual_seed(3 + 1)).images  # fmt: skip
     torch.testing.assert_close(samples[1:2], latents, rtol=1e-4, atol=1e-4)
     facts = json.loads((tmp_path / "run/tuning.json").read_text())
-    assert set(facts["decibels_by_step"]["0"]) == {"2 LSD", "3 LSD"}
+    assert set(facts["decibels_by_step"]["0"]) == {
+        f"{solver}, {lsd} LSD" for solver in ("dpmsolver++", "ddim") for lsd in (2, 3)
+    }
 
 
 def test_what_became_worse_is_named():
@@ -266,8 +268,8 @@ def test_what_became_worse_is_named():
 
 
 def test_plans_without_dot_are_refused(sampled):
-    with pytest.raises(ValueError, match=r"lsd is \(4,\).*all Dash \(DDDD\)"):
-        plans_to_tune(sampled.pipe, (4,))
+    with pytest.raises(ValueError, match=r"lsd is \(4,\), but the plans of leapfrog"):
+        runs_to_tune(sampled.pipe, {"leapfrog": sampled.pipe.scheduler}, (4,))
 
 
 @pytest.mark.parametrize(

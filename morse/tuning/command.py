@@ -4,8 +4,9 @@ A Dot learns single steps first (`train_dot`), where an error counts as much as 
 whole runs are made, Dash frozen but differentiated, so that it learns what matters at a run's end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,17 +15,18 @@ from torch import Tensor, nn
 
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_bare, with_solver
+from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import make_conditions
 from morse.evaluation.environment import command_line, environment
 from morse.saved_plans import SavedPlan
 from morse.training.checkpoint import write_json
 from morse.training.run import LossFunction, TrainingRun, begin_run
 from morse.tuning.config import TuneDotConfig
-from morse.tuning.sampler import SampledRun, enable_with_gradients
+from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import Targets, prepare_targets
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
     from morse.dot import MorseDot
 
@@ -41,23 +43,25 @@ def tune_dot(config: TuneDotConfig) -> Path:
     """
     accelerator = begin_run(config)
     bare, dot = load_bare(config.pretrained_model_name_or_path, config.dot, str(accelerator.device))
-    pipe = enable_with_gradients(with_solver(bare, config.solver), dot)
+    schedulers = {solver: make_solver(solver, bare.scheduler.config) for solver in config.solver}
+    pipe = enable_with_gradients(with_solver(bare, config.solver[0]), dot)
     if config.gradient_checkpointing:
         find_denoiser(pipe).enable_gradient_checkpointing()
-    plans = [*plans_to_tune(pipe, config.lsd), _target_plan(pipe, config.target_lsd)]
+    target = _target_run(pipe, config.target_lsd)
+    runs = [*runs_to_tune(pipe, schedulers, config.lsd), target]
     conditions = make_conditions(
         pipe, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
-    sampled = SampledRun(pipe, plans, conditions, config.seed)
-    targets = prepare_targets(sampled, len(plans) - 1, config, accelerator)
-    run = TrainingRun(config, accelerator, sampled, targets, run_loss(len(plans) - 1))
+    sampled = SampledRun(pipe, runs, conditions, config.seed)
+    targets = prepare_targets(sampled, len(runs) - 1, config, accelerator)
+    run = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs) - 1))
     found: dict[int, dict[str, float]] = {}
 
     def validate(step: int) -> None:
         with _averaged(run):
             found[step] = judge(sampled, targets, config.train_batch_size)
         accelerator.log(found[step], step=step)
-        shown = ", ".join(f"{value:.2f} dB at {name}" for name, value in found[step].items())
+        shown = "; ".join(f"{name}: {value:.2f} dB" for name, value in found[step].items())
         accelerator.print(f"step {step}: {shown}")
 
     def after_step(step: int) -> None:
@@ -73,7 +77,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
             validate(last)
         if worse := worse_plans(found):
             accelerator.print(
-                f"worse than before at {', '.join(worse)}: try a lower --learning_rate, or more "
+                f"worse than before with {'; '.join(worse)}: try a lower --learning_rate, or more "
                 "--num_images"
             )
         run.copy_weights_to(sampled)
@@ -83,36 +87,50 @@ def tune_dot(config: TuneDotConfig) -> Path:
     return config.output_dir
 
 
-def plans_to_tune(pipe: "DiffusionPipeline", budgets: tuple[float, ...]) -> list[SavedPlan]:
-    """Give what `lsd=` runs for each budget, without those that have no Dot.
+def runs_to_tune(
+    pipe: "DiffusionPipeline",
+    schedulers: Mapping[str, "SchedulerMixin"],
+    budgets: Sequence[float],
+) -> list[PlannedRun]:
+    """Give what `lsd=` runs with each solver for each budget, without those that have no Dot.
+
+    Args:
+        pipe: A pipeline with Morse; it has the last of the schedulers afterwards.
+        schedulers: By the name of their solver.
+        budgets: In LSD.
 
     Raises:
         ValueError: If none has.
     """
-    plans = [pipe.plan_for(lsd) for lsd in budgets]
-    with_dot = [plan for plan in plans if "o" in plan.plan]
+    runs = []
+    for (solver, scheduler), lsd in product(schedulers.items(), budgets):
+        pipe.scheduler = scheduler
+        runs.append(PlannedRun(scheduler, pipe.plan_for(lsd), f"{solver}, {lsd:g} LSD"))
+    with_dot = [run for run in runs if "o" in run.plan.plan]
     if not with_dot:
         raise ValueError(
-            f"lsd is {budgets}, but {type(pipe.scheduler).__name__}'s plans for these are all Dash "
-            f"({', '.join(plan.plan for plan in plans)}); give budgets whose plans have Dot."
+            f"lsd is {tuple(budgets)}, but the plans of {', '.join(schedulers)} for these are all "
+            "Dash; give budgets whose plans have Dot."
         )
     return with_dot
 
 
-def _target_plan(pipe: "DiffusionPipeline", lsd: float) -> SavedPlan:
+def _target_run(pipe: "DiffusionPipeline", lsd: float) -> PlannedRun:
     """Give the saved plan for a budget if it is all Dash, else as many evaluations of Dash."""
-    saved = pipe.plan_for(lsd)
-    return saved if set(saved.plan) == {"D"} else SavedPlan(lsd, "D" * round(lsd))
+    plan = pipe.plan_for(lsd)
+    if set(plan.plan) != {"D"}:
+        plan = SavedPlan(lsd, "D" * round(lsd))
+    return PlannedRun(pipe.scheduler, plan, "target")
 
 
-def run_loss(num_plans: int) -> LossFunction:
-    """Give the mean logarithm of the runs' squared errors, all of a batch made with one plan.
+def run_loss(num_runs: int) -> LossFunction:
+    """Give the mean logarithm of the runs' squared errors, all of a batch made in one way.
 
     By the logarithm each run counts alike; the few that end in another mode would make most of a
     mean error. Its negative is the mean PSNR, in other units.
 
     Args:
-        num_plans: One of so many plans is drawn for a batch.
+        num_runs: One of so many ways is drawn for a batch.
     """
 
     def compute_loss(
@@ -120,8 +138,8 @@ def run_loss(num_plans: int) -> LossFunction:
     ) -> Tensor:
         numbers, targets = batch
         device = generator.device
-        plan = int(torch.randint(num_plans, (), generator=generator, device=device))
-        errors = (sampled(numbers, plan) - targets).square().flatten(1).mean(1)
+        index = int(torch.randint(num_runs, (), generator=generator, device=device))
+        errors = (sampled(numbers, index) - targets).square().flatten(1).mean(1)
         return errors.clamp(min=_LEAST_ERROR).log().mean()
 
     return compute_loss
@@ -129,16 +147,16 @@ def run_loss(num_plans: int) -> LossFunction:
 
 @torch.no_grad()
 def judge(sampled: SampledRun, targets: Targets, batch_size: int) -> dict[str, float]:
-    """Give, for each plan with Dot, the mean of -10 log10 of the held-out runs' squared errors.
+    """Give, for each way with Dot, the mean of -10 log10 of the held-out runs' squared errors.
 
     Of images in [0, 1] that is PSNR, in dB.
     """
     numbers, wanted = targets.held_out
     found = {}
-    for index, plan in enumerate(sampled.plans[:-1]):
+    for index, run in enumerate(sampled.runs[:-1]):
         parts = [sampled(part, index).cpu() for part in numbers.split(batch_size)]
         errors = (torch.cat(parts) - wanted).square().flatten(1).mean(1)
-        found[f"{plan.lsd:g} LSD"] = float(-10 * errors.clamp(min=_LEAST_ERROR).log10().mean())
+        found[run.name] = float(-10 * errors.clamp(min=_LEAST_ERROR).log10().mean())
     return found
 
 

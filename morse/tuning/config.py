@@ -12,17 +12,23 @@ class TuneDotConfig(RunConfig):
     """Tune a trained Dot on whole runs of its plans, and save it as a MorseDot."""
 
     pretrained_model_name_or_path: str = field(
-        metadata={"help": '"fashion-mnist" or a folder: the pipeline whose denoiser is the Dash'}
+        metadata={"help": "folder or hub id of the pipeline whose denoiser is the Dash"}
     )
     dot: str | None = field(
         default=None, metadata={"help": "a Dot's folder; the pipeline's own, if any"}
     )
-    solver: str = field(
-        default="leapfrog", metadata={"help": "name of a solver, as for `morse bench`"}
+    solver: tuple[str, ...] = field(
+        default=("leapfrog",),
+        metadata={
+            "help": "names of solvers, as for `morse bench`; targets are made with the first"
+        },
     )
     lsd: tuple[float, ...] = field(
         default=(5.0, 6.0, 8.0, 10.0),
-        metadata={"help": "budgets; what `lsd=` runs for each is a plan to tune for"},
+        metadata={
+            "help": "budgets; what `lsd=` runs for each, with each solver, is a plan to tune for; "
+            "others may become worse"
+        },
     )
     target_lsd: float = field(
         default=20.0, metadata={"help": "budget, all Dash, of the runs to come near to"}
@@ -62,7 +68,7 @@ class TuneDotConfig(RunConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        check_solvers((self.solver,))
+        check_solvers(self.solver)
         for name in ("num_images", "validation_images", "target_lsd"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(bool(self.lsd) and min(self.lsd) >= 1, "lsd", self.lsd, "1 or more each")

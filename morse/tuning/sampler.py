@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from morse.evaluation.conditions import Conditions
 from morse.saved_plans import SavedPlan
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
     from morse.dot import MorseDot
 
@@ -37,12 +37,26 @@ def enable_with_gradients(pipe: "DiffusionPipeline", dot: "MorseDot") -> "Diffus
     return pipe
 
 
+class PlannedRun(NamedTuple):
+    """How a run is made.
+
+    Attributes:
+        scheduler: Without the plan's own options.
+        plan: Which evaluations, and on which grid.
+        name: For messages and reports.
+    """
+
+    scheduler: "SchedulerMixin"
+    plan: SavedPlan
+    name: str
+
+
 class SampledRun(nn.Module):
-    """Samples with one of several plans, the same noise for the same number.
+    """Samples in one of several ways, the same noise for the same number.
 
     Args:
         pipe: From `enable_with_gradients`.
-        plans: What is run, by its index.
+        runs: The ways, by their index.
         conditions: What samples are of, by their numbers.
         seed: That of sample 0's noise; sample n's is n more.
     """
@@ -50,19 +64,19 @@ class SampledRun(nn.Module):
     def __init__(
         self,
         pipe: "DiffusionPipeline",
-        plans: Sequence[SavedPlan],
+        runs: Sequence[PlannedRun],
         conditions: Conditions,
         seed: int,
     ) -> None:
         """Take the pipeline's Dot as the part that is trained."""
         super().__init__()
         self.dot = pipe.dot
-        self.pipe, self.plans, self.conditions, self.seed = pipe, tuple(plans), conditions, seed
+        self.pipe, self.runs, self.conditions, self.seed = pipe, tuple(runs), conditions, seed
         # Latents are compared as they are: decoding them costs more than a run of Dot.
         self.output_type = "pt" if getattr(pipe, "vae", None) is None else "latent"
 
-    def forward(self, numbers: Tensor, plan: int) -> Tensor:
-        """Sample the numbers (B,) with the plan of this index.
+    def forward(self, numbers: Tensor, index: int) -> Tensor:
+        """Sample the numbers (B,) by the run of this index.
 
         Returns:
             Images in [0, 1], or latents, (B, C, H, W).
@@ -70,20 +84,16 @@ class SampledRun(nn.Module):
         Raises:
             ValueError: If the pipeline gives no tensors.
         """
-        wanted, chosen = numbers.tolist(), self.plans[plan]
+        wanted, (scheduler, plan, _) = numbers.tolist(), self.runs[index]
         generators = [torch.Generator().manual_seed(self.seed + number) for number in wanted]
-        kept = self.pipe.scheduler
         # A fresh one for each run: they hold on to estimates, here with all that led to them.
-        self.pipe.scheduler = type(kept).from_config(kept.config, **chosen.scheduler)
-        try:
-            samples = self.pipe(
-                generator=generators,
-                output_type=self.output_type,
-                plan=chosen.plan,
-                **self.conditions.arguments(wanted),
-            ).images
-        finally:
-            self.pipe.scheduler = kept
+        self.pipe.scheduler = type(scheduler).from_config(scheduler.config, **plan.scheduler)
+        samples = self.pipe(
+            generator=generators,
+            output_type=self.output_type,
+            plan=plan.plan,
+            **self.conditions.arguments(wanted),
+        ).images
         if not isinstance(samples, Tensor):
             raise ValueError(
                 f"{type(self.pipe).__name__} gives no tensors for output_type="

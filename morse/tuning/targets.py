@@ -43,7 +43,7 @@ class Targets:
 
 
 def prepare_targets(
-    sampled: SampledRun, plan: int, config: TuneDotConfig, accelerator: "Accelerator"
+    sampled: SampledRun, index: int, config: TuneDotConfig, accelerator: "Accelerator"
 ) -> Targets:
     """Make the missing shards of targets, shared out among the processes, and read all of them.
 
@@ -51,7 +51,7 @@ def prepare_targets(
 
     Args:
         sampled: What samples.
-        plan: Index of the plan to sample with.
+        index: Of the run to sample by.
         config: How many, and where they are kept.
         accelerator: The run's.
 
@@ -61,7 +61,7 @@ def prepare_targets(
     folder = config.cache_dir or config.output_dir / "targets"
     total = config.num_images + config.validation_images
     if accelerator.is_main_process:
-        claim_folder(folder, _describe(sampled, plan, config))
+        claim_folder(folder, _describe(sampled, index, config))
     accelerator.wait_for_everyone()
     count = -(-total // SHARD_SAMPLES)
     paths = [folder / f"targets-{number:05d}.safetensors" for number in range(count)]
@@ -72,22 +72,22 @@ def prepare_targets(
         first = number * SHARD_SAMPLES
         numbers = torch.arange(first, min(first + SHARD_SAMPLES, total))
         with torch.no_grad():
-            parts = [sampled(part, plan).cpu() for part in numbers.split(config.train_batch_size)]
+            parts = [sampled(part, index).cpu() for part in numbers.split(config.train_batch_size)]
         atomic_save_file({"samples": torch.cat(parts)}, paths[number])
     accelerator.wait_for_everyone()
     samples = torch.cat([read_tensors(path)["samples"] for path in paths])
     return Targets(samples, config.num_images)
 
 
-def _describe(sampled: SampledRun, plan: int, config: TuneDotConfig) -> dict[str, object]:
+def _describe(sampled: SampledRun, index: int, config: TuneDotConfig) -> dict[str, object]:
     """What the targets depend on."""
-    pipe, chosen = sampled.pipe, sampled.plans[plan]
+    scheduler, plan, _ = sampled.runs[index]
     asked = repr((config.prompts, config.class_names)).encode()
     return {
-        "dash": fingerprint(find_denoiser(pipe)),
-        "scheduler": type(pipe.scheduler).__name__,
-        "plan": chosen.plan,
-        "scheduler_options": dict(chosen.scheduler),
+        "dash": fingerprint(find_denoiser(sampled.pipe)),
+        "scheduler": type(scheduler).__name__,
+        "plan": plan.plan,
+        "scheduler_options": dict(plan.scheduler),
         "samples": config.num_images + config.validation_images,
         "seed": config.seed,
         "guidance_scale": config.guidance_scale,
