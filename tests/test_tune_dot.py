@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,6 +178,25 @@ def test_tuning_lowers_the_error_of_whole_runs(tune):
     assert by_step["30"]["leapfrog, 2 LSD"] > by_step["0"]["leapfrog, 2 LSD"] + 0.5
 
 
+def test_n_is_given_or_measured_with_the_lora_merged(tune, folder, tmp_path, monkeypatch):
+    merged = []
+
+    def measure(pipe, **kwargs):
+        merged.append((pipe.dot.is_merged, kwargs))
+        return SimpleNamespace(speed_ratio=4.0)
+
+    monkeypatch.setattr("morse.calls.MorseCalls.measure_speed_ratio", measure)
+    dot = MorseDot.from_pretrained(folder / "dot")
+    dot.register_to_config(speed_ratio=None)
+    dot.save_pretrained(tmp_path)
+    short = ("--dot", str(tmp_path), "--solver", "ddim", "--max_train_steps", "1", "--lsd", "3")
+    tune(*short, "--speed_ratio", "5")
+    assert merged == []
+    found = tune(*short)
+    assert merged == [(True, {"batch_size": 2})]
+    assert MorseDot.from_pretrained(found).config.speed_ratio is None  # it is this machine's
+
+
 def test_targets_are_made_once_and_are_the_runs_of_dash(whole_run, tune, folder):
     pipe = MorsePipeline.from_pretrained(folder, scheduler="leapfrog")
     pipe.set_progress_bar_config(disable=True)
@@ -280,6 +300,7 @@ def test_plans_without_dot_are_refused(sampled):
         (("--num_images", "0"), "num_images is 0"),
         (("--target_lsd", "0"), "target_lsd is 0"),
         (("--compile",), "compile is True"),
+        (("--speed_ratio", "-1"), "speed_ratio is -1"),
         (("--train_batch_size", "0"), "train_batch_size is 0"),
     ],
 )

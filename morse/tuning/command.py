@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_bare, with_solver
 from morse.evaluation.bench.solvers import make_solver
-from morse.evaluation.conditions import make_conditions
+from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import command_line, environment
 from morse.saved_plans import SavedPlan
 from morse.training.checkpoint import write_json
@@ -26,6 +27,7 @@ from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import Targets, prepare_targets
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from diffusers import DiffusionPipeline, SchedulerMixin
 
     from morse.dot import MorseDot
@@ -47,18 +49,19 @@ def tune_dot(config: TuneDotConfig) -> Path:
     pipe = enable_with_gradients(with_solver(bare, config.solver[0]), dot)
     if config.gradient_checkpointing:
         find_denoiser(pipe).enable_gradient_checkpointing()
-    target = _target_run(pipe, config.target_lsd)
-    runs = [*runs_to_tune(pipe, schedulers, config.lsd), target]
     conditions = make_conditions(
         pipe, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
+    pipe.speed_ratio = _choose_speed_ratio(pipe, config, conditions, accelerator)
+    target = _target_run(pipe, config.target_lsd)
+    runs = [*runs_to_tune(pipe, schedulers, config.lsd), target]
     sampled = SampledRun(pipe, runs, conditions, config.seed)
     targets = prepare_targets(sampled, len(runs) - 1, config, accelerator)
-    run = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs) - 1))
+    training = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs) - 1))
     found: dict[int, dict[str, float]] = {}
 
     def validate(step: int) -> None:
-        with _averaged(run):
+        with _averaged(training):
             found[step] = judge(sampled, targets, config.train_batch_size)
         accelerator.log(found[step], step=step)
         shown = "; ".join(f"{name}: {value:.2f} dB" for name, value in found[step].items())
@@ -69,9 +72,9 @@ def tune_dot(config: TuneDotConfig) -> Path:
             validate(step)
 
     if accelerator.is_main_process:
-        validate(run.step)
+        validate(training.step)
     accelerator.wait_for_everyone()
-    last = run.train(after_step)
+    last = training.train(after_step)
     if accelerator.is_main_process:
         if last not in found:
             validate(last)
@@ -80,11 +83,32 @@ def tune_dot(config: TuneDotConfig) -> Path:
                 f"worse than before with {'; '.join(worse)}: try a lower --learning_rate, or more "
                 "--num_images"
             )
-        run.copy_weights_to(sampled)
+        training.copy_weights_to(sampled)
         _save(dot, config, found)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return config.output_dir
+
+
+@torch.no_grad()
+def _choose_speed_ratio(
+    pipe: "DiffusionPipeline",
+    config: TuneDotConfig,
+    conditions: Conditions,
+    accelerator: "Accelerator",
+) -> float:
+    """Give N, by which budgets become plans: as set, as Dot's config says, or as measured.
+
+    It is measured as Dot will be used, with its LoRA merged, and by one process for all.
+    """
+    chosen = [config.speed_ratio or pipe.speed_ratio]
+    if chosen[0] is None and accelerator.is_main_process:
+        pipe.dot.merge_lora()
+        few = conditions.arguments(range(config.train_batch_size))
+        chosen = [pipe.measure_speed_ratio(**few).speed_ratio]
+        pipe.dot.unmerge_lora()
+        accelerator.print(f"N is {chosen[0]:.1f} here; --speed_ratio sets another")
+    return broadcast_object_list(chosen)[0]
 
 
 def runs_to_tune(

@@ -33,6 +33,9 @@ class TuneDotConfig(RunConfig):
     target_lsd: float = field(
         default=20.0, metadata={"help": "budget, all Dash, of the runs to come near to"}
     )
+    speed_ratio: float | None = field(
+        default=None, metadata={"help": "N; that of Dot's config, or measured, if left out"}
+    )
     num_images: int = field(default=4096, metadata={"help": "noises to train on"})
     validation_images: int = field(default=64, metadata={"help": "further noises to validate on"})
     validation_steps: int = field(
@@ -72,5 +75,7 @@ class TuneDotConfig(RunConfig):
         for name in ("num_images", "validation_images", "target_lsd"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(bool(self.lsd) and min(self.lsd) >= 1, "lsd", self.lsd, "1 or more each")
+        ratio = self.speed_ratio
+        require(ratio is None or ratio > 0, "speed_ratio", ratio, "more than 0")
         require(self.validation_steps >= 0, "validation_steps", self.validation_steps, "at least 0")
         require(not self.compile, "compile", self.compile, "False: whole runs are not compiled")
