@@ -1,8 +1,5 @@
 """Windows kept on disk: Dash is evaluated once, and Dot trains on the result for many epochs."""
 
-import hashlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +8,12 @@ from torch import Tensor
 
 from morse.dot.view import fingerprint
 from morse.training.batches import StepBatches
-from morse.training.checkpoint import atomic_save_file, read_tensors, write_json
+from morse.training.checkpoint import read_tensors
 from morse.training.common import step_generator
 from morse.training.config import TrainDotConfig
 from morse.training.frozen import FrozenPipeline
 from morse.training.guidance import Conditions
+from morse.training.shards import digest, make_shards
 from morse.training.source import ConditionedImages, draw_windows
 from morse.training.windows import Window
 
@@ -27,7 +25,6 @@ SHARD_WINDOWS = 4096
 _BATCH_SIZES = {"cpu": 32}
 _DEFAULT_BATCH_SIZE = 512
 _LARGE_BATCH_SIZE = 16  # for denoisers such as Stable Diffusion's
-_DESCRIPTION = "cache.json"
 # A shard's tensors with a row for each window; those of the two groups have other numbers of rows.
 _ROWS = ("timesteps", "samples", "outputs", "guidance_scale", "rows")
 _TABLE, _NEGATIVE = "conditions/", "negative/"
@@ -130,7 +127,7 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
     return {
         "dash": fingerprint(pipeline.dash.model),
         "vae": None if pipeline.codec is None else fingerprint(pipeline.codec.vae),
-        "schedule": _digest(repr(pipeline.dash.schedule.sigmas.tolist())),
+        "schedule": digest(repr(pipeline.dash.schedule.sigmas.tolist())),
         "prediction_type": pipeline.dash.prediction_type,
         "resolution": pipeline.resolution,
         "windows": config.cache_pairs,
@@ -139,71 +136,36 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
         "guidance_scale": list(pipeline.guidance_scale),
         "seed": config.seed,
         "data": str(config.train_data_dir or config.dataset_name),
-        "captions": _digest(repr(source.table.values)) if kind == "text" else None,
+        "captions": digest(repr(source.table.values)) if kind == "text" else None,
     }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def claim_folder(folder: Path, description: dict[str, object]) -> None:
-    """Note what a cache's folder holds, or check that it holds just this.
-
-    Raises:
-        FileExistsError: If it holds other safetensors files.
-        ValueError: If it holds a cache made with other settings.
-    """
-    path = folder / _DESCRIPTION
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        if any(folder.glob("*.safetensors")):
-            raise FileExistsError(f"cache_dir is {folder}, which holds other safetensors files.")
-        write_json(path, description)
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found != description:
-        differing = sorted(key for key in description if found.get(key) != description[key])
-        raise ValueError(
-            f"cache_dir is {folder}, whose contents were made with other {differing}; give another "
-            "--cache_dir or the settings it was made with."
-        )
 
 
 def prepare_cache(
     source: ConditionedImages, config: TrainDotConfig, accelerator: "Accelerator"
 ) -> WindowCache:
-    """Make the missing shards of a cache, shared out among the processes, and open all of them.
+    """Make the missing shards of a cache, as `make_shards` does, and open all of them.
 
-    A shard depends on the settings and its number alone, and appears whole or not at all, so a
-    killed run goes on at the shard where it was.
+    A shard depends on the settings and its number alone.
 
     Raises:
         ValueError: If the folder holds a cache made with other settings.
     """
-    folder = config.cache_dir or config.output_dir / "pairs"
-    if accelerator.is_main_process:
-        claim_folder(folder, _describe(source, config))
-    accelerator.wait_for_everyone()
-    count = -(-config.cache_pairs // SHARD_WINDOWS)
-    paths = [folder / f"windows-{number:05d}.safetensors" for number in range(count)]
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
-    missing = [number for number in mine if not paths[number].exists()]
-    label = f"evaluating Dash, {SHARD_WINDOWS} windows a shard"
-    for number in with_progress(missing, label, accelerator):
-        size = min(SHARD_WINDOWS, config.cache_pairs - number * SHARD_WINDOWS)
+
+    def make(rows: range) -> dict[str, Tensor]:
         # In full precision, whatever the training's: residuals are small differences.
-        atomic_save_file(_make_shard(source, config, number, size), paths[number])
-    accelerator.wait_for_everyone()
+        return _make_shard(source, config, rows.start // SHARD_WINDOWS, len(rows))
+
+    paths = make_shards(
+        folder=config.cache_dir or config.output_dir / "pairs",
+        name="windows",
+        total=config.cache_pairs,
+        shard_size=SHARD_WINDOWS,
+        label=f"evaluating Dash, {SHARD_WINDOWS} windows a shard",
+        describe=lambda: _describe(source, config),
+        make=make,
+        accelerator=accelerator,
+    )
     return WindowCache(paths, accelerator.device)
-
-
-def with_progress(numbers: list[int], label: str, accelerator: "Accelerator") -> Iterator[int]:
-    """Go through shards with a bar on the terminal of the main process."""
-    from rich.progress import track
-
-    quiet = not (numbers and accelerator.is_main_process)
-    return iter(track(numbers, description=label, disable=quiet))
 
 
 def _batch_size(pipeline: FrozenPipeline) -> int:

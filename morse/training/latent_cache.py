@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from morse.dot.view import fingerprint
-from morse.training.cache import SHARD_WINDOWS, claim_folder, with_progress
-from morse.training.checkpoint import atomic_save_file, read_tensors
+from morse.training.cache import SHARD_WINDOWS
+from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
 from morse.training.data import ImageDataset
+from morse.training.shards import make_shards
 from morse.training.source import ConditionedImages
 
 if TYPE_CHECKING:
@@ -35,24 +36,25 @@ def cache_latents(
         raise ValueError(
             "cache_latents is True, but this pipeline works on pixels; leave --cache_latents away."
         )
-    folder = config.cache_dir or config.output_dir / "latents"
-    if accelerator.is_main_process:
-        description = {
+
+    def describe() -> dict[str, object]:
+        return {
             "vae": fingerprint(pipeline.codec.vae),
             "resolution": pipeline.resolution,
             "images": len(source),
             "data": str(config.train_data_dir or config.dataset_name),
         }
-        claim_folder(folder, description)
-    accelerator.wait_for_everyone()
-    count = -(-len(source) // SHARD_IMAGES)
-    paths = [folder / f"latents-{number:05d}.safetensors" for number in range(count)]
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
-    missing = [number for number in mine if not paths[number].exists()]
-    for number in with_progress(missing, f"encoding, {SHARD_IMAGES} images a shard", accelerator):
-        rows = range(number * SHARD_IMAGES, min((number + 1) * SHARD_IMAGES, len(source)))
-        atomic_save_file({"latents": _encode(source, rows)}, paths[number])
-    accelerator.wait_for_everyone()
+
+    paths = make_shards(
+        folder=config.cache_dir or config.output_dir / "latents",
+        name="latents",
+        total=len(source),
+        shard_size=SHARD_IMAGES,
+        label=f"encoding, {SHARD_IMAGES} images a shard",
+        describe=describe,
+        make=lambda rows: {"latents": _encode(source, rows)},
+        accelerator=accelerator,
+    )
     shards = [read_tensors(path)["latents"] for path in paths]
     images = ImageDataset(partial(_fetch, shards), len(source))
     return ConditionedImages(images, pipeline, source.numbers, source.table)

@@ -15,10 +15,11 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from morse.denoisers import find_denoiser
-from morse.evaluation.bench.loading import load_bare, with_solver
+from morse.evaluation.bench.loading import load_bare, with_scheduler
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import command_line, environment
+from morse.evaluation.metrics import psnr
 from morse.saved_plans import SavedPlan
 from morse.training.checkpoint import write_json
 from morse.training.run import LossFunction, TrainingRun, begin_run
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TuneDotConfig", "tune_dot"]
 
-_LEAST_ERROR = 1e-8  # of pixels in [0, 1]: 80 dB
+_MAX_PSNR = 80.0  # dB of pixels in [0, 1]; runs that are nearer count as that near
 
 
 def tune_dot(config: TuneDotConfig) -> Path:
@@ -46,7 +47,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
     accelerator = begin_run(config)
     bare, dot = load_bare(config.pretrained_model_name_or_path, config.dot, str(accelerator.device))
     schedulers = {solver: make_solver(solver, bare.scheduler.config) for solver in config.solver}
-    pipe = enable_with_gradients(with_solver(bare, config.solver[0]), dot)
+    pipe = enable_with_gradients(with_scheduler(bare, schedulers[config.solver[0]]), dot)
     if config.gradient_checkpointing:
         find_denoiser(pipe).enable_gradient_checkpointing()
     conditions = make_conditions(
@@ -54,10 +55,10 @@ def tune_dot(config: TuneDotConfig) -> Path:
     )
     pipe.speed_ratio = _choose_speed_ratio(pipe, config, conditions, accelerator)
     target = _target_run(pipe, config.target_lsd)
-    runs = [*runs_to_tune(pipe, schedulers, config.lsd), target]
-    sampled = SampledRun(pipe, runs, conditions, config.seed)
-    targets = prepare_targets(sampled, len(runs) - 1, config, accelerator)
-    training = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs) - 1))
+    runs = runs_to_tune(pipe, schedulers, config.lsd)
+    sampled, many = (SampledRun(pipe, each, conditions, config.seed) for each in (runs, [target]))
+    targets = prepare_targets(many, config, accelerator)
+    training = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs)))
     found: dict[int, dict[str, float]] = {}
 
     def validate(step: int) -> None:
@@ -164,23 +165,22 @@ def run_loss(num_runs: int) -> LossFunction:
         device = generator.device
         index = int(torch.randint(num_runs, (), generator=generator, device=device))
         errors = (sampled(numbers, index) - targets).square().flatten(1).mean(1)
-        return errors.clamp(min=_LEAST_ERROR).log().mean()
+        return errors.clamp(min=10 ** (-_MAX_PSNR / 10)).log().mean()
 
     return compute_loss
 
 
 @torch.no_grad()
 def judge(sampled: SampledRun, targets: Targets, batch_size: int) -> dict[str, float]:
-    """Give, for each way with Dot, the mean of -10 log10 of the held-out runs' squared errors.
+    """Give, for each way, the mean of -10 log10 of the held-out runs' squared errors.
 
     Of images in [0, 1] that is PSNR, in dB.
     """
     numbers, wanted = targets.held_out
     found = {}
-    for index, run in enumerate(sampled.runs[:-1]):
+    for index, run in enumerate(sampled.runs):
         parts = [sampled(part, index).cpu() for part in numbers.split(batch_size)]
-        errors = (torch.cat(parts) - wanted).square().flatten(1).mean(1)
-        found[run.name] = float(-10 * errors.clamp(min=_LEAST_ERROR).log10().mean())
+        found[run.name] = float(psnr(torch.cat(parts), wanted, _MAX_PSNR).mean())
     return found
 
 

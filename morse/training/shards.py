@@ -1,0 +1,87 @@
+"""Folders of safetensors that are made once, shard by shard, and serve many epochs and runs."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from morse.training.checkpoint import atomic_save_file, write_json
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_DESCRIPTION = "cache.json"
+
+
+def digest(text: str) -> str:
+    """Shorten a text that a description is to tell from others."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def make_shards(
+    folder: Path,
+    name: str,
+    total: int,
+    shard_size: int,
+    label: str,
+    describe: Callable[[], dict[str, object]],
+    make: Callable[[range], dict[str, Tensor]],
+    accelerator: "Accelerator",
+) -> list[Path]:
+    """Make the missing shards, shared out among the processes.
+
+    A shard appears whole or not at all, so that a killed run goes on at the shard where it was.
+
+    Args:
+        folder: Where they are kept.
+        name: Files are `name`-00000.safetensors and so on.
+        total: Rows in all.
+        shard_size: Rows of each; the last may have fewer.
+        label: For the progress bar on the terminal of the main process.
+        describe: Says what the shards depend on, as JSON has it.
+        make: Gives the tensors of these rows.
+        accelerator: The run's.
+
+    Returns:
+        All shards, in order.
+
+    Raises:
+        FileExistsError: If the folder holds other safetensors files.
+        ValueError: If it holds shards that were made with other settings.
+    """
+    from rich.progress import track
+
+    if accelerator.is_main_process:
+        _claim(folder, describe())
+    accelerator.wait_for_everyone()
+    count = -(-total // shard_size)
+    paths = [folder / f"{name}-{number:05d}.safetensors" for number in range(count)]
+    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    missing = [number for number in mine if not paths[number].exists()]
+    quiet = not (missing and accelerator.is_main_process)
+    for number in track(missing, description=label, disable=quiet):
+        rows = range(number * shard_size, min((number + 1) * shard_size, total))
+        atomic_save_file(make(rows), paths[number])
+    accelerator.wait_for_everyone()
+    return paths
+
+
+def _claim(folder: Path, description: dict[str, object]) -> None:
+    """Note what a folder holds, or check that it holds just this."""
+    path = folder / _DESCRIPTION
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        if any(folder.glob("*.safetensors")):
+            raise FileExistsError(f"cache_dir is {folder}, which holds other safetensors files.")
+        write_json(path, description)
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found != description:
+        differing = sorted(key for key in description if found.get(key) != description[key])
+        raise ValueError(
+            f"cache_dir is {folder}, whose contents were made with other {differing}; give another "
+            "--cache_dir or the settings it was made with."
+        )
