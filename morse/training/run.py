@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -154,6 +154,20 @@ class TrainingRun:
         target.load_state_dict(self.model.state_dict())
         if self.ema is not None:
             self.ema.copy_to(target.parameters())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights, if there are any, in the place of the present ones."""
+        if self.ema is None:
+            yield
+            return
+        parameters = list(self.model.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
 
     def train(
         self,

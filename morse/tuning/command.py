@@ -4,8 +4,7 @@ A Dot learns single steps first (`train_dot`), where an error counts as much as 
 whole runs are made, Dash frozen but differentiated, so that it learns what matters at a run's end.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +61,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
     found: dict[int, dict[str, float]] = {}
 
     def validate(step: int) -> None:
-        with _averaged(training):
+        with training.averaged():
             found[step] = judge(sampled, targets, config.train_batch_size)
         accelerator.log(found[step], step=step)
         shown = "; ".join(f"{name}: {value:.2f} dB" for name, value in found[step].items())
@@ -188,21 +187,6 @@ def worse_plans(found: dict[int, dict[str, float]]) -> list[str]:
     """Name the plans whose held-out runs the last validation found worse than the first did."""
     first, last = found[min(found)], found[max(found)]
     return [name for name in first if last[name] < first[name]]
-
-
-@contextmanager
-def _averaged(run: TrainingRun) -> Iterator[None]:
-    """Put the averaged weights in the place of the present ones for a while."""
-    if run.ema is None:
-        yield
-        return
-    parameters = list(run.model.parameters())
-    run.ema.store(parameters)
-    run.ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        run.ema.restore(parameters)
 
 
 def _save(dot: "MorseDot", config: TuneDotConfig, found: dict[int, dict[str, float]]) -> None:
