@@ -21,6 +21,7 @@ from morse.dot.mixture import GaussianMixture
 from morse.evaluation.bench.loading import load_bare, with_solver
 from morse.evaluation.conditions import UNCONDITIONAL
 from morse.saved_plans import SavedPlan
+from morse.tuning.blend import blend, weights_before
 from morse.tuning.command import (
     TuneDotConfig,
     run_loss,
@@ -178,6 +179,32 @@ def test_tuning_lowers_the_error_of_whole_runs(tune):
     assert by_step["30"]["leapfrog, 2 LSD"] > by_step["0"]["leapfrog, 2 LSD"] + 0.5
 
 
+def test_a_blend_is_between_before_and_after(tune, whole_run, folder):
+    found = tune("--blend", "0.25", "--cache_dir", str(whole_run / "targets"))
+    before, after = (MorseDot.from_pretrained(p).state_dict() for p in (folder / "dot", whole_run))
+    for name, value in MorseDot.from_pretrained(found).state_dict().items():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name])
+    facts, whole = (json.loads((p / "tuning.json").read_text()) for p in (found, whole_run))
+    assert facts["decibels_by_step"] == whole["decibels_by_step"]
+    assert whole["decibels_as_saved"] == whole["decibels_by_step"]["5"]
+    assert facts["decibels_as_saved"] != whole["decibels_as_saved"]
+
+
+def test_a_blend_counts_from_another_dot(whole_run, folder, build_unet, tmp_path):
+    tuned, first = MorseDot.from_pretrained(whole_run), MorseDot.from_pretrained(folder / "dot")
+    before = weights_before(tuned, str(folder / "dot"))
+    blend(tuned, before, 0.0)
+    for name, value in tuned.state_dict().items():
+        assert torch.equal(value, first.state_dict()[name]), name
+    wider = MorseDot.from_dash(
+        build_unet(channels=(8, 8), sample_size=8),
+        num_down_blocks=1, block_out_channels=(16,), lora_rank=2,
+    )  # fmt: skip
+    wider.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"blend_from is .*, whose network differs .* conv_in"):
+        weights_before(tuned, str(tmp_path))
+
+
 def test_n_is_given_or_measured_with_the_lora_merged(tune, folder, tmp_path, monkeypatch):
     merged = []
 
@@ -283,8 +310,8 @@ def test_a_text_pipeline_is_tuned_on_its_guided_latents(tmp_path):
 
 def test_what_became_worse_is_named():
     found = {0: {"5 LSD": 30.0, "8 LSD": 33.0}, 9: {"5 LSD": 29.0, "8 LSD": 34.0}}
-    assert worse_plans(found) == ["5 LSD"]
-    assert worse_plans({4: {"5 LSD": 30.0}}) == []
+    assert worse_plans(found[0], found[9]) == ["5 LSD"]
+    assert worse_plans(found[0], found[0]) == []
 
 
 def test_plans_without_dot_are_refused(sampled):
@@ -301,6 +328,8 @@ def test_plans_without_dot_are_refused(sampled):
         (("--target_lsd", "0"), "target_lsd is 0"),
         (("--compile",), "compile is True"),
         (("--speed_ratio", "-1"), "speed_ratio is -1"),
+        (("--blend", "0"), "blend is 0.0"),
+        (("--blend_from", "x"), "blend_from is 'x'; it must be left out where --blend is 1"),
         (("--train_batch_size", "0"), "train_batch_size is 0"),
     ],
 )

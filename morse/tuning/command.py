@@ -22,6 +22,7 @@ from morse.evaluation.metrics import psnr
 from morse.saved_plans import SavedPlan
 from morse.training.checkpoint import write_json
 from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.tuning.blend import blend, weights_before
 from morse.tuning.config import TuneDotConfig
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import Targets, prepare_targets
@@ -47,6 +48,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
     bare, dot = load_bare(config.pretrained_model_name_or_path, config.dot, str(accelerator.device))
     schedulers = {solver: make_solver(solver, bare.scheduler.config) for solver in config.solver}
     pipe = enable_with_gradients(with_scheduler(bare, schedulers[config.solver[0]]), dot)
+    before = weights_before(dot, config.blend_from)
     if config.gradient_checkpointing:
         find_denoiser(pipe).enable_gradient_checkpointing()
     conditions = make_conditions(
@@ -60,12 +62,16 @@ def tune_dot(config: TuneDotConfig) -> Path:
     training = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs)))
     found: dict[int, dict[str, float]] = {}
 
+    def judge_and_print(title: str) -> dict[str, float]:
+        decibels = judge(sampled, targets, config.train_batch_size)
+        shown = "; ".join(f"{name}: {value:.2f} dB" for name, value in decibels.items())
+        accelerator.print(f"{title}: {shown}")
+        return decibels
+
     def validate(step: int) -> None:
         with training.averaged():
-            found[step] = judge(sampled, targets, config.train_batch_size)
+            found[step] = judge_and_print(f"step {step}")
         accelerator.log(found[step], step=step)
-        shown = "; ".join(f"{name}: {value:.2f} dB" for name, value in found[step].items())
-        accelerator.print(f"step {step}: {shown}")
 
     def after_step(step: int) -> None:
         if config.validation_steps and step % config.validation_steps == 0:
@@ -78,13 +84,17 @@ def tune_dot(config: TuneDotConfig) -> Path:
     if accelerator.is_main_process:
         if last not in found:
             validate(last)
-        if worse := worse_plans(found):
-            accelerator.print(
-                f"worse than before with {'; '.join(worse)}: try a lower --learning_rate, or more "
-                "--num_images"
-            )
+        saved = found[last]
         training.copy_weights_to(sampled)
-        _save(dot, config, found)
+        if config.blend < 1:
+            blend(dot, before, config.blend)
+            saved = judge_and_print(f"blended, {config.blend:g} of the change")
+        if worse := worse_plans(found[min(found)], saved):
+            accelerator.print(
+                f"worse than before with {'; '.join(worse)}: try a lower --learning_rate, more "
+                "--num_images, or a lower --blend"
+            )
+        _save(dot, config, {"decibels_by_step": found, "decibels_as_saved": saved})
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return config.output_dir
@@ -183,13 +193,12 @@ def judge(sampled: SampledRun, targets: Targets, batch_size: int) -> dict[str, f
     return found
 
 
-def worse_plans(found: dict[int, dict[str, float]]) -> list[str]:
-    """Name the plans whose held-out runs the last validation found worse than the first did."""
-    first, last = found[min(found)], found[max(found)]
+def worse_plans(first: dict[str, float], last: dict[str, float]) -> list[str]:
+    """Name the plans whose held-out runs have fewer decibels in the last than in the first."""
     return [name for name in first if last[name] < first[name]]
 
 
-def _save(dot: "MorseDot", config: TuneDotConfig, found: dict[int, dict[str, float]]) -> None:
+def _save(dot: "MorseDot", config: TuneDotConfig, found: dict[str, object]) -> None:
     """Save the Dot; what was measured of its plans before holds no more."""
     unknown = {"psnr": None, "uniform_psnr": None, "num_images": None}
     plans = {
@@ -201,6 +210,6 @@ def _save(dot: "MorseDot", config: TuneDotConfig, found: dict[int, dict[str, flo
     facts = {
         "command": command_line(),
         "environment": environment(dot.device),
-        "decibels_by_step": {str(step): values for step, values in found.items()},
+        **found,
     }
     write_json(config.output_dir / "tuning.json", facts)

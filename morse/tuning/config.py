@@ -45,6 +45,20 @@ class TuneDotConfig(RunConfig):
         default=None,
         metadata={"help": "where the runs to come near to are kept; OUTPUT_DIR/targets if not set"},
     )
+    blend: float = field(
+        default=1.0,
+        metadata={
+            "help": "share of each weight's change that is saved; 0.5 gives the middle between "
+            "before and after"
+        },
+    )
+    blend_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of the Dot that the change is counted from, after several runs in a "
+            "row; the one that this run begins with if left out"
+        },
+    )
     prompts: tuple[str, ...] = field(default=(), metadata={"help": "for a text pipeline"})
     class_names: tuple[str, ...] = field(default=(), metadata={"help": "for labels, or as prompts"})
     guidance_scale: float | None = field(
@@ -78,4 +92,8 @@ class TuneDotConfig(RunConfig):
         ratio = self.speed_ratio
         require(ratio is None or ratio > 0, "speed_ratio", ratio, "more than 0")
         require(self.validation_steps >= 0, "validation_steps", self.validation_steps, "at least 0")
+        require(0 < self.blend <= 1, "blend", self.blend, "in (0, 1]")
+        if self.blend == 1:
+            unused = self.blend_from is None
+            require(unused, "blend_from", self.blend_from, "left out where --blend is 1")
         require(not self.compile, "compile", self.compile, "False: whole runs are not compiled")
