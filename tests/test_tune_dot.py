@@ -205,6 +205,15 @@ def test_a_blend_counts_from_another_dot(whole_run, folder, build_unet, tmp_path
         weights_before(tuned, str(tmp_path))
 
 
+def test_features_are_tuned_on_too(tune, whole_run):
+    found = tune(
+        "--feature_networks", "torch.nn:Flatten", "--cache_dir", str(whole_run / "targets")
+    )
+    assert any(
+        not torch.equal(weights(found)[name], value) for name, value in weights(whole_run).items()
+    )
+
+
 def test_n_is_given_or_measured_with_the_lora_merged(tune, folder, tmp_path, monkeypatch):
     merged = []
 
@@ -302,6 +311,8 @@ def test_a_text_pipeline_is_tuned_on_its_guided_latents(tmp_path):
     latents = plain("b", guidance_scale=3.0, num_inference_steps=4, output_type="latent",
                     generator=torch.Generator().manual_seed(3 + 1)).images  # fmt: skip
     torch.testing.assert_close(samples[1:2], latents, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"feature_networks is .* compared as latents"):
+        tune_dot(replace(config, output_dir=tmp_path / "x", feature_networks=("torch.nn:Flatten",)))
     facts = json.loads((tmp_path / "run/tuning.json").read_text())
     assert set(facts["decibels_by_step"]["0"]) == {
         f"{solver}, {lsd} LSD" for solver in ("dpmsolver++", "ddim") for lsd in (2, 3)

@@ -56,13 +56,25 @@ class FashionFeatures(nn.Module):
         Raises:
             ValueError: If the images have another shape.
         """
+        return nn.functional.gelu(self.embed(self.layers(images)[-1]))
+
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """Return what every convolution's stage gives, (B, C, H, W), and the pooled last, (B, C).
+
+        Args:
+            images: As for `features`, like what is raised.
+        """
         if images.ndim != 4 or images.shape[1:] != (1, 32, 32):
             raise ValueError(
                 f"images has shape {tuple(images.shape)}, but the Fashion-MNIST features are "
                 "defined for (B, 1, 32, 32) in [0, 1]: pad 28x28 images with 2 black pixels"
             )
-        hidden = self.stages(images * 2 - 1).mean(dim=(2, 3))
-        return nn.functional.gelu(self.embed(hidden))
+        hidden, found = images * 2 - 1, []
+        for stage in self.stages:
+            hidden = stage(hidden)
+            if isinstance(stage, nn.Sequential):
+                found.append(hidden)
+        return [*found, hidden.mean(dim=(2, 3))]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class logits, (B, 10), of images (B, 1, 32, 32) in [0, 1]."""

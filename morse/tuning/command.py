@@ -24,6 +24,7 @@ from morse.training.checkpoint import write_json
 from morse.training.run import LossFunction, TrainingRun, begin_run
 from morse.tuning.blend import blend, weights_before
 from morse.tuning.config import TuneDotConfig
+from morse.tuning.feature_loss import FeatureLoss, load_feature_loss
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import Targets, prepare_targets
 
@@ -58,8 +59,14 @@ def tune_dot(config: TuneDotConfig) -> Path:
     target = _target_run(pipe, config.target_lsd)
     runs = runs_to_tune(pipe, schedulers, config.lsd)
     sampled, many = (SampledRun(pipe, each, conditions, config.seed) for each in (runs, [target]))
+    if config.feature_networks and sampled.output_type == "latent":
+        raise ValueError(
+            f"feature_networks is {config.feature_networks}, but runs of {type(pipe).__name__} are "
+            "compared as latents, which no such network sees; leave it out."
+        )
     targets = prepare_targets(many, config, accelerator)
-    training = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs)))
+    features = load_feature_loss(config.feature_networks, accelerator.device, targets.samples[:2])
+    training = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs), features))
     found: dict[int, dict[str, float]] = {}
 
     def judge_and_print(title: str) -> dict[str, float]:
@@ -157,7 +164,7 @@ def _target_run(pipe: "DiffusionPipeline", lsd: float) -> PlannedRun:
     return PlannedRun(pipe.scheduler, plan, "target")
 
 
-def run_loss(num_runs: int) -> LossFunction:
+def run_loss(num_runs: int, features: FeatureLoss | None = None) -> LossFunction:
     """Give the mean logarithm of the runs' squared errors, all of a batch made in one way.
 
     By the logarithm each run counts alike; the few that end in another mode would make most of a
@@ -165,6 +172,7 @@ def run_loss(num_runs: int) -> LossFunction:
 
     Args:
         num_runs: One of so many ways is drawn for a batch.
+        features: Errors in features, which are added.
     """
 
     def compute_loss(
@@ -173,8 +181,10 @@ def run_loss(num_runs: int) -> LossFunction:
         numbers, targets = batch
         device = generator.device
         index = int(torch.randint(num_runs, (), generator=generator, device=device))
-        errors = (sampled(numbers, index) - targets).square().flatten(1).mean(1)
-        return errors.clamp(min=10 ** (-_MAX_PSNR / 10)).log().mean()
+        samples = sampled(numbers, index)
+        errors = (samples - targets).square().flatten(1).mean(1)
+        loss = errors.clamp(min=10 ** (-_MAX_PSNR / 10)).log().mean()
+        return loss if features is None else loss + features(samples, targets)
 
     return compute_loss
 

@@ -45,6 +45,13 @@ class TuneDotConfig(RunConfig):
         default=None,
         metadata={"help": "where the runs to come near to are kept; OUTPUT_DIR/targets if not set"},
     )
+    feature_networks: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "networks in whose features runs are compared too: folders of `morse "
+            "train-features`, or module.path:Name; others than you evaluate with"
+        },
+    )
     blend: float = field(
         default=1.0,
         metadata={

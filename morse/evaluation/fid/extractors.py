@@ -189,19 +189,27 @@ def _load_fashion_mnist(device: torch.device) -> Extractor:
     )
 
 
-def _load_module(name: str, device: torch.device) -> Extractor:
-    """Load a user's own network, "module.path:Name"."""
+def import_network(name: str, argument: str = "extractor") -> nn.Module:
+    """Make a user's own network, "module.path:Name", frozen.
+
+    Raises:
+        ValueError: If there is none of that name; it names the argument.
+    """
     module_name, _, class_name = name.partition(":")
     try:
         network = getattr(import_module(module_name), class_name)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"extractor is {name!r}, which cannot be loaded ({error}); it must name a class "
+            f"{argument} is {name!r}, which cannot be loaded ({error}); it must name a class "
             "without arguments in an importable module (is its folder on PYTHONPATH?)"
         ) from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"extractor is {name!r}, which makes a {type(network)}, no nn.Module")
-    network.eval().requires_grad_(False).to(device)
+        raise ValueError(f"{argument} is {name!r}, which makes a {type(network)}, no nn.Module")
+    return network.eval().requires_grad_(False)
+
+
+def _load_module(name: str, device: torch.device) -> Extractor:
+    network = import_network(name).to(device)
 
     def compute(images: Tensor) -> tuple[Tensor, None]:
         features = network(images.to(device).float() / 255)

@@ -1,0 +1,109 @@
+"""Errors in what other networks see of the samples: for distributions that pixels' errors shift."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from morse.evaluation.features import load_features
+from morse.evaluation.fid.extractors import import_network
+
+_LEAST_ERROR = 1e-6  # of features; what is nearer counts as that near
+
+
+class _Layers(nn.Module):
+    """A `FashionFeatures` as a network that gives its layers."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.classifier.layers(images)
+
+
+class FeatureLoss(nn.Module):
+    """Mean logarithm of the squared errors in the features of networks.
+
+    The least squared error of pixels is reached by what lies in the middle where Dot is unsure,
+    and networks see that: the mean of their features shifts. So errors of features count too, as
+    in LPIPS (Zhang et al. 2018): half of each layer's map, half of the vector at the end, and a
+    quarter of the mean of a batch's vectors, which is that shift.
+
+    Args:
+        networks: Each maps images (B, C, H, W) in [0, 1] to a tensor or a sequence of them, (B, C,
+            H, W) or (B, D), the last of them (B, D).
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        """Take the networks, frozen."""
+        super().__init__()
+        self.networks = nn.ModuleList(networks).eval().requires_grad_(False)
+
+    def forward(self, samples: Tensor, targets: Tensor) -> Tensor:
+        """Give the mean over the networks.
+
+        Args:
+            samples: (B, C, H, W) in [0, 1].
+            targets: What they are to come near to, of the same shape.
+        """
+        images = torch.cat([samples, targets])
+        return torch.stack([_errors(network(images)) for network in self.networks]).mean()
+
+
+def _errors(features: Tensor | Sequence[Tensor]) -> Tensor:
+    *maps, vector = [features] if isinstance(features, Tensor) else features
+    differences = [found.float().chunk(2) for found in (*maps, vector)]
+    *of_maps, of_vector = [first - second for first, second in differences]
+    loss = 0.5 * _log_error(of_vector) + 0.25 * _log_error(of_vector.mean(0, keepdim=True))
+    if of_maps:
+        loss = loss + 0.5 * torch.stack([_log_error(each) for each in of_maps]).mean()
+    return loss
+
+
+def _log_error(differences: Tensor) -> Tensor:
+    """Mean over the samples, (B, ...), of the logarithm of their mean square."""
+    return differences.square().flatten(1).mean(1).clamp(min=_LEAST_ERROR).log().mean()
+
+
+def load_feature_loss(
+    names: Sequence[str], device: torch.device, example: Tensor
+) -> FeatureLoss | None:
+    """Load the networks of `--feature_networks`, and try them.
+
+    Args:
+        names: Each the folder of a classifier by `morse train-features`, or "module.path:Name".
+        device: Where to run them.
+        example: Images (B, C, H, W) such as they will get.
+
+    Returns:
+        None without names.
+
+    Raises:
+        ValueError: If a network is missing, or gives no features of such images.
+    """
+    if not names:
+        return None
+    loss = FeatureLoss([_load(name) for name in names]).to(device)
+    for name, network in zip(names, loss.networks, strict=True):
+        found = network(example.to(device))
+        last = found if isinstance(found, Tensor) else found[-1]
+        if last.shape[:-1] != (len(example),):
+            raise ValueError(
+                f"feature_networks is {name!r}, which gives {tuple(last.shape)} for "
+                f"{len(example)} images; the last that it gives must be (B, D)."
+            )
+    return loss
+
+
+def _load(name: str) -> nn.Module:
+    if ":" in name and not Path(name).exists():
+        return import_network(name, "feature_networks")
+    try:
+        return _Layers(load_features(name))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"feature_networks is {name!r}, which is no folder of `morse train-features` ({error}) "
+            'and no class "module.path:Name".'
+        ) from error
