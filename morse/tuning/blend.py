@@ -24,8 +24,8 @@ def weights_before(dot: "MorseDot", blend_from: str | None) -> dict[str, Tensor]
         return own
     from morse.dot import MorseDot
 
-    other = MorseDot.from_pretrained(blend_from).to(dot.device, torch.float32)
-    weights = {name: value.clone() for name, value in other.state_dict().items()}
+    other = MorseDot.from_pretrained(blend_from).to(dot.device)
+    weights = dict(other.state_dict())
     shapes, wanted = ({n: v.shape for n, v in each.items()} for each in (weights, own))
     if shapes != wanted:
         unlike = sorted(n for n in shapes | wanted if shapes.get(n) != wanted.get(n))

@@ -1,4 +1,4 @@
-"""Errors in what other networks see of the samples: for distributions that pixels' errors shift."""
+"""Errors in what other networks see of the samples, so that their distribution does not shift."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +26,8 @@ class _Layers(nn.Module):
 class FeatureLoss(nn.Module):
     """Mean logarithm of the squared errors in the features of networks.
 
-    The least squared error of pixels is reached by what lies in the middle where Dot is unsure,
-    and networks see that: the mean of their features shifts. So errors of features count too, as
+    A Dot that is tuned on errors of pixels alone gives images whose features have another mean, as
+    networks see them that were trained to tell images apart. So errors of features count too, as
     in LPIPS (Zhang et al. 2018): half of each layer's map, half of the vector at the end, and a
     quarter of the mean of a batch's vectors, which is that shift.
 
