@@ -59,13 +59,8 @@ def tune_dot(config: TuneDotConfig) -> Path:
     target = _target_run(pipe, config.target_lsd)
     runs = runs_to_tune(pipe, schedulers, config.lsd)
     sampled, many = (SampledRun(pipe, each, conditions, config.seed) for each in (runs, [target]))
-    if config.feature_networks and sampled.output_type == "latent":
-        raise ValueError(
-            f"feature_networks is {config.feature_networks}, but runs of {type(pipe).__name__} are "
-            "compared as latents, which no such network sees; leave it out."
-        )
+    features = _feature_loss(many, config, accelerator)
     targets = prepare_targets(many, config, accelerator)
-    features = load_feature_loss(config.feature_networks, accelerator.device, targets.samples[:2])
     training = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs), features))
     found: dict[int, dict[str, float]] = {}
 
@@ -162,6 +157,23 @@ def _target_run(pipe: "DiffusionPipeline", lsd: float) -> PlannedRun:
     if set(plan.plan) != {"D"}:
         plan = SavedPlan(lsd, "D" * round(lsd))
     return PlannedRun(pipe.scheduler, plan, "target")
+
+
+@torch.no_grad()
+def _feature_loss(
+    sampled: SampledRun, config: TuneDotConfig, accelerator: "Accelerator"
+) -> FeatureLoss | None:
+    """Load what errors in features are measured with, if anything; tried before the long work."""
+    if not config.feature_networks:
+        return None
+    if sampled.output_type == "latent":
+        raise ValueError(
+            f"feature_networks is {config.feature_networks}, but runs of "
+            f"{type(sampled.pipe).__name__} are compared as latents, which no such network sees; "
+            "leave it out."
+        )
+    example = sampled(torch.arange(2), 0)
+    return load_feature_loss(config.feature_networks, accelerator.device, example)
 
 
 def run_loss(num_runs: int, features: FeatureLoss | None = None) -> LossFunction:

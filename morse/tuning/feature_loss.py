@@ -67,9 +67,7 @@ def _log_error(differences: Tensor) -> Tensor:
     return differences.square().flatten(1).mean(1).clamp(min=_LEAST_ERROR).log().mean()
 
 
-def load_feature_loss(
-    names: Sequence[str], device: torch.device, example: Tensor
-) -> FeatureLoss | None:
+def load_feature_loss(names: Sequence[str], device: torch.device, example: Tensor) -> FeatureLoss:
     """Load the networks of `--feature_networks`, and try them.
 
     Args:
@@ -77,14 +75,9 @@ def load_feature_loss(
         device: Where to run them.
         example: Images (B, C, H, W) such as they will get.
 
-    Returns:
-        None without names.
-
     Raises:
         ValueError: If a network is missing, or gives no features of such images.
     """
-    if not names:
-        return None
     loss = FeatureLoss([_load(name) for name in names]).to(device)
     for name, network in zip(names, loss.networks, strict=True):
         found = network(example.to(device))
