@@ -24,11 +24,11 @@ from morse.saved_plans import SavedPlan
 from morse.tuning.blend import blend, weights_before
 from morse.tuning.command import (
     TuneDotConfig,
-    run_loss,
     runs_to_tune,
     tune_dot,
     worse_plans,
 )
+from morse.tuning.loss import run_loss
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import SHARD_SAMPLES
 

@@ -56,7 +56,8 @@ class FashionFeatures(nn.Module):
         Raises:
             ValueError: If the images have another shape.
         """
-        return nn.functional.gelu(self.embed(self.layers(images)[-1]))
+        hidden = self.stages(self._scaled(images)).mean(dim=(2, 3))
+        return nn.functional.gelu(self.embed(hidden))
 
     def layers(self, images: Tensor) -> list[Tensor]:
         """Return what every convolution's stage gives, (B, C, H, W), and the pooled last, (B, C).
@@ -64,17 +65,21 @@ class FashionFeatures(nn.Module):
         Args:
             images: As for `features`, like what is raised.
         """
-        if images.ndim != 4 or images.shape[1:] != (1, 32, 32):
-            raise ValueError(
-                f"images has shape {tuple(images.shape)}, but the Fashion-MNIST features are "
-                "defined for (B, 1, 32, 32) in [0, 1]: pad 28x28 images with 2 black pixels"
-            )
-        hidden, found = images * 2 - 1, []
+        hidden, found = self._scaled(images), []
         for stage in self.stages:
             hidden = stage(hidden)
             if isinstance(stage, nn.Sequential):
                 found.append(hidden)
         return [*found, hidden.mean(dim=(2, 3))]
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        """Check the shape and give the images in [-1, 1]."""
+        if images.ndim != 4 or images.shape[1:] != (1, 32, 32):
+            raise ValueError(
+                f"images has shape {tuple(images.shape)}, but the Fashion-MNIST features are "
+                "defined for (B, 1, 32, 32) in [0, 1]: pad 28x28 images with 2 black pixels"
+            )
+        return images * 2 - 1
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class logits, (B, 10), of images (B, 1, 32, 32) in [0, 1]."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
 
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_bare, with_scheduler
@@ -21,10 +20,10 @@ from morse.evaluation.environment import command_line, environment
 from morse.evaluation.metrics import psnr
 from morse.saved_plans import SavedPlan
 from morse.training.checkpoint import write_json
-from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.training.run import TrainingRun, begin_run
 from morse.tuning.blend import blend, weights_before
 from morse.tuning.config import TuneDotConfig
-from morse.tuning.feature_loss import FeatureLoss, load_feature_loss
+from morse.tuning.loss import MAX_PSNR, FeatureLoss, load_feature_loss, run_loss
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import Targets, prepare_targets
 
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from morse.dot import MorseDot
 
 __all__ = ["TuneDotConfig", "tune_dot"]
-
-_MAX_PSNR = 80.0  # dB of pixels in [0, 1]; runs that are nearer count as that near
 
 
 def tune_dot(config: TuneDotConfig) -> Path:
@@ -49,7 +46,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
     bare, dot = load_bare(config.pretrained_model_name_or_path, config.dot, str(accelerator.device))
     schedulers = {solver: make_solver(solver, bare.scheduler.config) for solver in config.solver}
     pipe = enable_with_gradients(with_scheduler(bare, schedulers[config.solver[0]]), dot)
-    before = weights_before(dot, config.blend_from)
+    before = weights_before(dot, config.blend_from) if config.blend < 1 else None
     if config.gradient_checkpointing:
         find_denoiser(pipe).enable_gradient_checkpointing()
     conditions = make_conditions(
@@ -88,7 +85,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
             validate(last)
         saved = found[last]
         training.copy_weights_to(sampled)
-        if config.blend < 1:
+        if before is not None:
             blend(dot, before, config.blend)
             saved = judge_and_print(f"blended, {config.blend:g} of the change")
         if worse := worse_plans(found[min(found)], saved):
@@ -176,31 +173,6 @@ def _feature_loss(
     return load_feature_loss(config.feature_networks, accelerator.device, example)
 
 
-def run_loss(num_runs: int, features: FeatureLoss | None = None) -> LossFunction:
-    """Give the mean logarithm of the runs' squared errors, all of a batch made in one way.
-
-    By the logarithm each run counts alike; the few that end in another mode would make most of a
-    mean error. Its negative is the mean PSNR, in other units.
-
-    Args:
-        num_runs: One of so many ways is drawn for a batch.
-        features: Errors in features, which are added.
-    """
-
-    def compute_loss(
-        sampled: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator
-    ) -> Tensor:
-        numbers, targets = batch
-        device = generator.device
-        index = int(torch.randint(num_runs, (), generator=generator, device=device))
-        samples = sampled(numbers, index)
-        errors = (samples - targets).square().flatten(1).mean(1)
-        loss = errors.clamp(min=10 ** (-_MAX_PSNR / 10)).log().mean()
-        return loss if features is None else loss + features(samples, targets)
-
-    return compute_loss
-
-
 @torch.no_grad()
 def judge(sampled: SampledRun, targets: Targets, batch_size: int) -> dict[str, float]:
     """Give, for each way, the mean of -10 log10 of the held-out runs' squared errors.
@@ -211,7 +183,7 @@ def judge(sampled: SampledRun, targets: Targets, batch_size: int) -> dict[str, f
     found = {}
     for index, run in enumerate(sampled.runs):
         parts = [sampled(part, index).cpu() for part in numbers.split(batch_size)]
-        found[run.name] = float(psnr(torch.cat(parts), wanted, _MAX_PSNR).mean())
+        found[run.name] = float(psnr(torch.cat(parts), wanted, MAX_PSNR).mean())
     return found
 
 

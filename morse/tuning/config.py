@@ -100,7 +100,6 @@ class TuneDotConfig(RunConfig):
         require(ratio is None or ratio > 0, "speed_ratio", ratio, "more than 0")
         require(self.validation_steps >= 0, "validation_steps", self.validation_steps, "at least 0")
         require(0 < self.blend <= 1, "blend", self.blend, "in (0, 1]")
-        if self.blend == 1:
-            unused = self.blend_from is None
-            require(unused, "blend_from", self.blend_from, "left out where --blend is 1")
+        counted = self.blend < 1 or self.blend_from is None
+        require(counted, "blend_from", self.blend_from, "left out where --blend is 1")
         require(not self.compile, "compile", self.compile, "False: whole runs are not compiled")

@@ -1,4 +1,4 @@
-"""Errors in what other networks see of the samples, so that their distribution does not shift."""
+"""What a Dot is tuned on: errors of samples, and of what other networks see of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from morse.evaluation.features import load_features
 from morse.evaluation.fid.extractors import import_network
+from morse.training.run import LossFunction
 
+MAX_PSNR = 80.0  # dB of pixels in [0, 1]; runs that are nearer count as that near
 _LEAST_ERROR = 1e-6  # of features; what is nearer counts as that near
 
 
@@ -32,14 +34,14 @@ class FeatureLoss(nn.Module):
     quarter of the mean of a batch's vectors, which is that shift.
 
     Args:
-        networks: Each maps images (B, C, H, W) in [0, 1] to a tensor or a sequence of them, (B, C,
-            H, W) or (B, D), the last of them (B, D).
+        networks: Frozen. Each maps images (B, C, H, W) in [0, 1] to a tensor or a sequence of them,
+            (B, C, H, W) or (B, D), the last of them (B, D).
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
-        """Take the networks, frozen."""
+        """Take the networks."""
         super().__init__()
-        self.networks = nn.ModuleList(networks).eval().requires_grad_(False)
+        self.networks = nn.ModuleList(networks)
 
     def forward(self, samples: Tensor, targets: Tensor) -> Tensor:
         """Give the mean over the networks.
@@ -62,9 +64,33 @@ def _errors(features: Tensor | Sequence[Tensor]) -> Tensor:
     return loss
 
 
-def _log_error(differences: Tensor) -> Tensor:
-    """Mean over the samples, (B, ...), of the logarithm of their mean square."""
-    return differences.square().flatten(1).mean(1).clamp(min=_LEAST_ERROR).log().mean()
+def _log_error(differences: Tensor, least: float = _LEAST_ERROR) -> Tensor:
+    """Mean over the samples, (B, ...), of the logarithm of their mean square, at least `least`."""
+    return differences.square().flatten(1).mean(1).clamp(min=least).log().mean()
+
+
+def run_loss(num_runs: int, features: FeatureLoss | None = None) -> LossFunction:
+    """Give the mean logarithm of the runs' squared errors, all of a batch made in one way.
+
+    By the logarithm each run counts alike; the few that end in another mode would make most of a
+    mean error. Its negative is the mean PSNR, in other units.
+
+    Args:
+        num_runs: One of so many ways is drawn for a batch.
+        features: Errors in features, which are added.
+    """
+
+    def compute_loss(
+        sampled: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator
+    ) -> Tensor:
+        numbers, targets = batch
+        device = generator.device
+        index = int(torch.randint(num_runs, (), generator=generator, device=device))
+        samples = sampled(numbers, index)
+        loss = _log_error(samples - targets, least=10 ** (-MAX_PSNR / 10))
+        return loss if features is None else loss + features(samples, targets)
+
+    return compute_loss
 
 
 def load_feature_loss(names: Sequence[str], device: torch.device, example: Tensor) -> FeatureLoss:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from morse.evaluation.features import EMBEDDED, load_features
-from morse.tuning.feature_loss import FeatureLoss, load_feature_loss
+from morse.tuning.loss import FeatureLoss, load_feature_loss
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_layers_end_in_what_the_features_are_made_of():
     [
         ("nowhere", r"feature_networks is 'nowhere', which is no folder of `morse train-features`"),
         ("torch.nn:Nothing", r"feature_networks is 'torch.nn:Nothing', which cannot be loaded"),
-        ("test_feature_loss:Scalar", r"which gives \(\) for 2 images; .* must be \(B, D\)"),
+        ("test_tuning_loss:Scalar", r"which gives \(\) for 2 images; .* must be \(B, D\)"),
         ("torch.nn:Identity", r"which gives \(2, 1, 32, 32\) for 2 images"),
     ],
 )
