@@ -105,6 +105,20 @@ def test_merged_lora_gives_the_same_output(dash, make_dot):
     assert torch.equal(dot.unmerge_lora()(*inputs()), unmerged)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_attention_projects_all_tokens_as_one_matrix(dash, make_dot, merge):
+    dot = make_dot(dash)
+    if merge:
+        dot.merge_lora()
+    seen = []
+    query = dash.mid_block.attentions[0].to_q
+    hook = query.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    dot.bind(dash)(*inputs())
+    hook.remove()
+    assert seen[0].is_contiguous()
+    assert type(dash.mid_block.attentions[0].group_norm) is nn.GroupNorm
+
+
 @pytest.mark.parametrize(
     "layer",
     [nn.Linear(6, 10), nn.Conv2d(6, 10, 3, stride=2, padding=1), nn.Conv2d(6, 10, 1, bias=False)],
