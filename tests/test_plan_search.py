@@ -215,20 +215,21 @@ class TestFit:
         plain = min((other(5, timestep_power=p) - other_exact).square().mean() for p in (1.0, 2.0))
         assert fitted < plain / 10
 
-    def test_rows_of_their_own_fit_better_than_curves(self):
+    def test_rows_of_their_own_go_on_from_curves(self):
+        """From one round: after three, curves may be as near as four digits of a row allow."""
         sample, exact = self.problem(seed=1)
         other, other_exact = self.problem(seed=2)
 
         def run(rows):
             return sample(5, fitted_steps=rows)
 
-        curves = fit_curves(run, "DDDDD", exact, [power_curves(1.0)], 3)
+        curves = fit_curves(run, "DDDDD", exact, [power_curves(1.0)], 1)
         smooth = curves_to_rows(curves, "DDDDD")
         plain = curves_to_rows(power_curves(1.0), "DDDDD")
         refined = refine_rows(run, exact, [plain, smooth], 4)
         errors = [(other(5, fitted_steps=rows) - other_exact).square().mean()
                   for rows in (smooth, refined)]  # fmt: skip
-        assert errors[1] < errors[0] / 2
+        assert errors[1] < errors[0] / 10
         assert refined[0][0] == 999 and refined[-1][1] == 1
 
     def test_what_is_added_at_dots_evaluations_stays_there(self):
