@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Literal
 
 ModelName = Literal["dash", "dot", "gaussian"]
+_MAX_PLAN_RATIO = 3.0  # evaluations per LSD, where not more are asked for
 MIXTURE_START = "ggg"  # what begins a plan where a mixture is to; fewer gain less
 _LETTERS: dict[str, ModelName] = {"D": "dash", "o": "dot", "g": "gaussian"}
 
@@ -128,9 +129,11 @@ class MorsePlan:
 
         With n LSD, k of them are traded for N*k Dot evaluations such that the number of
         evaluations is about `ratio` times n: (n - k + N*k) / n = ratio (Morse, section 3.2, which
-        advises 2 to 3). A slow Dot would need most of the budget for that, which costs quality
-        (below Dash alone from about 70 % on; Morse, Figure 13), so its share is limited. Where
-        nothing can be traded (N <= 1, or a budget too small) the plan is all Dash.
+        advises 2 to 3). Two bounds on that: a slow Dot would need most of the budget, which costs
+        quality (below Dash alone from about 70 % on; Morse, Figure 13), so its share is limited; a
+        fast one would need less than one Dash evaluation, so at least one is traded, for no more
+        evaluations than three times n. Where that does not pay (N near 1, or a budget of which one
+        Dash evaluation is too large a share) the plan is all Dash.
 
         Args:
             lsd: Budget in LSD, at least 1; the plan's cost never exceeds it.
@@ -151,8 +154,13 @@ class MorsePlan:
         if speed_ratio <= 1:
             return all_dash
         traded = lsd * min((ratio - 1) / (speed_ratio - 1), max_dot_share)
+        if traded and lsd * max_dot_share >= 1:
+            traded = max(traded, 1)
         num_dash = min(max(1, round(lsd - traded)), math.floor(lsd))
-        num_dot = math.floor((lsd - num_dash) * speed_ratio + 1e-9)
+        num_dot = min(
+            math.floor((lsd - num_dash) * speed_ratio + 1e-9),
+            math.floor(lsd * max(ratio, _MAX_PLAN_RATIO)) - num_dash,
+        )
         return cls.uniform(num_dash, num_dot) if num_dash + num_dot > len(all_dash) else all_dash
 
     @classmethod

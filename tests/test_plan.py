@@ -39,8 +39,21 @@ def test_a_slow_dot_gets_a_limited_share():
     assert str(MorsePlan.from_budget(10, 2.2, max_dot_share=0)) == "D" * 10
 
 
+def test_a_fast_dot_gets_one_dash_evaluation_at_least():
+    # k = 0.33 for ratio 1.5 and N = 10; rounded, Dot would have no part.
+    plan = MorsePlan.from_budget(6, 10, ratio=1.5)
+    assert (plan.num_dash, plan.num_dot) == (5, 10)
+    assert MorsePlan.from_budget(4.02, 10, ratio=1.5).num_dash == 3
+
+
+@pytest.mark.parametrize("ratio", [2, 3, 5])
+def test_a_very_fast_dot_makes_no_more_evaluations_than_help(ratio):
+    assert len(MorsePlan.from_budget(5, 1000, ratio)) == 5 * max(ratio, 3)
+
+
 def test_all_dash_where_nothing_can_be_traded():
     assert str(MorsePlan.from_budget(1, 6)) == "D"
+    assert str(MorsePlan.from_budget(3, 6, ratio=1.5)) == "DDD"  # one is over 30 % of it
     assert str(MorsePlan.from_budget(7.9, 0.8)) == "D" * 7
     assert str(MorsePlan.from_budget(5, 6, ratio=1)) == "DDDDD"
 

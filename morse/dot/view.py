@@ -10,7 +10,6 @@ import hashlib
 import math
 import operator
 from collections.abc import Iterable
-
 from functools import cache
 
 import torch
