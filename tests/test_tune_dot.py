@@ -289,7 +289,7 @@ def test_two_processes_share_the_work(folder, tmp_path):
     assert MorseDot.from_pretrained(tmp_path / "run").config.plans
 
 
-def test_a_text_pipeline_is_tuned_on_its_guided_latents(tmp_path):
+def test_a_text_pipeline_is_tuned_on_its_guided_latents_or_images(tmp_path):
     pipe = text_pipeline()
     torch.manual_seed(1)
     dot = MorseDot.from_dash(pipe.unet, num_down_blocks=1, block_out_channels=(8,), lora_rank=2)
@@ -311,8 +311,16 @@ def test_a_text_pipeline_is_tuned_on_its_guided_latents(tmp_path):
     latents = plain("b", guidance_scale=3.0, num_inference_steps=4, output_type="latent",
                     generator=torch.Generator().manual_seed(3 + 1)).images  # fmt: skip
     torch.testing.assert_close(samples[1:2], latents, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"feature_networks is .* compared as latents"):
-        tune_dot(replace(config, output_dir=tmp_path / "x", feature_networks=("torch.nn:Flatten",)))
+    decoded = {"feature_networks": ("torch.nn:Flatten",), "gradient_checkpointing": True}
+    tune_dot(replace(config, output_dir=tmp_path / "decoded", **decoded))
+    images = load_file(tmp_path / "decoded/targets/targets-00000.safetensors")["samples"]
+    shown = plain("b", guidance_scale=3.0, num_inference_steps=4, output_type="np",
+                  generator=torch.Generator().manual_seed(3 + 1)).images  # fmt: skip
+    torch.testing.assert_close(images[1], torch.from_numpy(shown[0]).permute(2, 0, 1))
+    before = weights(tmp_path / "pipeline/dot")
+    for run in ("run", "decoded"):
+        after = weights(tmp_path / run)
+        assert any(not torch.equal(after[name], value) for name, value in before.items())
     facts = json.loads((tmp_path / "run/tuning.json").read_text())
     assert set(facts["decibels_by_step"]["0"]) == {
         f"{solver}, {lsd} LSD" for solver in ("dpmsolver++", "ddim") for lsd in (2, 3)

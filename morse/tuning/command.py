@@ -47,15 +47,20 @@ def tune_dot(config: TuneDotConfig) -> Path:
     schedulers = {solver: make_solver(solver, bare.scheduler.config) for solver in config.solver}
     pipe = enable_with_gradients(with_scheduler(bare, schedulers[config.solver[0]]), dot)
     before = weights_before(dot, config.blend_from) if config.blend < 1 else None
+    decode = bool(config.feature_networks)
     if config.gradient_checkpointing:
-        find_denoiser(pipe).enable_gradient_checkpointing()
+        for model in (find_denoiser(pipe), getattr(pipe, "vae", None) if decode else None):
+            if model is not None:
+                model.enable_gradient_checkpointing()
     conditions = make_conditions(
         pipe, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
     pipe.speed_ratio = _choose_speed_ratio(pipe, config, conditions, accelerator)
     target = _target_run(pipe, config.target_lsd)
     runs = runs_to_tune(pipe, schedulers, config.lsd)
-    sampled, many = (SampledRun(pipe, each, conditions, config.seed) for each in (runs, [target]))
+    sampled, many = (
+        SampledRun(pipe, each, conditions, config.seed, decode) for each in (runs, [target])
+    )
     features = _feature_loss(many, config, accelerator)
     targets = prepare_targets(many, config, accelerator)
     training = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs), features))
@@ -163,12 +168,6 @@ def _feature_loss(
     """Load what errors in features are measured with, if anything; tried before the long work."""
     if not config.feature_networks:
         return None
-    if sampled.output_type == "latent":
-        raise ValueError(
-            f"feature_networks is {config.feature_networks}, but runs of "
-            f"{type(sampled.pipe).__name__} are compared as latents, which no such network sees; "
-            "leave it out."
-        )
     example = sampled(torch.arange(2), 0)
     return load_feature_loss(config.feature_networks, accelerator.device, example)
 

@@ -49,7 +49,8 @@ class TuneDotConfig(RunConfig):
         default=(),
         metadata={
             "help": "networks in whose features runs are compared too: folders of `morse "
-            "train-features`, or module.path:Name; others than you evaluate with"
+            "train-features`, or module.path:Name; others than you evaluate with; latents are "
+            "decoded for them"
         },
     )
     blend: float = field(

@@ -59,6 +59,7 @@ class SampledRun(nn.Module):
         runs: The ways, by their index.
         conditions: What samples are of, by their numbers.
         seed: That of sample 0's noise; sample n's is n more.
+        decode: Whether latents become images; without, samples are latents where there are any.
     """
 
     def __init__(
@@ -67,13 +68,15 @@ class SampledRun(nn.Module):
         runs: Sequence[PlannedRun],
         conditions: Conditions,
         seed: int,
+        decode: bool = False,
     ) -> None:
         """Take the pipeline's Dot as the part that is trained."""
         super().__init__()
         self.dot = pipe.dot
         self.pipe, self.runs, self.conditions, self.seed = pipe, tuple(runs), conditions, seed
-        # Latents are compared as they are: decoding them costs more than a run of Dot.
-        self.output_type = "pt" if getattr(pipe, "vae", None) is None else "latent"
+        # Latents are compared as they are if they may: decoding them costs more than a run of Dot.
+        is_latent = getattr(pipe, "vae", None) is not None and not decode
+        self.output_type = "latent" if is_latent else "pt"
 
     def forward(self, numbers: Tensor, index: int) -> Tensor:
         """Sample the numbers (B,) by the run of this index.

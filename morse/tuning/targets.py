@@ -82,6 +82,7 @@ def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
         "plan": plan.plan,
         "scheduler_options": dict(plan.scheduler),
         "samples": config.num_images + config.validation_images,
+        "output_type": sampled.output_type,
         "seed": config.seed,
         "guidance_scale": config.guidance_scale,
         "conditions": digest(repr((config.prompts, config.class_names))),
