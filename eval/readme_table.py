@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -167,26 +167,25 @@ def _factor(result: Result, entry: Measured) -> str:
     return f"over {largest / entry['spent']:.2f}"
 
 
-def make_speeds(results: Sequence[dict[str, object]]) -> str:
-    """Return N on each processor at each batch size, as Markdown.
+def make_speeds(entries: list[dict[str, object]]) -> str:
+    """Return N at each batch size, as Markdown, of `morse bench --latency_only --compile`.
 
     Args:
-        results: JSON of `morse bench --latency_only --compile`, one a processor.
+        entries: The JSON's "speed_ratios".
     """
     columns = {
         "N, LoRA merged (default)": (True, "eager"),
         "N, LoRA separate": (False, "eager"),
         "N, Dash and Dot compiled": (True, "compiled"),
     }
-    lines = [f"| processor | batch | {' | '.join(columns)} |", "|---" + "|--:" * 4 + "|"]
-    for result in results:
-        found = {
-            (entry["batch_size"], entry["merged"], entry["mode"]): f"{entry['speed_ratio']:.1f}"
-            for entry in result["speed_ratios"]
-        }
-        for size in sorted({size for size, *_ in found}):
-            cells = [result["device"], str(size), *(found[size, *how] for how in columns.values())]
-            lines.append(f"| {' | '.join(cells)} |")
+    found = {
+        (entry["batch_size"], entry["merged"], entry["mode"]): f"{entry['speed_ratio']:.1f}"
+        for entry in entries
+    }
+    lines = [f"| batch | {' | '.join(columns)} |", "|--:" * (len(columns) + 1) + "|"]
+    for size in sorted({size for size, *_ in found}):
+        cells = [str(size), *(found[size, *how] for how in columns.values())]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -201,7 +200,7 @@ TABLES: dict[str, Callable[[], str]] = {
         load_result("fashion_mnist/planned"), psnr_errors=True, names=PLANNED_ROWS
     ),
     "speeds": lambda: make_speeds(
-        [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("latency*.json"))]
+        json.loads((RESULTS / "latency.json").read_text("utf-8"))["speed_ratios"]
     ),
     "guided": lambda: make_table(load_result("fashion_mnist_text"), names=GUIDED_ROWS),
     "ablation": lambda: compact_table(json.loads(ABLATION.read_text("utf-8"))),
