@@ -43,12 +43,13 @@ def test_searched_plans_come_with_the_leapfrog_solver():
 def test_morse_is_nearer_to_many_steps_than_the_bare_solver(pipe):
     many = MorsePipeline.from_pretrained("fashion-mnist", scheduler="dpmsolver++")
     many.set_progress_bar_config(disable=True)
-    reference = sample(many, num_inference_steps=50)
+    # Several, for a single image may end in another mode.
+    reference = sample(many, count=4, num_inference_steps=50)
     bare, with_dot = (
-        psnr(sample(pipe, **budget), reference).mean()
+        psnr(sample(pipe, count=4, **budget), reference).mean()
         for budget in ({"num_inference_steps": 8}, {"lsd": 8})
     )
-    assert with_dot > bare + 1
+    assert with_dot > bare + 3
 
 
 def test_disabling_gives_the_bare_pipeline_back(pipe):
