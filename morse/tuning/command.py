@@ -47,11 +47,11 @@ def tune_dot(config: TuneDotConfig) -> Path:
     schedulers = {solver: make_solver(solver, bare.scheduler.config) for solver in config.solver}
     pipe = enable_with_gradients(with_scheduler(bare, schedulers[config.solver[0]]), dot)
     before = weights_before(dot, config.blend_from) if config.blend < 1 else None
-    decode = bool(config.feature_networks)
+    decode = bool(config.feature_networks) and getattr(pipe, "vae", None) is not None
     if config.gradient_checkpointing:
-        for model in (find_denoiser(pipe), getattr(pipe, "vae", None) if decode else None):
-            if model is not None:
-                model.enable_gradient_checkpointing()
+        find_denoiser(pipe).enable_gradient_checkpointing()
+        if decode:
+            pipe.vae.enable_gradient_checkpointing()
     conditions = make_conditions(
         pipe, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
