@@ -83,13 +83,17 @@ def test_baselines_and_morse_are_measured_first():
     solvers = {method.solver for method, _ in tasks if method.kind == "morse"}
     assert solvers == set(BenchmarkConfig().solvers)
     assert {method.solver for method, _ in tasks if method.kind == "pfdiff"} == {"ddim"}
+    # What Morse is compared with has the solvers of its strongest rows, and no holes.
+    assert {method.solver for method, _ in tasks if method.kind == "mixture"} == planned
+    for kind in ("baseline", "pfdiff", "mixture"):
+        assert {lsd for method, lsd in tasks if method.kind == kind} >= {3, 5, 10, 15, 25, 40}
 
 
 def test_every_control_is_measured(config, tmp_path):
     result = measure_benchmark(dataclasses.replace(config, output_dir=tmp_path))
-    # Three budgets of each bare solver, two of the five other kinds that this pipeline can run, two
-    # of PFDiff with DDIM.
-    assert len(result["rows"]) == 2 * (3 + 5 * 2) + 2
+    # Three budgets of each bare solver and of PFDiff with DDIM, two of the five other kinds that
+    # this pipeline can run.
+    assert len(result["rows"]) == 2 * (3 + 5 * 2) + 3
     rows = {(row["kind"], row["solver"], row["budget"]): row for row in result["rows"]}
     assert {kind for kind, _, _ in rows} == set(CHOOSABLE) - {"ays", "mixture"}
     shrunk, pfdiff = rows["shrunk", "ddim", 3], rows["pfdiff", "ddim", 3]

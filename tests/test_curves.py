@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-from scipy.optimize import isotonic_regression
 
-from morse.evaluation.stats.curves import UNKNOWN, Curve, Place, isotonic, matched_quality_speedup
+from morse.evaluation.stats.curves import UNKNOWN, Curve, Place, matched_quality_speedup
 
 INSIDE, BETTER, FLAT, WORSE = Place
 COSTS = np.arange(2.0, 101.0)
@@ -17,20 +16,17 @@ def places(curve, *targets):
     return [(float(cost[0]), Place(place[0])) for cost, place in found]
 
 
-def test_isotonic_pools_what_gets_worse():
-    assert isotonic([5.0, 2.0, 4.0, 1.0]).tolist() == [5.0, 3.0, 3.0, 1.0]
-    assert isotonic([1.0, 2.0, 6.0]).tolist() == [3.0, 3.0, 3.0]
-    assert isotonic([3.0, 2.0, 2.0]).tolist() == [3.0, 2.0, 2.0]
-    for seed in range(20):
-        errors = np.random.default_rng(seed).normal(size=15) - np.arange(15) / 8
-        expected = isotonic_regression(errors, increasing=False).x
-        np.testing.assert_allclose(isotonic(errors), expected, rtol=1e-12)
+def test_a_worse_point_that_costs_more_does_not_make_a_good_one_worse():
+    curve = one_row([3, 4, 5, 10], [2.0, 1.0, 1.5, 0.5])
+    assert curve.errors.tolist() == [[2.0, 1.0, 1.0, 0.5]]
+    # As good as the baseline with 4, so no speed-up; pooled with its 5 it would be one.
+    assert matched_quality_speedup(curve, 4, np.array([1.0 + 1e-9]))["value"] == pytest.approx(1)
 
 
 def test_each_row_is_made_monotone_by_itself_and_sorted_by_cost():
     curve = Curve.fit([4.0, 1.0, 2.0], np.array([[1.0, 3.0, 2.0], [2.0, 3.0, 1.0]]))
     assert curve.costs.tolist() == [1.0, 2.0, 4.0]
-    assert curve.errors.tolist() == [[3.0, 2.0, 1.0], [3.0, 1.5, 1.5]]
+    assert curve.errors.tolist() == [[3.0, 2.0, 1.0], [3.0, 1.0, 1.0]]
 
 
 def test_interpolation_is_linear_in_log_cost_both_ways():
@@ -54,7 +50,7 @@ def test_outside_of_the_improving_range():
     assert places(flat, 2.1)[0][0] < 4 and places(flat, 1.9)[0][0] > 8
     level = one_row([2, 4, 8], [3.0, 3.0, 1.0])
     assert places(level, 3.0, 2.0) == [(np.inf, FLAT), (pytest.approx(32**0.5), INSIDE)]
-    nowhere = one_row([2, 4], [1.0, 2.0])  # gets worse: level at 1.5
+    nowhere = one_row([2, 4], [1.5, 2.0])  # gets worse: level at 1.5
     assert places(nowhere, 1.5, 1.6, 1.4) == [(np.inf, BETTER), (0, WORSE), (np.inf, BETTER)]
 
 
@@ -97,6 +93,9 @@ def test_replicates_outside_are_counted_and_too_many_leave_no_interval():
     entry = speedup_at_10([1 / 20] * 971 + [0.001] * 20 + [0.9] * 10)
     assert entry["value"] == pytest.approx(2) and entry["interval"] is None
     assert entry["replicates_outside"] == 30 and "3.0% of the replicates" in entry["note"]
+    # Better than the baseline ever is, is cheaper; worse than it ever is, is not.
+    assert entry["cheaper"] == pytest.approx(0.99)
+    assert speedup_at_10([1 / 20] * 2)["cheaper"] == 1 and speedup_at_10([0.05])["cheaper"] is None
 
 
 def test_points_without_a_speedup_keep_their_status_and_say_why():
@@ -119,3 +118,4 @@ def test_clear_errors():
         one_row([0, 1], [1.0, 0.5])
     with pytest.raises(ValueError, match="from 1 to 2"):
         one_row([1, 2], [1.0, 0.5]).error_at(3)
+    assert [one_row([1, 2], [1.0, 0.5]).nearest(cost) for cost in (0.5, 1.5, 3)] == [1, 1.5, 2]

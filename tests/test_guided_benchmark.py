@@ -125,12 +125,12 @@ def rows_of(result, scale):
 
 
 def test_every_guidance_scale_has_its_figures(result):
-    assert result["schema_version"] == 3
+    assert result["schema_version"] == 4
     assert [part["guidance_scale"] for part in result["guidance"]] == [1.0, 4.0]
     for scale in (1.0, 4.0):
         rows = rows_of(result, scale)
-        # Two solvers bare at 3 and 5 LSD, Morse with both, reuse and PFDiff with DDIM.
-        assert len(rows) == 2 * 2 + 2 + 2
+        # Two solvers bare and PFDiff at 3 and 5 LSD, Morse with both, reuse with DDIM.
+        assert len(rows) == 2 * 2 + 2 + 2 + 1
         assert all(row["seconds"] > 0 and not row["fallbacks"] for row in rows.values())
         # A Dot that starts at zero is reuse, so Morse and its control agree here.
         morse, reuse = rows["morse", "ddim", 3], rows["reuse", "ddim", 3]

@@ -72,13 +72,44 @@ def test_a_gain_in_lsd_that_is_none_in_seconds_is_listed(result):
     table = next(t for title, t in tables_of(result) if title == "Where Morse does not win")
     slow = {row[:2]: row[5] for row in table.rows}
     # 1.27, 1.01 and 0.83 times the LSD are 1.14, 0.91 and 0.74 times the seconds.
-    # At 30 LSD both are out of range.
-    assert slow["Morse-DDIM r2", "Same-noise PSNR to the reference"] == "8, 12, 30"
-    assert slow["Morse-DPM++ 2M r1.75", "Same-noise PSNR to the reference"] == "30"
+    # At 30 LSD both are out of range, and before schema 4 nobody knows whether "saturated" is sure.
+    assert slow["Morse-DDIM r2", "Same-noise PSNR to the reference"] == "8, 12, 20, 30"
+    assert slow["Morse-DPM++ 2M r1.75", "Same-noise PSNR to the reference"] == "20, 30"
     unmeasured = result | {"speedups": []}
     table = next(t for title, t in tables_of(unmeasured) if title == "Where Morse does not win")
     assert {row[5] for row in table.rows} == {"not measured"}
     assert not find_claims(unmeasured)
+
+
+def test_paired_gains_come_before_single_errors(result):
+    """Schema 4 has them: as the single errors, each larger than the gain, do not tell."""
+    changed = copy.deepcopy(result)
+    for row in changed["rows"]:
+        row["against_best"] = {
+            axis: {"gain": 1e-3, "interval": interval}
+            for axis, interval in (("frechet", [-2e-3, -1e-3]), ("psnr", [1e-3, 2e-3]))
+            if row["kind"] == "morse"
+        }
+    text = report_sections(changed)[0].text[0]
+    assert "of 20 comparisons" in text
+    assert "better in 10, within noise in 0 and worse in 10" in text
+
+
+def test_budgets_without_dot_are_named(result):
+    changed = copy.deepcopy(result)
+    for row in changed["rows"]:
+        if row["label"] == "Morse-DDIM r2" and row["budget"] in (20, 30):
+            row["num_dot"] = 0
+    assert "the steps', not Dot's: Morse-DDIM r2 at 20, 30 LSD." in all_text(changed)
+    assert "not Dot's" not in all_text(result)
+
+
+def test_a_gain_without_an_interval_is_not_sure(result):
+    changed = copy.deepcopy(result)
+    for entry in changed["speedups"]:
+        entry["cheaper"] = 0.96 if entry["budget"] == 5 else 1.0
+    claim = find_claims(changed)["Morse-DPM++ 2M r1.75", "Same-noise PSNR"]
+    assert claim == ("1.27–1.60× (3 of 5, surely 4)", "1.14–1.44× (3 of 5, surely 4)")
 
 
 def test_methods_ahead_of_morse_are_named(result):
@@ -134,8 +165,8 @@ def test_speedups_have_intervals_and_every_status(result):
     assert "out of range: worse than the baseline at its smallest budget" in all_text(result)
     claim = find_claims(result)
     assert claim["Morse-DPM++ 2M r1.75", "Same-noise PSNR"] == (
-        "1.27–1.60× (3 of 5)",
-        "1.14–1.44× (3 of 5)",
+        "1.27–1.60× (3 of 5, surely 3)",
+        "1.14–1.44× (3 of 5, surely 3)",
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from morse.evaluation.bench.methods import AS_PLANNED, KINDS, PLANNED, Method
+from morse.evaluation.bench.methods import AS_PLANNED, KINDS, PLANNED, WITH_MIXTURE, Method
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
@@ -39,7 +39,8 @@ def list_tasks(config: "BenchmarkConfig") -> list[tuple[Method, int]]:
 def _all_tasks(config: "BenchmarkConfig") -> Iterator[tuple[Method, int]]:
     for solver in config.solvers:
         for method in _methods(config, solver):
-            extra = config.baseline_lsd if method.kind == "baseline" else ()
+            # Also for the controls that "best" curves are made of, or these would have holes.
+            extra = config.baseline_lsd if method.kind in WITH_MIXTURE else ()
             for lsd in sorted({*config.lsd, *extra}):
                 yield method, lsd
 
@@ -47,7 +48,10 @@ def _all_tasks(config: "BenchmarkConfig") -> Iterator[tuple[Method, int]]:
 def _methods(config: "BenchmarkConfig", solver: str) -> Iterator[Method]:
     ratios = config.ddim_ratios if solver == "ddim" else config.dpm_ratios
     for kind in config.kinds:
-        if kind not in ("baseline", "morse") and solver not in config.control_solvers:
+        chosen = {*config.control_solvers}
+        if kind == "mixture":  # what Morse's strongest rows have to be compared with
+            chosen |= {*config.planned_solvers}
+        if kind not in ("baseline", "morse") and solver not in chosen:
             continue
         if OWN_SOLVER.get(kind, solver) != solver:
             continue

@@ -1,7 +1,8 @@
-"""What the benchmark's JSON (schema 3 or 2) holds, read once for all its reports.
+"""What the benchmark's JSON (schema 4, 3 or 2) holds, read once for all its reports.
 
-Schema 3 adds a `guidance_scale` to each row, speed-up and test, and "guidance": what belongs to one
-guidance scale as a whole. Schema 2 knew no guidance, and reads as one part of it.
+Schema 4 adds "against_best" to each row and "cheaper" to each speed-up. Schema 3 added a
+`guidance_scale` to each row, speed-up and test, and "guidance": what belongs to one guidance scale
+as a whole. Schema 2 knew no guidance, and reads as one part of it.
 """
 
 import math
@@ -16,7 +17,7 @@ Result = Mapping[str, Any]  # the JSON's content
 Measured = Mapping[str, Any]  # one of its "rows": a method at a budget
 Verdict = Literal["better", "within noise", "worse"]
 
-SCHEMA_VERSION, READABLE_SCHEMAS = 3, (2, 3)
+SCHEMA_VERSION, READABLE_SCHEMAS = 4, (2, 3, 4)
 CONTROLS = ("mixture", "reuse", "extrapolation", "independent", "shrunk")
 KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, *PEER_SETTINGS)
 FOOTNOTE_MARKS = "†‡§¶"
@@ -190,6 +191,33 @@ def compare(score: Score, other: Score, axis: Axis) -> Verdict:
     if abs(gain) <= noise:
         return "within noise"
     return "better" if gain > 0 else "worse"
+
+
+def against_best(result: Result, row: Measured, axis: Axis) -> Verdict | None:
+    """Say how a row stands against the best training-free solver; None where there is none.
+
+    By the 95 % interval of the paired difference at the LSD that the row spent. Before schema 4
+    there was none, and the two scores are compared at one budget (`compare`).
+    """
+    if "against_best" not in row:
+        score = read_score(row, axis)
+        bare = read_score(best_training_free_row(result, axis, row["budget"]), axis)
+        return compare(score, bare, axis) if score and bare else None
+    found = row["against_best"].get(axis.name)
+    if found is None:
+        return None
+    low, high = found["interval"] or (found["gain"], found["gain"])
+    return "better" if low > 0 else "worse" if high < 0 else "within noise"
+
+
+def is_surely_cheaper(entry: Measured) -> bool:
+    """Tell whether a speed-up is above 1 in at least 97.5 % of the bootstrap's replicates.
+
+    Before schema 4: whether its interval is, and then nothing without one is sure.
+    """
+    if "cheaper" in entry:
+        return (entry["cheaper"] or 0) >= 0.975
+    return bool(entry.get("interval")) and entry["interval"][0] > 1
 
 
 def decimals_of(scores: Iterable[Score | None]) -> int:

@@ -34,6 +34,7 @@ from morse.evaluation.report.limits import claim_section, limits_section
 from morse.evaluation.report.speedups import lossless_section, speedups_section
 
 MAX_PROMPTS = 12  # that the report writes out
+FEW_IMAGES = 1000  # below, the report says that Fréchet distances are biased
 
 
 def report_sections(result: Result) -> list[Section]:
@@ -87,8 +88,11 @@ def conditions_section(result: Result) -> Section:
     if result["rows"]:
         seeds, batch = settings.get("seeds", ()), settings.get("batch_size")
         each = f" from each of {len(seeds)} seeds ({_join(seeds)})" if len(seeds) > 1 else ""
-        size = f", batch {batch}" if batch else ""
-        parts.append(f"{settings['num_images']:,} images of each method and budget{each}{size}.")
+        number = settings["num_images"]
+        size = f", batch {min(batch, number)}" if batch else ""
+        parts.append(f"{number:,} images of each method and budget{each}{size}.")
+        if number < FEW_IMAGES and any(axis.side == "distribution" for axis in read_axes(result)):
+            parts.append("Fréchet distances of so few are biased upwards, those of all alike.")
     parts.append(_speed_words(result))
     for title, key in (("Reference", "reference"), ("Real images", "real_images")):
         if result.get(key):

@@ -39,28 +39,9 @@ UNKNOWN = {
     "interval": None,
     "median": None,
     "replicates_outside": 0,
+    "cheaper": None,
     "note": "the baseline was measured at fewer than two budgets",
 }
-
-
-def isotonic(errors: Sequence[float]) -> np.ndarray:
-    """Return the non-increasing sequence nearest in least squares, by pooling adjacent violators.
-
-    Barlow et al. 1972, Section 1.2: neighbours that get worse share their mean.
-
-    Args:
-        errors: (K,), in the order of increasing cost.
-    """
-    means: list[float] = []
-    sizes: list[int] = []
-    for error in errors:
-        means.append(error)
-        sizes.append(1)
-        while len(means) > 1 and means[-1] > means[-2]:
-            mean, size = means.pop(), sizes.pop()
-            means[-1] += (mean - means[-1]) * size / (size + sizes[-1])
-            sizes[-1] += size
-    return np.repeat(means, sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +58,13 @@ class Curve:
 
     @classmethod
     def fit(cls, costs: Sequence[float], errors: np.ndarray) -> "Curve":
-        """Sort points by cost and make each row monotone.
+        """Sort points by cost and make each row monotone: at each cost the best that costs no more.
+
+        Pooling neighbours (isotonic regression) would make a good point worse than it was
+        measured where a dearer one is worse; nobody has to pay for that one.
 
         Args:
-            costs: (K,), positive.
+            costs: (K,), positive, each other than the others.
             errors: Measured errors, (R, K).
 
         Raises:
@@ -95,11 +79,15 @@ class Curve:
             raise ValueError(f"costs is {list(costs)}, but each must be positive")
         order = np.argsort(costs, kind="stable")
         rows = np.asarray(errors, dtype=np.float64)[:, order]
-        return cls(np.asarray(costs, dtype=np.float64)[order], np.stack([*map(isotonic, rows)]))
+        return cls(np.asarray(costs, dtype=np.float64)[order], np.minimum.accumulate(rows, axis=1))
 
     def covers(self, cost: float) -> bool:
         """Tell whether the baseline was measured at costs on both sides."""
         return bool(self.costs[0] <= cost <= self.costs[-1])
+
+    def nearest(self, cost: float) -> float:
+        """Return the cost nearest to `cost` that the curve covers."""
+        return float(np.clip(cost, self.costs[0], self.costs[-1]))
 
     def error_at(self, cost: float) -> np.ndarray:
         """Return each row's error at a cost, (R,).
@@ -159,13 +147,16 @@ def matched_quality_speedup(curve: Curve, cost: float, errors: np.ndarray) -> di
         errors: The method's error in each row, (R,).
 
     Returns:
-        "status", "value", "interval", "median", "replicates_outside" (how many have no speed-up)
-        and "note": why value, interval or median is None, where one does not exist.
+        "status", "value", "interval", "median", "replicates_outside" (how many have no speed-up),
+        "cheaper" (in which share of the replicates the method pays less; None without any) and
+        "note": why value, interval or median is None, where one does not exist.
     """
     needed, places = curve.cost_of(errors)
     status, note = STATUS[Place(places[0])]
     speedups, outside = needed[1:] / cost, int((places[1:] != Place.INSIDE).sum())
     entry = {**UNKNOWN, "status": status, "replicates_outside": outside}
+    if len(speedups):
+        entry["cheaper"] = float((speedups > 1).mean())
     if status == "measured":
         entry["value"] = float(needed[0] / cost)
         if outside > MAX_OUTSIDE * len(speedups):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from morse.evaluation.bench.methods import TRAINING_FREE, Kind, Method
+from morse.evaluation.bench.methods import Kind, Method
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.scoring import AXES, REFERENCE_AXES
 from morse.evaluation.stats.bootstrap import NUM_REAL, Estimate, SeedBootstrap, draw_real
@@ -142,40 +142,46 @@ def of_kinds(points: Sequence[Point], axis: str, kinds: Sequence[Kind]) -> list[
     return [p for p in points if p.method.kind in kinds and axis in p.estimates]
 
 
-def best_points(
-    points: Sequence[Point], axis: str, kinds: Sequence[Kind] = TRAINING_FREE
-) -> list[Point]:
-    """Return the point of the best method of some kinds at each budget, in the order of their LSD.
+def best_so_far(points: Sequence[Point], axis: str, cost: str = "lsd") -> list[tuple[float, Point]]:
+    """Return each cost that was measured, rising, with the best of the points that cost no more.
 
-    Which method that is, is decided on all images; its replicates come with it.
-    """
-    best: dict[int, Point] = {}
-    for point in of_kinds(points, axis, kinds):
-        other = best.get(point.budget)
-        if other is None or point.errors(axis)[0] < other.errors(axis)[0]:
-            best[point.budget] = point
-    return sorted(best.values(), key=lambda point: point.lsd)
-
-
-def fit_curve(points: Sequence[Point], axis: str, cost: str) -> Curve | None:
-    """Return a curve through solvers' points, or None for fewer than two.
+    Which point that is, is decided on all images; its replicates come with it.
 
     Args:
-        points: One a budget.
+        points: Of one solver, or of several: then the best of them all.
         axis: A key of `AXES`.
         cost: "lsd" or "seconds".
     """
-    if len(points) < 2:
+    best: dict[float, Point] = {}
+    latest: Point | None = None
+    for point in sorted(points, key=lambda point: getattr(point, cost)):
+        if latest is None or point.errors(axis)[0] < latest.errors(axis)[0]:
+            latest = point
+        best[getattr(point, cost)] = latest
+    return list(best.items())
+
+
+def fit_curve(best: Sequence[tuple[float, Point]], axis: str) -> Curve | None:
+    """Return a curve through what `best_so_far` gave, or None for fewer than two costs."""
+    if len(best) < 2:
         return None
-    errors = np.stack([point.errors(axis) for point in points], axis=1)
-    return Curve.fit([getattr(point, cost) for point in points], errors)
+    errors = np.stack([point.errors(axis) for _, point in best], axis=1)
+    return Curve.fit([cost for cost, _ in best], errors)
 
 
-def curve_by_seed(points: Sequence[Point], axis: str) -> Curve | None:
-    """Return a curve in LSD with a row a repetition; None where not two have all points."""
-    values = [point.estimates[axis].by_seed for point in points]
+def curve_by_seed(best: Sequence[tuple[float, Point]], axis: str) -> Curve | None:
+    """Return such a curve with a row a repetition; None where not two have all points."""
+    values = [point.estimates[axis].by_seed for _, point in best]
     seeds = sorted(set.intersection(*map(set, values)))
     if len(seeds) < 2:
         return None
     errors = AXES[axis].sign * np.array([[value[seed] for value in values] for seed in seeds])
-    return Curve.fit([point.lsd for point in points], errors)
+    return Curve.fit([cost for cost, _ in best], errors)
+
+
+def errors_at(best: Sequence[tuple[float, Point]], axis: str, cost: float) -> np.ndarray | None:
+    """Return what `best_so_far` has at a cost, or at the nearest that was measured, (R,)."""
+    curve = fit_curve(best, axis)
+    if curve is not None:
+        return curve.error_at(curve.nearest(cost))
+    return best[0][1].errors(axis) if best else None

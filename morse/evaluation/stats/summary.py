@@ -15,14 +15,15 @@ from morse.evaluation.bench.methods import (
 )
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.scoring import AXES, FEATURE_AXES
-from morse.evaluation.stats.bootstrap import Estimate
+from morse.evaluation.stats.bootstrap import Estimate, percentile_interval
 from morse.evaluation.stats.curves import UNKNOWN, matched_quality_speedup
 from morse.evaluation.stats.lossless import lossless_test
 from morse.evaluation.stats.points import (
     Point,
     Statistics,
-    best_points,
+    best_so_far,
     curve_by_seed,
+    errors_at,
     fit_curve,
     make_points,
     of_kinds,
@@ -52,10 +53,13 @@ def summarize(
     everything = make_points(cells, real, references, statistics)
     points = [point for point in everything if all(cell.engaged for cell in point.cells)]
     axes = [name for name in AXES if real is not None or name not in FEATURE_AXES]
+    best = {axis: best_so_far(of_kinds(points, axis, TRAINING_FREE), axis) for axis in axes}
     return {
         "axes": {name: dataclasses.asdict(AXES[name]) for name in axes},
-        "rows": [_row(point, axes) for point in everything],
-        "baseline_curves": {axis: _describe(best_points(points, axis), axis) for axis in axes},
+        "rows": [
+            _row(point, axes) | {"against_best": _against_best(point, best)} for point in everything
+        ],
+        "baseline_curves": {axis: _describe(best[axis], axis) for axis in axes},
         "speedups": [entry for axis in axes for entry in _speedups(points, axis)],
         "lossless": [entry for axis in axes for entry in _lossless(points, axis, statistics)],
     }
@@ -97,18 +101,35 @@ def _score(estimate: Estimate | None) -> dict[str, object] | None:
     }
 
 
-def _describe(points: Sequence[Point], axis: str) -> list[dict[str, object]]:
-    curve = fit_curve(points, axis, "lsd")
-    values = [p.errors(axis)[0] for p in points] if curve is None else curve.errors[0]
+def _against_best(
+    point: Point, best: Mapping[str, Sequence[tuple[float, Point]]]
+) -> dict[str, dict[str, object]]:
+    """Say by how much a method is better than the best training-free solver at the LSD it spent.
+
+    Gains are in the axis' unit, positive where the method is better. Both start from the same
+    noise and are resampled together, so that what they share cancels.
+    """
+    if point.method.is_training_free:
+        return {}
+    gains = {}
+    for axis in point.estimates:
+        bare = errors_at(best[axis], axis, point.lsd)
+        if bare is not None:
+            gain = bare - point.errors(axis)
+            interval = percentile_interval(gain[1:]) if len(gain) > 2 else None
+            gains[axis] = {"gain": float(gain[0]), "interval": interval}
+    return gains
+
+
+def _describe(best: Sequence[tuple[float, Point]], axis: str) -> list[dict[str, object]]:
     return [
         {
-            "budget": point.budget,
-            "cost": point.lsd,
-            "raw": point.estimates[axis].value,
-            "value": AXES[axis].sign * float(value),
+            "cost": cost,
+            "value": point.estimates[axis].value,
             "label": point.method.label,
+            "budget": point.budget,
         }
-        for point, value in zip(points, values, strict=True)
+        for cost, point in best
     ]
 
 
@@ -120,18 +141,18 @@ def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]
     """
     asked = {point.budget for point in points if not point.method.is_training_free}
     shown = [point for point in points if point.budget in asked and axis in point.estimates]
-    baselines = {BEST_TRAINING_FREE: best_points(points, axis)}
-    for point in of_kinds(points, axis, TRAINING_FREE):
+    baselines = {BEST_TRAINING_FREE: of_kinds(points, axis, TRAINING_FREE)}
+    for point in baselines[BEST_TRAINING_FREE]:
         baselines.setdefault(point.method.label, []).append(point)
     own = {name: {name} for name in baselines} | {BEST_TRAINING_FREE: set(baselines)}
     if of_kinds(points, axis, ("mixture",)):
-        baselines[BEST_WITH_MIXTURE] = best_points(points, axis, WITH_MIXTURE)
+        baselines[BEST_WITH_MIXTURE] = of_kinds(points, axis, WITH_MIXTURE)
         own[BEST_WITH_MIXTURE] = {
             point.method.label for point in points if point.method.kind != "morse"
         }
     for name, baseline in baselines.items():
         for cost in COSTS:
-            curve = fit_curve(baseline, axis, cost)
+            curve = fit_curve(best_so_far(baseline, axis, cost), axis)
             for point in shown:
                 if point.method.label in own[name]:
                     continue
@@ -146,8 +167,8 @@ def _lossless(
     points: Sequence[Point], axis: str, statistics: Statistics
 ) -> Iterator[dict[str, object]]:
     """Test every method against the best training-free solver with more LSD, where measured."""
-    best = best_points(points, axis)
-    curve, delta = fit_curve(best, axis, "lsd"), statistics.deltas.get(axis)
+    best = best_so_far(of_kinds(points, axis, TRAINING_FREE), axis)
+    curve, delta = fit_curve(best, axis), statistics.deltas.get(axis)
     if curve is None:
         return
     by_seed = curve_by_seed(best, axis)
