@@ -13,10 +13,11 @@ from morse.evaluation.bench.latency import LatencySettings
 from morse.evaluation.bench.latency_report import run_architectures
 from morse.evaluation.bench.measuring import Part, conditions_facts, measure_cells
 from morse.evaluation.bench.parts import join_parts, part_folders
-from morse.evaluation.bench.sampler import AUTOCAST, Bench
+from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.store import CellStore
-from morse.evaluation.environment import command_line, resolve_device
+from morse.evaluation.environment import AUTOCAST, command_line, environment, resolve_device
 from morse.evaluation.features import load_reference
+from morse.evaluation.fid.extractors import file_sha256
 from morse.evaluation.report.data import READABLE_SCHEMAS, SCHEMA_VERSION
 from morse.evaluation.report.render import render
 from morse.evaluation.stats.points import Statistics
@@ -72,7 +73,10 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     deadline = time.monotonic() + (config.max_seconds or math.inf)
     scales = bench.guidance_scales()
     conditions = [bench.conditions(scale) for scale in scales]  # what is wrong is told at once
-    identity = {**config.identity(), **bench.models}
+    machine = environment(bench.device, config.mixed_precision)  # times of two would not compare
+    identity = {**config.identity(), **bench.models, **machine}
+    if config.prompt_embeds is not None:
+        identity["prompt_embeds_sha256"] = file_sha256(config.prompt_embeds)
     parts = [
         Part(config, CellStore(folder, identity, config.resume), bench, wanted, deadline)
         for folder, wanted in zip(part_folders(config.output_dir, scales), conditions, strict=True)

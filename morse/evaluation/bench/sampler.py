@@ -27,6 +27,7 @@ from morse.evaluation.bench.speed import (
 )
 from morse.evaluation.bench.spending import choose_steps
 from morse.evaluation.conditions import Conditions, call_parameters, make_conditions
+from morse.evaluation.environment import autocast
 from morse.evaluation.fid.extractors import state_sha256
 from morse.plan import MorsePlan
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
     from morse.evaluation.bench.controls import ShrunkDash
 
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Evaluations of a warm-up that every solver can make, and that reach a cached step of a peer.
 WARM_UP, WARM_UP_PLAN = 3, MorsePlan.from_string("Doo")
 
@@ -54,7 +54,8 @@ class Bench:
     Attributes:
         device: Where the models are.
         mode: Whether they are compiled.
-        models: What tells Dash and Dot, with its saved plans, from others; JSON types.
+        models: What tells Dash, Dot, with its saved plans, and the independent one from others;
+            JSON types.
     """
 
     def __init__(self, config: "BenchmarkConfig"):
@@ -75,6 +76,8 @@ class Bench:
         self.device = self._main.device
         set_merged(self._main, config.merge_lora)
         self._shrunk = self._load_shrunk()
+        if self._shrunk is not None:
+            self.models["independent_dot_sha256"] = _sha256(self._shrunk.dot)
         # Made once: to enable Morse anew would make its Dot be compiled anew.
         self._pipes: dict[tuple[str, str], DiffusionPipeline] = {}
         self._warm: set[tuple[Method, int, float | None]] = set()
@@ -205,9 +208,7 @@ class Bench:
         return min(self.config.batch_size, num_images or self.config.num_images)
 
     def _autocast(self) -> AbstractContextManager:
-        if self.config.mixed_precision == "no":
-            return nullcontext()
-        return torch.autocast(self.device.type, AUTOCAST[self.config.mixed_precision])
+        return autocast(self.device, self.config.mixed_precision)
 
     def _pipe(self, method: Method) -> "DiffusionPipeline":
         if method.kind in ("baseline", "morse", "mixture", *PEERS):
@@ -243,7 +244,9 @@ class Bench:
             with pipe.dot.watching(pipe):
                 yield []
         elif method.kind in PEERS:
-            with apply_peer(pipe, method), timed(find_denoiser(pipe)) as seconds:
+            # On a GPU each timed call is waited for, which a peer that needs none is spared.
+            watched = timed(find_denoiser(pipe)) if PEERS[method.kind].adaptive else nullcontext([])
+            with apply_peer(pipe, method), watched as seconds:
                 yield seconds
         else:
             yield []
