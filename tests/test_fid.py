@@ -3,19 +3,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
 from evaluation_fixtures import tiny_folder  # noqa: F401
 from PIL import Image
 from test_extractors import clip_folder, inception  # noqa: F401
+from tiny_pipelines import stable_diffusion, text_unet
 from torch import nn
 
-from morse import MorseDot, MorsePipeline
+from morse import MorseDot, MorsePipeline, enable_morse
 from morse.cli import parse_config
 from morse.evaluation.ablation.workers import one_thread
 from morse.evaluation.features import extract_features, load_features, load_reference
+from morse.evaluation.fid.budgets import _methods
 from morse.evaluation.fid.command import FidConfig, run_fid
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
 
@@ -187,6 +191,18 @@ def test_what_is_missing_is_told_before_sampling(tiny_folder, tmp_path):  # noqa
     with pytest.raises(ValueError, match="statistics of extractor fashion-mnist"):
         run_fid(FidConfig(real="fashion-mnist", extractor=OWN, output_dir=out, **config))
     assert not out.exists()
+
+
+def test_evaluations_are_counted_as_the_scheduler_makes_them():
+    pipe = stable_diffusion(StableDiffusionPipeline, text_unet(), HeunDiscreteScheduler())
+    pipe = enable_morse(pipe, lambda *inputs, **conditions: 0)
+    pipe.speed_ratio = 4.0
+    config = SimpleNamespace(reference_steps=7, num_inference_steps=(5,), lsd=(3, 4))
+    reference, bare, *planned = _methods(config, pipe)
+    # All but the last step are evaluated twice, and a plan has what such a call can make.
+    assert (reference.steps, reference.num_dash) == (7, 13)
+    assert (bare.steps, bare.num_dash) == (5, 9)
+    assert all(len(method.steps) % 2 == 1 for method in planned)
 
 
 def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path):  # noqa: F811

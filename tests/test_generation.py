@@ -10,13 +10,14 @@ from evaluation_fixtures import tiny_folder  # noqa: F401
 from PIL import Image
 
 from morse.evaluation.conditions import UNCONDITIONAL, Conditions, make_conditions
+from morse.evaluation.fid.budgets import _cost
 from morse.evaluation.fid.generation import Method, Request, generate, generated_set
 from morse.evaluation.fid.image_sets import open_image_set
 from morse.pipeline import MorsePipeline
 from morse.plan import MorsePlan
 
-MORSE = Method("Morse, 2 LSD", "lsd_2", "morse", MorsePlan.from_string("DooDo"), 2)
-BARE = Method("2 steps", "steps_2", "baseline", 2, 2)
+MORSE = Method("Morse, 2 LSD", "lsd_2", "morse", MorsePlan.from_string("DooDo"), 2, 2)
+BARE = Method("2 steps", "steps_2", "baseline", 2, 2, 2)
 REQUEST = Request(7, 5, 2, UNCONDITIONAL, {"pipeline": "tiny"})
 
 
@@ -56,9 +57,9 @@ def files(folder):
 
 @pytest.mark.parametrize("method", [MORSE, BARE], ids=["morse", "bare"])
 def test_an_image_is_what_the_pipeline_makes_from_its_seed(pipe, tmp_path, method):
-    folder, fallbacks = generate(pipe, method, REQUEST, tmp_path, alone())
+    folder, changed = generate(pipe, method, REQUEST, tmp_path, alone())
     names = [*(f"{index:08d}.png" for index in range(7)), "settings.json"]
-    assert sorted(files(folder)) == names and fallbacks == {}
+    assert sorted(files(folder)) == names and changed == []
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
     steps = {"plan": "DooDo"} if method is MORSE else {"num_inference_steps": 2}
     output = pipe(batch_size=2, generator=generators, output_type="np", **steps)
@@ -148,6 +149,21 @@ class Recorder:
         images = np.full((len(generator), 4, 4, 3), 0.5, np.float32)
         images[-1, 0, 0, 0] = self.value
         return SimpleNamespace(images=images)
+
+
+def test_what_did_not_go_as_planned_is_kept_with_the_images(tmp_path):
+    recorder = Recorder()
+    recorder.last_run = SimpleNamespace(fallbacks={"another shape": 1}, num_dash=3, num_dot=2)
+    folder, changed = generate(recorder, MORSE, REQUEST, tmp_path, alone())
+    assert [batch.pop("num_images") for batch in changed] == [2, 2, 2, 1]
+    assert changed == [{"num_dash": 3, "num_dot": 2, "fallbacks": {"another shape": 1}}] * 4
+    assert len(generate(None, MORSE, REQUEST, tmp_path, alone())[1]) == 4  # also afterwards
+    assert len(open_image_set(str(folder))) == 7
+    assert _cost(MORSE, [{"num_images": 2, **changed[0]}], 8, 4.0) == {
+        "num_dash": 2.25,  # of 8 images 2 took a third Dash evaluation instead of a third Dot
+        "num_dot": 2.75,
+        "lsd": 2.25 + 2.75 / 4,
+    }
 
 
 def test_image_i_takes_prompt_i_modulo_all(tmp_path):

@@ -21,11 +21,11 @@ def read(folder, channels=3, strict=False, batch_size=2):
 
 
 def test_images_are_read_in_the_order_of_their_names(tmp_path):
-    for index in (2, 0, 1):
+    for index in (2, 0, 10):
         save(tmp_path, f"{index}.png", value=10 * index)
     batches, facts = read(tmp_path)
     assert [tuple(batch.shape) for batch in batches] == [(2, 3, 6, 8), (1, 3, 6, 8)]
-    assert torch.cat(batches)[:, 0, 0, 0].tolist() == [0, 10, 20]
+    assert torch.cat(batches)[:, 0, 0, 0].tolist() == [0, 20, 100]  # 2.png before 10.png
     assert batches[0].dtype == torch.uint8
     assert facts.notes("set") == [] and facts.sizes == {"8x6": 3}
 

@@ -1,6 +1,7 @@
 """What `morse eval fid` generates: the pipeline, its methods and what their images depend on."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from morse.evaluation.fid.extractors import state_sha256
 from morse.evaluation.fid.generation import Method, Request, generate
 from morse.plan import MorsePlan
 from morse.rates import adds_noise
+from morse.steps import count_evaluations, find_steps
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -47,8 +49,10 @@ def generate_all(
     rows = []
     for method in _methods(config, pipe):
         with progress_bar(method.label, state.is_main_process) as on_images:
-            folder, fallbacks = generate(pipe, method, request, config.output_dir, state, on_images)
-        row = _row(method, folder, fallbacks, pipe.speed_ratio)
+            folder, changed = generate(pipe, method, request, config.output_dir, state, on_images)
+        fallbacks = sum((Counter(batch["fallbacks"]) for batch in changed), Counter())
+        row = _row(method, folder, pipe.speed_ratio) | {"fallbacks": dict(fallbacks)}
+        row |= _cost(method, changed, config.num_images, pipe.speed_ratio)
         rows.append({**row, "notes": _notes(config, pipe, fallbacks)})
     return rows
 
@@ -108,13 +112,17 @@ def _methods(config: "FidConfig", pipe: "DiffusionPipeline") -> Iterator[Method]
     if config.reference_steps is not None:
         steps = config.reference_steps
         label = f"reference, {steps} steps"
-        yield Method(label, f"reference_{steps}_steps", "reference", steps, steps)
+        made = count_evaluations(pipe, {}, steps)
+        yield Method(label, f"reference_{steps}_steps", "reference", steps, steps, made)
     for steps in sorted(set(config.num_inference_steps)):
-        yield Method(f"bare, {steps} steps", f"steps_{steps}", "baseline", steps, steps)
+        made = count_evaluations(pipe, {}, steps)
+        yield Method(f"bare, {steps} steps", f"steps_{steps}", "baseline", steps, steps, made)
     for lsd in sorted(set(config.lsd)):
         spent = pipe.plan_for(lsd)
         plan, options = MorsePlan.from_string(spent.plan), dict(spent.scheduler)
-        yield Method(f"Morse, {lsd:g} LSD", f"lsd_{lsd:g}", "morse", plan, lsd, options)
+        plan = plan.shortened(find_steps(pipe, {}, len(plan))[1])
+        names = f"Morse, {lsd:g} LSD", f"lsd_{lsd:g}"
+        yield Method(*names, "morse", plan, lsd, plan.num_dash, options)
 
 
 def _settings(
@@ -148,19 +156,36 @@ def _notes(config: "FidConfig", pipe: "DiffusionPipeline", fallbacks: dict[str, 
     return notes
 
 
-def _row(
-    method: Method, folder: Path, fallbacks: dict[str, int], speed_ratio: float | None
-) -> dict[str, object]:
+def _row(method: Method, folder: Path, speed_ratio: float | None) -> dict[str, object]:
     planned = isinstance(method.steps, MorsePlan)
     return {
         "label": method.label,
         "kind": method.kind,
         "budget": method.budget,
-        "lsd": method.steps.cost(speed_ratio) if planned else float(method.steps),
-        "num_dash": method.steps.num_dash if planned else method.steps,
-        "num_dot": method.steps.num_dot if planned else 0,
         "plan": str(method.steps) if planned else "",
         "speed_ratio": speed_ratio if planned else None,
-        "fallbacks": fallbacks,
         "source": str(folder),
     }
+
+
+def _cost(
+    method: Method,
+    changed: Sequence[dict[str, object]],
+    num_images: int,
+    speed_ratio: float | None,
+) -> dict[str, float]:
+    """Return the evaluations of an image and their LSD, the mean where batches differ.
+
+    Args:
+        method: The method.
+        changed: The batches that did not go as planned, from `generate`.
+        num_images: Of all batches.
+        speed_ratio: N.
+    """
+    cost = {"num_dash": method.num_dash, "num_dot": getattr(method.steps, "num_dot", 0)}
+    rest = num_images - sum(batch["num_images"] for batch in changed)
+    if changed:
+        for name, number in cost.items():
+            others = sum(batch[name] * batch["num_images"] for batch in changed)
+            cost[name] = (number * rest + others) / num_images
+    return {**cost, "lsd": cost["num_dash"] + cost["num_dot"] / (speed_ratio or 1)}

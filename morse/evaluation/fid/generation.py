@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,10 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from diffusers import DiffusionPipeline
 
+    from morse.switch import MorseRun
+
 SETTINGS_FILE = "settings.json"
+FALLBACKS = "fallbacks-*.json"  # * is the batch's first image
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class Method:
         folder: For files: "lsd_5".
         kind: "morse", "baseline" (the bare pipeline) or "reference" (the bare pipeline with the
             many steps that fidelity is measured against).
-        steps: Evaluations of the bare pipeline, or Morse's plan.
+        steps: `num_inference_steps` of the bare pipeline, or Morse's plan.
         budget: LSD asked for, or the number of steps.
+        num_dash: Evaluations of Dash that these are.
         scheduler: Options of the scheduler that its plan goes with.
     """
 
@@ -44,6 +47,7 @@ class Method:
     kind: str
     steps: int | MorsePlan
     budget: float
+    num_dash: int
     scheduler: dict[str, object] = field(default_factory=dict)
 
 
@@ -78,7 +82,7 @@ def generate(
     output_dir: Path,
     state: "PartialState",
     on_images: Callable[[int, int], object] | None = None,
-) -> tuple[Path, dict[str, int]]:
+) -> tuple[Path, list[dict[str, object]]]:
     """Write the images that `output_dir/method.folder` lacks; waits for all processes.
 
     The batches are fixed by `request` alone and dealt out to the processes, and a batch of which
@@ -94,7 +98,8 @@ def generate(
         on_images: Called with the numbers of images done and to do by this process.
 
     Returns:
-        The folder, and why Dash ran in Dot's place and how often (in this process, now).
+        The folder, and of each of its batches, whoever made them, that did not go as planned its
+        "num_images", "num_dash", "num_dot" and "fallbacks" (why, and how often).
 
     Raises:
         ValueError: If the folder holds images of other settings, or an image is not finite.
@@ -109,20 +114,20 @@ def generate(
     missing = [batch for batch in request.batches() if _missing(folder, batch)]
     state.wait_for_everyone()  # all have listed the same before the first one adds images
     mine = missing[state.process_index :: state.num_processes]
-    done, total, fallbacks = 0, sum(len(batch) for batch in mine), Counter()
+    done, total = 0, sum(len(batch) for batch in mine)
     if on_images is not None:
         on_images(done, total)
     for batch in mine:
         images = _sample(pipe, method, request, batch)
+        if isinstance(method.steps, MorsePlan) and pipe.last_run.fallbacks:
+            _record_fallbacks(folder, batch, pipe.last_run)
         for index in _missing(folder, batch):
             _write_png(_file(folder, index), images[index - batch.start])
-        if isinstance(method.steps, MorsePlan):
-            fallbacks.update(pipe.last_run.fallbacks)
         done += len(batch)
         if on_images is not None:
             on_images(done, total)
     state.wait_for_everyone()
-    return folder, dict(fallbacks)
+    return folder, [json.loads(file.read_text()) for file in sorted(folder.glob(FALLBACKS))]
 
 
 def generated_set(folder: Path, num_images: int) -> ImageSet:
@@ -214,6 +219,13 @@ def _sample(
             "overflow: try --dtype float32 or bfloat16"
         )
     return (images.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _record_fallbacks(folder: Path, batch: range, run: "MorseRun") -> None:
+    """Keep with the images what they cost, where that was not what was planned."""
+    content = {"num_images": len(batch), "num_dash": run.num_dash, "num_dot": run.num_dot}
+    content["fallbacks"] = dict(run.fallbacks)
+    write_json(folder / FALLBACKS.replace("*", f"{batch.start:08d}"), content)
 
 
 def _write_png(file: Path, pixels: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """Sets of images to be measured: folders, IDX files or hub data sets, read in batches of bytes."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -129,18 +130,24 @@ def open_image_set(source: str, split: str = "train", image_column: str = "image
 
 
 def image_files(folder: Path, files: list[Path]) -> ImageSet:
-    """Make a set of the given files of a folder, in the order of their names.
+    """Make a set of the given files of a folder, in the order of their names, 2.png before 10.png.
 
     Raises:
         ValueError: If there are none.
     """
-    files = sorted(files)
+    files = sorted(files, key=_natural_order)
     if not files:
         raise ValueError(
             f"{folder} has no images: expected files ending in {sorted(IMAGE_SUFFIXES)} or IDX "
             "files like train-images-idx3-ubyte.gz"
         )
     return ImageSet(str(folder), [str(file) for file in files], lambda i: Image.open(files[i]))
+
+
+def _natural_order(file: Path) -> list[tuple[bool, int, str]]:
+    """Compare runs of digits as numbers, so that the n-th image is the one that is numbered n."""
+    parts = re.split(r"([0-9]+)", str(file))
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def _is_image(file: Path) -> bool:
