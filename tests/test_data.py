@@ -1,5 +1,6 @@
 import gzip
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,6 +118,21 @@ def test_wrong_sources(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install \"morse-diffusion\[hub\]\""):
         open_images(None, "someone/pictures", 32, 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"), [([2, 0], [2, 0]), (["cat", "dog"], None), ([1, None], None)]
+)
+def test_a_hub_data_sets_labels_are_class_numbers(monkeypatch, column, expected):
+    class Rows(dict):
+        column_names = ("image", "label")
+
+    rows = Rows(image=[Image.new("L", (4, 4))] * 2, label=column)
+    found = {"get_dataset_split_names": lambda name: ["train", "test"],
+             "load_dataset": lambda name, split: rows}  # fmt: skip
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(**found))
+    labels = open_images(None, "someone/pictures", 4, 1).labels
+    assert labels is None if expected is None else labels.tolist() == expected
 
 
 def test_step_batches_cover_each_epoch_once():

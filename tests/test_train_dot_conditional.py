@@ -189,6 +189,7 @@ class TestCache:
         for options, name in (
             (("--guidance_scale", "2", "7"), "guidance_scale"),
             (("--class_names", "cat", "dog", "fox"), "captions"),
+            (("--class_names", "dog", "cat", "emu"), "captions"),
         ):
             with pytest.raises(ValueError, match=rf"made with other \['{name}'\]"):
                 run(*CACHE, "--cache_dir", str(folder), *options)
@@ -215,13 +216,21 @@ def test_xl(run, tmp_path):
 
 
 @pytest.mark.supports("training", "UNet2DModel with classes")
-def test_classes_without_guidance(run, build_unet, tmp_path):
+def test_classes_without_guidance(run, build_unet, data_dir, tmp_path):
     unet = build_unet(channels=(8, 8), sample_size=8, num_class_embeds=3)
     DDPMPipeline(unet, DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path)
     folder = run(*CACHE, base=tmp_path, names=None)
     shard = load_file(folder / "pairs" / "windows-00000.safetensors")
     assert shard["conditions/class_labels"].tolist() == [0, 1, 2]
     assert shard["outputs"].shape[2] == 1 and "guidance_scale" not in shard
+    labels = data_dir / "train-labels-idx1-ubyte"
+    content = labels.read_bytes()
+    labels.write_bytes(content[:8] + content[8:][::-1])
+    try:
+        with pytest.raises(ValueError, match=r"made with other \['labels'\]"):
+            run(*CACHE, "--cache_dir", str(folder / "pairs"), base=tmp_path, names=None)
+    finally:
+        labels.write_bytes(content)
 
 
 @pytest.mark.supports("training", "DiTPipeline", "StableDiffusion3Pipeline")

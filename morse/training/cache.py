@@ -124,7 +124,10 @@ def _join(shards: list[dict[str, Tensor]], device: torch.device) -> dict[str, Te
 def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, object]:
     """What the windows of a cache depend on."""
     pipeline, kind = source.pipeline, source.pipeline.encoder.kind
-    return {
+    # Which caption or class each image has: shards keep it, so that the set of them won't do.
+    numbers = None if source.numbers is None else source.numbers.tolist()
+    conditions = digest(repr((source.table.values, numbers)))
+    description = {
         "dash": fingerprint(pipeline.dash.model),
         "vae": None if pipeline.codec is None else fingerprint(pipeline.codec.vae),
         "schedule": digest(repr(pipeline.dash.schedule.sigmas.tolist())),
@@ -136,8 +139,9 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
         "guidance_scale": list(pipeline.guidance_scale),
         "seed": config.seed,
         "data": str(config.train_data_dir or config.dataset_name),
-        "captions": digest(repr(source.table.values)) if kind == "text" else None,
+        "captions": conditions if kind == "text" else None,
     }
+    return description | ({"labels": conditions} if kind == "classes" else {})
 
 
 def prepare_cache(

@@ -61,7 +61,7 @@ def name_classes(labels: Tensor | None, class_names: Sequence[str]) -> list[str]
     if labels is None:
         raise ValueError(
             f"class_names is {tuple(class_names)}, but these images have no labels; give IDX files "
-            "with labels, a hub dataset with a label column, or captions instead"
+            "with labels, a hub dataset with class numbers in its column label, or captions instead"
         )
     if int(labels.max()) >= len(class_names):
         raise ValueError(

@@ -216,10 +216,17 @@ def _open_hub(
     for option, value in (("image_column", column), ("caption_column", caption_column)):
         if value is not None and value not in rows.column_names:
             raise ValueError(f"{option} is {value!r}; {name} has columns {rows.column_names}")
-    labels = torch.tensor(rows["label"][:]) if "label" in rows.column_names else None
+    labels = _read_labels(rows["label"][:]) if "label" in rows.column_names else None
     captions = None if caption_column is None else list(rows[caption_column][:])
     fetch = partial(_read_rows, rows, column, resolution, channels)
     return ImageDataset(fetch, len(rows), labels, captions)
+
+
+def _read_labels(values: Sequence[object]) -> Tensor | None:
+    """Give class numbers, (N,) int64; None for anything else that a column may hold."""
+    if not all(isinstance(value, int) for value in values):
+        return None
+    return torch.tensor(list(values), dtype=torch.int64)
 
 
 def _read_rows(

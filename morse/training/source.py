@@ -115,7 +115,7 @@ def _classes(images: ImageDataset, pipeline: FrozenPipeline) -> tuple[list[int],
     if images.labels is None:
         raise ValueError(
             "the pipeline takes class labels, but these images have none; give IDX files with "
-            "labels or a hub dataset with a label column."
+            "labels or a hub dataset with class numbers in its column label."
         )
     if int(images.labels.max()) >= count:
         raise ValueError(
