@@ -300,7 +300,12 @@ def test_a_plain_dot_is_widened(unet, tmp_path):
     found = [sample(enable_morse(pipe, each.eval()), plan="DoDoo") for each in (plain, dot)]
     assert_close(*found, rtol=1e-4, atol=1e-5)
     dot.save_pretrained(tmp_path)
-    again = build_dot(unet, config(tmp_path, history=1, init_from=tmp_path))
+    with pytest.raises(ValueError, match=r"extrapolation_cap=0.0, .* give --extrapolation_cap 0.0"):
+        build_dot(unet, config(tmp_path, history=1, init_from=tmp_path))
+    with pytest.raises(ValueError, match=r"history=1, .* give --history 1"):
+        build_dot(unet, config(tmp_path, init_from=tmp_path))
+    options = {"history": 1, "extrapolation_cap": 0.0, "init_from": tmp_path}
+    again = build_dot(unet, config(tmp_path, **options))
     assert torch.equal(again.conv_in.weight, dot.conv_in.weight)
 
 

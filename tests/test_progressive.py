@@ -103,6 +103,12 @@ class TestGrowth:
             start_from(self.make(dash, 8, 16, history=1), start)
 
 
+def test_a_dot_of_another_dash_is_refused(dash, build_unet, make_dot):
+    start = make_dot(build_unet(channels=(8, 16)), num_down_blocks=1, block_out_channels=(8,))
+    with pytest.raises(ValueError, match="init_from is a Dot of another network, in 'down_blocks"):
+        start_from(make_dot(dash, num_down_blocks=1, block_out_channels=(8,)), start)
+
+
 def test_a_run_grows_the_dot_of_its_first_stage(whole):
     first, last = (MorseDot.from_pretrained(path) for path in (whole / "first_stage", whole))
     assert (first.config.num_down_blocks, last.config.num_down_blocks) == (1, 2)

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
 from morse.training.cache import SHARD_WINDOWS
-from morse.training.loop import TrainDotConfig, train_dot
+from morse.training.loop import TrainDotConfig, build_dot, train_dot
+from morse.training.start import inherit
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = """--train_batch_size 3 --max_train_steps 5 --lr_warmup_steps 2 --learning_rate 1e-2
@@ -140,6 +142,47 @@ def test_init_from_starts_with_those_weights(run, whole_run):
     folder = run("--init_from", str(whole_run), "--max_train_steps", "1", "--lr_warmup_steps", "1",
                  "--learning_rate", "1e-12")  # fmt: skip
     torch.testing.assert_close(weights(folder), weights(whole_run))
+
+
+class TestInitFrom:
+    def test_what_is_left_away_is_the_starting_dots(self, run):
+        start = run("--lora_alpha", "6", "--base_space", "x0", "--max_train_steps", "1")
+        folder = run("--init_from", str(start), "--max_train_steps", "1")
+        config = MorseDot.from_pretrained(folder).config
+        assert (config.lora_alpha, config.base_space) == (6, "x0")
+        # Dash's estimate, which the pairs are made from, is kept there too.
+        assert json.loads((folder / "train_config.json").read_text())["base_space"] == "x0"
+
+    def test_widths_and_options_too(self, dash, tmp_path):
+        start = MorseDot.from_dash(dash, 1, (8,), lora_rank=2, conv="odconv",
+                                   conv_options={"num_kernels": 2, "reduction": 0.5})  # fmt: skip
+        start.save_pretrained(tmp_path)
+        words = ["--pretrained_model_name_or_path", "", "--train_data_dir", "", "--output_dir", "",
+                 "--init_from", str(tmp_path), "--num_down_blocks", "1", "--lora_rank", "2",
+                 "--conv", "odconv"]  # fmt: skip
+        config = inherit(parse_config(TrainDotConfig, words))
+        assert config.block_out_channels == (8,)
+        assert config.conv_options == ("num_kernels=2", "reduction=0.5")
+        dot = build_dot(dash, config)
+        assert all(torch.equal(v, dot.state_dict()[n]) for n, v in start.state_dict().items())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--lora_rank", "3"), "lora_rank=2, but lora_rank is 3 .*: give --lora_rank 2"),
+            (("--lora_alpha", "3"), "lora_alpha=2, but lora_alpha is 3.0 .*: give --lora_alpha 2"),
+            (("--block_out_channels", "8"), "block_out_channels=.*: give --block_out_channels 4"),
+            (("--num_down_blocks", "3", "--block_out_channels", "4", "4", "4"),
+             "num_down_blocks=1, but num_down_blocks is 3 .*: give --num_down_blocks 1, or one"),
+            (("--independent",), "independent=False, .*: give --no-independent"),
+            (("--norm", "dnr", "--window_steps", "2"), "norm='group', .*: give --norm group"),
+            (("--conv", "odconv"), "conv='conv', .*: give --conv conv"),
+        ],
+    )  # fmt: skip
+    def test_what_it_cannot_become_is_told(self, run, whole_run, options, message):
+        start = re.escape(f"init_from is {whole_run}, a Dot with ")
+        with pytest.raises(ValueError, match=start + message):
+            run("--init_from", str(whole_run), *options)
 
 
 class TestCache:

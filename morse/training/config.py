@@ -75,7 +75,10 @@ class TrainDotConfig(TrainingConfig):
     layers_per_block: int = field(default=1, metadata={"help": "ResNet blocks in an extra block"})
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on Dash's layers"})
     lora_alpha: float | None = field(
-        default=None, metadata={"help": "scale of the LoRA times its rank; the rank if not given"}
+        default=None,
+        metadata={
+            "help": "scale of the LoRA times its rank; if not given that of init_from, or the rank"
+        },
     )
     conv: Conv = field(
         default="conv",
@@ -174,8 +177,10 @@ class TrainDotConfig(TrainingConfig):
     init_from: Path | None = field(
         default=None,
         metadata={
-            "help": "a saved Dot to start from; also one without history or of branches; one with "
-            "a down block fewer grows: what it has is frozen, but for the LoRA"
+            "help": "a saved Dot of these settings to start from; lora_alpha, base_space, "
+            "block_out_channels and conv_options are its own if not given; also one without "
+            "history or of branches; one with a down block fewer grows: what it has is frozen, but "
+            "for the LoRA"
         },
     )
     prune: float | None = field(

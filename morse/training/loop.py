@@ -33,6 +33,7 @@ from morse.training.source import (
     draw_windows,
     open_source,
 )
+from morse.training.start import check_start, inherit
 from morse.training.validation import make_validator
 from morse.training.windows import pick_pairs
 
@@ -50,6 +51,9 @@ def build_dot(
     """Build the Dot that `config` describes, with seeded weights or those of `init_from`.
 
     `sample_size` is that of the samples to train on; Dash's if None.
+
+    Raises:
+        ValueError: If the Dot of `init_from` cannot become that.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -73,6 +77,7 @@ def build_dot(
         )
     if config.init_from is not None:
         start = MorseDot.from_pretrained(config.init_from)
+        check_start(dot, start, config.init_from)
         dot.set_mixture(start.mixture)  # it is of the data, whatever becomes of Dot
         start_from(dot, start)
         if config.max_train_steps == 0:  # the same Dot: what was recorded of it holds
@@ -141,6 +146,7 @@ def train_dot(config: TrainDotConfig) -> Path:
         Its folder: `config.output_dir`, or that of the first stage if time was up in it.
     """
     started = time.monotonic()
+    config = inherit(config)
     accelerator = begin_run(config)
     pipeline = load_frozen_pipeline(config, accelerator.device)
     stage = first_stage(config) if config.progressive_steps else config

@@ -51,13 +51,23 @@ def start_from(dot: MorseDot, start: MorseDot) -> None:
 
     A Dot with history, with learned up-samplers or of guided estimates may start from one without:
     what is new then changes nothing at first.
+
+    Raises:
+        ValueError: If the two differ in more than that.
     """
     if start.config.num_down_blocks == dot.config.num_down_blocks - 1:
         grow(dot, start)
-    else:
-        added = dot.config.history * dot.config.output_channels
-        weights = widen_inputs(start.state_dict(), dot.conv_in.in_channels, added)
-        dot.load_state_dict(complete_weights(dot, start_guided(weights, dot)))
+        return
+    added = dot.config.history * dot.config.output_channels
+    weights = widen_inputs(start.state_dict(), dot.conv_in.in_channels, added)
+    weights, own = complete_weights(dot, start_guided(weights, dot)), dot.state_dict()
+    unlike = [name for name in own | weights if not _fits(own.get(name), weights.get(name))]
+    if unlike:
+        raise ValueError(
+            f"init_from is a Dot of another network, in {min(unlike)!r} among others: give the "
+            "pipeline and the resolution that it was trained for."
+        )
+    dot.load_state_dict(weights)
 
 
 def grow(dot: MorseDot, start: MorseDot) -> None:
@@ -93,5 +103,5 @@ def _moved(name: str) -> str:
     return re.sub(r"^up_blocks\.(\d+)", lambda found: f"up_blocks.{int(found[1]) + 1}", name)
 
 
-def _fits(own: Tensor | None, given: Tensor) -> bool:
-    return own is not None and own.shape == given.shape
+def _fits(own: Tensor | None, given: Tensor | None) -> bool:
+    return own is not None and given is not None and own.shape == given.shape
