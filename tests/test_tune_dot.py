@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from morse.dot.mixture import GaussianMixture
 from morse.evaluation.bench.loading import load_bare, with_solver
 from morse.evaluation.conditions import UNCONDITIONAL
 from morse.saved_plans import SavedPlan
+from morse.training.run import TrainingRun
 from morse.tuning.blend import blend, weights_before
 from morse.tuning.command import (
     TuneDotConfig,
+    _target_run,
     runs_to_tune,
     tune_dot,
     worse_plans,
@@ -231,6 +234,51 @@ def test_n_is_given_or_measured_with_the_lora_merged(tune, folder, tmp_path, mon
     found = tune(*short)
     assert merged == [(True, {"batch_size": 2})]
     assert MorseDot.from_pretrained(found).config.speed_ratio is None  # it is this machine's
+
+
+def test_the_target_is_as_long_as_its_budget(sampled):
+    fitted, longer, mixed = (_target_run(sampled.pipe, lsd).plan for lsd in (4, 6, 2))
+    assert (fitted.plan, set(fitted.scheduler)) == ("DDDD", {"fitted_steps"})
+    assert (longer.plan, longer.scheduler) == ("DDDDDD", {})  # not the four that were fitted
+    assert mixed.plan == "DD"
+
+
+def test_resumed_it_keeps_n_and_what_was_found(folder, whole_run, tmp_path, monkeypatch, capsys):
+    ratios, one_pass = iter((4.0, 1.5)), TrainingRun._forward_backward
+
+    def measure(pipe, **kwargs):
+        return SimpleNamespace(speed_ratio=next(ratios))
+
+    def interrupt(run, batch, micro_step):
+        if run.step == 3:
+            raise KeyboardInterrupt
+        return one_pass(run, batch, micro_step)
+
+    monkeypatch.setattr("morse.calls.MorseCalls.measure_speed_ratio", measure)
+    dot = MorseDot.from_pretrained(folder / "dot")
+    dot.register_to_config(speed_ratio=None)
+    dot.save_pretrained(tmp_path / "dot")
+    given = arguments(folder, tmp_path / "run", "--dot", str(tmp_path / "dot"))
+    config = parse_config(TuneDotConfig, given)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingRun, "_forward_backward", interrupt)
+        tune_dot(config)
+    resumed = tune_dot(replace(config, resume_from_checkpoint="latest"))
+    facts, whole = (json.loads((p / "tuning.json").read_text()) for p in (resumed, whole_run))
+    assert facts["decibels_by_step"] == whole["decibels_by_step"]
+    assert next(ratios) == 1.5 and "warning" not in capsys.readouterr().out
+    torch.testing.assert_close(weights(resumed), weights(whole_run), rtol=0, atol=0)
+
+
+def test_resumed_with_other_plans_it_says_so(folder, whole_run, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    config = parse_config(TuneDotConfig, arguments(folder, tmp_path / "run", "--lsd", "3"))
+    tune_dot(replace(config, resume_from_checkpoint="latest"))
+    shown = capsys.readouterr().out
+    assert "warning: lsd was [2.0, 3.0] and is now [3.0]" in shown
+    assert "warning: plans was {'leapfrog, 2 LSD': 'gDoo'," in shown
+    by_step = json.loads((tmp_path / "run/tuning.json").read_text())["decibels_by_step"]
+    assert [*by_step] == ["5"] and [*by_step["5"]] == ["leapfrog, 3 LSD"]
 
 
 def test_targets_are_made_once_and_are_the_runs_of_dash(whole_run, tune, folder):

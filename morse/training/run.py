@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,7 @@ class TrainingRun:
         compute_loss: Gives the mean loss of one batch, under autocast. All randomness must come
             from the generator it gets.
         pruner: What prunes the network, if it is pruned.
+        choices: What else decides what a step does, as JSON has it: told if a resumed run differs.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class TrainingRun:
         dataset: ImageDataset,
         compute_loss: LossFunction,
         pruner: DotPruner | None = None,
+        choices: Mapping[str, object] | None = None,
     ) -> None:
         """Prepare everything and, if asked to, resume from a checkpoint."""
         self.config, self.accelerator, self.dataset = config, accelerator, dataset
-        self.compute_loss, self.pruner = compute_loss, pruner
+        self.compute_loss, self.pruner, self.choices = compute_loss, pruner, dict(choices or {})
         self.started = time.monotonic()
         memory_format = (
             torch.channels_last if accelerator.device.type == "cuda" else torch.contiguous_format
@@ -121,7 +123,7 @@ class TrainingRun:
     def _exactness(self) -> dict[str, object]:
         """Give the settings that decide what a step draws."""
         names = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
-        settings = {name: getattr(self.config, name) for name in names}
+        settings = {name: getattr(self.config, name) for name in names} | self.choices
         pruning = {} if self.pruner is None else self.pruner.settings
         return settings | pruning | {"num_processes": self.accelerator.num_processes}
 

@@ -24,6 +24,7 @@ from morse.training.run import TrainingRun, begin_run
 from morse.tuning.blend import blend, weights_before
 from morse.tuning.config import TuneDotConfig
 from morse.tuning.loss import MAX_PSNR, FeatureLoss, load_feature_loss, run_loss
+from morse.tuning.progress import Progress
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import Targets, prepare_targets
 
@@ -55,7 +56,9 @@ def tune_dot(config: TuneDotConfig) -> Path:
     conditions = make_conditions(
         pipe, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
-    pipe.speed_ratio = _choose_speed_ratio(pipe, config, conditions, accelerator)
+    progress = Progress(config.output_dir)
+    earlier_ratio = progress.choices.get("speed_ratio")
+    pipe.speed_ratio = _choose_speed_ratio(pipe, config, conditions, accelerator, earlier_ratio)
     target = _target_run(pipe, config.target_lsd)
     runs = runs_to_tune(pipe, schedulers, config.lsd)
     sampled, many = (
@@ -63,8 +66,9 @@ def tune_dot(config: TuneDotConfig) -> Path:
     )
     features = _feature_loss(many, config, accelerator)
     targets = prepare_targets(many, config, accelerator)
-    training = TrainingRun(config, accelerator, sampled, targets, run_loss(len(runs), features))
-    found: dict[int, dict[str, float]] = {}
+    choices = _choices(config, pipe.speed_ratio, [*runs, target])
+    loss = run_loss(len(runs), features)
+    training = TrainingRun(config, accelerator, sampled, targets, loss, choices=choices)
 
     def judge_and_print(title: str) -> dict[str, float]:
         decibels = judge(sampled, targets, config.train_batch_size)
@@ -74,18 +78,23 @@ def tune_dot(config: TuneDotConfig) -> Path:
 
     def validate(step: int) -> None:
         with training.averaged():
-            found[step] = judge_and_print(f"step {step}")
-        accelerator.log(found[step], step=step)
+            progress.add(step, judge_and_print(f"step {step}"))
+        accelerator.log(progress.decibels[step], step=step)
 
     def after_step(step: int) -> None:
-        if config.validation_steps and step % config.validation_steps == 0:
+        due = config.validation_steps and step % config.validation_steps == 0
+        if due and step not in progress.decibels:
             validate(step)
 
     if accelerator.is_main_process:
-        validate(training.step)
+        progress.begin(choices, training.step)
+        after_step(training.step)  # which a run that was interrupted may not have come to
+        if not progress.decibels:
+            validate(training.step)
     accelerator.wait_for_everyone()
     last = training.train(after_step)
     if accelerator.is_main_process:
+        found = progress.decibels
         if last not in found:
             validate(last)
         saved = found[last]
@@ -110,12 +119,14 @@ def _choose_speed_ratio(
     config: TuneDotConfig,
     conditions: Conditions,
     accelerator: "Accelerator",
+    earlier: float | None,
 ) -> float:
     """Give N, by which budgets become plans: as set, as Dot's config says, or as measured.
 
-    It is measured as Dot will be used, with its LoRA merged, and by one process for all.
+    It is measured as Dot will be used, with its LoRA merged, and by one process for all; a run that
+    is resumed keeps its `earlier` one, for another N may give other plans.
     """
-    chosen = [config.speed_ratio or pipe.speed_ratio]
+    chosen = [config.speed_ratio or pipe.speed_ratio or earlier]
     if chosen[0] is None and accelerator.is_main_process:
         pipe.dot.merge_lora()
         few = conditions.arguments(range(config.train_batch_size))
@@ -123,6 +134,18 @@ def _choose_speed_ratio(
         pipe.dot.unmerge_lora()
         accelerator.print(f"N is {chosen[0]:.1f} here; --speed_ratio sets another")
     return broadcast_object_list(chosen)[0]
+
+
+def _choices(
+    config: TuneDotConfig, speed_ratio: float, runs: Sequence[PlannedRun]
+) -> dict[str, object]:
+    """Give what decides on the runs that are made, for those that resume this one."""
+    return {
+        "solver": list(config.solver),
+        "lsd": list(config.lsd),
+        "speed_ratio": speed_ratio,
+        "plans": {run.name: run.plan.plan for run in runs},
+    }
 
 
 def runs_to_tune(
@@ -154,10 +177,13 @@ def runs_to_tune(
 
 
 def _target_run(pipe: "DiffusionPipeline", lsd: float) -> PlannedRun:
-    """Give the saved plan for a budget if it is all Dash, else as many evaluations of Dash."""
-    plan = pipe.plan_for(lsd)
-    if set(plan.plan) != {"D"}:
-        plan = SavedPlan(lsd, "D" * round(lsd))
+    """Give the saved plan for a budget if it is all Dash, else as many evaluations of Dash.
+
+    One that was fitted to a smaller budget is run as it is, with fewer evaluations than wanted.
+    """
+    plan, evaluations = pipe.plan_for(lsd), round(lsd)
+    if set(plan.plan) != {"D"} or len(plan.plan) < evaluations:
+        plan = SavedPlan(lsd, "D" * evaluations)
     return PlannedRun(pipe.scheduler, plan, "target")
 
 
