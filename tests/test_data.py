@@ -121,7 +121,8 @@ def test_wrong_sources(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("column", "expected"), [([2, 0], [2, 0]), (["cat", "dog"], None), ([1, None], None)]
+    ("column", "expected"),
+    [([2, 0], [2, 0]), (["cat", "dog"], None), ([1, None], None), ([-1, -1], None)],
 )
 def test_a_hub_data_sets_labels_are_class_numbers(monkeypatch, column, expected):
     class Rows(dict):

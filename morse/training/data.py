@@ -223,8 +223,8 @@ def _open_hub(
 
 
 def _read_labels(values: Sequence[object]) -> Tensor | None:
-    """Give class numbers, (N,) int64; None for anything else that a column may hold."""
-    if not all(isinstance(value, int) for value in values):
+    """Give class numbers, (N,) int64; None for anything else in the column, as -1 for unknown."""
+    if not all(isinstance(value, int) and value >= 0 for value in values):
         return None
     return torch.tensor(list(values), dtype=torch.int64)
 
