@@ -14,10 +14,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dot", help="its Dot; the one saved with the model if not given")
     parser.add_argument("--class_label", type=int, default=207)
     parser.add_argument("--lsd", type=float, default=10)
+    parser.add_argument("--scheduler", default="dpmsolver++", help="the one of its saved plans")
     parser.add_argument("--output", default="dit.png")
     args = parser.parse_args(argv)
 
-    pipe = MorsePipeline.from_pretrained(args.model, dot=args.dot, scheduler="dpmsolver++")
+    pipe = MorsePipeline.from_pretrained(args.model, dot=args.dot, scheduler=args.scheduler)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     image = pipe(
         [args.class_label], lsd=args.lsd, generator=torch.Generator().manual_seed(0)

@@ -1,5 +1,7 @@
 """SDXL with a latent consistency model as the Dash; Dot has one down block there (Morse, 3.3).
 
+`train_dot` does not train a Dot for consistency models yet, so this takes one of your own making.
+
 python pipelines/sdxl_lcm.py --model SDXL --unet LCM_UNET --dot DOT --prompt "a boat"
 """
 

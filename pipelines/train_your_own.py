@@ -1,4 +1,4 @@
-"""A Dot for a pipeline that you have, trained on a folder of images, then used.
+"""A Dot for an unconditional pipeline that you have, trained on a folder of images, then used.
 
 python pipelines/train_your_own.py --model MODEL --images FOLDER --output_dir runs/dot
 

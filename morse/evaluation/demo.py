@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BUSY = 1.5  # third over first quartile of equal evaluations
 NOTE = (
     "A Fréchet distance of so few images is biased upwards: compare it within this table only. "
-    "`morse bench` measures it with 5,000 images."
+    "`morse bench --num_images 5000` measures it with more."
 )
 
 
