@@ -44,6 +44,8 @@ def guess_estimate(denoiser: Denoiser, call: Call, scheduler: object, index: int
     timestep = torch.as_tensor(call.timestep, device=call.sample.device)
     noisy = call.sample.float()
     rates = noise_rates(scheduler, index, timestep, noisy)
-    clean = mixture(noisy, rates)
+    # The difference of large numbers, which autocast would round.
+    with torch.autocast(noisy.device.type, enabled=False):
+        clean = mixture(noisy, rates)
     output = from_clean(clean, noisy, rates, prediction_type(scheduler)).to(call.sample.dtype)
     return Guess(output) if call.return_dict else (output,)

@@ -1,5 +1,6 @@
 """Plans that were searched for a Dot (`morse plan`) and are saved in its config."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,9 @@ CHOOSE_TIMESTEPS = (
     "denoising_start",
     "denoising_end",
 )
+# Options that make other solvers of one scheduler class. Where steps lie, such as leapfrog's
+# timestep_power, is not among them: a plan brings its own grid, whichever the pipeline has.
+_SOLVER_OPTIONS = ("algorithm_type", "solver_order", "solver_type", "clean_above")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class SavedPlan:
         psnr: In dB, to many steps from the same noise, on the calibration set.
         uniform_psnr: The same of the best uniform plan, all Dash among them.
         num_images: Size of the calibration set.
+        solver_options: What makes the scheduler's class the solver that the plan is for, as
+            `read_solver_options` gives it; what is left out is as the class has it by default.
     """
 
     lsd: float
@@ -43,6 +49,7 @@ class SavedPlan:
     psnr: float | None = None
     uniform_psnr: float | None = None
     num_images: int | None = None
+    solver_options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def grid(self) -> str:
@@ -62,6 +69,23 @@ def is_affordable(cost: float, lsd: float) -> bool:
     return cost <= lsd * (1 + _MAX_OVERDRAFT)
 
 
+def read_solver_options(scheduler: object) -> dict[str, object]:
+    """Give the options that make a scheduler's class the solver that it is."""
+    return {name: scheduler.config[name] for name in _solver_defaults(scheduler)}
+
+
+def is_saved_for(entry: Mapping[str, object], scheduler: object) -> bool:
+    """Tell whether a plan saved for a scheduler's class is for the solver that the scheduler is."""
+    saved = _solver_defaults(scheduler) | dict(entry.get("solver_options", {}))
+    return saved == read_solver_options(scheduler)
+
+
+def _solver_defaults(scheduler: object) -> dict[str, object]:
+    # Not by the config: that holds options of the class that the scheduler was made from, too.
+    parameters = inspect.signature(type(scheduler)).parameters
+    return {name: parameters[name].default for name in _SOLVER_OPTIONS if name in parameters}
+
+
 def find_saved_plan(
     plans: Mapping[str, Sequence[Mapping[str, object]]] | None,
     scheduler: object,
@@ -77,7 +101,7 @@ def find_saved_plan(
 
     Args:
         plans: Dot's `config.plans`: scheduler class name -> saved plans.
-        scheduler: The pipeline's.
+        scheduler: The pipeline's; plans for another solver of its class are passed over.
         lsd: The budget.
         speed_ratio: N now. A plan that costs over 5 % more than `lsd` with it is not taken.
 
@@ -86,6 +110,8 @@ def find_saved_plan(
     """
     fitting = []
     for entry in (plans or {}).get(type(scheduler).__name__, ()):
+        if not is_saved_for(entry, scheduler):
+            continue
         saved = SavedPlan(**entry)
         cost = MorsePlan.from_string(saved.plan).cost(speed_ratio)
         if lsd / 2 <= saved.lsd <= lsd and is_affordable(cost, lsd):

@@ -9,7 +9,9 @@ from torch import distributions, nn
 from torch.testing import assert_close
 
 from morse import LeapfrogScheduler, MorseDot, enable_morse
+from morse.denoisers import Call, Denoiser
 from morse.dot.mixture import GaussianMixture
+from morse.guess import guess_estimate
 from morse.pipeline import make_scheduler
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, find_saved_plan
@@ -71,6 +73,12 @@ def test_each_image_may_have_rates_of_its_own(mixture):
         own = (rates[0][i], rates[1][i])
         assert_close(mixture(noisy, rates)[i : i + 1], mixture(noisy[i : i + 1], own))
     assert mixture(noisy.half(), rates).dtype == torch.half
+
+
+def test_the_estimate_is_made_where_the_sample_is(mixture):
+    """Model offloading leaves the mixture on the CPU; "meta" stands for the accelerator."""
+    noisy, rates = torch.empty(2, *SHAPE, device="meta"), (torch.tensor(0.6), torch.tensor(0.8))
+    assert mixture(noisy, rates).device.type == "meta"
 
 
 def test_means_directions_and_variances_are_found(mixture):
@@ -174,6 +182,14 @@ class TestRuns:
         assert pipe.unet.calls - calls == 3
         assert (pipe.last_run.num_gaussian, pipe.last_run.num_dash) == (3, 3)
         assert pipe.last_run.lsd == 3.0 and "3 of the mixture" in pipe.morse_summary()
+
+    def test_autocast_does_not_round_it(self, unet, dot):
+        scheduler = LeapfrogScheduler()
+        noisy = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+        arguments = Denoiser("unet", unet, dot), Call(noisy, 999, {}, False), scheduler, 0
+        (expected,) = guess_estimate(*arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(guess_estimate(*arguments)[0], expected)
 
     def test_dot_goes_on_from_dash_not_from_the_mixture(self, unet, dot):
         pipe = enable_morse(loop_pipeline(unet, LeapfrogScheduler()), dot)

@@ -18,11 +18,13 @@ from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture
 from morse.evaluation.planning.search import (
     Candidate,
+    Found,
     early_candidates,
     neighbours,
     search_plan,
     uniform_candidates,
 )
+from morse.pipeline import make_scheduler
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, find_saved_plan, scheduler_options
 
@@ -317,6 +319,31 @@ class TestUse:
         assert (saved is not None) == found
         assert saved is None or saved.plan == "DDoDoo"
 
+    @pytest.mark.parametrize(
+        ("solver", "saved", "found"),
+        [
+            ("leapfrog", {}, True),
+            ("leapfrog-dense", {}, True),
+            ("pfdiff", {}, False),
+            ("pfdiff", {"solver_options": {"clean_above": 1e9}}, True),
+            ("leapfrog", {"solver_options": {"clean_above": 1e9}}, False),
+            ("dpmsolver++", {}, True),
+            ("dpmsolver++1", {}, False),
+            ("sde-dpmsolver++", {}, False),
+            ("dpmsolver++1", {"solver_options": {"solver_order": 1}}, True),
+            ("dpmsolver++", {"solver_options": {"solver_order": 1}}, False),
+        ],
+    )
+    def test_a_plan_is_for_one_solver_of_a_class(self, solver, saved, found):
+        scheduler = make_scheduler(solver, {})
+        plans = {type(scheduler).__name__: [{"lsd": 4, "plan": "DDDD", **saved}]}
+        assert (find_saved_plan(plans, scheduler, 4, 4.0) is not None) == found
+
+    def test_the_embedded_plans_are_leapfrogs(self):
+        for solver in ("leapfrog", "pfdiff"):
+            pipe = MorsePipeline.from_pretrained("fashion-mnist", scheduler=solver)
+            assert ("fitted_steps" in pipe.plan_for(8).scheduler) == (solver == "leapfrog")
+
     @pytest.mark.parametrize("plan", ["DDDD", "DDoDoo"])
     def test_fitted_steps_are_run_as_they_are(self, pipe, plan):
         rows = curves_to_rows(power_curves(1.2), plan)
@@ -379,6 +406,49 @@ def test_saved_rows_that_a_fit_may_start_from():
     assert [row[0] for row in longer] == pytest.approx(
         [row[0] for row in curves_to_rows(power_curves(1.0), "DDDDDD")]
     )
+
+
+def test_solvers_of_one_class_keep_their_plans(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+    plan, known = Candidate("DDD"), []
+
+    def search(*args, **options):
+        known.append(options["known"])
+        return Found(plan, 1.0, plan, 1.0)
+
+    monkeypatch.setattr(command, "search_plan", search)
+    monkeypatch.setattr(command, "follow", lambda *args: None)
+    settings = {**QUICK, "pipeline": str(tiny_folder), "output_dir": tmp_path}
+    for dot in (None, str(tmp_path)):
+        run_plan(PlanConfig(solver=("dpmsolver++", "dpmsolver++1"), dot=dot, **settings))
+    saved = MorseDot.from_pretrained(tmp_path).config.plans["DPMSolverMultistepScheduler"]
+    assert [entry["solver_options"]["solver_order"] for entry in saved] == [2, 1]
+    assert known == [[], [], [plan], [plan]]
+    report = json.loads((tmp_path / "plan_search.json").read_text())
+    assert [each["solver"] for each in report["searches"]] == ["dpmsolver++", "dpmsolver++1"]
+
+
+def test_a_search_runs_in_the_precision_asked_for(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+    seen = []
+
+    def search(config, pipes):
+        enabled = torch.is_autocast_enabled("cpu")
+        seen.append(torch.get_autocast_dtype("cpu") if enabled else None)
+
+    monkeypatch.setattr(command, "_search", search)
+    settings = {"pipeline": str(tiny_folder), "output_dir": tmp_path, "device": "cpu"}
+    for precision in ("no", "bf16"):
+        run_plan(PlanConfig(mixed_precision=precision, **settings))
+    assert seen == [None, torch.bfloat16]
+
+
+def test_a_plan_brings_its_grid_with_it(tmp_path):
+    config = PlanConfig(output_dir=tmp_path, timestep_power=(1.0, 2.0))
+    grids = {solver: config.grids(solver) for solver in ("leapfrog", "leapfrog-dense", "ddim")}
+    assert grids == {
+        "leapfrog": [(("timestep_power", 1.0),), (("timestep_power", 2.0),)],
+        "leapfrog-dense": [(("timestep_power", 1.5),)],
+        "ddim": [()],
+    }
 
 
 @pytest.mark.slow

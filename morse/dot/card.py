@@ -60,7 +60,7 @@ def dot_rows(dot: ModelMixin) -> dict[str, object]:
     ratios, fingerprint = config.plan_ratio or {}, config.dash_fingerprint
     zeros = {"of these zero, by pruning": f"{_count_zeros(dot):,}"} if config.sparse else {}
     plans = {
-        name: ", ".join(f"{entry['lsd']:g}" for entry in saved)
+        name: ", ".join(dict.fromkeys(f"{entry['lsd']:g}" for entry in saved))
         for name, saved in (config.plans or {}).items()
     }
     searched = {"LSD of searched plans": _pairs(plans)} if plans else {}

@@ -103,9 +103,12 @@ class GaussianMixture(nn.Module):
         """
         noisy = sample.flatten(1).float()
         alpha, sigma = (rate.to(noisy).reshape(-1, 1) for rate in rates)  # (B, 1) or (1, 1)
-        means = self.means.flatten(1).float()  # (K, D)
-        directions = self.directions.flatten(2).float()  # (K, R, D)
-        rest, variances = self.rest.float(), self.variances.float()
+        # Model offloading brings a whole Dot to where it runs, but only when Dot itself is called.
+        means = self.means.to(noisy).flatten(1)  # (K, D)
+        directions = self.directions.to(noisy).flatten(2)  # (K, R, D)
+        rest, variances, weights = (
+            each.to(noisy) for each in (self.rest, self.variances, self.weights)
+        )
         size = noisy.shape[1]
 
         # All by projections: differences to every mean would take (B, K, D) numbers.
@@ -119,7 +122,7 @@ class GaussianMixture(nn.Module):
         likelihood = (along.square() / noisy_variances + noisy_variances.log()).sum(2)
         others = size - variances.shape[1]
         likelihood = likelihood + across / noisy_rest + others * noisy_rest.log()
-        shares = (self.weights.float().log() - likelihood / 2).softmax(1)  # (B, K)
+        shares = (weights.log() - likelihood / 2).softmax(1)  # (B, K)
 
         # Each component's Wiener filter, summed by share.
         gain = alpha * rest / noisy_rest  # (B, K)

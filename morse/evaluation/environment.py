@@ -3,10 +3,20 @@
 import platform
 import shlex
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(device: torch.device, mixed_precision: str) -> AbstractContextManager:
+    """Run networks in "fp16" or "bf16" within; "no" changes nothing."""
+    if mixed_precision == "no":
+        return nullcontext()
+    return torch.autocast(device.type, AUTOCAST[mixed_precision])
 
 
 def command_line() -> str:

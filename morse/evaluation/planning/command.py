@@ -9,14 +9,14 @@ from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_pipelines
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS
 from morse.evaluation.conditions import Conditions, make_conditions
-from morse.evaluation.environment import command_line, environment
+from morse.evaluation.environment import autocast, command_line, environment
 from morse.evaluation.metrics import psnr
 from morse.evaluation.planning.best_fit import Trajectories, candidate_of, fit_best, follow
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture, fit_mixture
 from morse.evaluation.planning.search import Candidate, Evaluate, Found, search_plan
-from morse.saved_plans import SavedPlan
+from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options
 from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ __all__ = ["PlanConfig", "run_plan"]
 def run_plan(config: PlanConfig) -> None:
     """Search, and write what was found and tried."""
     pipes = _load(config)
+    with autocast(pipes[REFERENCE_SOLVER].device, config.mixed_precision):
+        _search(config, pipes)
+
+
+def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
     main = pipes[REFERENCE_SOLVER]
     conditions = make_conditions(
         main, config.prompts, config.class_names, guidance_scale=config.guidance_scale
@@ -48,7 +53,8 @@ def run_plan(config: PlanConfig) -> None:
     for solver, lsd in product(config.solver, config.lsd):
         pipe = pipes[solver]
         name = type(pipe.scheduler).__name__
-        known = plans.get(name, [])
+        known = [entry for entry in plans.get(name, ()) if is_saved_for(entry, pipe.scheduler)]
+        same = [entry for entry in known if entry["lsd"] == lsd]
         evaluate = make_judge(config, pipe, judged_on)
         with remembering(find_denoiser(pipe)):
             found = search_plan(
@@ -58,14 +64,23 @@ def run_plan(config: PlanConfig) -> None:
                 config.grids(solver),
                 config.max_rounds,
                 ratios=config.ratios,
-                known=[candidate_of(entry) for entry in known if entry["lsd"] == lsd],
+                known=[candidate_of(entry) for entry in same],
                 with_dot=pipe.dot is not None,
                 with_mixture=pipe.dot is not None and pipe.dot.mixture is not None,
             )
             if fits and solver == "leapfrog":
                 found = fit_best(config, found, evaluate, pipe, fitted_on, curves, known)
-        saved = _saved(found, lsd, speed_ratio, config.num_images)
-        kept = [entry for entry in known if entry["lsd"] != lsd]
+        saved = SavedPlan(
+            lsd=lsd,
+            plan=found.best.plan,
+            scheduler=dict(found.best.options),
+            speed_ratio=speed_ratio,
+            psnr=round(found.psnr, 3),
+            uniform_psnr=round(found.uniform_psnr, 3),
+            num_images=config.num_images,
+            solver_options=read_solver_options(pipe.scheduler),
+        )
+        kept = [entry for entry in plans.get(name, ()) if entry not in same]
         plans[name] = sorted([*kept, saved.to_config()], key=lambda entry: entry["lsd"])
         report.append(_report(solver, saved, found))
         print(
@@ -122,18 +137,6 @@ def make_judge(config: PlanConfig, pipe: "MorsePipeline", judged_on: Trajectorie
     return evaluate
 
 
-def _saved(found: Found, lsd: float, speed_ratio: float, num_images: int) -> SavedPlan:
-    return SavedPlan(
-        lsd=lsd,
-        plan=found.best.plan,
-        scheduler=dict(found.best.options),
-        speed_ratio=speed_ratio,
-        psnr=round(found.psnr, 3),
-        uniform_psnr=round(found.uniform_psnr, 3),
-        num_images=num_images,
-    )
-
-
 def _report(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:
     def judged(values: dict[Candidate, float]) -> list[dict[str, object]]:
         best_first = sorted(values, key=values.__getitem__, reverse=True)
@@ -173,7 +176,7 @@ def _write(
         main.dot.save_pretrained(config.output_dir)
     facts = {
         "command": command_line(),
-        "environment": environment(main.device),
+        "environment": environment(main.device, config.mixed_precision),
         "speed_ratio": speed_ratio,
         "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps",
         "settings": json.loads(json.dumps(vars(config), default=str)),

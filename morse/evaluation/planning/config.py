@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.planning.search import UNIFORM_RATIOS
@@ -81,6 +82,9 @@ class PlanConfig:
     guidance_scale: float | None = field(
         default=None, metadata={"help": "the pipeline's own default if left out"}
     )
+    mixed_precision: Literal["no", "fp16", "bf16"] = field(
+        default="no", metadata={"help": "autocast of the networks"}
+    )
     device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto takes a GPU"})
 
     def __post_init__(self) -> None:
@@ -102,7 +106,10 @@ class PlanConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
 
     def grids(self, solver: str) -> list[tuple[tuple[str, object], ...]]:
-        """List the scheduler options to choose from."""
-        if solver != "leapfrog":
-            return [()]
-        return [(("timestep_power", power),) for power in self.timestep_power]
+        """List the scheduler options to choose from, which a saved plan brings with it."""
+        from morse.pipeline import SCHEDULERS
+
+        if solver == "leapfrog":
+            return [(("timestep_power", power),) for power in self.timestep_power]
+        power = SCHEDULERS[solver][1].get("timestep_power")
+        return [() if power is None else (("timestep_power", power),)]
