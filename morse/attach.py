@@ -59,20 +59,29 @@ def enable_morse(
 
     Args:
         pipe: A diffusers pipeline. A call without `lsd=` or another plan stays bit-identical.
-        dot: A `MorseDot`, or any callable (sample, timestep, jump) -> residual; None for none.
+        dot: A `MorseDot`, or any callable (sample, timestep, jump, **conditions) -> residual, with
+            the conditions as the pipeline gives them to Dash: a text's embedding, say. None for
+            none.
         merge_lora: Merge a MorseDot's LoRA into a copy of Dash's weights: faster, at the memory
             of that copy.
 
     Raises:
+        TypeError: If `dot` is none of these. A Dot that the pipeline has stays on every error.
         ValueError: If the Dot belongs to another Dash, or the pipeline has no denoiser.
     """
-    disable_morse(pipe)
+    if dot is not None and not callable(dot):
+        raise TypeError(
+            f"dot is {dot!r}, but must be a MorseDot, a callable (sample, timestep, jump, "
+            "**conditions) -> residual, or None; load a saved one by "
+            "MorseDot.from_pretrained(path), or give its path to MorsePipeline.from_pipe."
+        )
     denoiser = find_denoiser(pipe)
     prepare_dot(pipe, dot, denoiser)
     if isinstance(dot, MorseDot):
         dot.eval().bind(denoiser)
         if merge_lora:
             dot.merge_lora()
+    disable_morse(pipe)
     is_component = isinstance(dot, ModelMixin)
     pipe.__class__ = morse_class(type(pipe), is_component)
     if is_component:

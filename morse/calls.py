@@ -122,12 +122,17 @@ class MorseCalls(PlanChoice, Publishable):
 
         Args:
             args: Arguments of the pipeline's call: a prompt, say.
-            repeats: Timed evaluations of each model; two more of each warm up.
+            repeats: Timed evaluations of each model, 2 or more; two more of each warm up.
             kwargs: Its keyword arguments: the batch size that you will use, say.
 
         Returns:
             The ratio of the medians, and the quartiles of both times.
+
+        Raises:
+            ValueError: If there is no Dot, or fewer than two times of Dash or Dot.
         """
+        if repeats < 2:
+            raise ValueError(f"repeats is {repeats}, but must be 2 or more, for quartiles.")
         if self.dot is None:
             raise ValueError("the pipeline has no dot whose speed could be measured.")
         arguments = self._name_arguments(args, {**kwargs, "num_inference_steps": None})
@@ -140,11 +145,16 @@ class MorseCalls(PlanChoice, Publishable):
             model: [time for name, time in run.timings if name == model][2:]
             for model in ("dash", "dot")
         }
-        if not seconds["dot"]:
-            raise ValueError(f"Dot was never evaluated: {dict(run.fallbacks)}.")
-        self.speed_ratio = median(seconds["dash"]) / median(seconds["dot"])
+        counts = {model: len(own) for model, own in seconds.items()}
+        if min(counts.values()) < 2:
+            raise ValueError(
+                f"N needs 2 times or more of Dash and of Dot, warmed up, but a run of {len(plan)} "
+                f"evaluations gave {counts}; what Dash made in Dot's place: {dict(run.fallbacks)}."
+            )
+        speed_ratio = median(seconds["dash"]) / median(seconds["dot"])
         dash, dot = (tuple(quantiles(seconds[name], n=4)) for name in ("dash", "dot"))
-        self.measured = SpeedRatio(self.speed_ratio, dash, dot)
+        self.measured = SpeedRatio(speed_ratio, dash, dot)
+        self.speed_ratio = speed_ratio
         return self.measured
 
     def morse_summary(self) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
@@ -58,6 +59,8 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
             the estimate's change since the evaluation before, `now` times is added to it for that
             move, `ahead` times for the one to where the denoiser is evaluated next. The last row's
             landing is the end. Another number of evaluations takes rows in between.
+        rescale_betas_zero_snr: Take all signal from the last timestep (Lin et al. 2024, Algorithm
+            1), for denoisers that were trained so.
 
     Example:
         >>> scheduler = LeapfrogScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
@@ -81,6 +84,7 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
         timestep_power: float = 1.0,
         clean_above: float = 4.0,
         fitted_steps: list[list[float]] | None = None,
+        rescale_betas_zero_snr: bool = False,
     ) -> None:
         """Make the noise schedule."""
         check_prediction_type(prediction_type)
@@ -101,7 +105,12 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
                 "beta_schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2', got "
                 f"{beta_schedule!r}; give others as trained_betas."
             )
+        if rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if rescale_betas_zero_snr:
+            # As DPMSolverMultistepScheduler has it: what is divided by alpha must stay finite.
+            self.alphas_cumprod[-1] = 2**-24
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)

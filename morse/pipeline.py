@@ -12,30 +12,38 @@ from morse.attach import enable_morse, inherit_dot, morse_class
 from morse.dot import MorseDot
 from morse.dot.loading import safetensors_only
 from morse.leapfrog import LeapfrogScheduler
+from morse.sampling import Dot
 
 EMBEDDED = {"fashion-mnist": "fashion_mnist", "fashion-mnist-text": "fashion_mnist_text"}
 
-# Short names for `scheduler=`, with the settings that make a class the method of that name.
+# Short names for `scheduler=`, with the settings that make a class the method of that name, also
+# those at its defaults: the config may come from a scheduler of the same class with others.
 SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver++": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    ),
     # First order is DDIM, without DDIMScheduler's guess of where a trailing step lands.
     "dpmsolver++1": (
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver++", "solver_order": 1},
     ),
-    "sde-dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
+    "sde-dpmsolver++": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+    ),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
+    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_order": 2}),
     "pndm": ("PNDMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
-    "leapfrog": ("LeapfrogScheduler", {}),
-    "leapfrog-dense": ("LeapfrogScheduler", {"timestep_power": 1.5}),
-    "pfdiff": ("LeapfrogScheduler", {"clean_above": 1e9}),
+    "leapfrog": ("LeapfrogScheduler", {"timestep_power": 1.0, "clean_above": 4.0}),
+    "leapfrog-dense": ("LeapfrogScheduler", {"timestep_power": 1.5, "clean_above": 4.0}),
+    "pfdiff": ("LeapfrogScheduler", {"timestep_power": 1.0, "clean_above": 1e9}),
 }
 
 
@@ -102,7 +110,8 @@ class MorsePipeline:
             scheduler: A scheduler, or the name of one (`morse.pipeline.SCHEDULERS`), made with
                 the pipeline's own scheduler's config.
             merge_lora: See `enable_morse`.
-            kwargs: As for `DiffusionPipeline.from_pretrained`; only safetensors are read.
+            kwargs: As for `DiffusionPipeline.from_pretrained`; only safetensors are read. Of these
+                `revision` is the pipeline's, and with it of a Dot that is saved there.
 
         Raises:
             ValueError: If the Dot belongs to another Dash, or the scheduler is unknown.
@@ -115,6 +124,8 @@ class MorsePipeline:
         if dot is None and has_dot:
             dot = _load_variant(path, "dot", **hub_options)
         elif isinstance(dot, (str, os.PathLike)):
+            # A revision is one of the pipeline's repository.
+            hub_options.pop("revision", None)
             dot = load_dot(dot, **hub_options)
         loader = DiffusionPipeline
         if has_dot and hasattr(diffusers, config["_class_name"]):
@@ -127,7 +138,7 @@ class MorsePipeline:
     def from_pipe(
         cls,
         pipe: DiffusionPipeline,
-        dot: MorseDot | None = None,
+        dot: Dot | str | os.PathLike | None = None,
         scheduler: str | object | None = None,
         merge_lora: bool = True,
     ) -> DiffusionPipeline:
@@ -135,11 +146,14 @@ class MorsePipeline:
 
         Args:
             pipe: A diffusers pipeline.
-            dot: A Dot; None for the one that the pipeline has or, where diffusers' `from_pipe` made
-                it of another pipeline's parts, the one that had, with N as set or measured there.
+            dot: A Dot, or where one is saved; None for the one that the pipeline has or, where
+                diffusers' `from_pipe` made it of another pipeline's parts, the one that had, with N
+                as set or measured there.
             scheduler: As for `from_pretrained`.
             merge_lora: See `enable_morse`; of no effect on a Dot that is in use.
         """
+        if isinstance(dot, (str, os.PathLike)):
+            dot = load_dot(dot)
         if isinstance(scheduler, str):
             scheduler = make_scheduler(scheduler, pipe.scheduler.config)
         if scheduler is not None:

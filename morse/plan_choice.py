@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Sequence
 
+import torch
+
 from morse.dot import MorseDot
 from morse.plan import MIXTURE_START, MorsePlan, check_budget
 from morse.rates import adds_noise, find_family
@@ -126,6 +128,13 @@ class PlanChoice:
         if self.dot is None:
             return 1.0
         if self.speed_ratio is None:
-            own = {name: value for name, value in arguments.items() if name != "generator"}
-            self.measure_speed_ratio(**own)
+            # The caller asked for no such run: it must not move random numbers or call anybody.
+            own = {
+                name: value
+                for name, value in arguments.items()
+                if name != "generator" and "callback" not in name
+            }
+            device = self._execution_device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                self.measure_speed_ratio(**own)
         return self.speed_ratio

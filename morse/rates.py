@@ -5,6 +5,7 @@ are those of the denoiser's *input*: the Euler family keeps x_0 + sigma * epsilo
 `scale_model_input`, back onto the variance-preserving path that the denoiser was trained on.
 """
 
+import inspect
 from typing import Literal
 
 import torch
@@ -59,7 +60,9 @@ def find_family(scheduler: object) -> Family | None:
 
 def adds_noise(scheduler: object) -> bool:
     """Tell whether a scheduler adds fresh noise at each step, by its class and settings."""
-    config = scheduler.config
+    # A config also holds settings of the class that the scheduler was made from.
+    names = inspect.signature(type(scheduler)).parameters
+    config = {name: value for name, value in scheduler.config.items() if name in names}
     return (
         _short_name(scheduler) in _ALWAYS_STOCHASTIC
         or str(config.get("algorithm_type")).startswith("sde-")

@@ -39,7 +39,7 @@ class JumpPoint:
 
 
 Dash = Callable[[Tensor, Tensor], Tensor]  # (sample, timestep) -> model_output
-Dot = Callable[[Tensor, Tensor, JumpPoint], Tensor]  # (sample, timestep, jump) -> residual
+Dot = Callable[..., Tensor]  # (sample, timestep, jump, **conditions) -> residual
 SolverStep = Callable[[Tensor, Tensor, int, int], Tensor]
 
 

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from attached import latents, planned, text_pipe, trained_dot
 
 from morse import MorseDot, disable_morse, enable_morse
 from morse.plan import MorsePlan
@@ -202,6 +203,16 @@ class TestOwnDot:
         enable_morse(pipe, dot)
         assert torch.equal(sample(pipe, plan="DooDo"), expected)
 
+    def test_it_is_given_what_dash_is(self):
+        seen = []
+
+        def dot(sample, timestep, jump, **conditions):
+            seen.append(conditions)
+            return torch.zeros_like(jump.model_output)
+
+        planned(enable_morse(text_pipe(), dot), "Doo")
+        assert len(seen) == 2 and all("encoder_hidden_states" in each for each in seen)
+
 
 class TestBudgets:
     def test_lsd_is_spent(self, pipe, dot):
@@ -234,6 +245,30 @@ class TestBudgets:
         dot.register_to_config(speed_ratio=7.0, plan_ratio={"default": 3.0, "DDIMScheduler": 1.5})
         enable_morse(pipe, dot)
         assert (pipe.speed_ratio, pipe.plan_ratio) == (7.0, 1.5)
+
+    def test_n_is_measured_unnoticed_before_the_first_budget(self):
+        pipe, steps = text_pipe(), []
+        enable_morse(pipe, trained_dot(pipe.unet))
+        before = torch.get_rng_state()
+        latents(pipe, lsd=3, callback_on_step_end=lambda *args: steps.append(args[1]) or {})
+        assert pipe.measured is not None and len(steps) == len(pipe.last_run.plan)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_n_of_too_few_times_is_not_taken(self, pipe, dot, monkeypatch):
+        enable_morse(pipe, dot)
+        with pytest.raises(ValueError, match="repeats is 1, but must be 2 or more"):
+            pipe.measure_speed_ratio(repeats=1)
+        with monkeypatch.context() as patch:
+            patch.setattr("morse.switch.scheduler_index", lambda scheduler, timestep: None)
+            with (
+                pytest.warns(UserWarning, match="made none"),
+                pytest.raises(ValueError, match=r"8 evaluations gave .*'dot': 0\}.* not tell"),
+            ):
+                pipe.measure_speed_ratio(repeats=2)
+        monkeypatch.setattr("morse.plan_choice.find_steps", lambda pipe, arguments, length: (7, 7))
+        with pytest.raises(ValueError, match=r"7 evaluations gave .*'dot': 1\}"):
+            pipe.measure_speed_ratio(repeats=2)
+        assert pipe.speed_ratio is None and pipe.measured is None
 
     def test_without_a_dot_everything_is_dash(self, pipe):
         expected = sample(pipe, num_inference_steps=5)
@@ -382,3 +417,13 @@ def test_a_dot_for_another_dash_is_refused(pipe, build_unet):
     with pytest.raises(ValueError, match="another Dash"):
         enable_morse(pipe, MorseDot.from_dash(build_unet(seed=3)))
     assert sample(pipe, num_inference_steps=2).isfinite().all()
+
+
+def test_a_refused_dot_leaves_the_one_in_use(pipe, dot, build_unet):
+    enable_morse(pipe, dot)
+    expected = sample(pipe, plan="DoDo")
+    with pytest.raises(ValueError, match="another Dash"):
+        enable_morse(pipe, MorseDot.from_dash(build_unet(seed=3)))
+    with pytest.raises(TypeError, match=r"dot is 'runs/dot', but must be .*from_pipe\."):
+        enable_morse(pipe, "runs/dot")
+    assert pipe.dot is dot and torch.equal(sample(pipe, plan="DoDo"), expected)

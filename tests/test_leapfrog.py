@@ -127,6 +127,15 @@ def test_a_run_may_begin_in_the_middle():
     assert torch.equal(*ends)
 
 
+def test_zero_terminal_snr_is_kept_from_another_scheduler():
+    other = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    scheduler = make_scheduler("leapfrog", other.config)
+    torch.testing.assert_close(scheduler.alphas_cumprod, other.alphas_cumprod, atol=1e-7, rtol=0)
+    assert not torch.equal(scheduler.alphas_cumprod, LeapfrogScheduler().alphas_cumprod)
+    end = solve(scheduler, 20, "v_prediction")
+    assert end == pytest.approx(exact_end(scheduler), rel=0.02)
+
+
 def test_saved_with_a_pipeline(build_unet, tmp_path):
     pipe = loop_pipeline(build_unet(channels=(8, 16), sample_size=8), LeapfrogScheduler())
     pipe.scheduler = LeapfrogScheduler(timestep_power=1.5)

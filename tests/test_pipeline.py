@@ -6,7 +6,8 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 
 from morse import MorseDot, MorsePipeline, enable_morse
-from morse.pipeline import make_scheduler
+from morse.pipeline import SCHEDULERS, make_scheduler
+from morse.rates import adds_noise
 
 
 def sample(pipe, **kwargs):
@@ -77,6 +78,15 @@ def test_scheduler_names(make_pipe, name):
         assert make_scheduler(name, config).config.timestep_spacing == "trailing"
 
 
+def test_a_schedulers_name_says_which_solver_whatever_was_there_before(make_pipe):
+    config = make_pipe().scheduler.config
+    for name, (_, options) in SCHEDULERS.items():
+        for before in ("sde-dpmsolver++", "dpmsolver++1", "pfdiff", "leapfrog-dense"):
+            scheduler = make_scheduler(name, make_scheduler(before, config).config)
+            assert options.items() <= scheduler.config.items()
+            assert adds_noise(scheduler) == adds_noise(make_scheduler(name, config))
+
+
 def test_errors(saved, build_unet, tmp_path):
     path, _ = saved
     with pytest.raises(ValueError, match="use_safetensors must be True"):
@@ -98,6 +108,28 @@ def test_from_pipe_takes_a_pipeline_in_memory(make_pipe, make_dot):
     assert same is pipe and isinstance(pipe, DiffusionPipeline)
     sample(pipe, plan="Do")
     assert pipe.last_run.num_dot == 1
+
+
+def test_from_pipe_takes_where_a_dot_is_saved(make_pipe, make_dot, tmp_path):
+    pipe = make_pipe()
+    make_dot(pipe.unet).save_pretrained(tmp_path)
+    for place in (tmp_path, str(tmp_path)):
+        sample(MorsePipeline.from_pipe(pipe, place), plan="Do")
+        assert pipe.last_run.num_dot == 1 and isinstance(pipe.dot, MorseDot)
+
+
+def test_a_revision_is_not_that_of_another_repositorys_dot(saved, monkeypatch):
+    path, _ = saved
+    load, asked = MorseDot.from_pretrained, []
+
+    def watched(place, **options):
+        asked.append(options.get("revision"))
+        return load(place, **options)
+
+    monkeypatch.setattr(MorseDot, "from_pretrained", watched)
+    for dot in (None, path / "dot"):
+        MorsePipeline.from_pretrained(path, dot=dot, revision="v2")
+    assert asked == ["v2", None]
 
 
 def test_first_order_dpmsolver_is_ddim_where_the_steps_divide_the_schedule(make_pipe):
