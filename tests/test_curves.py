@@ -98,6 +98,16 @@ def test_replicates_outside_are_counted_and_too_many_leave_no_interval():
     assert speedup_at_10([1 / 20] * 2)["cheaper"] == 1 and speedup_at_10([0.05])["cheaper"] is None
 
 
+def test_as_good_for_as_much_is_not_cheaper():
+    """A plan of Dash alone gives the bare solver's images, also where dearer ones are worse."""
+    level = Curve.fit([4, 5, 10], np.array([[1.0, 1.5, 0.5]] * 3))
+    for cost, errors, share in ((4, 1.0, 0), (3.9, 1.0, 1), (10, 0.5, 0), (9, 0.5, 1)):
+        assert matched_quality_speedup(level, cost, np.array([errors] * 3))["cheaper"] == share
+    # Better than the baseline ever was, but also dearer: nobody knows.
+    assert matched_quality_speedup(level, 10, np.array([0.4] * 3))["cheaper"] == 1
+    assert matched_quality_speedup(level, 11, np.array([0.4] * 3))["cheaper"] == 0
+
+
 def test_points_without_a_speedup_keep_their_status_and_say_why():
     curve = one_row(COSTS, 1 / COSTS)
     saturated = matched_quality_speedup(curve, 10, np.array([0.001]))
@@ -118,4 +128,3 @@ def test_clear_errors():
         one_row([0, 1], [1.0, 0.5])
     with pytest.raises(ValueError, match="from 1 to 2"):
         one_row([1, 2], [1.0, 0.5]).error_at(3)
-    assert [one_row([1, 2], [1.0, 0.5]).nearest(cost) for cost in (0.5, 1.5, 3)] == [1, 1.5, 2]

@@ -73,8 +73,8 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     deadline = time.monotonic() + (config.max_seconds or math.inf)
     scales = bench.guidance_scales()
     conditions = [bench.conditions(scale) for scale in scales]  # what is wrong is told at once
-    machine = environment(bench.device, config.mixed_precision)  # times of two would not compare
-    identity = {**config.identity(), **bench.models, **machine}
+    identity = {**config.identity(), **bench.models}
+    identity["machine"] = environment(bench.device)  # times of two would not compare
     if config.prompt_embeds is not None:
         identity["prompt_embeds_sha256"] = file_sha256(config.prompt_embeds)
     parts = [

@@ -91,7 +91,9 @@ class CellStore:
                     "name another folder"
                 )
             before = json.loads(saved.read_text())
-            changed = [name for name in settings if settings[name] != before.get(name)]
+            # Runs of earlier versions did not note all.
+            known = [name for name in settings if name in before]
+            changed = [name for name in known if settings[name] != before[name]]
             if changed:
                 name = changed[0]
                 raise ValueError(

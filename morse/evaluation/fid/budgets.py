@@ -50,8 +50,8 @@ def generate_all(
     for method in _methods(config, pipe):
         with progress_bar(method.label, state.is_main_process) as on_images:
             folder, changed = generate(pipe, method, request, config.output_dir, state, on_images)
-        fallbacks = sum((Counter(batch["fallbacks"]) for batch in changed), Counter())
-        row = _row(method, folder, pipe.speed_ratio) | {"fallbacks": dict(fallbacks)}
+        fallbacks = dict(sum((Counter(batch["fallbacks"]) for batch in changed), Counter()))
+        row = _row(method, folder, pipe.speed_ratio) | {"fallbacks": fallbacks}
         row |= _cost(method, changed, config.num_images, pipe.speed_ratio)
         rows.append({**row, "notes": _notes(config, pipe, fallbacks)})
     return rows

@@ -18,6 +18,7 @@ Measured = Mapping[str, Any]  # one of its "rows": a method at a budget
 Verdict = Literal["better", "within noise", "worse"]
 
 SCHEMA_VERSION, READABLE_SCHEMAS = 4, (2, 3, 4)
+PAIRED_SCHEMA = 4  # since then differences are those of pairs
 CONTROLS = ("mixture", "reuse", "extrapolation", "independent", "shrunk")
 KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, *PEER_SETTINGS)
 FOOTNOTE_MARKS = "†‡§¶"

@@ -43,8 +43,8 @@ def claim_section(result: Result) -> Section:
     title = f"How many times less Morse costs than the {BEST_TRAINING_FREE} at equal quality"
     note = (
         "From the worst to the best budget that has a factor, how many have one, and at how many "
-        "Morse is surely cheaper (in 97.5 % of the bootstrap's replicates); below, every budget, "
-        "and why some have no factor."
+        "Morse is surely cheaper (in at least 97.5 % of the bootstrap's replicates); below, every "
+        "budget, and why some have no factor."
     )
     if len(methods) < len(wins):
         note += f" These {len(methods)} of {len(wins)} Morse methods win most comparisons."
@@ -96,7 +96,7 @@ def limits_section(result: Result) -> Section:
     header = ("method", "axis", "worse", "within noise", "better", "no gain in seconds")
     note = (
         "Budgets in LSD. Within noise: the 95 % interval of the difference, of pairs from the same "
-        f"noise, includes none. No gain in seconds: not surely less wall time than the "
+        f"noise, includes 0. No gain in seconds: not surely less wall time than the "
         f"{BEST_TRAINING_FREE} for equal quality (timing's own noise left out)."
     )
     title = f"Morse against the {BEST_TRAINING_FREE}, where it is not ahead everywhere"
@@ -111,7 +111,7 @@ def _without_dot(result: Result) -> str:
         if not row["num_dot"]:
             budgets.setdefault(row_name(row), []).append(row["budget"])
     told = "; ".join(f"{name} at {budget_list(found)} LSD" for name, found in budgets.items())
-    return f"All Dash, so that what is gained there is the steps', not Dot's: {told}."
+    return f"Without Dot, so that what is gained there is the steps' or the mixture's: {told}."
 
 
 def _morse_rows(result: Result) -> list[Measured]:

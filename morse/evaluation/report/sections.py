@@ -14,6 +14,7 @@ from morse.evaluation.report.costs import (
 )
 from morse.evaluation.report.data import (
     NONE,
+    PAIRED_SCHEMA,
     Axis,
     Measured,
     Result,
@@ -110,6 +111,11 @@ def conditions_section(result: Result) -> Section:
         words += " r is a plan's ratio, evaluations per LSD."
     if any(_has_error(row, axis) for row in result["rows"] for axis in read_axes(result)):
         words += " ± is the bootstrap's standard error over images."
+    if result["rows"] and result["schema_version"] < PAIRED_SCHEMA:
+        words += (
+            " Measured by an earlier version: whether a difference is noise is told from both "
+            "errors alone, at equal budgets, and a solver's curve has a mean where it got worse."
+        )
     texts = (" ".join(filter(None, parts)), words, *_guidance_words(result))
     return Section("Conditions", texts, code=result["command"])
 

@@ -46,11 +46,11 @@ UNKNOWN = {
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A baseline's error at each cost, never increasing, linear in log cost between points.
+    """A baseline's error at each cost, linear in log cost between points.
 
     Attributes:
         costs: (K,), increasing, positive.
-        errors: (R, K).
+        errors: (R, K); for `cost_of` no row may increase, as `fit` makes them.
     """
 
     costs: np.ndarray
@@ -84,10 +84,6 @@ class Curve:
     def covers(self, cost: float) -> bool:
         """Tell whether the baseline was measured at costs on both sides."""
         return bool(self.costs[0] <= cost <= self.costs[-1])
-
-    def nearest(self, cost: float) -> float:
-        """Return the cost nearest to `cost` that the curve covers."""
-        return float(np.clip(cost, self.costs[0], self.costs[-1]))
 
     def error_at(self, cost: float) -> np.ndarray:
         """Return each row's error at a cost, (R,).
@@ -148,15 +144,16 @@ def matched_quality_speedup(curve: Curve, cost: float, errors: np.ndarray) -> di
 
     Returns:
         "status", "value", "interval", "median", "replicates_outside" (how many have no speed-up),
-        "cheaper" (in which share of the replicates the method pays less; None without any) and
-        "note": why value, interval or median is None, where one does not exist.
+        "cheaper" (in which share of the replicates the method pays less than the baseline would
+        have to, or did at the most; None without any) and "note": why value, interval or median is
+        None, where one does not exist.
     """
     needed, places = curve.cost_of(errors)
     status, note = STATUS[Place(places[0])]
     speedups, outside = needed[1:] / cost, int((places[1:] != Place.INSIDE).sum())
     entry = {**UNKNOWN, "status": status, "replicates_outside": outside}
     if len(speedups):
-        entry["cheaper"] = float((speedups > 1).mean())
+        entry["cheaper"] = float(_is_cheaper(curve, cost, errors, needed, places)[1:].mean())
     if status == "measured":
         entry["value"] = float(needed[0] / cost)
         if outside > MAX_OUTSIDE * len(speedups):
@@ -166,3 +163,17 @@ def matched_quality_speedup(curve: Curve, cost: float, errors: np.ndarray) -> di
             entry["interval"] = percentile_interval(speedups)
             entry["median"] = float(np.median(speedups))
     return {**entry, "note": note}
+
+
+def _is_cheaper(
+    curve: Curve, cost: float, errors: np.ndarray, needed: np.ndarray, places: np.ndarray
+) -> np.ndarray:
+    """Tell in which rows a method surely costs less than the baseline would, (R,) of bool.
+
+    Where a level stretch or the end of the curve leaves that open, the cheapest point as good as
+    the method counts, and where none is, the dearest, which it has to beat in quality alone.
+    """
+    first = (curve.errors > errors[:, None]).sum(axis=1)
+    at_least = curve.costs[first.clip(max=len(curve.costs) - 1)]
+    beyond = np.where(first == len(curve.costs), at_least >= cost, at_least > cost)
+    return np.where(places == Place.INSIDE, needed > cost, beyond) & (places != Place.WORSE)

@@ -161,27 +161,34 @@ def best_so_far(points: Sequence[Point], axis: str, cost: str = "lsd") -> list[t
     return list(best.items())
 
 
-def fit_curve(best: Sequence[tuple[float, Point]], axis: str) -> Curve | None:
-    """Return a curve through what `best_so_far` gave, or None for fewer than two costs."""
+def make_curve(best: Sequence[tuple[float, Point]], axis: str) -> Curve | None:
+    """Return a curve through what `best_so_far` gave, or None for fewer than two costs.
+
+    It is to be read by cost. Replicates are those of the points that are best on all images, even
+    where another is better in one of them: the least of several would be biased downwards.
+    """
     if len(best) < 2:
         return None
     errors = np.stack([point.errors(axis) for _, point in best], axis=1)
-    return Curve.fit([cost for cost, _ in best], errors)
+    return Curve(np.array([cost for cost, _ in best]), errors)
 
 
 def curve_by_seed(best: Sequence[tuple[float, Point]], axis: str) -> Curve | None:
     """Return such a curve with a row a repetition; None where not two have all points."""
     values = [point.estimates[axis].by_seed for _, point in best]
-    seeds = sorted(set.intersection(*map(set, values)))
+    seeds = sorted(set.intersection(*map(set, values))) if len(values) > 1 else []
     if len(seeds) < 2:
         return None
     errors = AXES[axis].sign * np.array([[value[seed] for value in values] for seed in seeds])
-    return Curve.fit([cost for cost, _ in best], errors)
+    return Curve(np.array([cost for cost, _ in best]), errors)
 
 
 def errors_at(best: Sequence[tuple[float, Point]], axis: str, cost: float) -> np.ndarray | None:
-    """Return what `best_so_far` has at a cost, or at the nearest that was measured, (R,)."""
-    curve = fit_curve(best, axis)
-    if curve is not None:
-        return curve.error_at(curve.nearest(cost))
-    return best[0][1].errors(axis) if best else None
+    """Return what `best_so_far` has for a cost, (R,), at the least that was measured if for less.
+
+    None for more than was measured: who knows what the baseline would have there.
+    """
+    if not best or cost > best[-1][0]:
+        return None
+    curve = make_curve(best, axis)
+    return best[0][1].errors(axis) if curve is None else curve.error_at(max(cost, curve.costs[0]))

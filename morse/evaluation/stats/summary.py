@@ -16,7 +16,7 @@ from morse.evaluation.bench.methods import (
 from morse.evaluation.bench.store import Cell
 from morse.evaluation.scoring import AXES, FEATURE_AXES
 from morse.evaluation.stats.bootstrap import Estimate, percentile_interval
-from morse.evaluation.stats.curves import UNKNOWN, matched_quality_speedup
+from morse.evaluation.stats.curves import UNKNOWN, Curve, matched_quality_speedup
 from morse.evaluation.stats.lossless import lossless_test
 from morse.evaluation.stats.points import (
     Point,
@@ -24,7 +24,7 @@ from morse.evaluation.stats.points import (
     best_so_far,
     curve_by_seed,
     errors_at,
-    fit_curve,
+    make_curve,
     make_points,
     of_kinds,
 )
@@ -61,7 +61,9 @@ def summarize(
         ],
         "baseline_curves": {axis: _describe(best[axis], axis) for axis in axes},
         "speedups": [entry for axis in axes for entry in _speedups(points, axis)],
-        "lossless": [entry for axis in axes for entry in _lossless(points, axis, statistics)],
+        "lossless": [
+            entry for axis in axes for entry in _lossless(points, best[axis], axis, statistics)
+        ],
     }
 
 
@@ -152,7 +154,8 @@ def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]
         }
     for name, baseline in baselines.items():
         for cost in COSTS:
-            curve = fit_curve(best_so_far(baseline, axis, cost), axis)
+            curve = make_curve(best_so_far(baseline, axis, cost), axis)
+            curve = curve and Curve.fit(curve.costs, curve.errors)
             for point in shown:
                 if point.method.label in own[name]:
                     continue
@@ -164,11 +167,13 @@ def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]
 
 
 def _lossless(
-    points: Sequence[Point], axis: str, statistics: Statistics
+    points: Sequence[Point],
+    best: Sequence[tuple[float, Point]],
+    axis: str,
+    statistics: Statistics,
 ) -> Iterator[dict[str, object]]:
     """Test every method against the best training-free solver with more LSD, where measured."""
-    best = best_so_far(of_kinds(points, axis, TRAINING_FREE), axis)
-    curve, delta = fit_curve(best, axis), statistics.deltas.get(axis)
+    curve, delta = make_curve(best, axis), statistics.deltas.get(axis)
     if curve is None:
         return
     by_seed = curve_by_seed(best, axis)
