@@ -16,6 +16,7 @@ from morse.sampling import Dot
 
 EMBEDDED = {"fashion-mnist": "fashion_mnist", "fashion-mnist-text": "fashion_mnist_text"}
 
+_LEAPFROG = {"timestep_power": 1.0, "clean_above": 4.0, "fitted_steps": None}
 # Short names for `scheduler=`, with the settings that make a class the method of that name, also
 # those at its defaults: the config may come from a scheduler of the same class with others.
 SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
@@ -41,9 +42,9 @@ SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
-    "leapfrog": ("LeapfrogScheduler", {"timestep_power": 1.0, "clean_above": 4.0}),
-    "leapfrog-dense": ("LeapfrogScheduler", {"timestep_power": 1.5, "clean_above": 4.0}),
-    "pfdiff": ("LeapfrogScheduler", {"timestep_power": 1.0, "clean_above": 1e9}),
+    "leapfrog": ("LeapfrogScheduler", _LEAPFROG),
+    "leapfrog-dense": ("LeapfrogScheduler", {**_LEAPFROG, "timestep_power": 1.5}),
+    "pfdiff": ("LeapfrogScheduler", {**_LEAPFROG, "clean_above": 1e9}),
 }
 
 

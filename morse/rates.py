@@ -6,6 +6,7 @@ are those of the denoiser's *input*: the Euler family keeps x_0 + sigma * epsilo
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -58,10 +59,14 @@ def find_family(scheduler: object) -> Family | None:
     return next((family for family, names in _FAMILIES.items() if name in names), None)
 
 
+def own_parameters(scheduler: object) -> Mapping[str, inspect.Parameter]:
+    """Give what a scheduler's class takes: its config also holds what others took before it."""
+    return inspect.signature(type(scheduler)).parameters
+
+
 def adds_noise(scheduler: object) -> bool:
     """Tell whether a scheduler adds fresh noise at each step, by its class and settings."""
-    # A config also holds settings of the class that the scheduler was made from.
-    names = inspect.signature(type(scheduler)).parameters
+    names = own_parameters(scheduler)
     config = {name: value for name, value in scheduler.config.items() if name in names}
     return (
         _short_name(scheduler) in _ALWAYS_STOCHASTIC

@@ -1,6 +1,5 @@
 """Plans that were searched for a Dot (`morse plan`) and are saved in its config."""
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -8,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from diffusers import DiffusionPipeline
 
 from morse.plan import MorsePlan
+from morse.rates import own_parameters
 
 # N differs by a tenth between measurements and by a fifth between processors, so a plan's cost by
 # some per cent: that must not decide between this plan and one for three quarters of the budget.
@@ -81,8 +81,7 @@ def is_saved_for(entry: Mapping[str, object], scheduler: object) -> bool:
 
 
 def _solver_defaults(scheduler: object) -> dict[str, object]:
-    # Not by the config: that holds options of the class that the scheduler was made from, too.
-    parameters = inspect.signature(type(scheduler)).parameters
+    parameters = own_parameters(scheduler)
     return {name: parameters[name].default for name in _SOLVER_OPTIONS if name in parameters}
 
 

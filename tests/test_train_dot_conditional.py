@@ -186,12 +186,12 @@ class TestCache:
 
     def test_other_conditions_are_refused(self, source, shards, run):
         folder = shards[0].parent
-        for options, name in (
-            (("--guidance_scale", "2", "7"), "guidance_scale"),
-            (("--class_names", "cat", "dog", "fox"), "captions"),
-            (("--class_names", "dog", "cat", "emu"), "captions"),
+        for options, names in (
+            (("--guidance_scale", "2", "7"), "'guidance_scale'"),
+            (("--class_names", "cat", "dog", "fox"), "'captions', 'conditions'"),
+            (("--class_names", "dog", "cat", "emu"), "'conditions'"),
         ):
-            with pytest.raises(ValueError, match=rf"made with other \['{name}'\]"):
+            with pytest.raises(ValueError, match=rf"made with other \[{names}\]"):
                 run(*CACHE, "--cache_dir", str(folder), *options)
 
     def test_graphs_get_the_conditions(self, source, shards):
@@ -227,7 +227,7 @@ def test_classes_without_guidance(run, build_unet, data_dir, tmp_path):
     content = labels.read_bytes()
     labels.write_bytes(content[:8] + content[8:][::-1])
     try:
-        with pytest.raises(ValueError, match=r"made with other \['labels'\]"):
+        with pytest.raises(ValueError, match=r"made with other \['conditions'\]"):
             run(*CACHE, "--cache_dir", str(folder / "pairs"), base=tmp_path, names=None)
     finally:
         labels.write_bytes(content)

@@ -139,9 +139,9 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
         "guidance_scale": list(pipeline.guidance_scale),
         "seed": config.seed,
         "data": str(config.train_data_dir or config.dataset_name),
-        "captions": conditions if kind == "text" else None,
+        "captions": digest(repr(source.table.values)) if kind == "text" else None,
     }
-    return description | ({"labels": conditions} if kind == "classes" else {})
+    return description | ({"conditions": conditions} if numbers is not None else {})
 
 
 def prepare_cache(

@@ -114,9 +114,9 @@ class TrainingRun:
         self.saved_step = self.step
         self.accelerator.print(f"resumed {path} at step {self.step}")
         for name, value in self._exactness().items():
-            if settings.get(name) != value:
+            if name in settings and settings[name] != value:
                 self.accelerator.print(
-                    f"warning: {name} was {settings.get(name)} and is now {value}; "
+                    f"warning: {name} was {settings[name]} and is now {value}; "
                     "the result will differ from that of an uninterrupted run"
                 )
 

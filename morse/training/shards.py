@@ -78,9 +78,10 @@ def _claim(folder: Path, description: dict[str, object]) -> None:
             raise FileExistsError(f"cache_dir is {folder}, which holds other safetensors files.")
         write_json(path, description)
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    # What earlier versions did not note can't be compared.
+    found = {**description, **json.loads(path.read_text(encoding="utf-8"))}
     if found != description:
-        differing = sorted(key for key in description if found.get(key) != description[key])
+        differing = sorted(key for key in found if found[key] != description.get(key))
         raise ValueError(
             f"cache_dir is {folder}, whose contents were made with other {differing}; give another "
             "--cache_dir or the settings it was made with."
