@@ -83,6 +83,8 @@ def test_baselines_and_morse_are_measured_first():
     solvers = {method.solver for method, _ in tasks if method.kind == "morse"}
     assert solvers == set(BenchmarkConfig().solvers)
     assert {method.solver for method, _ in tasks if method.kind == "pfdiff"} == {"ddim"}
+    alone = BenchmarkConfig(solvers=("leapfrog",), kinds=("baseline", "pfdiff"), peers=("none",))
+    assert {method.label for method, _ in alone.tasks()} == {"Leapfrog", "PFDiff-DDIM"}
     # What Morse is compared with has the solvers of its strongest rows, and no holes.
     assert {method.solver for method, _ in tasks if method.kind == "mixture"} == planned
     for kind in ("baseline", "pfdiff", "mixture"):

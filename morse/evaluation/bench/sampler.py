@@ -26,6 +26,7 @@ from morse.evaluation.bench.speed import (
     set_merged,
 )
 from morse.evaluation.bench.spending import choose_steps
+from morse.evaluation.bench.tasks import all_solvers
 from morse.evaluation.conditions import Conditions, call_parameters, make_conditions
 from morse.evaluation.environment import autocast
 from morse.evaluation.fid.extractors import state_sha256
@@ -70,7 +71,7 @@ class Bench:
         self._is_conditional = not isinstance(self._bare, SolverPipeline)
         self._by_solver: dict[str, MorsePipeline] = {
             solver: MorsePipeline.from_pipe(with_solver(self._bare, solver), dot)
-            for solver in dict.fromkeys((*config.solvers, REFERENCE_SOLVER))
+            for solver in dict.fromkeys((*all_solvers(config), REFERENCE_SOLVER))
         }
         self._main = self._by_solver[REFERENCE_SOLVER]
         self.device = self._main.device

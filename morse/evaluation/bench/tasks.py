@@ -36,8 +36,14 @@ def list_tasks(config: "BenchmarkConfig") -> list[tuple[Method, int]]:
     return [] if config.latency_only else sorted(_all_tasks(config), key=stage)
 
 
+def all_solvers(config: "BenchmarkConfig") -> tuple[str, ...]:
+    """List the solvers asked for, and those that a kind asked for brings with it."""
+    own = [solver for kind, solver in OWN_SOLVER.items() if kind in config.kinds]
+    return tuple(dict.fromkeys((*config.solvers, *own)))
+
+
 def _all_tasks(config: "BenchmarkConfig") -> Iterator[tuple[Method, int]]:
-    for solver in config.solvers:
+    for solver in all_solvers(config):
         for method in _methods(config, solver):
             # Also for the controls that "best" curves are made of, or these would have holes.
             extra = config.baseline_lsd if method.kind in WITH_MIXTURE else ()
@@ -47,18 +53,21 @@ def _all_tasks(config: "BenchmarkConfig") -> Iterator[tuple[Method, int]]:
 
 def _methods(config: "BenchmarkConfig", solver: str) -> Iterator[Method]:
     ratios = config.ddim_ratios if solver == "ddim" else config.dpm_ratios
+    asked, has_controls = solver in config.solvers, solver in config.control_solvers
     for kind in config.kinds:
-        chosen = {*config.control_solvers}
-        if kind == "mixture":  # what Morse's strongest rows have to be compared with
-            chosen |= {*config.planned_solvers}
-        if kind not in ("baseline", "morse") and solver not in chosen:
-            continue
-        if OWN_SOLVER.get(kind, solver) != solver:
+        wanted = asked and has_controls
+        if kind in ("baseline", "morse"):
+            wanted = asked
+        elif kind in OWN_SOLVER:
+            wanted = has_controls and OWN_SOLVER[kind] == solver
+        elif kind == "mixture":  # what Morse's strongest rows have to be compared with
+            wanted = asked and (has_controls or solver in config.planned_solvers)
+        if not wanted:
             continue
         for ratio in ratios if kind in PLANNED else (1.0,):
             yield Method(solver, kind, ratio)
         if kind == "morse" and solver in config.planned_solvers:
             yield Method(solver, kind, setting=AS_PLANNED)
-    for peer in config.chosen_peers if solver in config.control_solvers else ():
+    for peer in config.chosen_peers if asked and has_controls else ():
         for setting in PEER_SETTINGS[peer]:
             yield Method(solver, peer, setting=setting)
