@@ -155,6 +155,7 @@ def test_groups_by_themselves():
         (lambda: CrossTemporalNorm(8, 8, 3), "num_groups must divide n_segment=8"),
         (lambda: CrossTemporalNorm(8, 0, 1), "n_segment"),
         (lambda: CrossTemporalNorm(8, 4, 0), "num_groups"),
+        (lambda: CrossTemporalNorm(8, norm_groups=3), "norm_groups must divide channels=8, got 3"),
         (lambda: DynamicNormRelay.from_norm(nn.BatchNorm2d(8, momentum=None)), "momentum"),
         (
             lambda: DynamicNormRelay.from_norm(nn.BatchNorm2d(8, track_running_stats=False)),

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import threading
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,11 +23,12 @@ from torch.testing import assert_close
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
+from morse.dot import conv_layers
 from morse.dot.conv_layers import DotKWConv2d, DotODConv2d, share_time
 from morse.dot.convolutions import anneal
 from morse.modules import GridConv2d, Warehouse
 from morse.sampling import JumpPoint
-from morse.training.convolutions import parse_conv_options
+from morse.training.convolutions import annealing_steps, parse_conv_options, warn_unless_annealed
 from morse.training.loop import TrainDotConfig, train_dot
 
 CASES = {
@@ -249,7 +252,39 @@ class TestTime:
     def test_nothing_is_left_behind(self, dash, case):
         dot = stirred(dash, case)
         dot(*inputs())
-        assert all(dot.get_submodule(name).time is None for name in dynamic_layers(dot))
+        assert conv_layers._HEARD.time is None
+
+    @listening
+    def test_each_thread_hears_its_own(self, dash, case):
+        dot = stirred(dash, case)
+        given = [inputs(seed=0), inputs(batch_size=2, seed=1)]
+        expected, found = [dot(*each) for each in given], [None, None]
+        both = threading.Barrier(2, timeout=30)
+
+        def wait(*_):
+            both.wait()
+
+        # Both have told their time before either's first convolution runs.
+        dot.down_blocks[0].resnets[0].conv1.register_forward_pre_hook(wait)
+
+        def work(index):
+            found[index] = dot(*given[index])
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+    def test_blocks_compile_without_breaks(self, dash):
+        block = stirred(dash, "odconv-time").down_blocks[0]
+        compiled = torch.compile(block, backend="eager", fullgraph=True)
+        x = torch.randn(2, 8, 8, 8)
+        for _ in range(2):
+            time = torch.randn(2, block.time_listeners[0].cond_dim)
+            assert_close(compiled(x, time), block(x, time))
+        torch._dynamo.reset()
 
     def test_features_need_no_equal_rows(self, dash):
         embedding = torch.ones(4, 8)
@@ -457,6 +492,16 @@ class TestTraining:
             train_dot(config)
         layer = MorseDot.from_pretrained(config.output_dir).down_blocks[0].resnets[0].conv1
         assert layer.temperature == 1
+
+    def test_a_start_is_at_the_final_temperature(self, given, dash):
+        config = replace(given("odconv"), conv_annealing_steps=None, max_train_steps=50)
+        assert annealing_steps(config) == 5
+        start = replace(config, init_from=Path("dot"), fit_gate=True, max_train_steps=0)
+        assert annealing_steps(start) == 0
+        assert annealing_steps(replace(start, conv_annealing_steps=3)) == 3
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_unless_annealed(stirred(dash, "odconv"), start, 0)
 
     def test_words_are_read(self):
         words = ("condition=time", "num_kernels=4", "budget=1/4", "reduction=0.5", "size=8,16")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_dot import inputs
 from test_train_dot import arguments, base, data_dir, weights  # noqa: F401
+from tiny_transformers import BUILDERS
 
 from morse import MorseDot
 from morse.cli import parse_config
@@ -102,6 +103,26 @@ class TestGrowth:
         with pytest.raises(ValueError, match=r"'conv_in\.weight' has no counterpart"):
             start_from(self.make(dash, 8, 16, history=1), start)
 
+    def test_grids_that_differ_are_told(self):
+        dash = BUILDERS["sd3"]()
+        # In patches of 2, filled up to 6x10 and to 8x12.
+        settings = {"conv": "gridconv", "conv_options": {"sample_size": (12, 20)}, "lora_rank": 0}
+        start, dot = (MorseDot.from_dash(dash, m, (8,) * m, **settings) for m in (1, 2))
+        with pytest.raises(ValueError, match=r"conv1.*width are multiples of 8"):
+            grow(dot, start)
+
+    @pytest.mark.filterwarnings("ignore:conv='kernel_warehouse'")
+    def test_banks_stay_next_to_a_pair_as_wide_as_dash(self, dash, make_dot):
+        banks = {"conv": "kernel_warehouse"}
+        start = make_dot(dash, num_down_blocks=1, block_out_channels=(8,), **banks)
+        dot = self.make(dash, 8, 32, **banks)
+        grow(dot, start)
+        assert torch.equal(dot.warehouses[0].cells, start.warehouses[0].cells)
+        for widths, sharing in (((8, 16), "shapes"), ((8, 32), "all")):
+            options = banks | {"conv_options": {"sharing": sharing}}
+            with pytest.raises(ValueError, match=r"sharing=shapes .* width, 32, and have it nowhe"):
+                grow(self.make(dash, *widths, **options), start)
+
 
 def test_a_dot_of_another_dash_is_refused(dash, build_unet, make_dot):
     start = make_dot(build_unet(channels=(8, 16)), num_down_blocks=1, block_out_channels=(8,))
@@ -122,6 +143,23 @@ def test_a_run_grows_the_dot_of_its_first_stage(whole):
     assert names == {"checkpoint-2", "checkpoint-3"} and (whole / "checkpoint-5").is_dir()
     settings = json.loads((whole / "train_config.json").read_text())
     assert (settings["progressive_steps"], settings["init_from"]) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num_down_blocks", "3", "--block_out_channels", "4", "4", "4"),
+         "sample_size must be positive multiples of 16, got 8x8"),
+        (("--conv", "kernel_warehouse", "--block_out_channels", "4", "4"),
+         "or a first stage, .* Banks of kernel_warehouse stay"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:conv='kernel_warehouse'")
+def test_what_cannot_grow_is_told_before_the_first_stage(configure, options, message):
+    config = configure(*GROWING, *options)
+    with pytest.raises(ValueError, match=message):
+        train_dot(config)
+    assert not (config.output_dir / "first_stage").exists()
 
 
 def test_resampling_alone_starts_from_a_plain_dot(configure):

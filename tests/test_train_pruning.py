@@ -20,9 +20,16 @@ from test_train_dot import arguments, data_dir  # noqa: F401
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
 from morse.compression import NetworkSurgery, load_sparse
-from morse.training.loop import TrainDotConfig, train_dot
-from morse.training.pruning import DotPruner, keep_share, prune_bounds, set_thresholds
+from morse.training.loop import TrainDotConfig, build_dot, train_dot
+from morse.training.pruning import (
+    DotPruner,
+    keep_share,
+    prune_bounds,
+    raw_weights,
+    set_thresholds,
+)
 from morse.training.run import TrainingRun
+from morse.training.start import inherit
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -155,12 +162,53 @@ def test_one_shot_prunes_once(train, dense_run, monkeypatch):
         assert torch.equal(found["conv_in.weight"], expected)
 
 
+def pruned_matrices(state):
+    """The places of zeros that training without a pruner must leave."""
+    return {n: v == 0 for n, v in state.items() if v.ndim > 1 and not n.startswith("conv_out")}
+
+
 def test_a_pruned_dot_is_a_start(train, pruned_run):
     folder = train("--init_from", str(pruned_run), "--max_train_steps", "1", "--learning_rate",
                    "1e-12", "--lr_warmup_steps", "1")  # fmt: skip
     state = load_sparse(pruned_run / WEIGHTS)
-    torch.testing.assert_close(load_file(folder / WEIGHTS), state, rtol=0, atol=1e-9)
-    assert not MorseDot.from_pretrained(folder).config.sparse
+    torch.testing.assert_close(load_sparse(folder / WEIGHTS), state, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("average", ["--use_ema", "--no-use_ema"])
+def test_a_pruned_dot_stays_so_when_it_learns_on(train, pruned_run, average):
+    options = ("--max_train_steps", "2", "--lr_warmup_steps", "0", "--adam_weight_decay", "0.1")
+    folder = train("--init_from", str(pruned_run), average, *options)
+    assert MorseDot.from_pretrained(folder).config.sparse
+    before, after = (load_sparse(path / WEIGHTS) for path in (pruned_run, folder))
+    for name, zeros in pruned_matrices(before).items():
+        assert torch.equal(after[name] == 0, zeros), name
+        assert zeros.all() or not torch.equal(after[name], before[name]), name
+
+
+def test_what_a_pruned_dot_lacked_learns_from_zero(train, pruned_run):
+    folder = train("--init_from", str(pruned_run), "--history", "1", "--window_steps", "3",
+                   "--max_train_steps", "2", "--lr_warmup_steps", "0")  # fmt: skip
+    before, after = (load_sparse(path / WEIGHTS)["conv_in.weight"] for path in (pruned_run, folder))
+    old, new = after.split([before.shape[1], after.shape[1] - before.shape[1]], dim=1)
+    assert torch.equal(old == 0, before == 0) and new.any()
+
+
+def test_surgery_goes_on_from_a_pruned_dot(base, data_dir, pruned_run, tmp_path):  # noqa: F811
+    given = arguments(base, data_dir, tmp_path, "--init_from", str(pruned_run), "--prune", "0.8")
+    dash = MorsePipeline.from_pretrained(base).unet
+    dot = build_dot(dash, inherit(parse_config(TrainDotConfig, given)))
+    pruner = DotPruner(dot, parse_config(TrainDotConfig, given))
+    zeros = pruned_matrices(load_sparse(pruned_run / WEIGHTS))
+    assert all(torch.equal(mask, ~zeros[n]) for n, mask in pruner.surgery.masks.items())
+    pruner.before_step(0)
+    with torch.no_grad():
+        for weight in raw_weights(pruner.surgery).values():
+            weight += 1e-6 * torch.ones_like(weight)
+    pruner.before_step(1)
+    for name, mask in pruner.surgery.masks.items():
+        # Nothing comes back for a millionth, where there is something to compare it with.
+        assert zeros[name].all() or not (mask & zeros[name]).any(), name
+    assert not any(weight._backward_hooks for weight in dot.parameters())
 
 
 PROGRAM = """
@@ -284,6 +332,23 @@ def test_thresholds_are_quantiles():
     assert thresholds == pytest.approx(theirs.thresholds[""], rel=1e-6)
     surgery.step()
     assert surgery.density() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_thresholds_of_what_was_pruned_before(share):
+    layer = torch.nn.Linear(10, 2, bias=False)
+    weight = torch.arange(20.0).sub(10).clamp(min=0)  # eleven zeros, then 1 to 9
+    layer.weight.data = weight.view(2, 10).clone()
+    surgery = NetworkSurgery(layer, iter_stop=5)
+    surgery.masks["weight"].copy_(layer.weight != 0)
+    raw_weights(surgery)["weight"].data[0] += 0.5  # pruned weights move before they are looked at
+    set_thresholds(surgery, share)
+    (thresholds,) = surgery.thresholds.values()
+    # At half there are too many zeros already, and the smallest that is left is the measure.
+    assert thresholds.prune_below == {0.5: 1, 0.75: 4}[share]
+    assert (thresholds.mu, thresholds.std) == pytest.approx((5, (60 / 9) ** 0.5))
+    surgery.step()
+    assert surgery.masks["weight"].flatten().tolist() == (weight > thresholds.prune_below).tolist()
 
 
 def test_keep_share_changes_as_little_as_needed():
@@ -439,6 +504,8 @@ class TestOnDisk:
         ("--prune 0.5 --prune_gamma -1", "prune_gamma is -1.0; it must be finite and at least 0"),
         ("--prune 0.5 --prune_power inf", "prune_power is inf; it must be finite and at least 0"),
         ("--prune 0.5 --prune_method one_shot --prune_stop 3", "leave --prune_stop away"),
+        ("--prune 0.5 --conv odconv", "prune is 0.5 and conv is 'odconv', whose kernels"),
+        ("--prune 0.5 --conv kernel_warehouse", "and conv is 'kernel_warehouse', whose kernels"),
     ],
 )
 def test_settings_are_checked(options, message, tmp_path, capsys):

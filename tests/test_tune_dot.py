@@ -208,6 +208,21 @@ def test_a_blend_counts_from_another_dot(whole_run, folder, build_unet, tmp_path
         weights_before(tuned, str(tmp_path))
 
 
+def test_a_pruned_dot_stays_so(tune, whole_run, folder, tmp_path):
+    dot = MorseDot.from_pretrained(folder / "dot")
+    with torch.no_grad():
+        for weight in (parameter for parameter in dot.parameters() if parameter.ndim > 1):
+            weight.masked_fill_(weight.abs() < weight.abs().median(), 0)
+    dot.register_to_config(sparse=True)
+    dot.save_pretrained(tmp_path)
+    found = tune("--dot", str(tmp_path), "--cache_dir", str(whole_run / "targets"))
+    before, after = (MorseDot.from_pretrained(path) for path in (tmp_path, found))
+    assert after.config.sparse and not torch.equal(before.conv_in.weight, after.conv_in.weight)
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        if old.ndim > 1 and not name.startswith("conv_out"):
+            assert torch.equal(new == 0, old == 0), name
+
+
 def test_features_are_tuned_on_too(tune, whole_run):
     found = tune(
         "--feature_networks", "torch.nn:Flatten", "--cache_dir", str(whole_run / "targets")

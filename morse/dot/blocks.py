@@ -55,7 +55,9 @@ class DotDownBlock(nn.Module):
         tell_time(self.time_listeners, time_embedding)
         for resnet in self.resnets:
             hidden = resnet(hidden, time_embedding, *relay)
-        return self.downsampler(hidden), hidden
+        halved = self.downsampler(hidden)
+        tell_time(self.time_listeners, None)
+        return halved, hidden
 
 
 class DotUpBlock(nn.Module):
@@ -85,6 +87,7 @@ class DotUpBlock(nn.Module):
         hidden = torch.cat([self.upsample(self.reduce(hidden)), skip], dim=1)
         for resnet in self.resnets:
             hidden = resnet(hidden, time_embedding, *relay)
+        tell_time(self.time_listeners, None)
         return hidden
 
 

@@ -1,6 +1,7 @@
 """Dynamic convolutions as Dot's extra blocks hold them, and how they hear the time."""
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,20 @@ from torch import Tensor, nn
 from morse.dot.conv_settings import ConvSettings
 from morse.modules.kernel_warehouse import KWConv2d, Warehouse
 from morse.modules.odconv import ODConv2d
+
+
+class _Heard(threading.local):
+    """The time that convolutions hear, in each thread its own.
+
+    A ContextVar would break the graphs of torch.compile, whose tracer would take a default in this
+    class for the time.
+    """
+
+    def __init__(self) -> None:
+        self.time: Tensor | None = None
+
+
+_HEARD = _Heard()
 
 
 class _InDot:
@@ -20,11 +35,9 @@ class _InDot:
     set_extra_state = nn.Module.set_extra_state
     _load_from_state_dict = nn.Module._load_from_state_dict
 
-    time: Tensor | None = None
-
     def forward(self, x: Tensor) -> Tensor:
         """Convolve, with the kernel of the time heard last if the layer listens to it."""
-        time, self.time = self.time, None
+        time = None if self.cond_dim is None else _HEARD.time
         # An expanded row is known to be one for all, without a look at its values.
         return super().forward(x, time[:1] if time is not None and time.stride(0) == 0 else time)
 
@@ -48,10 +61,10 @@ class DotWarehouse(Warehouse):
         """Leave it to `warn_unless_saving`."""
 
 
-def tell_time(layers: Iterable[nn.Module], time_embedding: Tensor) -> None:
-    """Let a block's convolutions that listen to it hear the time (B, C) of the coming call."""
-    for layer in layers:
-        layer.time = time_embedding
+def tell_time(layers: Collection[nn.Module], time_embedding: Tensor | None) -> None:
+    """Let a block's convolutions hear the time (B, C) if any listen, until told None."""
+    if layers:
+        _HEARD.time = time_embedding
 
 
 def share_time(settings: ConvSettings | None, embedding: Tensor) -> Tensor:

@@ -229,6 +229,7 @@ class CrossTemporalNorm(DynamicNormRelay):
         """Create the layer."""
         if num_groups < 1 or n_segment < 1 or n_segment % num_groups:
             raise ValueError(f"num_groups must divide n_segment={n_segment}, got {num_groups}")
+        _checked_groups(channels, norm_groups, "norm_groups")
         super().__init__(
             channels, base=base, num_groups=norm_groups, eps=eps, momentum=momentum, cell=cell,
             init=init,
@@ -254,10 +255,10 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (x.dim() - 2))
 
 
-def _checked_groups(channels: int, num_groups: int | None) -> int:
+def _checked_groups(channels: int, num_groups: int | None, name: str = "num_groups") -> int:
     """Return the groups that base="group" has; ValueError unless they divide the channels."""
     if num_groups is None:
         return next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
     if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups must divide channels={channels}, got {num_groups}")
+        raise ValueError(f"{name} must divide channels={channels}, got {num_groups}")
     return num_groups

@@ -63,7 +63,8 @@ class Warehouse(KernelStack):
     budget of them, if that is below 1), and are trained down to 0, where the attentions alone
     count: see `linear_temperature` (start=1.0, end=0.0) and `set_temperature`, which goes over the
     layers and hence takes the network. The authors' layers are created at 0 and their training
-    loop sets 1; their state dicts load at 0.
+    loop sets 1; their state dicts load at 0, with one name changed: their i-th bank, in the order
+    of first use, is `warehouse_manager.weights.<i>` there, and the `cells` of a warehouse here.
 
     >>> import torch
     >>> from morse.modules import Warehouse, set_temperature

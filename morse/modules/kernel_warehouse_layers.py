@@ -20,8 +20,8 @@ class BuildOrderError(RuntimeError, ValueError):
 class WarehouseConv(nn.Module):
     """A convolution whose kernel is mixed of a warehouse's cells; the base of all its layers.
 
-    State dicts have the authors' names, so theirs load as they are, at temperature 0. Ours also
-    hold the temperature, as the tensor `_extra_state`.
+    A layer's names in state dicts are the authors', so theirs load, at temperature 0, once the bank
+    is renamed (see `Warehouse`). Ours also hold the temperature, as the tensor `_extra_state`.
     """
 
     axes: int

@@ -94,7 +94,10 @@ class TrainDotConfig(TrainingConfig):
     )
     conv_annealing_steps: int | None = field(
         default=None,
-        metadata={"help": "updates until their final temperature; a tenth of all if not given"},
+        metadata={
+            "help": "updates until their final temperature; if not given a tenth of all, or none "
+            "with init_from and for a grown Dot"
+        },
     )
     resample: Resample = field(
         default="nearest",

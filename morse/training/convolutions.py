@@ -57,9 +57,14 @@ def make_annealer(dot: MorseDot, config: "TrainDotConfig") -> Callable[[int], No
 
 
 def annealing_steps(config: "TrainDotConfig") -> int:
-    """Updates until the final temperature: a tenth of all if not given, as ODConv's authors."""
-    given = config.conv_annealing_steps
-    return max(1, config.max_train_steps // 10) if given is None else given
+    """Updates until the final temperature: if not given, a tenth of all, as ODConv's authors.
+
+    A Dot to start from, also one to grow, has come to it: at another its layers were not those that
+    it learnt.
+    """
+    if config.conv_annealing_steps is not None:
+        return config.conv_annealing_steps
+    return max(1, config.max_train_steps // 10) if config.init_from is None else 0
 
 
 def settle(dot: MorseDot) -> MorseDot:

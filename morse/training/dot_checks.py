@@ -138,6 +138,11 @@ def _check_convolutions(config: "TrainDotConfig") -> None:
             f"conv_annealing_steps is {steps}, but conv is 'conv', a plain convolution without "
             "a temperature; choose another conv or leave it away"
         )
+    if config.prune is not None and config.conv in ("odconv", "kernel_warehouse"):
+        raise ValueError(
+            f"prune is {config.prune} and conv is {config.conv!r}, whose kernels cannot be pruned; "
+            "choose --conv conv or gridconv, or leave --prune away"
+        )
     if (
         config.cuda_graphs
         and config.conv in ("odconv", "kernel_warehouse")

@@ -23,7 +23,8 @@ from morse.training.gate import calibration_pairs, fit_gate
 from morse.training.graphs import GraphedDot
 from morse.training.latent_cache import cache_latents
 from morse.training.pairs import weighted_loss
-from morse.training.progressive import first_stage, second_stage, start_from
+from morse.training.progressive import first_stage, grow, second_stage, start_from
+from morse.training.pruned import keep_zeros
 from morse.training.pruning import DotPruner
 from morse.training.run import LossFunction, TrainingRun, begin_run
 from morse.training.sequences import sequence_loss, sequence_pairs
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainDotConfig", "train_dot"]
 
-_RECORDS = ("speed_ratio", "plan_ratio", "plans", "sparse")
+_RECORDS = ("speed_ratio", "plan_ratio", "plans")
 
 
 def build_dot(
@@ -55,9 +56,27 @@ def build_dot(
     Raises:
         ValueError: If the Dot of `init_from` cannot become that.
     """
+    dot = _new_dot(dash, config, sample_size)
+    if config.init_from is not None:
+        start = MorseDot.from_pretrained(config.init_from)
+        check_start(dot, start, config.init_from)
+        dot.set_mixture(start.mixture)  # it is of the data, whatever becomes of Dot
+        start_from(dot, start)
+        dot.register_to_config(sparse=start.config.sparse)
+        if config.prune is None:  # else its surgery may bring weights back
+            keep_zeros(dot, start)
+        if config.max_train_steps == 0:  # the same Dot: what was recorded of it holds
+            dot.register_to_config(**{name: start.config[name] for name in _RECORDS})
+    return dot
+
+
+def _new_dot(
+    dash: nn.Module, config: TrainDotConfig, sample_size: tuple[int, int] | None
+) -> MorseDot:
+    """Build the Dot of `config` with seeded weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        dot = MorseDot.from_dash(
+        return MorseDot.from_dash(
             dash,
             num_down_blocks=config.num_down_blocks,
             block_out_channels=config.block_out_channels,
@@ -75,14 +94,6 @@ def build_dot(
             resample=config.resample,
             sample_size=None if config.resample == "nearest" else sample_size,
         )
-    if config.init_from is not None:
-        start = MorseDot.from_pretrained(config.init_from)
-        check_start(dot, start, config.init_from)
-        dot.set_mixture(start.mixture)  # it is of the data, whatever becomes of Dot
-        start_from(dot, start)
-        if config.max_train_steps == 0:  # the same Dot: what was recorded of it holds
-            dot.register_to_config(**{name: start.config[name] for name in _RECORDS})
-    return dot
 
 
 def window_loss(
@@ -151,6 +162,8 @@ def train_dot(config: TrainDotConfig) -> Path:
     pipeline = load_frozen_pipeline(config, accelerator.device)
     stage = first_stage(config) if config.progressive_steps else config
     dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
+    if config.progressive_steps:  # whether it can be grown is told before its training
+        grow(_new_dot(pipeline.dash.model, config, pipeline.sample_size), dot)
     data = _open_data(pipeline, config, accelerator)
     if config.progressive_steps:
         first = begin_run(stage)

@@ -8,6 +8,7 @@ begin with what it knew before.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -88,14 +89,32 @@ def grow(dot: MorseDot, start: MorseDot) -> None:
     others = [name for name in given.keys() - kept.keys() if not name.startswith(inwards)]
     if others:
         raise ValueError(
-            f"init_from is a Dot with num_down_blocks={old_blocks} that cannot be grown: its "
-            f"{min(others)!r} has no counterpart of that shape. All settings but num_down_blocks "
-            "and the last of block_out_channels must be those that it was trained with."
+            f"init_from, or a first stage, is a Dot with num_down_blocks={old_blocks} that cannot "
+            f"be grown: its {min(others)!r} has no counterpart of that shape. All settings but "
+            "num_down_blocks and the last of block_out_channels must be those that it was trained "
+            f"with.{_demand(dot.config)}"
         )
     dot.load_state_dict(own | kept)
     for name, parameter in dot.named_parameters():
         if name in kept and not name.startswith("lora."):
             parameter.requires_grad_(False)
+
+
+def _demand(config: Mapping[str, object]) -> str:
+    """Say what layers of the old blocks demand that depend on all blocks or on the picture."""
+    if config["conv"] == "kernel_warehouse":
+        return (
+            " Banks of kernel_warehouse stay as they are only with --conv_options sharing=shapes "
+            "and block_out_channels that end with Dash's own width, "
+            f"{config['feature_channels']}, and have it nowhere else; or choose another --conv."
+        )
+    if config["conv"] == "gridconv" or config["resample"] == "ske2grid":
+        multiple = config["patch_size"] * 2 ** config["num_down_blocks"]
+        return (
+            " Grids of gridconv and ske2grid stay as they are only for samples whose height and "
+            f"width are multiples of {multiple}."
+        )
+    return ""
 
 
 def _moved(name: str) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PruneMethod = Literal["surgery", "one_shot"]
 
 # The layer that starts at zero and that all else passes through; few weights.
-_KEPT = ("conv_out",)
+KEPT = ("conv_out",)
 _PREFIX = "surgery."
 # Of the updates left once pruning starts, the share after which masks stay: the paper's LeNet-5
 # has 14,000 of 20,000.
@@ -71,10 +71,11 @@ class DotPruner:
     They are on the weights of all convolutions and linear layers that are Dot's, its LoRA included,
     but for the last layer. Biases, normalisation and Dash are left alone.
 
-    Up to update `start` nothing is masked. Then each layer's thresholds are set such that the share
-    `prune` of its weights goes; by the paper's rule, weights are pruned and spliced until update
-    `stop`. The share has moved by then: as few masks as possible change so that it is what was
-    asked for, and all stay. "one_shot" is that last act alone, at `start`: the smallest go.
+    Up to update `start` nothing is masked but what was pruned before. Then each layer's thresholds
+    are set such that the share `prune` of its weights goes; by the paper's rule, weights are pruned
+    and spliced until update `stop`. The share has moved by then: as few masks as possible change so
+    that it is what was asked for, and all stay. "one_shot" is that last act alone, at `start`: the
+    smallest go.
 
     Thresholds that keep a share are the paper's with another c_rate for each layer. In a layer of
     zeros alone, such as a LoRA's that no gradient has reached, they are 0: any weight that moves
@@ -88,7 +89,7 @@ class DotPruner:
     """
 
     def __init__(self, dot: "MorseDot", config: "TrainDotConfig") -> None:
-        """Give every weight to prune a mask of ones."""
+        """Give every weight to prune a mask of ones, but for what a pruned Dot has at zero."""
         self.dot, self.share, self.method = dot, config.prune, config.prune_method
         self.start, self.stop = prune_bounds(config)
         self.surgery = NetworkSurgery(
@@ -97,9 +98,12 @@ class DotPruner:
             power=config.prune_power,
             iter_stop=self.stop - self.start,
             prune_bias=False,
-            exclude=_KEPT,
+            exclude=KEPT,
             generator=torch.Generator().manual_seed(config.seed),
         )
+        if dot.config.sparse:
+            for name, weight in raw_weights(self.surgery).items():
+                self.surgery.masks[name].copy_(weight != 0)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -196,14 +200,21 @@ def raw_weights(surgery: NetworkSurgery) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def set_thresholds(surgery: NetworkSurgery, share: float) -> None:
-    """Set thresholds, before the first step, by which `share` of each layer's weights is pruned."""
+    """Set thresholds, before the first step, by which `share` of each layer's weights is pruned.
+
+    Where as much was pruned before, they lie at the smallest weight that is left: at 0, whatever
+    moves would come back.
+    """
     state = surgery.state_dict()
     for name, weight in raw_weights(surgery).items():
-        sizes = weight.abs().flatten()
-        count = round(share * len(sizes))
+        sizes = weight.abs().masked_fill(~surgery.masks[name], 0).flatten()
+        kept, count = sizes[sizes > 0], round(share * len(sizes))
+        if 0 < len(kept) < len(sizes):
+            count = max(count, len(sizes) - len(kept) + 1)
         below = sizes.kthvalue(count).values.item() if count else 0.0
         above = below * surgery.high / surgery.low
-        mu, std = sizes.double().mean().item(), sizes.double().std(correction=0).item()
+        spread = (kept if len(kept) else sizes).double()
+        mu, std = spread.mean().item(), spread.std(correction=0).item()
         layer = name.rpartition(".")[0]
         state[f"thresholds.{layer}"] = torch.tensor([below, above, mu, std], dtype=torch.float64)
     surgery.load_state_dict(state)

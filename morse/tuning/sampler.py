@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from morse.attach import enable_morse
 from morse.evaluation.conditions import Conditions
 from morse.saved_plans import SavedPlan
+from morse.training.pruned import keep_zeros
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def enable_with_gradients(pipe: "DiffusionPipeline", dot: "MorseDot") -> "DiffusionPipeline":
     """Attach a Dot as `enable_morse` does, so that gradients reach it through a call.
 
-    diffusers' pipelines are decorated to compute none. All else than Dot is frozen.
+    diffusers' pipelines are decorated to compute none. All else than Dot is frozen, and a pruned
+    Dot's zeros stay.
 
     Args:
         pipe: A pipeline without Morse; its class is replaced.
@@ -33,7 +35,7 @@ def enable_with_gradients(pipe: "DiffusionPipeline", dot: "MorseDot") -> "Diffus
     members = {"__call__": inspect.unwrap(base.__call__), "__module__": base.__module__}
     pipe.__class__ = type(base.__name__, (base,), members)
     enable_morse(pipe, dot, merge_lora=False)
-    dot.unmerge_lora().requires_grad_(True)
+    keep_zeros(dot.unmerge_lora().requires_grad_(True), dot)
     return pipe
 
 
