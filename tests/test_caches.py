@@ -238,6 +238,12 @@ def test_tuned_timesteps_are_the_authors_own_and_between():
     tuned = ays.AysScheduler.of(scheduler, "StableDiffusion")
     tuned.set_timesteps(10)
     assert tuned.timesteps.tolist() == ays.AysSchedules["StableDiffusionTimesteps"]
+    for other in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas"):
+        options = {"algorithm_type": "dpmsolver++", f"use_{other}": True}
+        own = DPMSolverMultistepScheduler.from_config(wide.scheduler.config, **options)
+        again = ays.AysScheduler.of(own, "StableDiffusion")
+        again.set_timesteps(10)
+        assert torch.equal(again.sigmas, tuned.sigmas)
     alphas = scheduler.alphas_cumprod
     for steps in (1, 2, 5, 7, 20, 50):
         found = ays.ays_timesteps("StableDiffusion", steps, alphas)

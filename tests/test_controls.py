@@ -9,6 +9,7 @@ from morse.evaluation.bench.loading import make_pipeline
 from morse.evaluation.bench.runs import sample_images
 from morse.evaluation.bench.solver_pipeline import SolverPipeline
 from morse.plan import MorsePlan
+from morse.sampling import JumpPoint
 
 CONFIG = DDIMScheduler(clip_sample=False, timestep_spacing="trailing").config
 
@@ -61,6 +62,14 @@ def test_extrapolation_is_twice_the_latest_less_the_one_before_on_even_gaps(dash
 def test_extrapolation_is_reuse_before_there_are_two(dash):
     extrapolated = sample(dash, ExtrapolationDot(), "Dooo")
     assert torch.equal(extrapolated, sample(dash, reuse_dot, "Dooo"))
+
+
+def test_reuse_keeps_the_channels_of_a_learned_variance():
+    noisy, output = torch.zeros(2, 4, 8, 8), torch.ones(2, 8, 8, 8)
+    jump = JumpPoint(noisy, torch.tensor(900), output)
+    for dot in (reuse_dot, ExtrapolationDot()):
+        residual = dot(noisy, torch.tensor(800), jump)
+        assert torch.equal(output + residual, output)
 
 
 @pytest.mark.parametrize("solver", ["dpmsolver++", "heun"])

@@ -117,6 +117,22 @@ def test_compiled_calls_are_measured():
     assert entry["speed_ratio"] > 0
 
 
+def test_each_pair_is_compiled_for_its_own_shapes(monkeypatch):
+    """One graph for several would serve none of them best, and past a limit none is made."""
+    done = []
+
+    def compile_call(call, **options):
+        done.append(options)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_call)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: done.append("reset"))
+    pair = latency.Pair(lambda: None, lambda: None)
+    for _ in range(2):
+        latency.measure_pair(pair, "compiled", torch.device("cpu"), repeats=2)
+    assert done == ["reset", {"dynamic": False}, {"dynamic": False}] * 2
+
+
 def test_a_table_and_a_file_come_out(tiny, tmp_path, capsys):
     settings = LatencySettings(batch_sizes=(1,), repeats=2, reduced=True)
     file = tmp_path / "deep" / "latency.json"

@@ -21,6 +21,13 @@ TUNED = {
     ("StableDiffusionPipeline", 768): "StableDiffusion",
     ("StableDiffusionXLPipeline", 2048): "StableDiffusionXL",
 }
+# Settings that lay noise levels otherwise: with one of them diffusers refuses timesteps.
+_OTHER_GRIDS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+)
 
 
 def ays_name(pipe: "DiffusionPipeline") -> str | None:
@@ -60,8 +67,8 @@ class AysScheduler(DPMSolverMultistepScheduler):
 
     @classmethod
     def of(cls, scheduler: DPMSolverMultistepScheduler, model_name: str) -> "AysScheduler":
-        """Make one with another scheduler's settings, for a name of `ays_name`."""
-        made = cls.from_config(scheduler.config)
+        """Make one with another scheduler's settings, bar its grid, for a name of `ays_name`."""
+        made = cls.from_config(scheduler.config, **dict.fromkeys(_OTHER_GRIDS, False))
         made.model_name = model_name
         return made
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def reuse_dot(sample: Tensor, timestep: Tensor, jump: JumpPoint, **conditions: object) -> Tensor:
     """Stand in for Dot with no correction at all: the control "reuse"."""
-    return torch.zeros_like(sample)
+    return torch.zeros_like(jump.model_output)
 
 
 class ExtrapolationDot:
@@ -70,7 +70,7 @@ class ExtrapolationDot:
         """Return what to add to Dash's latest estimate, (B, C, H, W), like `sample`."""
         self._is_own = True
         if len(self._evaluations) < 2:
-            return torch.zeros_like(sample)
+            return torch.zeros_like(jump.model_output)
         (before, older), (since, latest) = self._evaluations
         return (since - timestep) / (before - since) * (latest - older)
 

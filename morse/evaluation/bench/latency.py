@@ -152,6 +152,8 @@ def measure_pair(pair: Pair, mode: str, device: torch.device, repeats: int) -> d
         speed_ratio (of medians), dash_seconds and dot_seconds (quartiles), or "error".
     """
     try:
+        if mode == "compiled":
+            torch._dynamo.reset()  # what was compiled for other pairs would count as this one's
         calls = {"dash": _in_mode(pair.dash, mode), "dot": _in_mode(pair.dot, mode)}
         seconds: dict[str, list[float]] = {"dash": [], "dot": []}
         for index in range(repeats + 1):
@@ -173,7 +175,7 @@ def _in_mode(call: Call, mode: str) -> Call:
     if mode == "eager":
         return call
     if mode == "compiled":
-        compiled = torch.compile(call)
+        compiled = torch.compile(call, dynamic=False)
         compiled()
         return compiled
     return _graphed(call)
