@@ -112,6 +112,19 @@ def test_a_known_plan_is_tried_if_the_budget_allows_it():
     assert overdrawn in judged.tried
 
 
+def test_lengths_that_the_solver_cannot_make_are_not_tried():
+    def shorten(plan):
+        return str(MorsePlan.from_string(plan).shortened(len(plan) - 1 + len(plan) % 2))
+
+    def evaluate(candidate, quick):
+        return worth(candidate.plan, "DoDoDDD")
+
+    found = search_plan(evaluate, 6, 4.0, max_rounds=20, shorten=shorten)
+    assert found.psnr == 0 and found.best.plan == "DoDoDDD"
+    assert {len(each.plan) % 2 for each in found.tried} == {1}
+    assert "DDDDD" in {each.plan for each in found.tried}
+
+
 def test_without_a_dot_grids_of_all_dash_are_compared():
     grids = [(("timestep_power", power),) for power in (1.0, 1.5)]
     found = search_plan(lambda candidate, quick: 0.0, 8, 1.0, grids, with_dot=False)
@@ -197,12 +210,15 @@ class TestFit:
         last = LeapfrogScheduler().alphas_cumprod[-1]
         return sample, noise * spread / (last * spread**2 + 1 - last).sqrt()
 
-    def test_plain_curves_are_the_plain_grid(self):
-        rows = curves_to_rows(power_curves(1.5), "DDDDDD")
-        fitted, plain = LeapfrogScheduler(fitted_steps=rows), LeapfrogScheduler(timestep_power=1.5)
+    @pytest.mark.parametrize(("power", "count"), [(1.5, 6), (1.5, 51), (2.0, 17), (3.0, 60)])
+    def test_plain_curves_are_the_plain_grid(self, power, count):
+        """Also where it is steep: timesteps at its end would round to one and fall below zero."""
+        rows = curves_to_rows(power_curves(power), "D" * count)
+        fitted = LeapfrogScheduler(fitted_steps=rows)
+        plain = LeapfrogScheduler(timestep_power=power)
         for scheduler in (fitted, plain):
-            scheduler.set_timesteps(6)
-        assert fitted._grid == plain._grid and fitted._weights == [[0.0, 0.0]] * 6
+            scheduler.set_timesteps(count)
+        assert fitted._grid == plain._grid and fitted._weights == [[0.0, 0.0]] * count
 
     def test_samples_of_other_noise_are_nearer_too(self):
         sample, exact = self.problem(seed=1)
@@ -411,7 +427,8 @@ def test_saved_rows_that_a_fit_may_start_from():
 def test_solvers_of_one_class_keep_their_plans(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     plan, known = Candidate("DDD"), []
 
-    def search(*args, **options):
+    def search(*args, shorten, **options):
+        assert shorten("DDDD") == "DDDD"
         known.append(options["known"])
         return Found(plan, 1.0, plan, 1.0)
 
@@ -425,6 +442,11 @@ def test_solvers_of_one_class_keep_their_plans(tiny_folder, tmp_path, monkeypatc
     assert known == [[], [], [plan], [plan]]
     report = json.loads((tmp_path / "plan_search.json").read_text())
     assert [each["solver"] for each in report["searches"]] == ["dpmsolver++", "dpmsolver++1"]
+
+
+def test_the_solver_shortens_plans(make_pipe):
+    shorten = command.make_shorten(enable_morse(make_pipe("heun"), None))
+    assert [shorten(plan) for plan in ("DDDD", "DoDo", "DoD", "D")] == ["DDD", "DDo", "DoD", "D"]
 
 
 def test_a_search_runs_in_the_precision_asked_for(tiny_folder, tmp_path, monkeypatch):  # noqa: F811

@@ -1,6 +1,8 @@
 """`morse plan`: search plans for a pipeline, and save them with its Dot or as schedulers."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +18,9 @@ from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture, fit_mixture
 from morse.evaluation.planning.search import Candidate, Evaluate, Found, search_plan
+from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options
+from morse.steps import find_steps
 from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:
@@ -67,6 +71,7 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
                 known=[candidate_of(entry) for entry in same],
                 with_dot=pipe.dot is not None,
                 with_mixture=pipe.dot is not None and pipe.dot.mixture is not None,
+                shorten=make_shorten(pipe),
             )
             if fits and solver == "leapfrog":
                 found = fit_best(config, found, evaluate, pipe, fitted_on, curves, known)
@@ -135,6 +140,16 @@ def make_judge(config: PlanConfig, pipe: "MorsePipeline", judged_on: Trajectorie
         return float(psnr(images, judged_on.images[:count]).mean())
 
     return evaluate
+
+
+def make_shorten(pipe: "MorsePipeline") -> Callable[[str], str]:
+    """Give a function that shortens a plan to a length that the pipeline's solver can make."""
+
+    @cache
+    def longest(length: int) -> int:
+        return find_steps(pipe, {}, length)[1]
+
+    return lambda plan: str(MorsePlan.from_string(plan).shortened(longest(len(plan))))
 
 
 def _report(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:

@@ -58,8 +58,11 @@ def curves_to_rows(curves: np.ndarray, plan: str, num_train_timesteps: int = 100
     def by_model(name: str) -> np.ndarray:
         return along(name, shares) + is_dot * knots[f"dot_{name}"]
 
-    here = timestep(shares)
+    # As in the scheduler: each point of a steep grid keeps a timestep of its own.
+    lowest = np.arange(steps)[::-2]
+    here = np.maximum(timestep(shares), lowest)
     landed = timestep(np.minimum(shares + 2 * by_model("landing") / steps, 1))
+    landed = np.maximum(landed, lowest - 1)
     landing = np.ones(len(plan))  # the last one goes to the end
     with np.errstate(all="ignore"):
         landing[:-1] = (here - landed)[:-1] / -np.diff(here)

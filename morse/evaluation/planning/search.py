@@ -6,7 +6,7 @@ grids), so that going from the best of some regular plans to better neighbours f
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from morse.plan import MIXTURE_START, MorsePlan
 from morse.saved_plans import is_affordable
@@ -120,6 +120,7 @@ def search_plan(
     known: Sequence[Candidate] = (),
     with_dot: bool = True,
     with_mixture: bool = False,
+    shorten: Callable[[str], str] = str,
 ) -> Found:
     """Search the best plan for a budget.
 
@@ -136,6 +137,7 @@ def search_plan(
             cost (`morse.saved_plans.is_affordable`).
         with_dot: Whether there is a Dot; else the grids of all Dash are compared and no more.
         with_mixture: Whether runs may begin with evaluations of a Gaussian mixture.
+        shorten: Plan -> one of a length that the solver can make, which is tried in its place.
     """
     tried: dict[Candidate, float] = {}
 
@@ -147,7 +149,13 @@ def search_plan(
     def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
         return sorted(candidates, key=tried.__getitem__, reverse=True)
 
-    uniform_plans = uniform_candidates(lsd, speed_ratio, grids, ratios if with_dot else ())
+    def possible(candidates: list[Candidate]) -> list[Candidate]:
+        shortened = (replace(each, plan=shorten(each.plan)) for each in candidates)
+        return list(dict.fromkeys(shortened))
+
+    uniform_plans = possible(
+        uniform_candidates(lsd, speed_ratio, grids, ratios if with_dot else ())
+    )
     starts = [*uniform_plans]
     if with_dot:
         starts += early_candidates(lsd, speed_ratio, grids)
@@ -156,11 +164,12 @@ def search_plan(
     if with_mixture:
         plans = dict.fromkeys(each.plan for each in starts if each.plan[0] != "g")
         starts += [Candidate(MIXTURE_START + plan, grid) for plan in plans for grid in grids]
+    starts = possible(starts)
     judge(starts)
     best = ranked(starts)[0]
     for _ in range(max_rounds if with_dot else 0):
         around = [Candidate(plan, best.options) for plan in neighbours(best.plan, lsd, speed_ratio)]
-        around += [Candidate(best.plan, grid) for grid in grids]
+        around = possible([*around, *(Candidate(best.plan, grid) for grid in grids)])
         judge(around)
         better = ranked([best, *around])[0]
         if better == best:
