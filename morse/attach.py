@@ -53,7 +53,7 @@ def morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
 
 
 def enable_morse(
-    pipe: DiffusionPipeline, dot: Dot | None, merge_lora: bool = True
+    pipe: DiffusionPipeline, dot: Dot | None, merge_lora: bool | None = True
 ) -> DiffusionPipeline:
     """Let `pipe` make some of its evaluations with `dot`; returns the same pipeline.
 
@@ -63,7 +63,7 @@ def enable_morse(
             the conditions as the pipeline gives them to Dash: a text's embedding, say. None for
             none.
         merge_lora: Merge a MorseDot's LoRA into a copy of Dash's weights: faster, at the memory
-            of that copy.
+            of that copy. False takes a merged one apart; None leaves it as it is.
 
     Raises:
         TypeError: If `dot` is none of these. A Dot that the pipeline has stays on every error.
@@ -79,8 +79,8 @@ def enable_morse(
     prepare_dot(pipe, dot, denoiser)
     if isinstance(dot, MorseDot):
         dot.eval().bind(denoiser)
-        if merge_lora:
-            dot.merge_lora()
+        if merge_lora is not None:
+            dot.merge_lora() if merge_lora else dot.unmerge_lora()
     disable_morse(pipe)
     is_component = isinstance(dot, ModelMixin)
     pipe.__class__ = morse_class(type(pipe), is_component)
@@ -103,7 +103,7 @@ def inherit_dot(pipe: DiffusionPipeline) -> DiffusionPipeline:
     if dot is None or getattr(pipe, "dot", None) is not None:
         return pipe
     _drop_from_config(pipe, "_dot")  # where `from_pipe` notes what the new class does not take
-    enable_morse(pipe, dot, merge_lora=False)  # merged or not as it is
+    enable_morse(pipe, dot, merge_lora=None)
     if other is not None:
         pipe.speed_ratio, pipe.measured = other.speed_ratio, other.measured
     return pipe

@@ -33,6 +33,7 @@ class _Branch:
     shape: torch.Size
     conditions: dict[str, object]
     kept: object
+    step: int
 
 
 class Branches:
@@ -44,6 +45,7 @@ class Branches:
         self._earlier: list[_Branch] = []
         self._used: list[_Branch] = []
         self._num_earlier = 0
+        self._step = 0
 
     def start_step(self, forget: bool, keep_earlier: bool = False) -> None:
         """Begin another step; `forget` what was kept where this one is evaluated in full.
@@ -54,10 +56,11 @@ class Branches:
         if forget:
             self._branches = []
         self._used, self._num_earlier = [], len(self._branches)
+        self._step += 1
 
     def keep(self, owner: object, call: Call, kept: object) -> None:
         """Keep something for a call of the module `owner`."""
-        branch = _Branch(owner, call.sample.shape, call.conditions, kept)
+        branch = _Branch(owner, call.sample.shape, call.conditions, kept, self._step)
         self._branches.append(branch)
         self._used.append(branch)
 
@@ -81,6 +84,8 @@ class Branches:
             and branch.shape == call.sample.shape
             and not any(branch is used for used in self._used)
         ]
+        # Dash may have run in Dot's place since: newest step first, and a step's in their order.
+        free.sort(key=lambda branch: -branch.step)
         for same_tensor in (_same_memory, _same_values):
             for branch in free:
                 if _agree(branch.conditions, call.conditions, same_tensor):

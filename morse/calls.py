@@ -94,7 +94,8 @@ class MorseCalls(PlanChoice, Publishable):
         remember(self, self.dot)
         if controlnet is not None:
             install_switch(controlnet)
-        base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"))
+        eta = self._with_defaults(arguments).get("eta")
+        base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"), eta)
         run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None, base_space=base_space)
         # A weight-shared Dot belongs to the denoiser that starts.
         shared_with = next(iter(denoisers)) if isinstance(self.dot, MorseDot) else None

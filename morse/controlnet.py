@@ -29,7 +29,7 @@ class LatestFeatures:
 
         Args:
             index: Where the scheduler stands, or None.
-            model: Which model the plan has for the denoiser call that follows.
+            model: Which model makes the denoiser call that follows, as far as that is known.
             call: What the ControlNet is given. Features are used again where size and conditions
                 are as they were: the strength, which its end sets to zero, the picture, the text.
             compute: Runs the ControlNet.

@@ -77,7 +77,8 @@ def extrapolate(
     if earlier is None:
         return reused, None
     before = rebase(base_space, earlier[0], earlier[1:], here, prediction_type)
-    coefficient = line_coefficient(earlier[2], latest[2], here[1]).to(reused.device)
+    # Rates may be float64, which MPS does not have.
+    coefficient = line_coefficient(earlier[2], latest[2], here[1]).float().to(reused.device)
     # At alpha = 0 an epsilon has no x_0: there c is 0, and `before` is not finite.
     change = torch.where(coefficient > 0, reused - before, 0)
     base, trend = (

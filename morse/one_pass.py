@@ -128,6 +128,22 @@ def view_call(dot: Dot | None, call: Call, read_scale: Callable[[], float | str]
     return DotView(positive, torch.tensor(scale), doubled)
 
 
+def needs_dash(
+    dot: Dot | None, read_scale: Callable[[], float | str], latest: Tensor | None
+) -> bool:
+    """Tell, before a call, whether guidance makes Dash run in Dot's place.
+
+    Args:
+        dot: As for `view_call`.
+        read_scale: As `read_guidance`.
+        latest: `DotView.scale` of Dash's latest evaluation.
+    """
+    if getattr(dot, "guidance", "branches") != "guided":
+        return False
+    scale = read_scale()
+    return isinstance(scale, str) or latest is None or not torch.equal(torch.tensor(scale), latest)
+
+
 def _second_half(call: Call) -> Call | str:
     """Take the rows of the prompt, or say why they can't be told apart."""
     rows = len(call.sample)

@@ -53,7 +53,8 @@ class PlanChoice:
         plans, speed_ratio = self.dot.config.plans, self._known_speed_ratio(arguments)
         if saved := find_saved_plan(plans, self.scheduler, lsd, speed_ratio):
             return saved
-        known = find_family(self.scheduler) is not None and not adds_noise(self.scheduler)
+        is_noisy = adds_noise(self.scheduler, given.get("eta"))
+        known = find_family(self.scheduler) is not None and not is_noisy
         if self.dot.mixture is None or lsd > BEGUN_UP_TO or not known:
             return None
         uniform = MorsePlan.from_budget(lsd, speed_ratio, self.plan_ratio)

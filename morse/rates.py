@@ -64,24 +64,31 @@ def own_parameters(scheduler: object) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(scheduler)).parameters
 
 
-def adds_noise(scheduler: object) -> bool:
-    """Tell whether a scheduler adds fresh noise at each step, by its class and settings."""
+def adds_noise(scheduler: object, eta: float | None = None) -> bool:
+    """Tell whether a scheduler adds fresh noise at each step, by its class and settings.
+
+    `eta` is a pipeline call's, which goes to the steps that take it (DDIM's).
+    """
     names = own_parameters(scheduler)
     config = {name: value for name, value in scheduler.config.items() if name in names}
     return (
         _short_name(scheduler) in _ALWAYS_STOCHASTIC
         or str(config.get("algorithm_type")).startswith("sde-")
         or bool(config.get("stochastic_sampling"))
+        or (bool(eta) and "eta" in inspect.signature(scheduler.step).parameters)
     )
 
 
-def choose_base_space(scheduler: object, wanted: BaseSpace | None) -> BaseSpace:
+def choose_base_space(
+    scheduler: object, wanted: BaseSpace | None, eta: float | None = None
+) -> BaseSpace:
     """Decide in which space Dash's latest estimate is kept.
 
     Args:
         scheduler: The pipeline's scheduler.
         wanted: The Dot's `base_space`; None lets the scheduler decide: "x0" where fresh noise is
             added at each step, since Dash's epsilon is of noise that is gone by then, else "raw".
+        eta: As for `adds_noise`.
 
     Raises:
         ValueError: If `wanted` is unknown, or the scheduler's rates are not known.
@@ -93,7 +100,7 @@ def choose_base_space(scheduler: object, wanted: BaseSpace | None) -> BaseSpace:
             f"base_space={wanted!r} needs the signal and noise rates, which are not known for "
             f"{type(scheduler).__name__}; use another scheduler or a Dot with base_space='raw'."
         )
-    return wanted or ("x0" if known and adds_noise(scheduler) else "raw")
+    return wanted or ("x0" if known and adds_noise(scheduler, eta) else "raw")
 
 
 def prediction_type(scheduler: object) -> str:

@@ -22,7 +22,7 @@ from morse.denoisers import Call, Denoiser, take_apart
 from morse.dot import MorseDot
 from morse.estimates import LatestEstimate, correct_estimate
 from morse.guess import guess_estimate
-from morse.one_pass import DotView, view_call
+from morse.one_pass import DotView, needs_dash, view_call
 from morse.plan import ModelName, MorsePlan
 from morse.rates import find_family, noise_rates
 from morse.sampling import Dot
@@ -64,6 +64,7 @@ class MorseRun:
     _features: LatestFeatures = field(default_factory=LatestFeatures, repr=False)
     _steps: list[Counter[ModelName]] = field(default_factory=list, repr=False)
     _bound: set[str] = field(default_factory=set, repr=False)
+    _scale: Tensor | None = field(default=None, repr=False)
     _index: int = field(default=-1, repr=False)
     _step: int = field(default=-1, repr=False)
 
@@ -149,6 +150,7 @@ class MorseRun:
             output = compute()
             earlier = self._branches.find_earlier(denoiser, steady)
             self._branches.keep(denoiser, steady, view.keep(output, timestep, rates, earlier))
+            self._scale = view.scale
         model: ModelName = "dash" if latest is None else "dot"
         self._count(model)
         if self.timings is not None:
@@ -193,6 +195,9 @@ class MorseRun:
         model: ModelName = "dash"
         if index is not None and index >= self._index:
             model = self._planned(self._step + (index > self._index))
+        dots = [denoiser.dot for denoiser in self.denoisers]
+        if model == "dot" and any(needs_dash(dot, self.read_guidance, self._scale) for dot in dots):
+            model = "dash"
         return self._features.answer(index, model, call, compute)
 
     def _planned(self, step: int) -> ModelName:

@@ -44,6 +44,12 @@ def test_without_a_plan_and_all_dash_are_bit_identical_to_the_bare_pipeline(
     assert torch.equal(sample(pipe, plan="DooDoo"), with_dot)
 
 
+def test_a_merged_dot_is_taken_apart_where_that_is_asked_for(pipe, dot):
+    for merge_lora, merged in ((True, True), (None, True), (False, False), (None, False)):
+        enable_morse(pipe, dot, merge_lora)
+        assert dot.is_merged == merged
+
+
 def test_enable_twice_and_disable_restore_the_pipeline(pipe, dot):
     classes, config = type(pipe), dict(pipe.config)
     expected = sample(pipe, num_inference_steps=4)

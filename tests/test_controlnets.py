@@ -135,6 +135,37 @@ def test_controlnet_for_xl(options):
     assert len(calls) == 2
 
 
+class TestUnderGuidance:
+    """It runs where Dash runs in the place of a Dot of guided estimates."""
+
+    def test_where_one_pass_is_never_made(self):
+        unet = xl_unet()
+        parts = {"xl": True, "controlnet": controlnet(unet)}
+        pipe = stable_diffusion(diffusers.StableDiffusionXLControlNetPipeline, unet, **parts)
+        inputs = {**text_inputs(pooled=True), "image": picture()}
+        expected = latents(pipe, num_inference_steps=4, **inputs)
+        calls = count_calls(pipe.controlnet)
+        enable_morse(pipe, make_dot(unet, guidance="guided"))
+        with pytest.warns(UserWarning, match="made none"):
+            found = latents(pipe, plan="DooD", **inputs)
+        assert torch.equal(found, expected) and len(calls) == counted(pipe)[0] == 4
+
+    def test_where_the_scale_changes(self, unet):
+        net = controlnet(unet)
+        pipe = stable_diffusion(diffusers.StableDiffusionControlNetPipeline, unet, controlnet=net)
+        calls = count_calls(net)
+        enable_morse(pipe, make_dot(unet, guidance="guided"))
+
+        def change(pipe, step, timestep, tensors):
+            pipe._guidance_scale = 3.3 if step else 5.0
+            return tensors
+
+        options = {"guidance_scale": 5.0, "callback_on_step_end": change}
+        latents(pipe, plan="DoooDo", image=picture(), **text_inputs(), **options)
+        assert pipe.last_run.fallbacks == {"the guidance scale changed": 1}
+        assert len(calls) == 3 and counted(pipe) == (3, 3)
+
+
 @pytest.mark.supports("pipeline, own Dot", "FluxControlNetPipeline")
 def test_controlnet_for_a_transformer():
     """Flux: scaled timesteps, and features for one of the two kinds of blocks only."""

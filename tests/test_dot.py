@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from morse import MorseDot
 from morse.dot.lora import LowRank, describe_leaf
-from morse.dot.view import check_fingerprint, fingerprint
+from morse.dot.view import _project, check_fingerprint, fingerprint
 from morse.sampling import JumpPoint
 
 
@@ -172,6 +172,11 @@ class TestSaving:
         expected = fingerprint(dash)
         for dtype in (torch.float16, torch.bfloat16):
             check_fingerprint(copy.deepcopy(dash).to(dtype), expected)
+
+    def test_a_fingerprint_is_computed_on_the_cpu(self):
+        """MPS has no float64; "meta" stands in for a device."""
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            _project(torch.ones(2, 2, device="meta"))
 
     def test_an_unbound_dot_says_so(self, dash, tmp_path):
         MorseDot.from_dash(dash).save_pretrained(tmp_path)

@@ -12,6 +12,7 @@ from test_schedulers import make, sample
 from tiny_pipelines import loop_pipeline, picture, stable_diffusion, text_inputs, text_unet
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from morse import MorseDot, MorsePlan, enable_morse, morse_sample
 from morse.clock import scheduler_index
@@ -85,6 +86,21 @@ class TestFormula:
         found = extrapolate("raw", *evaluations, (here, rates(3.0)), "epsilon", cap)
         assert_close(found[0], output + base * (output - before))
         assert_close(found[1], seen * (output - before))
+
+    def test_nothing_is_float64_beside_the_sample(self):
+        """As on MPS, which has no such tensors; "meta" stands in for it."""
+
+        class NoDoubles(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                found = function(*args, **kwargs or {})
+                assert found.device.type == "cpu" or found.dtype != torch.float64, function
+                return found
+
+        output, noisy, before, other, here = (each.to("meta") for each in tensors(5))
+        evaluations = (output, noisy, rates(0.0)), (before, other, rates(-1.0))
+        with NoDoubles():
+            base, trend = extrapolate("x0", *evaluations, (here, rates(3.0)), "epsilon", 2)
+        assert base.dtype == trend.dtype == torch.float32
 
     @pytest.mark.parametrize("base_space", ["raw", "x0", "v"])
     def test_both_estimates_are_carried_and_without_history_it_is_the_papers_base(self, base_space):

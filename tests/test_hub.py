@@ -90,6 +90,14 @@ class TestPublishing:
         for folder in (tmp_path / "saved", hub.root / "us" / "it", hub.root / "somebody" / "named"):
             assert "# " in (folder / "README.md").read_text()
 
+    @pytest.mark.parametrize("name", ["dot", "pipe"])
+    def test_as_safetensors_alone(self, pipe, hub, name):
+        model = pipe.dot if name == "dot" else pipe
+        model.push_to_hub("us/it", safe_serialization=True)
+        assert any((hub.root / "us" / "it").rglob("*.safetensors"))
+        with pytest.raises(ValueError, match=r"safe_serialization is False.*leave it away"):
+            model.push_to_hub("us/it", safe_serialization=False)
+
     def test_into_a_subfolder_as_a_variant(self, pipe, hub):
         pipe.dot.push_to_hub("us/it", variant="fp16", subfolder="small")
         names = {path.name for path in (hub.root / "us" / "it" / "small").iterdir()}

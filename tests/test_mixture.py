@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attached import latents, text_pipe
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from tiny_pipelines import loop_pipeline
 from torch import distributions, nn
 from torch.testing import assert_close
@@ -210,6 +210,8 @@ class TestRuns:
         assert "g" not in pipe.plan_for(6, num_inference_steps=8, timesteps=[9, 5]).plan
         pipe.scheduler = DDPMScheduler(clip_sample=False)
         assert "g" not in pipe.plan_for(6).plan
+        pipe.scheduler = DDIMScheduler(clip_sample=False)
+        assert "g" in pipe.plan_for(6, eta=0.0).plan and "g" not in pipe.plan_for(6, eta=0.5).plan
         dot.register_to_config(plans={"LeapfrogScheduler": [SavedPlan(6, "DDoDo").to_config()]})
         pipe.scheduler = LeapfrogScheduler()
         assert pipe.plan_for(6).plan == "DDoDo" + "D" * 2

@@ -222,6 +222,15 @@ class TestChoice:
         assert adds_noise(scheduler) == (expected == "x0" or name.startswith("EDM"))
         assert choose_base_space(scheduler, "raw") == "raw"
 
+    def test_left_to_the_eta_of_a_call(self, unet):
+        pipe = diffusers.DDIMPipeline(unet, make("DDIM"))
+        pipe.set_progress_bar_config(disable=True)
+        enable_morse(pipe, MorseDot.from_dash(unet, 1))
+        for options, expected in (({}, "raw"), ({"eta": 0.5}, "x0")):
+            pipe(plan="Do", output_type="np", **options)
+            assert pipe.last_run.base_space == expected
+        assert not adds_noise(make("DPMSolverMultistep"), eta=0.5)  # whose step takes none
+
     def test_unknown_rates_and_names(self, unet):
         pipe = enable_morse(loop_pipeline(unet, make("EDMEuler")), reuse("x0"))
         with pytest.raises(ValueError, match="not known for EDMEulerScheduler; use another"):

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_pipelines import TEXT_CHANNELS, text_unet
 from tiny_transformers import (
     BUILDERS,
@@ -554,3 +555,25 @@ def test_an_unsupported_class_lists_what_is_supported():
         MorseDot.from_dash(Odd())
     for dash in (tiny_dit(), tiny_pixart(), tiny_sd3(), tiny_flux()):
         assert type(dash).__name__ in str(error.value)
+
+
+@every
+@torch.no_grad()
+def test_hooks_see_dashs_own_modules(name, make_dot):
+    """diffusers' group offloading moves weights only when it is given the module that it knows."""
+    seen = set()
+
+    class Noting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.add(module)
+            return args, kwargs
+
+    dash, given = BUILDERS[name](), inputs(name)
+    dot = make_dot(dash)
+    expected = dot(*given, **conditions(name))
+    for module in dash.modules():
+        add_hook_to_module(module, Noting())
+    assert torch.equal(dot.bind(dash)(*given, **conditions(name)), expected)
+    ports = find_ports(dash)
+    assert seen < set(dash.modules()) and dash.transformer_blocks[0] in seen
+    assert (dash.get_submodule(ports.entry) in seen) == (ports.features == "patches")

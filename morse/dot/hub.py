@@ -48,6 +48,7 @@ class Publishable:
         private: bool | None = None,
         token: str | None = None,
         create_pr: bool = False,
+        safe_serialization: bool = True,
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> object:
@@ -59,12 +60,21 @@ class Publishable:
             private: Whether a new repository is private; None for the owner's default.
             token: Access token; None for the one stored by `hf auth login`.
             create_pr: Whether to open a pull request instead.
+            safe_serialization: True, as only safetensors are published.
             variant: Weights are saved under this variant's name, such as "fp16".
             subfolder: Folder in the repository; None for its root.
 
         Returns:
             What `HfApi.upload_folder` returns: the commit.
+
+        Raises:
+            ValueError: If `safe_serialization` is False.
         """
+        if not safe_serialization:
+            raise ValueError(
+                f"safe_serialization is {safe_serialization!r}, but Morse publishes safetensors "
+                "only; leave it away."
+            )
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
             options = {"private": private, "token": token, "create_pr": create_pr}

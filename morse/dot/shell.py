@@ -50,10 +50,16 @@ def with_replaced(root: nn.Module, replacements: dict[str, nn.Module]) -> nn.Mod
     return shells[""]
 
 
+def original_of(module: nn.Module) -> nn.Module:
+    """Give the module of Dash that a shell was made of, or the module itself."""
+    return vars(module).get("_dot_original", module)
+
+
 def update_shell(shell: nn.Module, module: nn.Module) -> None:
     """Give a shell the settings that its module has now: attention processor, FreeU, ..."""
     own = vars(shell)
     state = {name: value for name, value in vars(module).items() if name not in _NOT_SHARED}
+    state.setdefault("_dot_original", module)  # hooks know their module; a shell of a shell has it
     forward = _forward_for(shell, module)
     if forward is not None:
         state["forward"] = forward
@@ -85,7 +91,7 @@ def _forward_for(shell: nn.Module, module: nn.Module) -> Callable[..., object] |
     place of its shell, and with it layers that carry no LoRA.
     """
     if _is_hooked(module):
-        return partial(_run_shell, shell, module)
+        return partial(_run_shell, shell, original_of(module))
     forward = vars(module).get("forward")
     if isinstance(forward, MethodType) and forward.__self__ is module:
         return MethodType(forward.__func__, shell)

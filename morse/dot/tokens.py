@@ -5,11 +5,13 @@ smaller sample would be others: Stable Diffusion 3 takes the centre of its table
 of Flux would count a smaller picture.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional
 
 from morse.dot.grid import Grid
-from morse.dot.shell import Provide, with_replaced
+from morse.dot.shell import Provide, original_of, run_hooked, with_replaced
 
 # A ControlNet's features, at Dash's resolution.
 _FEATURES = (
@@ -54,7 +56,8 @@ def position_embeddings(embed: nn.Module, height: int, width: int, like: Tensor)
     patch, channels = embed.patch_size, embed.proj.weight.shape[0]
     nothing = like.new_zeros(1, channels, height // patch, width // patch).float()
     shell = with_replaced(embed, {"proj": Provide(nothing)})
-    return type(shell).forward(shell, like.new_zeros(1).expand(1, 1, height, width))
+    function = partial(type(shell).forward, shell)
+    return run_hooked(original_of(embed), function, like.new_zeros(1).expand(1, 1, height, width))
 
 
 def tokens_of_patches(

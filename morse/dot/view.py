@@ -160,8 +160,8 @@ def fingerprint(dash: nn.Module) -> dict[str, object]:
 
 
 def _project(weight: Tensor) -> float:
-    flat = weight.detach().double().flatten()
-    direction = torch.cos(torch.arange(flat.numel(), device=flat.device, dtype=torch.float64))
+    flat = weight.detach().cpu().double().flatten()  # MPS has no float64
+    direction = torch.cos(torch.arange(flat.numel(), dtype=torch.float64))
     return float(flat @ direction / flat.norm().clamp(min=1e-12))
 
 
