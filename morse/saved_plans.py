@@ -96,7 +96,8 @@ def find_saved_plan(
     A budget that none was searched for is spent by the plan of the next smaller one, if that is at
     least half as large, and by further Dash evaluations at its end. A plan whose steps were fitted
     is run as it is: more evaluations at steps in between may give worse images. So no budget gives
-    worse ones than a smaller budget, but for chance.
+    worse ones than a smaller budget, but for chance. Of several for one budget it is the first that
+    can be afforded: one with Dot, say, and for slow Dots one of Dash alone.
 
     Args:
         plans: Dot's `config.plans`: scheduler class name -> saved plans.

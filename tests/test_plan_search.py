@@ -360,6 +360,13 @@ class TestUse:
             pipe = MorsePipeline.from_pretrained("fashion-mnist", scheduler=solver)
             assert ("fitted_steps" in pipe.plan_for(8).scheduler) == (solver == "leapfrog")
 
+    def test_a_slow_dot_leaves_a_budget_to_dash(self):
+        """At 5 LSD one plan with Dot is saved, and one without for those that can't afford it."""
+        pipe = MorsePipeline.from_pretrained("fashion-mnist", scheduler="leapfrog")
+        for speed_ratio, num_dot in ((6.0, 6), (4.8, 6), (4.0, 0)):
+            pipe.speed_ratio = speed_ratio
+            assert MorsePlan.from_string(pipe.plan_for(5).plan).num_dot == num_dot
+
     @pytest.mark.parametrize("plan", ["DDDD", "DDoDoo"])
     def test_fitted_steps_are_run_as_they_are(self, pipe, plan):
         rows = curves_to_rows(power_curves(1.2), plan)
