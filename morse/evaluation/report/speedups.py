@@ -46,10 +46,10 @@ def speedups_section(result: Result) -> Section:
                 )
     text = (
         "What a solver pays for the quality that a method has at a budget, divided by what the "
-        "method pays: above 1, the method is cheaper. A solver's curve is, at each cost, the best "
-        "that costs no more. Brackets hold the 95 % interval over images; how times vary is not in "
-        "it. Where there is no factor, the line below the table says why. No interval: too many of "
-        "the bootstrap's replicates have no factor."
+        "method pays: above 1, the method is cheaper. A solver's curve leaves out what is no "
+        "better than something cheaper. Brackets hold the 95 % interval over images; how times "
+        "vary is not in it. Where there is no factor, the line below the table says why. No "
+        "interval: too many of the bootstrap's replicates have no factor."
     )
     return Section("Matched-quality speed-ups", (text,), tuple(tables), tuple(folded))
 

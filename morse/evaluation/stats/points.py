@@ -143,9 +143,12 @@ def of_kinds(points: Sequence[Point], axis: str, kinds: Sequence[Kind]) -> list[
 
 
 def best_so_far(points: Sequence[Point], axis: str, cost: str = "lsd") -> list[tuple[float, Point]]:
-    """Return each cost that was measured, rising, with the best of the points that cost no more.
+    """Return the costs, rising, at which a point is better than all that cost less, and the last.
 
-    Which point that is, is decided on all images; its replicates come with it.
+    What is dearer and no better is left out, for nobody has to pay for it: neither does it make the
+    curve worse, nor does it say that nothing better was to be had there, where a better solver may
+    not have been measured. Decided on all images; a point's replicates come with it. At the last
+    cost that was measured stands the best of all.
 
     Args:
         points: Of one solver, or of several: then the best of them all.
@@ -154,10 +157,12 @@ def best_so_far(points: Sequence[Point], axis: str, cost: str = "lsd") -> list[t
     """
     best: dict[float, Point] = {}
     latest: Point | None = None
-    for point in sorted(points, key=lambda point: getattr(point, cost)):
+    ordered = sorted(points, key=lambda point: getattr(point, cost))
+    for point in ordered:
         if latest is None or point.errors(axis)[0] < latest.errors(axis)[0]:
-            latest = point
-        best[getattr(point, cost)] = latest
+            latest = best[getattr(point, cost)] = point
+    if latest is not None:
+        best[getattr(ordered[-1], cost)] = latest
     return list(best.items())
 
 
