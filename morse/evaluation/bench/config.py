@@ -27,8 +27,8 @@ QUICK: dict[str, object] = {
     "dpm_ratios": (1.75,),
     "latency_batch_sizes": (0,),
 }
-# Likewise without a GPU: all in under an hour on two cores. 35 minutes were measured at the
-# embedded Dash's 13 ms an image; at the 25 ms of a busy host it would take an hour.
+# Likewise without a GPU: all in under an hour on two cores. 39 minutes were measured at the
+# embedded Dash's 13 ms an image; at the 25 ms of a busy host it would take more than an hour.
 WITHOUT_GPU: dict[str, object] = {
     "num_images": 32,
     "lsd": (4, 6, 8, 12, 20, 30),
