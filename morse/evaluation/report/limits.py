@@ -7,6 +7,7 @@ from morse.evaluation.bench.methods import BEST_TRAINING_FREE
 from morse.evaluation.report.blocks import Section, Table
 from morse.evaluation.report.data import (
     NONE,
+    PAIRED_SCHEMA,
     Axis,
     Measured,
     Result,
@@ -63,8 +64,9 @@ def limits_sentence(result: Result) -> str:
     total = sum(counts.values())
     if not total:
         return "Morse was not compared with a training-free solver."
+    where = "At equal LSD" if _is_paired(result) else "At the same budget"
     return (
-        f"At equal LSD, of {total} comparisons with the {BEST_TRAINING_FREE} (every Morse "
+        f"{where}, of {total} comparisons with the {BEST_TRAINING_FREE} (every Morse "
         f"method, axis and budget) Morse is better in {counts['better']}, within noise in "
         f"{counts['within noise']} and worse in {counts['worse']}."
     )
@@ -94,10 +96,12 @@ def limits_section(result: Result) -> Section:
     text = [] if lines else [limits_sentence(result)]
     text.extend(_others_ahead(result))
     header = ("method", "axis", "worse", "within noise", "better", "no gain in seconds")
+    noise = "closer than 1.96 standard errors of the difference"
+    if _is_paired(result):
+        noise = "the 95 % interval of the difference, of pairs from the same noise, includes 0"
     note = (
-        "Budgets in LSD. Within noise: the 95 % interval of the difference, of pairs from the same "
-        f"noise, includes 0. No gain in seconds: not surely less wall time than the "
-        f"{BEST_TRAINING_FREE} for equal quality (timing's own noise left out)."
+        f"Budgets in LSD. Within noise: {noise}. No gain in seconds: not surely less wall time "
+        f"than the {BEST_TRAINING_FREE} for equal quality (timing's own noise left out)."
     )
     title = f"Morse against the {BEST_TRAINING_FREE}, where it is not ahead everywhere"
     table = Table(title, header, lines, num_text=2, note=note)
@@ -112,6 +116,10 @@ def _without_dot(result: Result) -> str:
             budgets.setdefault(row_name(row), []).append(row["budget"])
     told = "; ".join(f"{name} at {budget_list(found)} LSD" for name, found in budgets.items())
     return f"Without Dot, so that what is gained there is the steps' or the mixture's: {told}."
+
+
+def _is_paired(result: Result) -> bool:
+    return result["schema_version"] >= PAIRED_SCHEMA
 
 
 def _morse_rows(result: Result) -> list[Measured]:
