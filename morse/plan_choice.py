@@ -10,7 +10,7 @@ from morse.plan import MIXTURE_START, MorsePlan, check_budget
 from morse.rates import adds_noise, find_family
 from morse.sampling import Dot
 from morse.saved_plans import SavedPlan, chooses_timesteps, find_saved_plan
-from morse.steps import count_evaluations, find_exact_steps, find_steps
+from morse.steps import count_evaluations, find_exact_steps, shorten_plan
 
 DEFAULT_PLAN_RATIO = 2.0
 # LSD. A mixture gains less the finer the grid is, and from 20 on it loses (eval/results/NOTES.md).
@@ -114,8 +114,7 @@ class PlanChoice:
             return plan, steps
         if not shorten:
             return plan, find_exact_steps(self, known, len(plan))
-        steps, count = find_steps(self, known, len(plan))
-        return plan.shortened(count), steps
+        return shorten_plan(self, known, plan)
 
     @property
     def plan_ratio(self) -> float:

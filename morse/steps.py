@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 from diffusers import DiffusionPipeline
 
+from morse.plan import MorsePlan
+
 MOST_STEPS = 1000
 
 
@@ -90,6 +92,21 @@ def find_steps(
             f"possible are {min(counts)}."
         )
     return counts[best], best
+
+
+def shorten_plan(
+    pipe: DiffusionPipeline, arguments: dict[str, object], plan: MorsePlan
+) -> tuple[MorsePlan, int]:
+    """Shorten a plan to a length that the pipeline can make, if it can't make that of the plan.
+
+    Returns:
+        The plan, and the `num_inference_steps` that gives so many evaluations.
+
+    Raises:
+        ValueError: See `find_steps`, whose arguments these are.
+    """
+    steps, made = find_steps(pipe, arguments, len(plan))
+    return plan.shortened(made), steps
 
 
 def find_exact_steps(pipe: DiffusionPipeline, arguments: dict[str, object], length: int) -> int:

@@ -9,7 +9,7 @@ from morse.evaluation.bench.peers import PEERS, peer_steps
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan
-from morse.steps import find_steps
+from morse.steps import find_steps, shorten_plan
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -34,8 +34,9 @@ def choose_steps(
     steps = method.plan(budget, speed_ratio, pipe)
     if steps is not None:
         plan = MorsePlan.from_string(steps.plan)
-        wanted, made = len(plan), find_steps(pipe, {}, len(plan))[1]
-        steps = replace(steps, plan=str(plan.shortened(made)))
+        shorter, _ = shorten_plan(pipe, {}, plan)
+        wanted, made = len(plan), len(shorter)
+        steps = replace(steps, plan=str(shorter))
     else:
         wanted = budget
         if method.kind == "shrunk":

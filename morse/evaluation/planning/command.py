@@ -20,7 +20,7 @@ from morse.evaluation.planning.mixture import check_mixture, fit_mixture
 from morse.evaluation.planning.search import Candidate, Evaluate, Found, search_plan
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options
-from morse.steps import find_steps
+from morse.steps import shorten_plan
 from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:
@@ -145,11 +145,7 @@ def make_judge(config: PlanConfig, pipe: "MorsePipeline", judged_on: Trajectorie
 def make_shorten(pipe: "MorsePipeline") -> Callable[[str], str]:
     """Give a function that shortens a plan to a length that the pipeline's solver can make."""
 
-    @cache
-    def longest(length: int) -> int:
-        return find_steps(pipe, {}, length)[1]
-
-    return lambda plan: str(MorsePlan.from_string(plan).shortened(longest(len(plan))))
+    return cache(lambda plan: str(shorten_plan(pipe, {}, MorsePlan.from_string(plan))[0]))
 
 
 def _report(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:
