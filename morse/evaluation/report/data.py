@@ -18,7 +18,6 @@ Measured = Mapping[str, Any]  # one of its "rows": a method at a budget
 Verdict = Literal["better", "within noise", "worse"]
 
 SCHEMA_VERSION, READABLE_SCHEMAS = 4, (2, 3, 4)
-PAIRED_SCHEMA = 4  # since then differences are those of pairs
 CONTROLS = ("mixture", "reuse", "extrapolation", "independent", "shrunk")
 KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, *PEER_SETTINGS)
 FOOTNOTE_MARKS = "†‡§¶"
@@ -192,6 +191,11 @@ def compare(score: Score, other: Score, axis: Axis) -> Verdict:
     if abs(gain) <= noise:
         return "within noise"
     return "better" if gain > 0 else "worse"
+
+
+def is_paired(result: Result) -> bool:
+    """Tell whether differences were measured on pairs, as they are since schema 4."""
+    return result["schema_version"] >= 4
 
 
 def against_best(result: Result, row: Measured, axis: Axis) -> Verdict | None:

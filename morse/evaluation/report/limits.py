@@ -7,7 +7,6 @@ from morse.evaluation.bench.methods import BEST_TRAINING_FREE
 from morse.evaluation.report.blocks import Section, Table
 from morse.evaluation.report.data import (
     NONE,
-    PAIRED_SCHEMA,
     Axis,
     Measured,
     Result,
@@ -19,6 +18,7 @@ from morse.evaluation.report.data import (
     engaged_entries,
     engaged_rows,
     headline_axes,
+    is_paired,
     is_surely_cheaper,
     read_axes,
     read_score,
@@ -64,7 +64,7 @@ def limits_sentence(result: Result) -> str:
     total = sum(counts.values())
     if not total:
         return "Morse was not compared with a training-free solver."
-    where = "At equal LSD" if _is_paired(result) else "At the same budget"
+    where = "At equal LSD" if is_paired(result) else "At the same budget"
     return (
         f"{where}, of {total} comparisons with the {BEST_TRAINING_FREE} (every Morse "
         f"method, axis and budget) Morse is better in {counts['better']}, within noise in "
@@ -97,7 +97,7 @@ def limits_section(result: Result) -> Section:
     text.extend(_others_ahead(result))
     header = ("method", "axis", "worse", "within noise", "better", "no gain in seconds")
     noise = "closer than 1.96 standard errors of the difference"
-    if _is_paired(result):
+    if is_paired(result):
         noise = "the 95 % interval of the difference, of pairs from the same noise, includes 0"
     note = (
         f"Budgets in LSD. Within noise: {noise}. No gain in seconds: not surely less wall time "
@@ -116,10 +116,6 @@ def _without_dot(result: Result) -> str:
             budgets.setdefault(row_name(row), []).append(row["budget"])
     told = "; ".join(f"{name} at {budget_list(found)} LSD" for name, found in budgets.items())
     return f"Without Dot, so that what is gained there is the steps' or the mixture's: {told}."
-
-
-def _is_paired(result: Result) -> bool:
-    return result["schema_version"] >= PAIRED_SCHEMA
 
 
 def _morse_rows(result: Result) -> list[Measured]:

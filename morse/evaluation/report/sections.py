@@ -14,7 +14,6 @@ from morse.evaluation.report.costs import (
 )
 from morse.evaluation.report.data import (
     NONE,
-    PAIRED_SCHEMA,
     Axis,
     Measured,
     Result,
@@ -25,6 +24,7 @@ from morse.evaluation.report.data import (
     footnotes,
     guidance_parts,
     headline_axes,
+    is_paired,
     morse_names,
     read_axes,
     read_score,
@@ -111,7 +111,7 @@ def conditions_section(result: Result) -> Section:
         words += " r is a plan's ratio, evaluations per LSD."
     if any(_has_error(row, axis) for row in result["rows"] for axis in read_axes(result)):
         words += " ± is the bootstrap's standard error over images."
-    if result["rows"] and result["schema_version"] < PAIRED_SCHEMA:
+    if result["rows"] and not is_paired(result):
         words += (
             " Measured by an earlier version: whether a difference is noise is told from both "
             "errors alone, at equal budgets, and a solver's curve has a mean where it got worse."
