@@ -1,5 +1,6 @@
 """A tiny pipeline with a weight-shared Dot, put through what users do with pipelines."""
 
+import threading
 from functools import cache
 
 import diffusers
@@ -40,6 +41,15 @@ def planned(pipe, plan=PLAN, **kwargs):
     assert pipe.last_run.fallbacks == {}
     assert found.isfinite().all()
     return found
+
+
+def in_two_threads(work):
+    """Call `work(0)` and `work(1)` at the same time, and wait for both."""
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def difference(one, other):

@@ -1,10 +1,9 @@
 import copy
-import threading
 import warnings
 
 import pytest
 import torch
-from attached import latents, planned, text_pipe, trained_dot
+from attached import in_two_threads, latents, planned, text_pipe, trained_dot
 
 from morse import MorseDot, disable_morse, enable_morse
 from morse.plan import MorsePlan
@@ -165,11 +164,7 @@ def test_two_threads_on_one_denoiser(make_pipe, pipe, dot):
         for _ in range(3):
             found[index] = sample(pipes[index], plan=plans[index])
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_two_threads(work)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.state import AcceleratorState
+from attached import in_two_threads
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 from test_transformer_dots import inputs as transformer_inputs
@@ -270,11 +271,7 @@ class TestTime:
         def work(index):
             found[index] = dot(*given[index])
 
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_two_threads(work)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
     def test_blocks_compile_without_breaks(self, dash):

@@ -1,7 +1,6 @@
 """What users do with a pipeline does not break Morse, and Morse does not break it."""
 
 import copy
-import threading
 import warnings
 
 import pytest
@@ -11,6 +10,7 @@ from attached import (
     PLAN,
     check_treated,
     difference,
+    in_two_threads,
     latents,
     planned,
     text_pipe,
@@ -403,11 +403,7 @@ class TestCalls:
             for _ in range(4):
                 found[seed] = latents(pipe, seed=seed, plan=PLAN)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_two_threads(work)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
     def test_two_pipelines_on_one_denoiser_in_threads(self, pipe):
@@ -420,11 +416,7 @@ class TestCalls:
             for _ in range(4):
                 found[index] = planned(pipes[index], plans[index])
 
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_two_threads(work)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
