@@ -266,7 +266,7 @@ class TestBudgets:
                 pytest.raises(ValueError, match=r"8 evaluations gave .*'dot': 0\}.* not tell"),
             ):
                 pipe.measure_speed_ratio(repeats=2)
-        monkeypatch.setattr("morse.plan_choice.find_steps", lambda pipe, arguments, length: (7, 7))
+        monkeypatch.setattr("morse.steps.find_steps", lambda pipe, arguments, length: (7, 7))
         with pytest.raises(ValueError, match=r"7 evaluations gave .*'dot': 1\}"):
             pipe.measure_speed_ratio(repeats=2)
         assert pipe.speed_ratio is None and pipe.measured is None
