@@ -16,6 +16,7 @@ from morse.evaluation.bench import sampler
 from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
 from morse.evaluation.bench.loading import load_pipelines
 from morse.evaluation.bench.speed import measure_speed_table
+from morse.evaluation.bench.tasks import list_tasks
 from morse.saved_plans import SavedPlan
 
 
@@ -113,6 +114,12 @@ def test_the_speed_table_leaves_the_pipeline_as_it_was(tiny_folder):  # noqa: F8
     ]
     assert all(entry["speed_ratio"] > 0 for entry in table)
     assert pipe.speed_ratio == 3.0 and pipe.dot.is_merged == merged
+
+
+def test_a_ratio_of_zero_leaves_the_saved_plans_alone():
+    config = BenchmarkConfig(solvers=("leapfrog",), dpm_ratios=(0.0,), peers=("none",))
+    labels = {method.label for method, _ in list_tasks(config) if method.kind == "morse"}
+    assert labels == {"Morse-Leapfrog as planned"}
 
 
 def test_bad_settings_are_named(tmp_path):

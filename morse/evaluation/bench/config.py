@@ -135,10 +135,11 @@ class BenchmarkConfig:
         metadata={"help": "those of --solvers that controls and peers run with"},
     )
     ddim_ratios: tuple[float, ...] = field(
-        default=(2.0,), metadata={"help": "plan ratios tried with DDIM"}
+        default=(2.0,), metadata={"help": "plan ratios tried with DDIM; 0 for none"}
     )
     dpm_ratios: tuple[float, ...] = field(
-        default=(1.5, 2.0), metadata={"help": "plan ratios tried with the other solvers"}
+        default=(1.5, 2.0),
+        metadata={"help": "plan ratios tried with the other solvers; 0 for none"},
     )
     speed_ratio: float | None = field(
         default=None, metadata={"help": "N; measured at batch_size if left out"}
@@ -205,9 +206,14 @@ class BenchmarkConfig:
                 raise ValueError(f"{name} is {value}, but must be {minimum} or more")
         if min(self.guidance_scale, default=0) < 0:
             raise ValueError(f"guidance_scale is {self.guidance_scale}, but each must be 0 or more")
-        for name in ("lsd", "baseline_lsd", "ddim_ratios", "dpm_ratios"):
+        for name in ("lsd", "baseline_lsd"):
             if min(getattr(self, name), default=1) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
+        for name in ("ddim_ratios", "dpm_ratios"):
+            if any(ratio < 1 and ratio != 0 for ratio in getattr(self, name)):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but each must be 1 or more, or 0 for none"
+                )
         if self.speed_ratio is not None and self.speed_ratio <= 0:
             raise ValueError(f"speed_ratio is {self.speed_ratio}, but must be positive")
         gaps = [later - seed for seed, later in pairwise(sorted(self.seeds))]

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-import torch
-
 from morse.denoisers import find_denoiser
 from morse.dot.view import fingerprint
 from morse.evaluation.bench.engagement import timed
-from morse.evaluation.bench.loading import load_bare, make_pipeline, with_scheduler, with_solver
+from morse.evaluation.bench.loading import (
+    load_bare,
+    make_pipeline,
+    use_fast_layout,
+    with_scheduler,
+    with_solver,
+)
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, Method
 from morse.evaluation.bench.peers import PEERS, apply_peer, measure_peer, peer_facts
 from morse.evaluation.bench.runs import Samples, sample_images
@@ -113,8 +117,7 @@ class Bench:
         if self.config.independent_dot is None:
             return None
         dot = load_dot(self.config.independent_dot).to(self.device)
-        if self.device.type == "cuda":
-            dot.to(memory_format=torch.channels_last)
+        use_fast_layout(dot, self.device)
         if self.config.merge_lora:
             dot.merge_lora()
         return ShrunkDash(dot, find_denoiser(self._main))

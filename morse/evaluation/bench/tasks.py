@@ -52,7 +52,8 @@ def _all_tasks(config: "BenchmarkConfig") -> Iterator[tuple[Method, int]]:
 
 
 def _methods(config: "BenchmarkConfig", solver: str) -> Iterator[Method]:
-    ratios = config.ddim_ratios if solver == "ddim" else config.dpm_ratios
+    asked_ratios = config.ddim_ratios if solver == "ddim" else config.dpm_ratios
+    ratios = tuple(ratio for ratio in asked_ratios if ratio)
     asked, has_controls = solver in config.solvers, solver in config.control_solvers
     for kind in config.kinds:
         wanted = asked and has_controls
