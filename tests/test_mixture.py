@@ -1,5 +1,7 @@
 """Runs that begin with the estimates of a Gaussian mixture instead of a network's."""
 
+import copy
+
 import pytest
 import torch
 from attached import latents, text_pipe
@@ -290,3 +292,10 @@ def test_plans():
 def test_wrong_plans(plan, message):
     with pytest.raises(ValueError, match=message):
         MorsePlan.from_string(plan)
+
+
+def test_it_is_moved_with_a_model_in_channels_last(mixture):
+    moved = nn.Sequential(copy.deepcopy(mixture)).to(memory_format=torch.channels_last)[0]
+    noisy, rates = torch.randn(2, *SHAPE), (torch.tensor(0.6), torch.tensor(0.8))
+    assert_close(moved(noisy, rates), mixture(noisy, rates), rtol=0, atol=0)
+    assert moved.double().directions.dtype == torch.float64

@@ -6,7 +6,7 @@ arXiv 2412.09726). A few Gaussians, each with its main directions and one varian
 go further down than one does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -81,6 +81,10 @@ class GaussianMixture(nn.Module):
             mixture.directions[k] = directions.reshape(rank, *mixture.sample_shape)
             mixture.variances[k], mixture.rest[k] = variances, rest
         return mixture
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # As vectors: torch refuses channels_last for `directions`, of five dimensions for images.
+        return super()._apply(lambda each: function(each.flatten()).reshape(each.shape), recurse)
 
     def to_config(self) -> dict[str, object]:
         """Give the arguments of an empty mixture of this size."""
