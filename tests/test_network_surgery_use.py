@@ -79,6 +79,19 @@ def test_copies_are_independent():
     assert all(torch.equal(mask, masks[name]) for name, mask in surgery.masks.items())
 
 
+def test_finalize_leaves_copies_alone():
+    network, x, _ = make_network()
+    surgery = NetworkSurgery(network, c_rate=0.5, iter_stop=1)
+    surgery.step()
+    expected = network(x)
+    other, average = copy.deepcopy(surgery), torch.optim.swa_utils.AveragedModel(network)
+    other.finalize()
+    assert torch.equal(other.module(x), expected) and torch.equal(network(x), expected)
+    surgery.finalize()
+    assert torch.equal(network(x), expected) and torch.equal(average(x), expected)
+    assert [type(layer) for layer in network] == [type(layer) for layer in make_network()[0]]
+
+
 def test_an_average_of_raw_weights_takes_the_latest_masks():
     network, x, y = make_network()
     surgery = NetworkSurgery(network, c_rate=0.5, gamma=0.0)

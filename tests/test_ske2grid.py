@@ -315,6 +315,17 @@ def test_adjacency_applies_first():
     assert_close(upt.left_inverse() @ upt.matrix(), torch.eye(17), rtol=0, atol=1e-4)
 
 
+def test_an_adjacency_may_be_of_integers():
+    layouts = []
+    for adjacency in (coco_adjacency(), coco_adjacency().long()):
+        torch.manual_seed(0)
+        layouts.append(SkeletonToGrid(17, [(5, 5)], adjacency))
+    x = torch.randn(2, 17, 3)
+    assert_close(layouts[1](x), layouts[0](x))
+    layouts[1](x).sum().backward()
+    assert layouts[1].stages[0].upt.weight.grad is not None
+
+
 def train(parameters, loss, steps=10):
     optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
     for _ in range(steps):
@@ -640,7 +651,7 @@ def test_stage_errors():
     for shapes, words in (([], "grid_shapes"), ([(5, 5), (5, 5)], "increase")):
         with pytest.raises(ValueError, match=words):
             SkeletonToGrid(17, shapes)
-    with pytest.raises(ValueError, match="out_nodes"):
+    with pytest.raises(ValueError, match=r"begins with \(4, 4\).*16 cells.*num_nodes=17"):
         SkeletonToGrid(17, [(4, 4)])
     with pytest.raises(ValueError, match="both sides"):
         SkeletonToGrid(17, [(5, 5), (4, 9)], nested=True)

@@ -133,6 +133,7 @@ class MaskedLayer:
     @torch.no_grad()
     def bake(self) -> None:
         """Write the zeros into the parameters and remove the masks."""
+        _own_class(self.module)
         for full, raw in self.raw.items():
             raw.copy_(self._masks[full](raw))
             own = self.parameters[full]
@@ -142,6 +143,16 @@ class MaskedLayer:
             parameter = getattr(self.module, own)
             delattr(self.module, own)
             self.module.register_parameter(own, parameter)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    A copy shares the class that torch has made for it, from which removing masks takes properties.
+    """
+    shared = type(module)
+    content = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, content)
 
 
 def check_state(

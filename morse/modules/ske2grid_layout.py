@@ -115,6 +115,11 @@ class SkeletonToGrid(nn.Module):
         """Freeze all stages and add one; ValueError unless the grid is larger than the last."""
         shape = checked_shape(grid_shape)
         cells, nodes, init, order = math.prod(shape), self.num_nodes, "softmax", "uniform"
+        if not len(self.stages) and cells < nodes:
+            raise ValueError(
+                f"grid_shapes begins with {shape}, whose {cells} cells are fewer than num_nodes="
+                f"{nodes}; begin with a larger grid"
+            )
         if len(self.stages):
             old = self.grid_shape
             nodes = math.prod(old)

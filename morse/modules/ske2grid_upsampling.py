@@ -67,7 +67,9 @@ class UpsamplingTransform(nn.Module):
         self.in_nodes, self.out_nodes = in_nodes, out_nodes
         self.layout, self.trainable = _checked_layout(layout, in_nodes, out_nodes), trainable
         if adjacency is not None:
-            adjacency = adjacency.detach().clone()
+            # Of an integer one, all that P multiplies would be rounded down.
+            dtype = torch.promote_types(adjacency.dtype, torch.get_default_dtype())
+            adjacency = adjacency.detach().to(dtype, copy=True)
         self.register_buffer("adjacency", adjacency, persistent=False)
         rows = _initial_rows(init, in_nodes, out_nodes, self.layout)
         if trainable == "extra":
