@@ -296,6 +296,16 @@ class TestResuming:
         train_dot(replace(config, resume_from_checkpoint="latest"))
         self.assert_same_run(tmp_path / "run", whole)
 
+    def test_a_longer_run_goes_on_amid_surgery(self, base, data_dir, tmp_path, monkeypatch):  # noqa: F811
+        given = arguments(base, data_dir, tmp_path / "run", *STEPS[:2])
+        config = replace(parse_config(TrainDotConfig, given), prune=0.8)
+        with monkeypatch.context() as patch:
+            self.stop_at(config.max_train_steps // 2, patch)
+            train_dot(config)
+        steps = 2 * config.max_train_steps
+        train_dot(replace(config, max_train_steps=steps, resume_from_checkpoint="latest"))
+        assert MorseDot.from_pretrained(tmp_path / "run").config.sparse
+
     def test_other_runs_checkpoints(self, base, data_dir, tmp_path, monkeypatch, capsys):  # noqa: F811
         given = arguments(base, data_dir, tmp_path / "run")
         dense = parse_config(TrainDotConfig, given)

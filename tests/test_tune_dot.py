@@ -199,6 +199,11 @@ def test_a_blend_counts_from_another_dot(whole_run, folder, build_unet, tmp_path
     blend(tuned, before, 0.0)
     for name, value in tuned.state_dict().items():
         assert torch.equal(value, first.state_dict()[name]), name
+    tuned.register_to_config(sparse=True)
+    with torch.no_grad():
+        tuned.conv_in.weight[0] = 0
+    blend(tuned, before, 0.5)
+    assert not tuned.conv_in.weight[0].any() and tuned.conv_in.weight[1].all()
     wider = MorseDot.from_dash(
         build_unet(channels=(8, 8), sample_size=8),
         num_down_blocks=1, block_out_channels=(16,), lora_rank=2,

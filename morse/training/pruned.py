@@ -1,5 +1,6 @@
-"""Pruned Dots in a training that prunes nothing: what is zero stays zero."""
+"""Pruned Dots where nothing is pruned: what is zero stays zero."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,13 @@ from morse.training.pruning import KEPT
 
 if TYPE_CHECKING:
     from morse.dot import MorseDot
+
+
+def prunable_weights(dot: "MorseDot") -> Iterator[tuple[str, nn.Parameter]]:
+    """Give the weights that pruning may set to zero, by name."""
+    for name, layer in dot.named_modules():
+        if name not in KEPT and isinstance(layer, nn.Linear | _ConvNd):
+            yield f"{name}.weight", layer.weight
 
 
 def keep_zeros(dot: "MorseDot", start: "MorseDot") -> None:
@@ -28,12 +36,9 @@ def keep_zeros(dot: "MorseDot", start: "MorseDot") -> None:
     zeros = {name: value == 0 for name, value in start.state_dict().items()}
     width = dot.conv_in.in_channels
     zeros = widen_inputs(zeros, width, width - start.conv_in.in_channels)
-    for name, layer in dot.named_modules():
-        pruned = zeros.get(f"{name}.weight")
-        if pruned is None or name in KEPT or not isinstance(layer, nn.Linear | _ConvNd):
-            continue
-        weight = layer.weight
-        if weight.requires_grad and weight.shape == pruned.shape:
+    for name, weight in prunable_weights(dot):
+        pruned = zeros.get(name)
+        if pruned is not None and weight.requires_grad and weight.shape == pruned.shape:
             # A grown Dot's new block bears the name of an old one, but is not zero.
             pruned = pruned.to(weight.device) & (weight == 0)
             weight.register_hook(partial(Tensor.masked_fill, mask=pruned, value=0))

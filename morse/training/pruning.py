@@ -131,7 +131,9 @@ class DotPruner:
     @torch.no_grad()
     def before_step(self, step: int) -> None:
         """Move the masks; to be called once before update `step`, counted from 0."""
-        if step < self.start or self.is_settled:
+        begun = self.surgery.iteration
+        # A longer run resumed from a shorter one would begin later, but its masks move already.
+        if (step < self.start and begun < 0) or self.is_settled:
             return
         if self.method == "one_shot" or step >= self.stop:
             keep_share(self.surgery, 1 - self.share)
@@ -142,7 +144,7 @@ class DotPruner:
         with warnings.catch_warnings():
             # Said of every LoRA, whose outputs are as many as its weights are few.
             warnings.filterwarnings("ignore", message=".* entries of .* are left")
-            self.surgery.step(step - self.start)
+            self.surgery.step(max(step - self.start, begun + 1))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return raw weights, masks, thresholds and the source of draws: a checkpoint's tensors."""

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from morse.training.pruned import prunable_weights
+
 if TYPE_CHECKING:
     from morse.dot import MorseDot
 
@@ -44,14 +46,17 @@ def blend(dot: "MorseDot", before: dict[str, Tensor], share: float) -> None:
     fine-tuning gains and most of what the network could do before.
 
     Args:
-        dot: Changed in place.
+        dot: Changed in place; a pruned one's zeros stay.
         before: From `weights_before`.
         share: In [0, 1]; 1 changes nothing.
     """
     now = dot.state_dict()
-    dot.load_state_dict(
-        {
-            name: torch.lerp(before[name], value, share) if value.is_floating_point() else value
-            for name, value in now.items()
-        }
-    )
+    sparse = {name for name, _ in prunable_weights(dot)} if dot.config.sparse else ()
+
+    def between(name: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        mixed = torch.lerp(before[name], value, share)
+        return mixed.masked_fill(value == 0, 0) if name in sparse else mixed
+
+    dot.load_state_dict({name: between(name, value) for name, value in now.items()})
