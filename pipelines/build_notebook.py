@@ -5,6 +5,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from morse.files import write_bytes
+
 HERE = Path(__file__).parent
 CELLS = [
     (
@@ -109,7 +111,8 @@ def build() -> None:
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"
     notebook = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", cwd=str(HERE)).execute()
+    where = {"metadata": {"path": str(HERE)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             # Loading bars and warnings say nothing about Morse and name local paths.
@@ -118,7 +121,7 @@ def build() -> None:
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.metadata = {"kernelspec": kernel}
     nbformat.validate(notebook)
-    nbformat.write(notebook, HERE / "fashion_mnist.ipynb")
+    write_bytes(HERE / "fashion_mnist.ipynb", f"{nbformat.writes(notebook)}\n".encode())
 
 
 if __name__ == "__main__":

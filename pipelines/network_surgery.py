@@ -6,6 +6,7 @@ python -m pipelines.network_surgery --train_data_dir /usr/share/datasets/fashion
 Writes results.json and results.md. `--quick` takes seconds and its figures say nothing.
 """
 
+import dataclasses
 import statistics
 import tempfile
 import warnings
@@ -46,15 +47,17 @@ class SurgeryConfig:
     quick: bool = field(default=False, metadata={"help": "one seed, 50 updates each"})
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges, and take --quick's settings where none were given."""
+        if self.quick:
+            tiny = {"seeds": 1, "dense_steps": 50, "prune_steps": 50}
+            for option in dataclasses.fields(self):
+                if option.name in tiny and getattr(self, option.name) == option.default:
+                    object.__setattr__(self, option.name, tiny[option.name])
         for name in ("seeds", "dense_steps", "prune_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.iter_stop <= 1:
             raise ValueError(f"iter_stop is {self.iter_stop}; it must be in (0, 1]")
-        if self.quick:
-            for name, value in (("seeds", 1), ("dense_steps", 50), ("prune_steps", 50)):
-                object.__setattr__(self, name, value)
 
 
 def load_data(folder: Path) -> Data:

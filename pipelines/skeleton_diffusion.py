@@ -8,6 +8,7 @@ equal cost with and without Dot, and writes results.json, results.md and poses.p
 seconds and its figures say nothing.
 """
 
+import dataclasses
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -69,15 +70,21 @@ class SkeletonConfig:
                 "windows": 64, "batch_size": 32, "lsd": (4, 6), "num_poses": 16, "seeds": 1,
                 "speed_ratio": 3.0,
             }  # fmt: skip
-            for name, value in tiny.items():
-                object.__setattr__(self, name, value)
-        for name in ("train_poses", "dash_steps", "dot_steps", "windows", "batch_size", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            for option in dataclasses.fields(self):
+                if option.name in tiny and getattr(self, option.name) == option.default:
+                    object.__setattr__(self, option.name, tiny[option.name])
+        least = dict.fromkeys(("train_poses", "dash_steps", "dot_steps", "windows", "seeds"), 1)
+        least |= {"batch_size": 2, "num_poses": 2}  # half a batch of Dot's are pairs after a Dash
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        if self.train_poses < self.seeds * self.num_poses:
+            raise ValueError(
+                f"train_poses is {self.train_poses}; it must be at least seeds * num_poses = "
+                f"{self.seeds * self.num_poses}, for as many are compared with held-out ones"
+            )
         if self.channels < 8 or self.channels % 8:
             raise ValueError(f"channels is {self.channels}; it must be a multiple of 8")
-        if self.num_poses < 2:
-            raise ValueError(f"num_poses is {self.num_poses}; it must be at least 2")
         if not self.lsd or min(self.lsd) < 2:
             raise ValueError(f"lsd is {self.lsd}; each budget must be at least 2")
         if self.plan_ratio < 1:

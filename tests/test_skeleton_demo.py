@@ -170,10 +170,15 @@ def test_quick_run(tmp_path, capsys):
     assert "Dot is trained" in capsys.readouterr().out
 
 
+def test_quick_leaves_what_was_asked_for(tmp_path):
+    config = SkeletonConfig(output_dir=tmp_path, quick=True, lsd=(8,))
+    assert (config.lsd, config.num_poses) == ((8,), 16)
+
+
 def test_bad_settings(tmp_path):
     for options in (
         {"channels": 12}, {"dash_steps": 0}, {"num_poses": 1}, {"lsd": (1, 4)},
-        {"speed_ratio": 0.9}, {"plan_ratio": 0.5},
+        {"speed_ratio": 0.9}, {"plan_ratio": 0.5}, {"batch_size": 1}, {"train_poses": 700},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
             SkeletonConfig(output_dir=tmp_path, **options)
