@@ -13,6 +13,7 @@ from morse.evaluation.demo_sampling import (
     DEMO_SOLVERS,
     REFERENCE_NAME,
     Run,
+    check_demo,
     measure_rows,
     measure_warm,
     sample_all,
@@ -95,6 +96,9 @@ def run_demo(config: DemoConfig) -> list[Row]:
 
     Returns:
         One row a method and budget.
+
+    Raises:
+        ValueError: If the pipeline takes more than noise.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -102,6 +106,7 @@ def run_demo(config: DemoConfig) -> list[Row]:
     console = Console()
     with console.status("loading Dash, Dot and the classifier"):
         pipelines = load_pipelines(config.pipeline, config.dot, DEMO_SOLVERS, config.device)
+        check_demo(pipelines[REFERENCE_SOLVER], config.pipeline)
         device = pipelines[REFERENCE_SOLVER].device
         num_images = config.images_on(device.type)
     with console.status("measuring how many times faster Dot is than Dash"):
@@ -115,7 +120,8 @@ def run_demo(config: DemoConfig) -> list[Row]:
     rows = measure_rows(reference, runs, speed_ratio)
     title = f"{num_images} images of the same noise; reference: {REFERENCE_NAME}"
     console.print(results_table(rows, title))
-    _print_notes(console, runs)
+    has_distances = any(row.frechet is not None for row in rows)
+    _print_notes(console, runs, has_distances)
     files = _write_pictures(config, rows, reference, runs, title)
     if config.json is not None:
         facts = {**environment(device), "num_images": num_images, "speed_ratio": speed_ratio}
@@ -143,9 +149,10 @@ def _print_speed(console: "Console", speed: "SpeedRatio", where: str, given: flo
         )
 
 
-def _print_notes(console: "Console", runs: list[Run]) -> None:
+def _print_notes(console: "Console", runs: list[Run], has_distances: bool) -> None:
     """Say what the figures are not good for, and where Dash stood in for Dot."""
-    console.print(NOTE, style="yellow")
+    if has_distances:
+        console.print(NOTE, style="yellow")
     for method, lsd, samples in runs:
         if samples.fallbacks:
             console.print(

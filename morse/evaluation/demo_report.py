@@ -10,6 +10,7 @@ from torch import Tensor
 
 from morse.evaluation.metrics import FRECHET_LABEL
 from morse.evaluation.report.plots import LSD_LABEL, Curve, Panel, Point, draw_panels, to_png
+from morse.files import replacing, write_bytes
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Row:
         num_dot: Dot evaluations an image.
         seconds: Wall time for all images.
         psnr: Mean same-noise PSNR to the reference, in dB; None for the reference itself.
-        frechet: Fréchet distance to the real training images.
+        frechet: Fréchet distance to the real training images; None for other than Fashion-MNIST's.
         frechet_to_reference: The same to the reference sampler's images; None like `psnr`.
         plan: Which evaluations were Dash's, such as "DooDoo"; "" for the bare pipeline.
     """
@@ -40,7 +41,7 @@ class Row:
     num_dot: int
     seconds: float
     psnr: float | None
-    frechet: float
+    frechet: float | None
     frechet_to_reference: float | None
     plan: str = ""
 
@@ -55,32 +56,31 @@ def results_table(rows: Sequence[Row], title: str) -> object:
     from rich import box
     from rich.table import Table
 
-    caption = f"Fréchet = {FRECHET_LABEL}"
+    has_distances = any(row.frechet is not None for row in rows)
+    caption = f"Fréchet = {FRECHET_LABEL}" if has_distances else None
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("method", no_wrap=True)
-    for header in (
-        "LSD",
-        "Dash",
-        "Dot",
-        "wall\nsec.",
-        "PSNR\ndB",
-        "Fréchet\nto ref.",
-        "Fréchet\nto real",
-    ):
+    distances = ("Fréchet\nto ref.", "Fréchet\nto real") if has_distances else ()
+    for header in ("LSD", "Dash", "Dot", "wall\nsec.", "PSNR\ndB", *distances):
         table.add_column(header, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
+        cells = [_told(row.psnr, 2)]
+        if has_distances:
+            cells += [_told(row.frechet_to_reference, 3), _told(row.frechet, 2)]
         table.add_row(
             row.label,
             f"{row.lsd:.2f}".removesuffix(".00"),
             str(row.num_dash),
             str(row.num_dot),
             f"{row.seconds:.2f}",
-            f"{row.psnr:.2f}",
-            f"{row.frechet_to_reference:.3f}",
-            f"{row.frechet:.2f}",
+            *cells,
             end_section=i + 1 == len(rows) or rows[i + 1].budget != row.budget,
         )
     return table
+
+
+def _told(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def save_grid(
@@ -102,7 +102,8 @@ def save_grid(
         for i, cell in enumerate(cells):
             strip[:, i * (width + gap) : i * (width + gap) + width] = cell
         strips.append((label, Image.fromarray(strip)))
-    join_strips(strips, gap).save(file)
+    with replacing(file) as temporary:
+        join_strips(strips, gap).save(temporary, "PNG")
 
 
 def join_strips(strips: Sequence[tuple[str, Image.Image]], gap: int = 2) -> Image.Image:
@@ -132,7 +133,7 @@ def _cells(images: Tensor, scale: int) -> np.ndarray:
 
 
 def plot_quality(rows: Sequence[Row], file: Path, title: str, frechet: str = "frechet") -> None:
-    """Plot Fréchet distance (log) and PSNR against LSD (log) and write a PNG.
+    """Plot Fréchet distance (log), if measured, and PSNR against LSD (log) and write a PNG.
 
     Args:
         rows: Any order; a label is a curve.
@@ -149,8 +150,11 @@ def plot_quality(rows: Sequence[Row], file: Path, title: str, frechet: str = "fr
     panels = [
         Panel(LSD_LABEL, label, axis == frechet, _curves(rows, axis), ticks)
         for axis, label in labels.items()
+        if any(getattr(row, axis) is not None for row in rows)
     ]
-    file.write_bytes(to_png(draw_panels(panels, f"{title}\n{FRECHET_LABEL}")))
+    if any(panel.log_y for panel in panels):
+        title = f"{title}\n{FRECHET_LABEL}"
+    write_bytes(file, to_png(draw_panels(panels, title)))
 
 
 def _curves(rows: Sequence[Row], axis: str) -> tuple[Curve, ...]:

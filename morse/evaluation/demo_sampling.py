@@ -2,12 +2,16 @@
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from morse.evaluation.bench.methods import AS_PLANNED, REFERENCE_SOLVER, REFERENCE_STEPS, Method
 from morse.evaluation.bench.runs import Samples, sample_images
 from morse.evaluation.bench.solvers import SOLVERS
+from morse.evaluation.conditions import call_parameters
 from morse.evaluation.demo_report import Row
 from morse.evaluation.features import extract_features, load_features, load_reference
 from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
+from morse.evaluation.scoring import is_fashion_like
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan
 
@@ -20,6 +24,17 @@ if TYPE_CHECKING:
 DEMO_SOLVERS = ("ddim", "dpmsolver++", "leapfrog")
 REFERENCE_NAME = f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps"
 Run = tuple[Method, int, Samples]
+
+
+def check_demo(pipe: "MorsePipeline", name: str) -> None:
+    """Raise ValueError for a pipeline that does not sample from noise alone."""
+    parameters = call_parameters(pipe)
+    asked = [each for each in ("prompt", "class_labels") if each in parameters]
+    if asked:
+        raise ValueError(
+            f"pipeline is {name!r}, which takes {asked[0]}; the demo samples from noise alone. "
+            "Use `morse bench` with --prompts or --class_names"
+        )
 
 
 def measure_warm(pipelines: dict[str, "MorsePipeline"], batch_size: int) -> "SpeedRatio":
@@ -76,12 +91,16 @@ def _short_label(method: Method) -> str:
 
 
 def measure_rows(reference: Samples, runs: list[Run], speed_ratio: float) -> list[Row]:
-    """Turn images into figures: cost, PSNR to the reference, Fréchet distances."""
-    classifier, real = load_features(), load_reference()
-    target = feature_statistics(extract_features(classifier, reference.images))
+    """Turn images into figures: cost, PSNR to the reference, and of Fashion-MNIST's the distances.
+
+    The reference itself has neither PSNR nor a distance to itself.
+    """
+    distances = _Distances(reference.images) if is_fashion_like(reference.images) else None
     rows = []
     for method, lsd, samples in runs:
-        statistics = feature_statistics(extract_features(classifier, samples.images))
+        real, to_reference = (None, None) if distances is None else distances(samples.images)
+        is_reference = method.is_reference(lsd)
+        fidelity = None if is_reference else float(psnr(samples.images, reference.images).mean())
         rows.append(
             Row(
                 label=_short_label(method),
@@ -92,10 +111,25 @@ def measure_rows(reference: Samples, runs: list[Run], speed_ratio: float) -> lis
                 num_dash=samples.num_dash,
                 num_dot=samples.num_dot,
                 seconds=samples.seconds,
-                psnr=float(psnr(samples.images, reference.images).mean()),
-                frechet=frechet_distance(*statistics, *real),
-                frechet_to_reference=frechet_distance(*statistics, *target),
+                psnr=fidelity,
+                frechet=real,
+                frechet_to_reference=None if is_reference else to_reference,
                 plan=samples.plan,
             )
         )
     return rows
+
+
+class _Distances:
+    """Fréchet distances of images to the real ones and to the reference's."""
+
+    def __init__(self, reference: Tensor) -> None:
+        self.classifier, self.real = load_features(), load_reference()
+        self.target = self._statistics(reference)
+
+    def __call__(self, images: Tensor) -> tuple[float, float]:
+        statistics = self._statistics(images)
+        return tuple(frechet_distance(*statistics, *each) for each in (self.real, self.target))
+
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return feature_statistics(extract_features(self.classifier, images))
