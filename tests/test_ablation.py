@@ -92,6 +92,23 @@ def test_unknown_methods_and_fields_are_errors_where_asked_for():
     assert select_rows(["plain"], [PLAIN, UNKNOWN]) == [PLAIN]
 
 
+def test_controls_follow_the_settings(tmp_path):
+    rows = {row.name: row for row in ROWS}
+    config = AblationConfig(train_data_dir=tmp_path, window_steps=8, max_train_steps=3000)
+    assert config.overrides(rows["dnr-plain"]) == {"pairs_per_window": 8}
+    settings = config.training(0, tmp_path, config.overrides(rows["ske2grid-progressive"]))
+    assert settings.progressive_steps == settings.max_train_steps == 1500
+
+
+def test_bad_data_claim_no_folder(tmp_path):
+    config = AblationConfig(
+        train_data_dir=tmp_path / "typo", output_dir=tmp_path / "out", quick=True
+    )
+    with pytest.raises(FileNotFoundError):
+        run_ablation(config, [PLAIN])
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_table_is_sound():
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names) and names[0] == "plain"

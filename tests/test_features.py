@@ -1,11 +1,13 @@
 import gzip
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from morse.evaluation.features import (
     EMBEDDED,
@@ -101,6 +103,18 @@ def test_training_writes_what_loading_reads(tiny_data, tmp_path):
     assert mean.dtype == covariance.dtype == torch.float64 and covariance.shape == (32, 32)
     with pytest.raises(FileExistsError, match="not empty"):
         train_features(config)
+
+
+def test_images_without_labels_or_too_few_are_refused(tiny_data, tmp_path):
+    few = TrainFeaturesConfig(
+        train_data_dir=tiny_data, output_dir=tmp_path / "out", train_batch_size=10_000
+    )
+    with pytest.raises(ValueError, match="train_batch_size is 10000"):
+        train_features(few)
+    Image.new("L", (32, 32)).save(tmp_path / "a.png")
+    Image.new("L", (32, 32)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"train_data_dir is .* no labels"):
+        train_features(replace(few, train_data_dir=tmp_path))
 
 
 def test_damaged_files_are_named(tmp_path):

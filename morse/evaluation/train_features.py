@@ -76,6 +76,7 @@ def train_features(config: TrainFeaturesConfig) -> float:
 
     Raises:
         FileExistsError: If `output_dir` holds files already.
+        ValueError: If the images have no labels, or are fewer than a batch.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -90,6 +91,11 @@ def train_features(config: TrainFeaturesConfig) -> float:
         split: open_images(config.train_data_dir, None, 32, 1, split=split)
         for split in ("train", "test")
     }
+    if any(data.labels is None for data in splits.values()):
+        raise ValueError(
+            f"train_data_dir is {str(config.train_data_dir)!r}, whose images have no labels; "
+            "give a folder with IDX files of images and labels, as Fashion-MNIST's"
+        )
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     start = time.perf_counter()
@@ -114,6 +120,11 @@ def _fit(config: TrainFeaturesConfig, accelerator: object, data: object) -> Fash
     model = FashionFeatures()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.05)
     batch = config.train_batch_size * accelerator.num_processes
+    if len(data) < batch:
+        raise ValueError(
+            f"train_batch_size is {config.train_batch_size}, {batch} in all processes, but there "
+            f"are only {len(data)} training images; give a smaller one"
+        )
     steps = config.num_train_epochs * (len(data) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps)
     prepared, optimizer = accelerator.prepare(model.train(), optimizer)

@@ -9,6 +9,7 @@ from morse.evaluation.ablation.latency import measure_row
 from morse.evaluation.ablation.report import SCHEMA_VERSION, write_report
 from morse.evaluation.ablation.rows import PLAIN, ROWS, Row, select_rows
 from morse.evaluation.ablation.runs import (
+    check_data,
     open_pipeline,
     prepare_windows,
     train_and_measure,
@@ -29,6 +30,8 @@ def run_ablation(config: AblationConfig, rows: Sequence[Row] = ROWS) -> Facts:
         The result, as it is in ablation.json.
 
     Raises:
+        OSError: If the pipeline or the images can't be read; nothing is written then.
+        ValueError: If they don't suit each other, or a row's settings are out of range.
         RuntimeError: If runs failed; the table of the others is written first.
     """
     if config.from_json is not None:
@@ -37,7 +40,8 @@ def run_ablation(config: AblationConfig, rows: Sequence[Row] = ROWS) -> Facts:
         return result
     selected = select_rows(config.methods, rows)
     for row in selected:
-        config.training(0, config.output_dir, dict(row.overrides))  # checks the values
+        config.training(0, config.output_dir, config.overrides(row))  # checks the values
+    check_data(config)
     store = AblationStore(config.output_dir, config.identity(), config.resume)
     quiet_loading()
     failures: Failures = {}
@@ -59,7 +63,7 @@ def train_all(
     """Train every row and seed; rows whose size another decides come after that one."""
     from tqdm import tqdm
 
-    first = [(row, dict(row.overrides)) for row in rows if row.same_size_as is None]
+    first = [(row, config.overrides(row)) for row in rows if row.same_size_as is None]
     waiting = [row for row in rows if row.same_size_as is not None]
     with tqdm(total=len(rows) * config.seeds, desc="runs", unit="run", smoothing=0) as bar:
         for name in train_rows(config, first, store, failures):
@@ -67,7 +71,9 @@ def train_all(
             bar.update()
         sizes = find_sizes(config, waiting, store, failures)
         sized = [
-            (row, {**row.overrides, **sizes[row.name]}) for row in waiting if row.name in sizes
+            (row, {**config.overrides(row), **sizes[row.name]})
+            for row in waiting
+            if row.name in sizes
         ]
         for name in train_rows(config, sized, store, failures):
             bar.set_postfix_str(name)
@@ -167,7 +173,7 @@ def _row_facts(config: AblationConfig, row: Row, store: AblationStore) -> Facts:
         "controls": list(row.controls),
         "same_size_as": row.same_size_as,
         "figure": row.figure,
-        "overrides": runs[0]["overrides"] if runs else dict(row.overrides),
+        "overrides": runs[0]["overrides"] if runs else config.overrides(row),
         "latency": store.latency(row.name),
         "runs": [{k: v for k, v in run.items() if k not in ("row", "overrides")} for run in runs],
     }

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from morse.evaluation.ablation.rows import ROWS
+from morse.evaluation.ablation.rows import ROWS, Row
 from morse.training.common import require
 from morse.training.config import TrainDotConfig
 from morse.training.pairs import LossWeighting
@@ -118,6 +118,15 @@ class AblationConfig:
         """Where ablation.json and ablation.md go."""
         return self.report_dir or self.output_dir
 
+    @property
+    def half_the_steps(self) -> int:
+        """Half of the updates."""
+        return self.max_train_steps // 2
+
+    def overrides(self, row: Row) -> dict[str, object]:
+        """Return what a row sets, but for sizes that another row's training decides."""
+        return {**row.overrides, **{name: getattr(self, own) for name, own in row.derived.items()}}
+
     def training(self, seed: int, output_dir: Path, overrides: dict[str, object]) -> TrainDotConfig:
         """Return the settings of one run.
 
@@ -143,7 +152,7 @@ class AblationConfig:
         )
         settings = replace(settings, **overrides)
         # A first stage takes its updates, half of them at most, from those that all rows have.
-        first = min(settings.progressive_steps, self.max_train_steps // 2)
+        first = min(settings.progressive_steps, self.half_the_steps)
         return replace(
             settings, progressive_steps=first, max_train_steps=self.max_train_steps - first
         )

@@ -20,6 +20,7 @@ class Row:
         method: Of which it is a row or a control.
         description: In one line.
         overrides: Of `TrainDotConfig`.
+        derived: Further ones: of `TrainDotConfig` -> which attribute of `AblationConfig` they have.
         controls: Rows that differ from it in nothing but what the method claims.
         same_size_as: The row whose own parameters other than zero it has as many of, as nearly as
             widths allow; its sizes are found when that row is trained.
@@ -31,6 +32,7 @@ class Row:
     method: str
     description: str
     overrides: Mapping[str, object] = field(default_factory=dict)
+    derived: Mapping[str, str] = field(default_factory=dict)
     controls: tuple[str, ...] = (PLAIN,)
     same_size_as: str | None = None
     shrink_lora: bool = False
@@ -127,7 +129,7 @@ ROWS = (
         name="dnr-plain",
         method="dnr",
         description="a plain Dot on as many pairs of the same windows, drawn at random",
-        overrides={"pairs_per_window": 4},
+        derived={"pairs_per_window": "window_steps"},
     ),
     Row(
         name="ske2grid",
@@ -139,7 +141,8 @@ ROWS = (
         name="ske2grid-progressive",
         method="ske2grid",
         description="the same, with one pair of blocks for half of the updates, then grown",
-        overrides={"resample": "ske2grid", "progressive_steps": 150},
+        overrides={"resample": "ske2grid"},
+        derived={"progressive_steps": "half_the_steps"},
         controls=("ske2grid",),
     ),
     Row(

@@ -11,6 +11,7 @@ from torch import nn
 
 from morse.dot import MorseDot
 from morse.evaluation.ablation.config import AblationConfig
+from morse.evaluation.ablation.workers import one_thread
 from morse.training.cache import prepare_cache
 from morse.training.common import make_accelerator
 from morse.training.frozen import FrozenPipeline, load_frozen_pipeline
@@ -40,6 +41,14 @@ def open_pipeline(config: AblationConfig) -> FrozenPipeline:
             "is for unconditional pipelines"
         )
     return pipeline
+
+
+def check_data(config: AblationConfig) -> None:
+    """Open the pipeline and both parts of the images, so that bad settings fail at once."""
+    with one_thread():
+        pipeline = open_pipeline(config)
+        for split in ("train", "test"):
+            open_source(pipeline, config.training(0, config.output_dir, {}), split)
 
 
 def prepare_windows(config: AblationConfig, seed: int) -> None:
