@@ -46,6 +46,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
     "leapfrog-dense": ("LeapfrogScheduler", {**_LEAPFROG, "timestep_power": 1.5}),
     "pfdiff": ("LeapfrogScheduler", {**_LEAPFROG, "clean_above": 1e9}),
 }
+_OF_CLASS = {"timestep_spacing"}  # options whose default is the class's own
 
 
 def make_scheduler(name: str, config: dict[str, object]) -> object:
@@ -63,8 +64,10 @@ def make_scheduler(name: str, config: dict[str, object]) -> object:
             "diffusers scheduler class."
         )
     # Of settings left at a class's defaults diffusers would take the new class's defaults instead:
-    # Heun would get Stable Diffusion's noise schedule in place of DDPM's.
-    config = {key: value for key, value in config.items() if key != "_use_default_values"}
+    # Heun would get Stable Diffusion's noise schedule in place of DDPM's. Only where timesteps lie
+    # is for the new class to say, unless the pipeline's author did.
+    unset = {"_use_default_values", *_OF_CLASS.intersection(config.get("_use_default_values", ()))}
+    config = {key: value for key, value in config.items() if key not in unset}
     return known.from_config(config, **options)
 
 

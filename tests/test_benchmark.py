@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+from diffusers import DDPMPipeline, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from evaluation_fixtures import (  # noqa: F401
     REFERENCE_STEPS,
     independent_folder,
@@ -14,7 +15,7 @@ from PIL import Image
 
 from morse.evaluation.bench import sampler
 from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
-from morse.evaluation.bench.loading import load_pipelines
+from morse.evaluation.bench.loading import load_bare, load_pipelines
 from morse.evaluation.bench.speed import measure_speed_table
 from morse.evaluation.bench.tasks import list_tasks
 from morse.saved_plans import SavedPlan
@@ -120,6 +121,28 @@ def test_a_ratio_of_zero_leaves_the_saved_plans_alone():
     config = BenchmarkConfig(solvers=("leapfrog",), dpm_ratios=(0.0,), peers=("none",))
     labels = {method.label for method, _ in list_tasks(config) if method.kind == "morse"}
     assert labels == {"Morse-Leapfrog as planned"}
+
+
+def test_n_is_measured_at_batches_that_are_sampled():
+    for options, sizes in (({}, (1, 16, 64)), ({"batch_size": 8}, (1,))):
+        assert BenchmarkConfig(device="cpu", **options).resolved().latency_batch_sizes == sizes
+
+
+def test_nothing_begins_when_time_is_over(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampler.Bench, "sample", None)
+    monkeypatch.setattr(sampler.Bench, "speed_table", None)
+    hurried = dataclasses.replace(config, output_dir=tmp_path, max_seconds=1e-9)
+    result = run_benchmark(hurried)
+    assert not result["rows"] and "real_images" not in result
+    report = (tmp_path / "benchmark.md").read_text("utf-8")
+    assert "Reference:" not in report and "Real images" not in report
+
+
+def test_other_noise_schedules_are_refused(build_unet, tmp_path):
+    for scheduler in (FlowMatchEulerDiscreteScheduler(), EDMEulerScheduler()):
+        DDPMPipeline(build_unet(), scheduler).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"has a {type(scheduler).__name__}, but"):
+            load_bare(str(tmp_path), None, "cpu", needs_dot=False)
 
 
 def test_bad_settings_are_named(tmp_path):

@@ -143,6 +143,11 @@ def test_a_reference_of_fewer_images_pairs_with_the_first_ones():
     )
 
 
+def test_resamples_of_few_references_have_a_spread():
+    counts = draw_counts(40, 2000, np.random.default_rng(0), 3)
+    assert counts[1:, :3].sum(1).min() == 2 and (counts.sum(1) == 40).all()
+
+
 def test_an_estimate_without_replicates_or_seeds_claims_no_error():
     lone = Estimate(np.array([2.0]), {0: 2.0})
     assert (lone.value, lone.standard_error, lone.interval, lone.seed_deviation) == (2.0,) + (

@@ -23,6 +23,31 @@ def test_captions_of_an_image_folder_follow_its_images(tmp_path):
     assert open_images(tmp_path, None, 8, 1).captions is None
 
 
+def test_a_caption_may_hold_other_line_ends_and_lines_may_be_empty(tmp_path):
+    write_folder(tmp_path, {"a.png": "a"})
+    caption = "a\u2028boot\x85"
+    line = json.dumps({"file_name": "a.png", "text": caption}, ensure_ascii=False)
+    content = f"\r\n{line}\r\n  \r\n".encode()
+    (tmp_path / "metadata.jsonl").write_bytes(content)
+    assert open_images(tmp_path, None, 8, 1, caption_column="text").captions == [caption]
+
+
+@pytest.mark.parametrize("folder", ["sub", "train"])
+def test_a_folder_above_may_name_them(tmp_path, folder):
+    """Also above the folders of both splits; a folder's own names go first."""
+    write_folder(tmp_path, {"a.png": "a boot"})
+    for name in (folder, "test", f"{folder}/own"):
+        (tmp_path / name).mkdir()
+    write_folder(tmp_path / folder / "own", {"b.png": "a bag"})
+    (tmp_path / "a.png").rename(tmp_path / folder / "a.png")
+    line = json.dumps({"file_name": f"{folder}/a.png", "text": "a shoe"})
+    (tmp_path / "metadata.jsonl").write_text(line)
+    images = open_images(tmp_path, None, 8, 1, caption_column="text")
+    assert images.captions == ["a shoe", "a bag"]
+    with pytest.raises(ValueError, match=rf"{folder}.metadata.jsonl does not exist, nor one"):
+        read_metadata([tmp_path / folder / "a.png"], "text", tmp_path / folder)
+
+
 def test_held_out_images_keep_their_captions(tmp_path):
     write_folder(tmp_path, {f"{row:02}.png": f"caption {row}" for row in range(21)})
     train, test = (
@@ -39,10 +64,10 @@ def test_a_missing_caption_names_the_image(tmp_path):
         open_images(tmp_path, None, 8, 1, caption_column="title")
     (tmp_path / "metadata.jsonl").write_text("no json", encoding="utf-8")
     with pytest.raises(ValueError, match=r'metadata\.jsonl needs one JSON object with "file_name"'):
-        read_metadata([tmp_path / "a.png"], "text")
+        read_metadata([tmp_path / "a.png"], "text", tmp_path)
     (tmp_path / "metadata.jsonl").unlink()
     with pytest.raises(ValueError, match=r"metadata\.jsonl does not exist"):
-        read_metadata([tmp_path / "a.png"], "text")
+        read_metadata([tmp_path / "a.png"], "text", tmp_path)
 
 
 def test_idx_files_have_no_captions(tmp_path):

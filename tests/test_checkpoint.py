@@ -105,6 +105,16 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path, monkeyp
     Training(1).load(tmp_path / "checkpoint-10")
 
 
+@pytest.mark.parametrize(("total_limit", "kept"), [(2, [4, 5]), (1, [5]), (None, [2, 4, 5])])
+def test_having_gone_back_the_run_abandons_later_checkpoints(tmp_path, total_limit, kept):
+    training = Training(0)
+    for step in (2, 4, 6, 10):
+        training.save(tmp_path, step)
+    training.save(tmp_path, 5, total_limit)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in kept]
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-5"
+
+
 def test_find_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path, "latest") is None
     path = Training(0).save(tmp_path, 3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline, VQModel
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from tiny_pipelines import text_unet, xl_unet
 from tiny_text import dit_pipeline, grey_vae, sd3_pipeline, text_pipeline, xl_pipeline
@@ -301,6 +301,12 @@ class TestRefusals:
     def test_a_mask_as_input(self):
         with pytest.raises(ValueError, match=r"takes 9 channels.*latents have 4"):
             freeze_pipeline(text_pipeline(text_unet(in_channels=9)))
+
+    def test_another_autoencoder(self, build_unet):
+        vqvae = VQModel(block_out_channels=(4,), norm_num_groups=2, num_vq_embeddings=4)
+        pipe = LDMPipeline(vqvae, build_unet(in_channels=3), DDIMScheduler())
+        with pytest.raises(ValueError, match="LDMPipeline has a VQModel as vqvae, but"):
+            freeze_pipeline(pipe)
 
     def test_guidance_as_input(self):
         with pytest.raises(ValueError, match="takes the guidance scale as an input"):

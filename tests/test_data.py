@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from morse.training.batches import StepBatches, step_loader
 from morse.training.data import open_images, to_model_range
@@ -47,6 +47,25 @@ def test_idx_file_in_colour_and_resized(tmp_path, pixels):
     assert open_images(path, None, 32, 3)[0].shape == (3, 32, 32)
     assert open_images(path, None, 14, 1)[0].shape == (1, 14, 14)
     assert open_images(path, None, 33, 1)[0].shape == (1, 33, 33)
+
+
+def test_a_file_beside_it_with_another_name_is_no_labels(tmp_path, pixels):
+    path = write_idx(tmp_path / "photos", pixels)
+    write_idx(tmp_path / "photos.gz", pixels)
+    assert open_images(path, None, 28, 1).labels is None
+
+
+@pytest.mark.parametrize("source", ["train-images-idx3-ubyte", ""])
+def test_idx_without_a_test_part_holds_out_every_20th_image(tmp_path, source):
+    numbers = np.arange(40, dtype=np.uint8)
+    write_idx(tmp_path / "train-images-idx3-ubyte", numbers[:, None, None].repeat(4, 1).repeat(4, 2))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", numbers)
+    train, test = (open_images(tmp_path / source, None, 4, 1, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (38, 2)
+    for images in (train, test):
+        batch = images.__getitems__(list(range(len(images))))
+        assert batch[:, 0, 0, 0].tolist() == images.labels.tolist()
+    assert test.labels.tolist() == [19, 39]
 
 
 def test_fit_crops_the_centre():
@@ -98,6 +117,37 @@ def test_image_folder(tmp_path):
         open_images(tmp_path, None, 8, 3)[1]  # sorted: a, c, deep/er/b
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_transparency_shows_white(tmp_path, mode, channels):
+    options = {"transparency": 0} if mode == "P" else {}
+    Image.new(mode, (4, 4)).save(tmp_path / "a.png", **options)  # black, if it could be seen
+    assert open_images(tmp_path, None, 4, channels)[0].unique().tolist() == [255]
+
+
+@pytest.mark.parametrize(("mode", "name"), [("I;16", "a.png"), ("I", "a.tif"), ("F", "a.tif")])
+def test_more_than_8_bits_are_not_clipped_in_silence(tmp_path, mode, name):
+    Image.new(mode, (4, 4)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read.*mode is {mode}, but 8 bits"):
+        open_images(tmp_path, None, 4, 1)[0]
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    (tmp_path / "__MACOSX").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    for path in (tmp_path / "._a.png", tmp_path / "__MACOSX" / "._a.png"):
+        path.write_bytes(b"no image")
+    assert len(open_images(tmp_path, None, 4, 1)) == 1
+
+
+def test_what_pillow_calls_a_wrong_value_is_named_too(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("long", "x" * 2 * PngImagePlugin.MAX_TEXT_CHUNK, zip=True)
+    Image.new("L", (4, 4)).save(tmp_path / "a.png", pnginfo=text)
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image"):
+        open_images(tmp_path, None, 4, 1)[0]
+
+
 def test_image_folder_with_two_splits(tmp_path):
     for name, value in (("train", 10), ("test", 20)):
         (tmp_path / name).mkdir()
@@ -120,20 +170,88 @@ def test_wrong_sources(tmp_path, monkeypatch):
         open_images(None, "someone/pictures", 32, 1)
 
 
+class Rows:
+    """A part of a hub data set, as far as it is used."""
+
+    def __init__(self, **columns):
+        self.columns, self.column_names = columns, list(columns)
+
+    def __len__(self):
+        return len(self.columns["image"])
+
+    def __getitem__(self, key):
+        return self.columns[key] if isinstance(key, str) else self.select(key).columns
+
+    def select(self, rows):
+        return Rows(**{name: [v[row] for row in rows] for name, v in self.columns.items()})
+
+
+def grey(count):
+    return [Image.new("L", (4, 4), value) for value in range(count)]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A function that makes parts into the only data set of the hub."""
+
+    def make(**parts):
+        found = {"get_dataset_split_names": lambda name: list(parts),
+                 "load_dataset": lambda name, split: parts[split]}  # fmt: skip
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(**found))
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("column", "expected"),
     [([2, 0], [2, 0]), (["cat", "dog"], None), ([1, None], None), ([-1, -1], None)],
 )
-def test_a_hub_data_sets_labels_are_class_numbers(monkeypatch, column, expected):
-    class Rows(dict):
-        column_names = ("image", "label")
-
-    rows = Rows(image=[Image.new("L", (4, 4))] * 2, label=column)
-    found = {"get_dataset_split_names": lambda name: ["train", "test"],
-             "load_dataset": lambda name, split: rows}  # fmt: skip
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(**found))
+def test_a_hub_data_sets_labels_are_class_numbers(hub, column, expected):
+    rows = Rows(image=grey(2), label=column)
+    hub(train=rows, test=rows)
     labels = open_images(None, "someone/pictures", 4, 1).labels
     assert labels is None if expected is None else labels.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("validation", "train", "test"),
+    [([7, 8], list(range(40)), [7, 8]), ([-1, -1], None, [19, 39]), (None, None, [19, 39])],
+)
+def test_a_test_part_without_labels_is_replaced(hub, validation, train, test):
+    parts = {"train": Rows(image=grey(40), label=list(range(40))),
+             "test": Rows(image=grey(3), label=[-1] * 3)}  # fmt: skip
+    hub(**parts, **({"validation": Rows(image=grey(2), label=validation)} if validation else {}))
+    found = {
+        split: open_images(None, "someone/pictures", 4, 1, split) for split in ("train", "test")
+    }
+    train = train or [number for number in range(40) if number not in test]
+    assert found["train"].labels.tolist() == train and found["test"].labels.tolist() == test
+    assert found["train"][19].unique().tolist() == [train[19]]  # images go with their labels
+
+
+def test_without_class_numbers_the_test_part_is_kept(hub):
+    for label in ({"label": ["cat", "dog"]}, {}):
+        hub(train=Rows(image=grey(2), **label), test=Rows(image=grey(1), label=[-1]))
+        assert len(open_images(None, "someone/pictures", 4, 1, "test")) == 1
+
+
+@pytest.mark.parametrize("caption", [["a boot", "a shoe"], None])
+def test_a_hub_data_sets_captions_are_texts(hub, caption):
+    rows = Rows(image=grey(2), text=["a bag", caption])
+    hub(train=rows, test=rows.select([0]))
+    with pytest.raises(ValueError, match=r"caption_column is 'text', whose row 1 is .*one text"):
+        open_images(None, "someone/pictures", 4, 1, caption_column="text")
+    test = open_images(None, "someone/pictures", 4, 1, "test", caption_column="text")
+    assert test.captions == ["a bag"]
+
+
+def test_an_unfit_image_of_the_hub_is_named(hub):
+    rows = Rows(image=[*grey(1), Image.new("I;16", (4, 4))])
+    hub(train=rows, test=rows)
+    images = open_images(None, "someone/pictures", 4, 1)
+    assert images[0].shape == (1, 4, 4)
+    with pytest.raises(ValueError, match=r"row 1 of image_column 'image' cannot be read.*I;16"):
+        images[1]
 
 
 def test_step_batches_cover_each_epoch_once():

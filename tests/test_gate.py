@@ -213,6 +213,22 @@ def test_bins_with_few_pairs_take_the_factor_of_all():
     assert set(sum(fitted.gate.alpha, ())) == {fitted.overall} and 0 < fitted.overall < 1
 
 
+class Accelerated(torch.Tensor):
+    """Stands in for a tensor on MPS, which has no float64."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("no float64 on this device")
+
+
+def test_products_are_double_on_the_cpu_alone():
+    found = batches()
+    moved = [replace(pairs, target=pairs.target.as_subclass(Accelerated)) for pairs in found]
+    assert fit_gate(Stub(mixed), moved, 1000) == fit_gate(Stub(mixed), found, 1000)
+
+
 def test_fitting_refuses_what_has_no_residual():
     dot = Stub(mixed)
     with pytest.raises(ValueError, match="batches is empty"):

@@ -171,6 +171,33 @@ def test_flops_are_counted_without_timing_anything(tiny, tmp_path, monkeypatch):
         BenchmarkConfig(flops_only=True)
 
 
+def test_what_does_not_fit_leaves_the_others(tiny, tmp_path, monkeypatch):
+    build = latency.build_architecture
+
+    def too_large(architecture, device, *args):
+        if device.type != "meta" and (tmp_path / "latency.json").exists():
+            raise torch.OutOfMemoryError
+        return build(architecture, device, *args)
+
+    monkeypatch.setattr(latency, "build_architecture", too_large)
+    settings = LatencySettings(batch_sizes=(1,), modes=("eager",), repeats=2)
+    device, file = torch.device("cpu"), tmp_path / "latency.json"
+    run_architectures(("dit", "unet"), device, settings, file)
+    entries = json.loads(file.read_text())["entries"]
+    assert ["error" in entry for entry in entries] == 4 * [False] + 4 * [True]
+
+
+def test_no_batch_of_none_is_timed(tiny, tmp_path):
+    for options in ({"quick": True}, {"latency_batch_sizes": (0,)}):
+        config = BenchmarkConfig(arch=("dit",), device="cpu", **options).resolved()
+        assert (0 in config.latency_batch_sizes) == ("quick" not in options)
+    config = BenchmarkConfig(
+        arch=("dit",), device="cpu", latency_batch_sizes=(0,), output_dir=tmp_path
+    )
+    entries = run_benchmark(config)["entries"]
+    assert {entry["speed_ratio"] for entry in entries} == {"not measured"}
+
+
 def test_unknown_modes_are_named():
     with pytest.raises(ValueError, match=r"modes is .*'fast'"):
         LatencySettings(modes=("fast",))

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers import DDPMPipeline, DiffusionPipeline, PNDMScheduler
 
 from morse import MorseDot, MorsePipeline, enable_morse
 from morse.pipeline import SCHEDULERS, make_scheduler
@@ -77,6 +77,13 @@ def test_scheduler_names(make_pipe, name):
             make_scheduler(name, config)
     else:
         assert make_scheduler(name, config).config.timestep_spacing == "trailing"
+
+
+def test_spacing_is_the_new_classes_unless_it_was_chosen():
+    default, chosen = PNDMScheduler().config, PNDMScheduler(timestep_spacing="leading").config
+    for name, spacing in (("dpmsolver++", "linspace"), ("ddim", "leading")):
+        assert make_scheduler(name, default).config.timestep_spacing == spacing
+        assert make_scheduler(name, chosen).config.timestep_spacing == "leading"
 
 
 def test_a_schedulers_name_says_which_solver_whatever_was_there_before(make_pipe):

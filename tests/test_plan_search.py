@@ -10,6 +10,7 @@ from diffusers import DDPMPipeline
 from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
+from morse.evaluation.bench.runs import Samples, reference_images
 from morse.evaluation.planning import command, memory
 from morse.evaluation.planning.best_fit import known_rows
 from morse.evaluation.planning.command import PlanConfig, run_plan
@@ -415,6 +416,33 @@ def test_no_mixture_of_latents_or_of_few_images(name, count, message):
         check_mixture(MorsePipeline.from_pretrained(name), count)
 
 
+def test_the_scheduler_saved_is_the_best_judged_on_all_images(tmp_path):
+    rows = tuple(map(tuple, curves_to_rows(power_curves(1.0), "DD")))
+    fitted = Candidate("DD", (("fitted_steps", rows),))
+    plain = Candidate("DD", (("timestep_power", 1.25),))
+    found = Found(plain, 30.0, plain, 30.0, {plain: 35.0}, {plain: 30.0, fitted: 29.0})
+    for worst, has_steps in ((29.0, False), (31.0, True)):
+        found.fitted[fitted] = worst
+        command._save_scheduler(tmp_path / "leapfrog-2", LeapfrogScheduler(), found)
+        saved = LeapfrogScheduler.from_pretrained(tmp_path / "leapfrog-2")
+        assert bool(saved.config.fitted_steps) == has_steps
+    command._save_scheduler(tmp_path / "leapfrog-2", LeapfrogScheduler(), Found(plain, 1, plain, 1))
+    assert not (tmp_path / "leapfrog-2").exists()
+
+
+def test_a_plan_without_free_numbers_is_left_as_it_is():
+    reference = torch.rand(2, 1, 4, 4)
+    start = power_curves(1.0)
+    found = fit_curves(lambda rows: reference + 0.1, "D", reference, [start], 1)
+    assert np.array_equal(found, start)
+
+
+def test_a_reference_that_is_not_finite_is_refused():
+    samples = Samples(torch.zeros(3, 1, 4, 4), 1, 0, 1.0, "", {}, num_broken=2)
+    with pytest.raises(ValueError, match="2 of the 3 reference images are not finite; use"):
+        reference_images(samples)
+
+
 def test_saved_rows_that_a_fit_may_start_from():
     def entry(plan, rows=None):
         return {"plan": plan, "scheduler": {"fitted_steps": rows} if rows else {}}
@@ -487,7 +515,7 @@ def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     report = json.loads((tmp_path / "plan_search.json").read_text())
     (search,) = report["searches"]
     assert search["psnr"] >= search["uniform_psnr"] and len(search["tried"]) > 5
-    fitted = {fit["plan"]: fit["scheduler"]["fitted_steps"] for fit in search["fits"]}
+    fitted = {fit["plan"] for fit in search["fits"] if "fitted_steps" in fit["scheduler"]}
     assert len(fitted) == 2 and set(fitted) <= {each["plan"] for each in search["tried"]}
     pipe = MorsePipeline.from_pretrained(tiny_folder, dot=tmp_path, scheduler="leapfrog")
     pipe.set_progress_bar_config(disable=True)
@@ -495,7 +523,8 @@ def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     pipe(lsd=3, generator=torch.Generator().manual_seed(0))
     assert str(pipe.last_run.plan) == search["plan"]
     scheduler = LeapfrogScheduler.from_pretrained(tmp_path / "leapfrog-3")
-    assert scheduler.config.fitted_steps == fitted["DDD"]
+    best = next(fit["scheduler"] for fit in search["fits"] if fit["plan"] == "DDD")
+    assert {name: scheduler.config[name] for name in best} == best
 
 
 @pytest.mark.slow

@@ -147,6 +147,15 @@ def test_every_solver_converges_to_the_reference():
         assert ratios == sorted(ratios) and ratios[-1] > 25, (solver, ratios)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_all_solvers_start_from_the_references_noise(spacing):
+    config = DDPMScheduler(timestep_spacing=spacing, clip_sample=False).config
+    for solver in SOLVERS:
+        scheduler = make_solver(solver, config)
+        scheduler.set_timesteps(8)
+        assert solver == "pndm" or round(float(scheduler.timesteps[0])) == 999, solver
+
+
 def test_make_solver_keeps_the_pipelines_own_config():
     for solver in SOLVERS:
         scheduler = make_solver(solver, CONFIG)

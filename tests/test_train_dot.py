@@ -239,6 +239,20 @@ class TestCache:
         with pytest.raises(ValueError, match=r"made with other \['window_steps'\]"):
             run(*self.options, "--cache_dir", str(folder), "--window_steps", "3")
 
+    def test_other_images_are_refused(self, run, tmp_path):
+        options = (*self.options, "--cache_dir", str(tmp_path))
+        run(*options)
+        description = tmp_path / "cache.json"
+        told = json.loads(description.read_text())
+        assert (told["images"], told["image_column"]) == (10, "image")
+        description.write_text(json.dumps(told | {"images": 9}))
+        with pytest.raises(ValueError, match=r"made with other \['images'\]"):
+            run(*options)
+        # Earlier versions noted neither.
+        del told["images"], told["image_column"]
+        description.write_text(json.dumps(told))
+        run(*options)
+
     def test_a_truncated_shard_is_named(self, run, tmp_path):
         folder = tmp_path / "pairs"
         run(*self.options, "--cache_dir", str(folder))
@@ -297,6 +311,19 @@ def test_settings_are_checked(base, data_dir, tmp_path, options, message, capsys
     with pytest.raises(SystemExit):
         parse_config(TrainDotConfig, arguments(base, data_dir, tmp_path, *options))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "message"),
+    [("absent", (), "does not exist"), (".", ("--cache_latents",), "works on pixels")],
+)
+def test_a_failed_first_try_leaves_an_empty_folder(
+    base, data_dir, tmp_path, folder, options, message
+):
+    given = arguments(base, data_dir / folder, tmp_path / "run", *options)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        train_dot(parse_config(TrainDotConfig, given))
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_graphs_need_cuda(run):

@@ -1,5 +1,6 @@
 """train_dot for pipelines with text and classes, from data on disk to a Dot in the pipeline."""
 
+import pickle
 import re
 import shutil
 
@@ -151,6 +152,13 @@ class TestStableDiffusion:
         images, _ = source
         assert_close(cached.float(), images.clean(images.__getitems__(list(range(10)))),
                      rtol=1e-3, atol=1e-3)  # fmt: skip
+
+
+def test_processes_that_load_data_get_images_and_numbers_alone(source):
+    images, _ = source
+    copied = pickle.loads(pickle.dumps(images))
+    assert copied.pipeline is copied.table is None
+    assert all(map(torch.equal, copied.__getitems__([3, 0]), images.__getitems__([3, 0])))
 
 
 class TestCache:

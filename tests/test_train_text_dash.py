@@ -63,6 +63,32 @@ def test_the_autoencoder_learns_and_its_latents_have_unit_variance(data_dir, vae
     assert float(latents.detach().std()) == pytest.approx(1, rel=1e-4)
 
 
+def test_a_failed_first_try_can_be_corrected(data_dir, vae_dir, tmp_path):
+    def train(data):
+        options = f"--train_data_dir {data} --output_dir {tmp_path / 'vae'} {VAE}"
+        return train_vae(parse_config(TrainVaeConfig, [*options.split(), "--max_train_steps", "1"]))
+
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        train(data_dir / "absent")
+    assert (train(data_dir) / "train_config.json").is_file()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        train_text_dash(make_config(data_dir / "absent", vae_dir, tmp_path / "dash"))
+    assert not any((tmp_path / "dash").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("shift_factor", 0.1), ("latents_mean", [0.5] * 4), ("latents_std", [2.0])]
+)
+def test_latents_that_the_pipeline_would_not_decode(data_dir, vae_dir, tmp_path, name, value):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(vae_dir)
+    vae.register_to_config(**{name: value})
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=rf"vae is .*has {name}=.*only a scaling_factor"):
+        train_text_dash(make_config(data_dir, tmp_path / "vae", tmp_path / "dash"))
+
+
 def test_the_result_is_a_stable_diffusion_pipeline(whole_run):
     from diffusers import StableDiffusionPipeline
 

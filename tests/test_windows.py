@@ -2,8 +2,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from morse.sampling import make_pair
+from morse.training import windows
 from morse.training.frozen import FrozenDash
 from morse.training.pairs import Pairs, weighted_loss
 from morse.training.schedule import NoiseSchedule
@@ -41,6 +43,24 @@ def test_timesteps_decrease_within_the_schedule(sampling, num_points):
     # Both ends are reached, and a seed gives the same draws.
     assert timesteps[:, 0].max() > 980 and timesteps[:, -1].min() < 60
     assert torch.equal(timesteps, draw_timesteps(500, num_points, sampling, 1000, seeded()))
+
+
+class NoDoubles(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **kwargs or {})
+        assert found.dtype != torch.float64, function
+        return found
+
+
+def test_plan_timesteps_need_no_float64(monkeypatch):
+    """MPS has none; the CPU stands in for it."""
+    assert windows._widest_float(torch.device("mps")) == torch.float32
+    assert windows._widest_float(torch.device("cuda")) == torch.float64
+    monkeypatch.setattr(windows, "_widest_float", lambda device: torch.float32)
+    with NoDoubles():
+        timesteps = draw_timesteps(500, 3, "plans", 1000, seeded())
+    assert (timesteps.diff(dim=1) < 0).all()
+    assert timesteps.min() >= 0 and timesteps.max() <= 999
 
 
 def test_uniform_pairs_are_those_of_algorithm_1():

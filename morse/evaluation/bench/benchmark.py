@@ -114,12 +114,13 @@ def measure_architectures(config: BenchmarkConfig) -> dict[str, object]:
     N is measured eager, as CUDA graphs where there is CUDA, and compiled where asked for.
     """
     target = config.json or config.output_dir / "latency.json"
-    if config.flops_only:
+    sizes = tuple(size for size in config.latency_batch_sizes if size > 0)
+    if config.flops_only or not sizes:
         return count_architectures(config.arch, target)
     device = resolve_device(config.device)
     modes = {"eager": True, "compiled": config.compile, "cuda_graph": device.type == "cuda"}
     settings = LatencySettings(
-        batch_sizes=config.latency_batch_sizes,
+        batch_sizes=sizes,
         modes=tuple(mode for mode, chosen in modes.items() if chosen),
         reduced=device.type == "cpu",
         dtype=AUTOCAST.get(config.mixed_precision, torch.float32),

@@ -148,7 +148,7 @@ class BenchmarkConfig:
         default=None,
         metadata={
             "help": "also measure N at these batch sizes, LoRA merged and not; 0 for none; if "
-            "left out 1 16 64, with --arch 1 4 16"
+            "left out 1 16 64, up to --batch_size, with --arch 1 4 16"
         },
     )
     compile: bool = field(
@@ -226,7 +226,8 @@ class BenchmarkConfig:
     def resolved(self) -> "BenchmarkConfig":
         """Fill in what depends on the device and on --quick."""
         on_gpu = resolve_device(self.device).type == "cuda"
-        wanted = QUICK if self.quick else {"num_images": 5000} if on_gpu else WITHOUT_GPU
+        quick = {k: v for k, v in QUICK.items() if k != "latency_batch_sizes" or not self.arch}
+        wanted = quick if self.quick else {"num_images": 5000} if on_gpu else WITHOUT_GPU
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
         changes = {
             name: value for name, value in wanted.items() if getattr(self, name) == defaults[name]
@@ -234,6 +235,8 @@ class BenchmarkConfig:
         if self.latency_batch_sizes is None and "latency_batch_sizes" not in changes:
             guided = len(self.guidance_scale) > 0
             default = (1, 4, 16) if self.arch else (0,) if guided else (1, 16, 64)
+            if not self.arch and not self.latency_only:  # what is sampled with fits, more may not
+                default = tuple(size for size in default if size <= self.batch_size)
             changes["latency_batch_sizes"] = default
         return dataclasses.replace(self, **changes)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -126,13 +127,20 @@ def measure_architecture(
         "error" in place of the last three where the device cannot run it.
     """
     architecture = find_architecture(name)
-    model = build_architecture(architecture, device, settings.dtype, settings.reduced)
+    try:
+        model = build_architecture(architecture, device, settings.dtype, settings.reduced)
+    except torch.OutOfMemoryError:
+        model = None
     for num_down_blocks in (1, 2):
         for merged in (True, False):
             flops = count_flops(name, num_down_blocks, merged)
             for batch_size in settings.batch_sizes:
                 for mode in settings.modes:
-                    pair = make_pair(name, model, num_down_blocks, batch_size, merged)
+                    measured = {"error": "out of memory"}
+                    with suppress(torch.OutOfMemoryError):
+                        if model is not None:
+                            pair = make_pair(name, model, num_down_blocks, batch_size, merged)
+                            measured = measure_pair(pair, mode, device, settings.repeats)
                     yield {
                         "arch": name,
                         "num_down_blocks": num_down_blocks,
@@ -140,7 +148,7 @@ def measure_architecture(
                         "mode": mode,
                         "batch_size": batch_size,
                         **flops,
-                        **measure_pair(pair, mode, device, settings.repeats),
+                        **measured,
                     }
 
 
@@ -149,21 +157,18 @@ def measure_pair(pair: Pair, mode: str, device: torch.device, repeats: int) -> d
     """Time Dash and Dot in turn, after one round to warm up.
 
     Returns:
-        speed_ratio (of medians), dash_seconds and dot_seconds (quartiles), or "error".
+        speed_ratio (of medians), dash_seconds and dot_seconds (quartiles).
     """
-    try:
-        if mode == "compiled":
-            torch._dynamo.reset()  # what was compiled for other pairs would count as this one's
-        calls = {"dash": _in_mode(pair.dash, mode), "dot": _in_mode(pair.dot, mode)}
-        seconds: dict[str, list[float]] = {"dash": [], "dot": []}
-        for index in range(repeats + 1):
-            for key, call in calls.items():
-                started = _now(device)
-                call()
-                if index:  # the first round warms up
-                    seconds[key].append(_now(device) - started)
-    except torch.OutOfMemoryError:
-        return {"error": "out of memory"}
+    if mode == "compiled":
+        torch._dynamo.reset()  # what was compiled for other pairs would count as this one's
+    calls = {"dash": _in_mode(pair.dash, mode), "dot": _in_mode(pair.dot, mode)}
+    seconds: dict[str, list[float]] = {"dash": [], "dot": []}
+    for index in range(repeats + 1):
+        for key, call in calls.items():
+            started = _now(device)
+            call()
+            if index:  # the first round warms up
+                seconds[key].append(_now(device) - started)
     return {
         "speed_ratio": median(seconds["dash"]) / median(seconds["dot"]),
         "dash_seconds": quantiles(seconds["dash"], n=4, method="inclusive"),

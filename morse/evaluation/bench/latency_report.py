@@ -32,9 +32,7 @@ def run_architectures(
 
     for name in names:
         find_architecture(name)
-    entries = []
-    for name in names:
-        entries += measure_architecture(name, device, settings)
+    entries: list[dict[str, object]] = []
     result = {
         "command": command_line(),
         **environment(device),
@@ -44,9 +42,11 @@ def run_architectures(
         "dot": f"extra blocks {DOT_CHANNELS}, {DOT_LAYERS} layers each, LoRA rank {DOT_RANK}",
         "entries": entries,
     }
-    Console(width=100).print(_table(result))
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, result)
+    for name in names:
+        entries += measure_architecture(name, device, settings)
+        write_json(file, result)  # a later one may not fit into memory
+    Console(width=100).print(_table(result))
     print(f"wrote {file}")
     return result
 

@@ -104,18 +104,19 @@ def _absent_components(pipeline: str) -> dict[str, None]:
 
 
 def _bare_pipeline(bare: "DiffusionPipeline", name: str) -> "DiffusionPipeline":
+    scheduler = bare.scheduler
+    if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"pipeline {name!r} has a {type(scheduler).__name__}, but the benchmark's solvers "
+            "are for models that were trained with a noise schedule of alphas"
+        )
     if set(bare.components) == {"unet", "scheduler"}:
-        return make_pipeline(bare.unet, "ddim", bare.scheduler.config)
+        return make_pipeline(bare.unet, "ddim", scheduler.config)
     parameters = call_parameters(bare)
     if not set(ASKED_FOR) & set(parameters) or "image" in parameters:
         raise ValueError(
             f"pipeline {name!r} is a {type(bare).__name__}, which takes {list(parameters)[1:6]}; "
             f"the benchmark samples from noise and one of {list(ASKED_FOR)}"
-        )
-    if not hasattr(bare.scheduler, "alphas_cumprod"):
-        raise ValueError(
-            f"pipeline {name!r} has a {type(bare.scheduler).__name__}, but the benchmark's solvers "
-            "are for models that were trained with a noise schedule of alphas"
         )
     if getattr(bare, "safety_checker", None) is not None:
         bare.register_modules(safety_checker=None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from morse.evaluation.bench.grid import COLUMNS, grid_budgets, strip_png
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS, Method
-from morse.evaluation.bench.runs import Samples
+from morse.evaluation.bench.runs import Samples, reference_images
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.store import Cell, CellStore
@@ -49,6 +49,11 @@ class Part:
     conditions: Conditions
     deadline: float = math.inf
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no measurement may begin any more."""
+        return time.monotonic() > self.deadline
+
     def references(self) -> dict[int, Tensor]:
         """Return the features of the reference's images, (R, D), of each seed that was begun."""
         return {
@@ -76,9 +81,13 @@ def measure_cells(part: Part) -> dict[str, object]:
     speed = store.once("speed", lambda: _speed(part))
     for seed in config.seeds if not config.latency_only else ():
         _measure_seed(part, speed["speed_ratio"], seed)
-    speeds = store.once("speed_table", lambda: table(True, False))
-    if config.compile:
+    speeds = []
+    if not part.is_over:
+        speeds += store.once("speed_table", lambda: table(True, False))
+    if config.compile and not part.is_over:
         speeds += store.once("speed_table_compiled", lambda: table(True))
+    if part.is_over:
+        print("max_seconds is over; --resume measures what is missing")
     return {
         "speed_ratio": speed,
         "speed_ratios": speeds,
@@ -94,7 +103,8 @@ def conditions_facts(part: Part) -> dict[str, object]:
         "pipeline_class": part.bench.pipeline_class,
         "reference": f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps, the same noise",
     }
-    if any(features.shape[1] == 0 for features in part.references().values()):
+    references = part.references()
+    if not references or any(features.shape[1] == 0 for features in references.values()):
         return facts
     return facts | {
         "metric": FRECHET_LABEL,
@@ -137,13 +147,14 @@ def _measure_seed(part: Part, speed_ratio: float, seed: int) -> None:
     config, store, bench = part.config, part.store, part.bench
     missing = [task for task in config.tasks() if not store.has(*task, seed)]
     missing = [task for task in missing if bench.obstacle(task[0]) is None]
-    if not missing:
+    if not missing or part.is_over:
         return
     seeds = range(seed, seed + config.num_images)
 
     def sample_reference() -> Tensor:
         few, method = seeds[: config.num_reference_images], Method(REFERENCE_SOLVER)
-        return bench.sample(method, REFERENCE_STEPS, few, speed_ratio, part.conditions).images
+        samples = bench.sample(method, REFERENCE_STEPS, few, speed_ratio, part.conditions)
+        return reference_images(samples)
 
     reference = store.images(reference_name(seed), sample_reference)
     scorer = _make_scorer(part, reference)
@@ -151,8 +162,7 @@ def _measure_seed(part: Part, speed_ratio: float, seed: int) -> None:
     scale = part.conditions.guidance_scale
     at = "" if scale is None else f", guidance {scale:g}"
     for method, budget in track(missing, f"seed {seed}{at}"):
-        if time.monotonic() > part.deadline:
-            print("max_seconds is over; --resume measures what is missing")
+        if part.is_over:
             return
         peer = None
         if method.kind in PEER_SETTINGS:

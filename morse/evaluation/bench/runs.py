@@ -38,6 +38,7 @@ class Samples:
         lsd: Cost, where it is not one LSD a Dash and 1/N a Dot evaluation.
         engaged: Whether the method did anything that the bare pipeline does not.
         note: What a reader of the figures should know; "" for nothing.
+        num_broken: How many images were not finite; they are black.
     """
 
     images: Tensor
@@ -52,6 +53,7 @@ class Samples:
     lsd: float | None = None
     engaged: bool = True
     note: str = ""
+    num_broken: int = 0
 
     def spent(self, speed_ratio: float) -> float:
         """Return the cost in LSD where Dot is `speed_ratio` times as fast as Dash."""
@@ -122,7 +124,8 @@ def sample_images(
             batch_seconds.append(time.perf_counter() - began)
             parts.append(torch.from_numpy(output.images).permute(0, 3, 1, 2).float())
             run = pipe.last_run if planned else None
-    images, broken = _finite(torch.cat(parts))
+    images, num_broken = _finite(torch.cat(parts))
+    broken = f"{num_broken} images are not finite and are scored as black ones"
     return Samples(
         images=images,
         num_dash=run.num_dash if planned else steps,
@@ -133,17 +136,31 @@ def sample_images(
         batch_seconds=tuple(batch_seconds),
         batch_size=batch_size,
         peak_memory_mib=torch.cuda.max_memory_allocated(pipe.device) / 2**20 if on_cuda else None,
-        note="; ".join(filter(None, (grid, broken))),
+        note="; ".join(filter(None, (grid, broken if num_broken else ""))),
+        num_broken=num_broken,
     )
 
 
-def _finite(images: Tensor) -> tuple[Tensor, str]:
+def reference_images(samples: Samples) -> Tensor:
+    """Give the images that others are compared with.
+
+    Raises:
+        ValueError: If some are not finite: whatever failed alike would seem to be perfect.
+    """
+    if samples.num_broken:
+        raise ValueError(
+            f"{samples.num_broken} of the {len(samples.images)} reference images are not finite; "
+            "use --mixed_precision no, or bf16 in place of fp16"
+        )
+    return samples.images
+
+
+def _finite(images: Tensor) -> tuple[Tensor, int]:
     """Replace images that are not finite, so that a broken solver gets bad scores, not none."""
     broken = ~images.isfinite().flatten(1).all(dim=1)
-    if not broken.any():
-        return images, ""
-    images = torch.where(broken[:, None, None, None], torch.zeros_like(images), images)
-    return images, f"{int(broken.sum())} images are not finite and are scored as black ones"
+    if broken.any():
+        images = torch.where(broken[:, None, None, None], torch.zeros_like(images), images)
+    return images, int(broken.sum())
 
 
 @contextmanager

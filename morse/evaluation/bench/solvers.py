@@ -17,6 +17,7 @@ SOLVERS = {
     "leapfrog": "Leapfrog",
     "leapfrog-dense": "Leapfrog, power 1.5",  # Morse's plans may lie on such a grid
 }
+SPACING = {"timestep_spacing": "trailing"}
 # PNDM as Stable Diffusion runs it: its Runge-Kutta start takes at least 13 evaluations, and its
 # steps all have one length, which only a "leading" grid has (on a trailing one they miss).
 OPTIONS = {"pndm": {"skip_prk_steps": True, "timestep_spacing": "leading", "steps_offset": 1}}
@@ -30,7 +31,11 @@ def check_solvers(solvers: tuple[str, ...]) -> None:
 
 
 def make_solver(solver: str, config: dict[str, object]) -> "SchedulerMixin":
-    """Make the scheduler of a solver in `SOLVERS` from the config of a pipeline's own scheduler."""
+    """Make the scheduler of a solver in `SOLVERS` from the config of a pipeline's own scheduler.
+
+    All but PNDM begin at the last timestep, on a "trailing" grid, whatever the pipeline's own: only
+    so do they start from the same noise as the reference.
+    """
     from morse.pipeline import make_scheduler
 
-    return make_scheduler(solver, {**config, **OPTIONS.get(solver, {})})
+    return make_scheduler(solver, {**config, **SPACING, **OPTIONS.get(solver, {})})

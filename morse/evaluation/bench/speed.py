@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from morse.denoisers import find_denoiser
 from morse.evaluation.conditions import UNCONDITIONAL, Conditions
 
@@ -54,7 +56,8 @@ def measure_speed_table(
 ) -> list[dict[str, object]]:
     """Measure N at each batch size with Dot's LoRA merged and unmerged.
 
-    `pipe.speed_ratio` and the merging are left as they were found.
+    `pipe.speed_ratio` and the merging are left as they were found. Batches that memory does not
+    suffice for are left out.
 
     Args:
         pipe: A pipeline with a `MorseDot`.
@@ -69,7 +72,11 @@ def measure_speed_table(
         for merge in merged:
             set_merged(pipe, merge)
             for batch_size in batch_sizes:
-                entry = measure_speed(pipe, batch_size, mode, conditions)
+                try:
+                    entry = measure_speed(pipe, batch_size, mode, conditions)
+                except torch.OutOfMemoryError:
+                    print(f"N at batch {batch_size} is not measured: out of memory")
+                    continue
                 table.append({"merged": merge, **entry})
     finally:
         set_merged(pipe, was_merged)

@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from morse.evaluation.bench.methods import REFERENCE_STEPS
-from morse.evaluation.bench.runs import sample_images
+from morse.evaluation.bench.runs import reference_images, sample_images
+from morse.evaluation.bench.solvers import SPACING
 from morse.evaluation.conditions import Conditions
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.fit import (
@@ -51,8 +52,8 @@ def follow(
     pipe: "MorsePipeline", seeds: range, batch_size: int, conditions: Conditions
 ) -> Trajectories:
     """Take noise to its end by the reference's solver, which `pipe` must have, and its steps."""
-    images = sample_images(pipe, REFERENCE_STEPS, seeds, batch_size, conditions=conditions).images
-    return Trajectories(seeds, images, conditions, batch_size)
+    reference = sample_images(pipe, REFERENCE_STEPS, seeds, batch_size, conditions=conditions)
+    return Trajectories(seeds, reference_images(reference), conditions, batch_size)
 
 
 def fit_best(
@@ -101,6 +102,7 @@ def fit_best(
         rows += known_rows([*known, {"plan": plan, "scheduler": options}], plan)
         refined = refine_rows(sample, fitted_on.images, rows, config.refine_rounds)
         fitted = candidate_of({"plan": plan, "scheduler": {"fitted_steps": refined}})
+        found.fitted[start] = evaluate(start, False)
         found.fitted[fitted] = value = evaluate(fitted, False)
         if value > found.psnr:
             found = replace(found, best=fitted, psnr=value)
@@ -113,10 +115,11 @@ def _kind(plan: str) -> str:
 
 
 def candidate_of(entry: Mapping[str, object]) -> Candidate:
-    """Give a saved plan as a candidate, rows as tuples."""
+    """Give a saved plan as a candidate, rows as tuples; all have the same spacing."""
     options = {
         name: tuple(map(tuple, value)) if name == "fitted_steps" else value
         for name, value in entry["scheduler"].items()
+        if name not in SPACING
     }
     return Candidate(entry["plan"], tuple(sorted(options.items())))
 

@@ -1,6 +1,7 @@
 """`morse plan`: search plans for a pipeline, and save them with its Dot or as schedulers."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate, product
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_pipelines
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS
+from morse.evaluation.bench.solvers import SPACING
 from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import autocast, command_line, environment
 from morse.evaluation.metrics import psnr
@@ -19,6 +21,7 @@ from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture, fit_mixture
 from morse.evaluation.planning.search import Candidate, Evaluate, Found, search_plan
 from morse.plan import MorsePlan
+from morse.rates import own_parameters
 from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options
 from morse.steps import shorten_plan
 from morse.training.checkpoint import write_json
@@ -78,7 +81,7 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
         saved = SavedPlan(
             lsd=lsd,
             plan=found.best.plan,
-            scheduler=dict(found.best.options),
+            scheduler={**_spacing(pipe), **dict(found.best.options)},
             speed_ratio=speed_ratio,
             psnr=round(found.psnr, 3),
             uniform_psnr=round(found.uniform_psnr, 3),
@@ -148,6 +151,12 @@ def make_shorten(pipe: "MorsePipeline") -> Callable[[str], str]:
     return cache(lambda plan: str(shorten_plan(pipe, {}, MorsePlan.from_string(plan))[0]))
 
 
+def _spacing(pipe: "MorsePipeline") -> dict[str, object]:
+    """Give the option by which a user's scheduler lays the grid that a plan was judged on."""
+    taken = own_parameters(pipe.scheduler)
+    return {name: pipe.scheduler.config[name] for name in SPACING if name in taken}
+
+
 def _report(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:
     def judged(values: dict[Candidate, float]) -> list[dict[str, object]]:
         best_first = sorted(values, key=values.__getitem__, reverse=True)
@@ -166,12 +175,17 @@ def _report(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:
 
 
 def _save_scheduler(folder: Path, scheduler: "SchedulerMixin", found: Found) -> None:
-    """Save the best fitted steps of Dash alone, which need no Morse but its scheduler."""
+    """Save the best steps of Dash alone that were fitted, or what the fit began with.
+
+    They need no Morse but its scheduler. One that an earlier run has left is removed where no steps
+    of Dash alone were fitted.
+    """
     all_dash = [each for each in found.fitted if set(each.plan) == {"D"}]
     if all_dash:
-        best = max(all_dash, key=found.fitted.__getitem__)
-        options = dict(best.options)
+        options = dict(max(all_dash, key=found.fitted.__getitem__).options)
         type(scheduler).from_config(scheduler.config, **options).save_pretrained(folder)
+    elif folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def _write(

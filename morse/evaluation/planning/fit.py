@@ -176,6 +176,8 @@ def _least_squares(
             own = torch.stack(of_image).double().flatten(1)
             products += own @ own.T
         curvature, slope = products[1:, 1:], products[1:, 0]
+        if not curvature.any():  # of a plan such as "D", whose samples no number changes
+            break
         # Numbers that change next to nothing must not run away: not each one's own curvature alone.
         diagonal = curvature.diagonal() + curvature.diagonal().mean()
         gain = 0.0

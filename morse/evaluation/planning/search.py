@@ -36,7 +36,8 @@ class Found:
         uniform: The best of the uniform plans, judged on all images.
         uniform_psnr: Its PSNR there.
         tried: Every candidate's PSNR on few images.
-        fitted: PSNR on all images of candidates whose steps were fitted.
+        fitted: PSNR on all images of candidates whose steps were fitted, and of what the fits
+            began with.
     """
 
     best: Candidate

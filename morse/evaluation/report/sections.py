@@ -96,9 +96,9 @@ def conditions_section(result: Result) -> Section:
             parts.append("Fréchet distances of so few are biased upwards, those of all alike.")
     parts.append(_speed_words(result))
     for title, key in (("Reference", "reference"), ("Real images", "real_images")):
-        if result.get(key):
+        if result["rows"] and result.get(key):
             parts.append(f"{title}: {result[key]}.")
-    if result.get("features_test_accuracy"):
+    if result["rows"] and result.get("features_test_accuracy"):
         digest = str(result.get("features_sha256", ""))[:12]
         parts.append(
             f"The features' classifier is right on {100 * result['features_test_accuracy']:.1f} % "

@@ -47,14 +47,20 @@ def frechet_distances(first: Gaussians, second: Gaussians) -> np.ndarray:
     return (shifts + traces - 2 * np.sqrt(eigenvalues).sum(axis=-1)).clip(min=0)
 
 
-def draw_counts(num_images: int, num_replicates: int, rng: np.random.Generator) -> np.ndarray:
+def draw_counts(
+    num_images: int, num_replicates: int, rng: np.random.Generator, num_paired: int | None = None
+) -> np.ndarray:
     """Return how often each resample holds each image, (1 + num_replicates, num_images), float64.
 
-    Row 0 is the images as they are, once each; each other row is a draw with replacement.
+    Row 0 is the images as they are, once each; each other row is a draw with replacement. Draws
+    with fewer than two of the first `num_paired`, which have no spread, are made anew.
     """
+    num_paired = num_images if num_paired is None else num_paired
     counts = np.ones((1 + num_replicates, num_images))
     for row in counts[1:]:
-        row[:] = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
+        row[:] = 0
+        while row[:num_paired].sum() < min(2, num_paired):
+            row[:] = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
     return counts
 
 
@@ -132,7 +138,7 @@ class SeedBootstrap:
             rng: Makes the draws; another stream for each repetition.
         """
         self.real = real
-        self.counts = draw_counts(num_images, num_replicates, rng)
+        self.counts = draw_counts(num_images, num_replicates, rng, len(reference_features))
         self.paired_counts = self.counts[:, : len(reference_features)]
         self.reference = None
         if real is not None:
