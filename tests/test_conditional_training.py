@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipelin
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from tiny_pipelines import text_unet, xl_unet
 from tiny_text import dit_pipeline, grey_vae, sd3_pipeline, text_pipeline, xl_pipeline
+from torch import nn
 from torch.testing import assert_close
 
 from morse import MorseDot, enable_morse
@@ -185,6 +186,19 @@ class TestLoss:
         assert_close(*estimates, rtol=1e-3, atol=1e-4)
         assert_close(guided.target, alone.target, rtol=1e-3, atol=1e-3)
         assert len(guided.sample) == 2 * len(alone.sample)
+
+    def test_a_wrapped_dot_that_estimates_alone(self, frozen):
+        class Wrapper(nn.Module):
+            def __init__(self, module):
+                super().__init__()
+                self.module = module
+
+            def forward(self, sample, *args, **kwargs):
+                return torch.ones_like(sample)
+
+        inner, pairs = nn.Identity(), pairs_of(frozen, None)
+        inner.independent = True
+        assert (dot_outputs(Wrapper(inner), pairs) == 1).all()
 
     def test_even_guidance(self, frozen):
         """An error of one in each branch, with opposite signs: (1 - w) - w in the guided one."""

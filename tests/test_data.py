@@ -58,7 +58,8 @@ def test_a_file_beside_it_with_another_name_is_no_labels(tmp_path, pixels):
 @pytest.mark.parametrize("source", ["train-images-idx3-ubyte", ""])
 def test_idx_without_a_test_part_holds_out_every_20th_image(tmp_path, source):
     numbers = np.arange(40, dtype=np.uint8)
-    write_idx(tmp_path / "train-images-idx3-ubyte", numbers[:, None, None].repeat(4, 1).repeat(4, 2))
+    flat = np.broadcast_to(numbers[:, None, None], (40, 4, 4))
+    write_idx(tmp_path / "train-images-idx3-ubyte", flat)
     write_idx(tmp_path / "train-labels-idx1-ubyte", numbers)
     train, test = (open_images(tmp_path / source, None, 4, 1, split) for split in ("train", "test"))
     assert (len(train), len(test)) == (38, 2)

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,8 @@ from safetensors.torch import load_file
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
 from morse.training.cache import SHARD_WINDOWS
+from morse.training.common import make_accelerator
+from morse.training.graphs import GraphedDot
 from morse.training.loop import TrainDotConfig, build_dot, train_dot
 from morse.training.start import inherit
 
@@ -302,6 +306,10 @@ train_dot(parse_config(TrainDotConfig, sys.argv[1:]))
     [
         (("--on_policy",), "on_policy needs fresh windows of several steps"),
         (("--cuda_graphs", "--compile"), "cuda_graphs is True and so is"),
+        (
+            ("--cuda_graphs", "--gradient_accumulation_steps", "2"),
+            "gradient_accumulation_steps is 2, but the replay",
+        ),
         (("--window_steps", "0"), "window_steps is 0"),
         (("--cache_pairs", "0"), "cache_pairs is 0"),
         (("--validation_steps", "-1"), "validation_steps is -1"),
@@ -320,6 +328,7 @@ def test_settings_are_checked(base, data_dir, tmp_path, options, message, capsys
 def test_a_failed_first_try_leaves_an_empty_folder(
     base, data_dir, tmp_path, folder, options, message
 ):
+    AcceleratorState._reset_state(reset_partial_state=True)
     given = arguments(base, data_dir / folder, tmp_path / "run", *options)
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         train_dot(parse_config(TrainDotConfig, given))
@@ -329,6 +338,17 @@ def test_a_failed_first_try_leaves_an_empty_folder(
 def test_graphs_need_cuda(run):
     with pytest.raises(ValueError, match="cuda_graphs needs a CUDA device"):
         run("--cuda_graphs")
+    wrapped = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(ValueError, match="in a SimpleNamespace; train in one process"):
+        GraphedDot(wrapped)
+
+
+def test_processes_wait_long_for_each_other(monkeypatch):
+    seen, made = {}, SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **options: seen.update(options) or made)
+    base = {"pretrained_model_name_or_path": "x", "train_data_dir": Path("x")}
+    make_accelerator(TrainDotConfig(**base, output_dir=Path("x")))
+    assert seen["kwargs_handlers"][0].timeout.total_seconds() > 3600
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from morse.training.config import TrainDotConfig
 from morse.training.frozen import FrozenPipeline
 from morse.training.guidance import Conditions
 from morse.training.shards import digest, make_shards
-from morse.training.source import ConditionedImages, draw_windows
+from morse.training.source import ConditionedImages, describe_data, draw_windows
 from morse.training.windows import Window
 
 if TYPE_CHECKING:
@@ -138,9 +138,8 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
         "timestep_sampling": config.timestep_sampling,
         "guidance_scale": list(pipeline.guidance_scale),
         "seed": config.seed,
-        "data": str(config.train_data_dir or config.dataset_name),
         "captions": digest(repr(source.table.values)) if kind == "text" else None,
-    }
+    } | describe_data(source, config)
     return description | ({"conditions": conditions} if numbers is not None else {})
 
 
@@ -178,24 +177,31 @@ def _batch_size(pipeline: FrozenPipeline) -> int:
     return _BATCH_SIZES.get(pipeline.device.type, _DEFAULT_BATCH_SIZE)
 
 
+def _stored(window: Window) -> dict[str, Tensor]:
+    """Give what is kept of windows, but for what images they are of."""
+    found = {
+        "timesteps": window.timesteps.to(torch.int16),
+        "samples": window.samples.half(),
+        "outputs": window.outputs.half(),
+    }
+    scale = window.conditions.guidance_scale
+    return found if scale is None else found | {"guidance_scale": scale}
+
+
 def _make_shard(
     source: ConditionedImages, config: TrainDotConfig, number: int, size: int
 ) -> dict[str, Tensor]:
     batch_size = _batch_size(source.pipeline)
     first, count = number * SHARD_WINDOWS // batch_size, -(-size // batch_size)
     batches = StepBatches(len(source), batch_size, config.seed, first, count)
-    windows: list[Window] = []
+    parts: dict[str, list[Tensor]] = {}
     for step, indices in enumerate(batches):
         generator = step_generator(config.seed, number, step, source.pipeline.device)
-        windows.append(draw_windows(source, config, source.__getitems__(indices), generator))
-    found = {
-        "timesteps": torch.cat([w.timesteps for w in windows])[:size].to(torch.int16).cpu(),
-        "samples": torch.cat([w.samples for w in windows])[:size].half().cpu(),
-        "outputs": torch.cat([w.outputs for w in windows])[:size].half().cpu(),
-    }
-    if windows[0].conditions.guidance_scale is not None:
-        scales = torch.cat([w.conditions.guidance_scale for w in windows])
-        found["guidance_scale"] = scales[:size].cpu()
+        window = draw_windows(source, config, source.__getitems__(indices), generator)
+        # At once to the CPU and in half precision: a shard may be larger than a GPU's memory.
+        for name, part in _stored(window).items():
+            parts.setdefault(name, []).append(part.cpu())
+    found = {name: torch.cat(each)[:size] for name, each in parts.items()}
     if source.numbers is not None:
         indices = torch.tensor([index for batch in batches for index in batch])[:size]
         different, found["rows"] = source.numbers[indices].unique(return_inverse=True)

@@ -10,11 +10,16 @@ from torch import Tensor
 METADATA_NAME = "metadata.jsonl"
 
 
-def read_metadata(files: Sequence[Path], column: str) -> list[str]:
-    """Read captions of image files from the `metadata.jsonl` in each one's folder.
+def read_metadata(files: Sequence[Path], column: str, root: Path) -> list[str]:
+    """Read captions of image files from the `metadata.jsonl` in each one's folder or nearest above.
 
     It is the layout of the `datasets` library's image folders: one JSON object a line, with the
-    image's "file_name" and its caption under `column`.
+    image's path from there as "file_name" and its caption under `column`.
+
+    Args:
+        files: The images.
+        column: The name that captions have.
+        root: The uppermost folder that may hold a `metadata.jsonl`; all images are in it.
 
     Raises:
         ValueError: If an image has no caption; the message names it.
@@ -22,26 +27,38 @@ def read_metadata(files: Sequence[Path], column: str) -> list[str]:
     tables: dict[Path, dict[str, dict[str, object]]] = {}
     captions = []
     for file in files:
-        folder = file.parent
-        if folder not in tables:
-            tables[folder] = _read_table(folder / METADATA_NAME)
-        caption = tables[folder].get(file.name, {}).get(column)
+        path = _find_table(file, root)
+        if path not in tables:
+            tables[path] = _read_table(path)
+        name = file.relative_to(path.parent).as_posix()
+        caption = tables[path].get(name, {}).get(column)
         if not isinstance(caption, str):
             raise ValueError(
-                f"caption_column is {column!r}, but {folder / METADATA_NAME} gives no such text "
-                f"for {file.name}; add a line "
-                f'{{"file_name": "{file.name}", "{column}": "..."}}'
+                f"caption_column is {column!r}, but {path} gives no such text for {name}; add a "
+                f'line {{"file_name": "{name}", "{column}": "..."}}'
             )
         captions.append(caption)
     return captions
 
 
+def _find_table(file: Path, root: Path) -> Path:
+    for folder in file.parents:
+        if (folder / METADATA_NAME).is_file():
+            return folder / METADATA_NAME
+        if folder == root:
+            break
+    raise ValueError(
+        f"captions are needed, but {file.parent / METADATA_NAME} does not exist, nor one in a "
+        f"folder above it up to {root}"
+    )
+
+
 def _read_table(path: Path) -> dict[str, dict[str, object]]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        # JSON may hold other characters that end a line, such as U+2028, as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
         return {row["file_name"]: row for row in rows}
-    except FileNotFoundError as error:
-        raise ValueError(f"captions are needed, but {path} does not exist") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{path} needs one JSON object with "file_name" a line: {error}'

@@ -67,14 +67,14 @@ def prepare_output_dir(output_dir: Path, resume: bool) -> None:
         )
 
 
-def _list_checkpoints(output_dir: Path) -> list[Path]:
-    """List complete checkpoints, oldest first; unfinished ones bear another name."""
+def _find_checkpoints(output_dir: Path) -> dict[int, Path]:
+    """Find complete checkpoints by step, in that order; unfinished ones bear another name."""
     found = {}
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if match and path.is_dir():
             found[int(match[1])] = path
-    return [found[step] for step in sorted(found)]
+    return dict(sorted(found.items()))
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
@@ -90,7 +90,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
     """
     if resume_from_checkpoint is None:
         return None
-    checkpoints = _list_checkpoints(output_dir)
+    checkpoints = list(_find_checkpoints(output_dir).values())
     if resume_from_checkpoint == "latest":
         return checkpoints[-1] if checkpoints else None
     for path in (Path(resume_from_checkpoint), output_dir / resume_from_checkpoint):
@@ -114,8 +114,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `output_dir/checkpoint-{step}` and then remove the oldest beyond `total_limit`.
 
-    The folder is filled under a temporary name and renamed last, so that a run killed at any
-    moment leaves only complete checkpoints.
+    Those of later steps are removed too: they are from before the run went back to an earlier one.
+    A folder is filled under a temporary name and renamed last, and renamed before it is removed, so
+    that a run killed at any moment leaves only complete checkpoints.
 
     Args:
         output_dir: The run's folder.
@@ -149,12 +150,19 @@ def save_checkpoint(
         atomic_save_file(shadow, temporary / EMA_FILE)
     write_json(temporary / STATE_FILE, state)
     if final.exists():  # saved before this run went back to an earlier one
-        final.rename(output_dir / f".{final.name}.tmp-old")
+        _set_aside(final)
     put_in_place(temporary, final)
-    outdated = _list_checkpoints(output_dir)[: -total_limit if total_limit else 0]
-    for path in (*output_dir.glob(".checkpoint-*.tmp-*"), *outdated):
+    found = _find_checkpoints(output_dir)
+    kept = [number for number in found if number <= step][-(total_limit or 0) :]
+    for number in found.keys() - set(kept):
+        _set_aside(found[number])
+    for path in output_dir.glob(".checkpoint-*.tmp-*"):
         shutil.rmtree(path)
     return final
+
+
+def _set_aside(path: Path) -> None:
+    path.rename(path.with_name(f".{path.name}.tmp-old"))
 
 
 def _flatten(

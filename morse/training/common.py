@@ -5,6 +5,7 @@ import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -206,18 +207,21 @@ def make_ema(parameters: Iterable[nn.Parameter], config: RunConfig) -> "EMAModel
 
 def make_accelerator(config: RunConfig) -> "Accelerator":
     """Build the accelerator, and on CUDA allow TF32 and the search for fast convolutions."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
             "report_to is 'tensorboard', which is not installed; "
             'run `pip install "morse-diffusion[tracking]"` or use --report_to none'
         )
+    # Processes wait for the one that validates or makes a longer part of a cache.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
+        kwargs_handlers=[waiting],
     )
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")

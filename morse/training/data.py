@@ -1,6 +1,7 @@
 """Training images behind one interface."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,9 +13,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from morse.training.captions import read_metadata
-from morse.training.idx import IDX_IMAGES, IDX_LABELS, fit_images, read_idx
+from morse.training.hub_rows import load_parts, read_captions, read_labels
+from morse.training.idx import (
+    IDX_IMAGES,
+    IDX_IMAGES_NAME,
+    find_idx,
+    fit_images,
+    read_idx,
+    read_idx_labels,
+)
+from morse.training.image_files import BROKEN, IMAGE_SUFFIXES, is_image, to_bytes, to_channels
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 HELD_OUT_EVERY = 20
 IDX_PREFIXES = {"train": "train", "test": "t10k"}
 
@@ -80,7 +89,7 @@ def open_images(
         resolution: Height and width. IDX images that are smaller by an even number get a black
             border; all others are resized by their shorter side and cropped at the centre.
         channels: 1 for grey, 3 for colour.
-        split: Which part of the data.
+        split: Which part of the data; of a hub dataset see also `hub_rows.load_parts`.
         image_column: The column of a hub dataset that holds the images.
         caption_column: Where captions are found: a column of the hub dataset, or a name in the
             image folder's `metadata.jsonl`; None for no captions.
@@ -103,40 +112,42 @@ def open_images(
     path = Path(train_data_dir)
     if not path.exists():
         raise FileNotFoundError(f"train_data_dir is {path}, which does not exist")
-    is_idx_folder = any(path.glob("*-images-idx3-ubyte*"))
+    is_idx_folder = any(path.glob(f"*{IDX_IMAGES_NAME}*"))
     if caption_column is not None and (path.is_file() or is_idx_folder):
         raise ValueError(
             f"caption_column is {caption_column!r}, but IDX files such as those of {path} have no "
             "captions; give class_names instead"
         )
     if path.is_file():
-        return _open_idx(path, resolution, channels)
+        return _open_idx(path, resolution, channels, split)
     if is_idx_folder:
-        prefix = IDX_PREFIXES[split]
-        return _open_idx(_find_idx(path, f"{prefix}-images-idx3-ubyte"), resolution, channels)
+        return _open_idx_folder(path, resolution, channels, split)
     return _open_folder(path, resolution, channels, split, caption_column)
 
 
-def _find_idx(folder: Path, name: str) -> Path:
-    for candidate in (folder / name, folder / f"{name}.gz"):
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(f"{folder} has IDX files, but neither {name} nor {name}.gz")
+def _open_idx_folder(
+    folder: Path, resolution: int, channels: int, split: Literal["train", "test"]
+) -> ImageDataset:
+    names = {part: f"{prefix}{IDX_IMAGES_NAME}" for part, prefix in IDX_PREFIXES.items()}
+    found = {part: find_idx(folder, name) for part, name in names.items()}
+    has_test = found["test"] is not None
+    path = found[split if has_test else "train"]
+    if path is None:
+        name = names["train"]
+        raise FileNotFoundError(f"{folder} has IDX files, but neither {name} nor {name}.gz")
+    return _open_idx(path, resolution, channels, None if has_test else split)
 
 
-def _open_idx(path: Path, resolution: int, channels: int) -> ImageDataset:
+def _open_idx(path: Path, resolution: int, channels: int, split: str | None) -> ImageDataset:
+    """Open a whole IDX file, or its part for a `split` where it serves for both."""
     array = read_idx(path, IDX_IMAGES)
     if array.size == 0:
         raise ValueError(f"{path} holds no images (its shape is {array.shape})")
+    labels = read_idx_labels(path, len(array))
+    if split is not None:
+        rows = np.array(held_out_rows(len(array), split))
+        array, labels = array[rows], None if labels is None else labels[rows]
     images = fit_images(torch.from_numpy(array)[:, None], resolution)
-    labels_name = path.name.replace("-images-idx3-ubyte", "-labels-idx1-ubyte").removesuffix(".gz")
-    labels = None
-    for candidate in (path.with_name(labels_name), path.with_name(f"{labels_name}.gz")):
-        if candidate != path and candidate.is_file():
-            labels = torch.from_numpy(read_idx(candidate, IDX_LABELS)).long()
-            if len(labels) != len(images):
-                raise ValueError(f"{candidate} has {len(labels)} labels for {len(images)} images")
-            break
     return ImageDataset(partial(_gather, images, channels), len(images), labels)
 
 
@@ -146,11 +157,11 @@ def _gather(images: Tensor, channels: int, indices: list[int]) -> Tensor:
 
 
 def _open_folder(
-    path: Path, resolution: int, channels: int, split: str, caption_column: str | None
+    root: Path, resolution: int, channels: int, split: str, caption_column: str | None
 ) -> ImageDataset:
-    has_splits = all((path / name).is_dir() for name in IDX_PREFIXES)
-    path = path / split if has_splits else path
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    has_splits = all((root / name).is_dir() for name in IDX_PREFIXES)
+    path = root / split if has_splits else root
+    files = sorted(filter(is_image, path.rglob("*")))
     if not files:
         raise ValueError(
             f"train_data_dir is {path}, which has no images: expected files ending in "
@@ -158,7 +169,7 @@ def _open_folder(
         )
     if not has_splits:
         files = [files[index] for index in held_out_rows(len(files), split)]
-    captions = None if caption_column is None else read_metadata(files, caption_column)
+    captions = None if caption_column is None else read_metadata(files, caption_column, root)
     fetch = partial(_read_files, files, resolution, channels)
     return ImageDataset(fetch, len(files), captions=captions)
 
@@ -178,20 +189,23 @@ def held_out_rows(length: int, split: str) -> range | list[int]:
 def _read_files(files: list[Path], resolution: int, channels: int, indices: list[int]) -> Tensor:
     images = []
     for path in (files[index] for index in indices):
-        try:
-            with Image.open(path) as image:
-                images.append(_to_bytes(image, resolution, channels))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}; remove it") from error
+        with _naming(path), Image.open(path) as image:
+            images.append(_fit(image, resolution, channels))
     return torch.stack(images)
 
 
-def _to_bytes(image: Image.Image, resolution: int, channels: int) -> Tensor:
+@contextmanager
+def _naming(name: object) -> Iterator[None]:
+    try:
+        yield
+    except BROKEN as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}; remove it") from error
+
+
+def _fit(image: Image.Image, resolution: int, channels: int) -> Tensor:
     """Crop the centre square and resize it, (C, resolution, resolution)."""
-    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-    array = np.array(image, dtype=np.uint8).reshape(resolution, resolution, channels)
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    image = to_channels(ImageOps.exif_transpose(image), channels)
+    return to_bytes(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def _open_hub(
@@ -202,35 +216,24 @@ def _open_hub(
     column: str,
     caption_column: str | None,
 ) -> ImageDataset:
-    try:
-        from datasets import get_dataset_split_names, load_dataset
-    except ImportError as error:
-        raise ValueError(
-            f"dataset_name is {name!r}, which needs the `datasets` package; "
-            'run `pip install "morse-diffusion[hub]"` or give train_data_dir instead'
-        ) from error
-    has_split = split in get_dataset_split_names(name)
-    rows = load_dataset(name, split=split if has_split else "train")
-    if "test" not in get_dataset_split_names(name):
-        rows = rows.select(held_out_rows(len(rows), split))
+    train, test = load_parts(name)
+    if test is None:
+        rows = train.select(held_out_rows(len(train), split))
+    else:
+        rows = train if split == "train" else test
     for option, value in (("image_column", column), ("caption_column", caption_column)):
         if value is not None and value not in rows.column_names:
             raise ValueError(f"{option} is {value!r}; {name} has columns {rows.column_names}")
-    labels = _read_labels(rows["label"][:]) if "label" in rows.column_names else None
-    captions = None if caption_column is None else list(rows[caption_column][:])
+    captions = None if caption_column is None else read_captions(rows, caption_column)
     fetch = partial(_read_rows, rows, column, resolution, channels)
-    return ImageDataset(fetch, len(rows), labels, captions)
-
-
-def _read_labels(values: Sequence[object]) -> Tensor | None:
-    """Give class numbers, (N,) int64; None for anything else in the column, as -1 for unknown."""
-    if not all(isinstance(value, int) and value >= 0 for value in values):
-        return None
-    return torch.tensor(list(values), dtype=torch.int64)
+    return ImageDataset(fetch, len(rows), read_labels(rows), captions)
 
 
 def _read_rows(
     rows: Dataset, column: str, resolution: int, channels: int, indices: list[int]
 ) -> Tensor:
-    images = rows[indices][column]
-    return torch.stack([_to_bytes(image, resolution, channels) for image in images])
+    images = []
+    for index, image in zip(indices, rows[indices][column], strict=True):
+        with _naming(f"row {index} of image_column {column!r}"):
+            images.append(_fit(image, resolution, channels))
+    return torch.stack(images)

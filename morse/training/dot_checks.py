@@ -42,6 +42,11 @@ def check_dot_settings(config: "TrainDotConfig") -> None:
     _check_convolutions(config)
     if config.cuda_graphs and (config.compile or config.on_policy):
         raise ValueError("cuda_graphs is True and so is compile or on_policy; choose one")
+    if config.cuda_graphs and config.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, but the replay "
+            "of cuda_graphs overwrites gradients not applied yet; leave one of them away"
+        )
     if config.on_policy and (config.cache_pairs or config.window_steps == 1):
         raise ValueError(
             f"on_policy needs fresh windows of several steps, but cache_pairs is "

@@ -12,7 +12,7 @@ from morse.one_pass import combines_branches
 from morse.spaces import BaseSpace, Rates, rebase
 from morse.training.conditions import ConditionEncoder, make_encoder
 from morse.training.guidance import UNCONDITIONAL, Conditions, each_branch, guide
-from morse.training.latents import LatentCodec
+from morse.training.latents import LatentCodec, find_codec
 from morse.training.schedule import NoiseSchedule, read_schedule
 
 if TYPE_CHECKING:
@@ -197,14 +197,12 @@ def freeze_pipeline(
         base_space: See `MorseDot`; None for "raw", which deterministic schedulers use.
 
     Raises:
-        ValueError: If its noise schedule, its conditions or its input are not handled.
+        ValueError: If its noise schedule, autoencoder, conditions or input are not handled.
     """
     from morse.denoisers import find_denoiser
 
     denoiser = find_denoiser(pipe).requires_grad_(False).eval()
-    codec = None
-    if getattr(pipe, "vae", None) is not None:
-        codec = LatentCodec(pipe.vae.requires_grad_(False).eval())
+    codec = find_codec(pipe)
     _check_channels(denoiser, codec)
     factor = 1 if codec is None else codec.factor
     resolution = resolution or denoiser.config.sample_size * factor

@@ -118,8 +118,9 @@ def _products(dot: MorseDot, pairs: Pairs, gate: Gate) -> tuple[Tensor, ...]:
     wanted = pairs.target - base
     rows = slice(None, None, pairs.conditions.branches)
     index = gate.bins(pairs.timestep[rows], pairs.jump.timestep[rows]).cpu()
-    r, d = (values.flatten(1).double() for values in (residual, wanted))
-    return index, *((a * b).sum(1).cpu() for a, b in ((r, d), (r, r), (d, d)))
+    # MPS has no float64.
+    r, d = (values.flatten(1).cpu().double() for values in (residual, wanted))
+    return index, *((a * b).sum(1) for a, b in ((r, d), (r, r), (d, d)))
 
 
 def _factor(product: Tensor, square: Tensor) -> Tensor:

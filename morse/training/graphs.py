@@ -54,13 +54,18 @@ class GraphedDot:
         dot: The network, on a CUDA device.
 
     Raises:
-        ValueError: If it is on another device.
+        ValueError: If it is on another device, or wrapped for several processes.
     """
 
     def __init__(self, dot: MorseDot) -> None:
         """Remember the network."""
         if dot.device.type != "cuda":
             raise ValueError(f"cuda_graphs needs a CUDA device, and training runs on {dot.device}")
+        if not isinstance(dot, MorseDot):
+            raise ValueError(
+                f"cuda_graphs takes a Dot as it is, but this one is in a {type(dot).__name__}; "
+                "train in one process"
+            )
         self.dot = dot
         self._graphed: nn.Module | None = None
 

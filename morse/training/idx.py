@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IDX_IMAGES, IDX_LABELS = 0x00000803, 0x00000801  # unsigned bytes in three, in one dimension
+# How the names of MNIST's files go on after "train" or "t10k".
+IDX_IMAGES_NAME, _IDX_LABELS_NAME = "-images-idx3-ubyte", "-labels-idx1-ubyte"
 
 
 def read_idx(path: Path, magic: int) -> np.ndarray:
@@ -40,6 +42,32 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
             f"{len(content)}; download it again"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+
+
+def find_idx(folder: Path, name: str) -> Path | None:
+    """Find an IDX file of this name in a folder, plain or gzipped."""
+    paths = (folder / name, folder / f"{name}.gz")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_idx_labels(path: Path, count: int) -> Tensor | None:
+    """Read the class numbers beside an IDX file of images, (count,) int64.
+
+    None if there are none, or if the images' file is not named as MNIST's are.
+
+    Raises:
+        ValueError: If they are broken or not `count`.
+    """
+    if IDX_IMAGES_NAME not in path.name:
+        return None
+    name = path.name.replace(IDX_IMAGES_NAME, _IDX_LABELS_NAME).removesuffix(".gz")
+    labels_path = find_idx(path.parent, name)
+    if labels_path is None:
+        return None
+    labels = torch.from_numpy(read_idx(labels_path, IDX_LABELS)).long()
+    if len(labels) != count:
+        raise ValueError(f"{labels_path} has {len(labels)} labels for {count} images")
+    return labels
 
 
 def fit_images(images: Tensor, resolution: int) -> Tensor:

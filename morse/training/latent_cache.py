@@ -12,7 +12,7 @@ from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
 from morse.training.data import ImageDataset
 from morse.training.shards import make_shards
-from morse.training.source import ConditionedImages
+from morse.training.source import ConditionedImages, describe_data
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,21 +29,15 @@ def cache_latents(
     As with windows, shards are shared out among the processes and appear whole or not at all.
 
     Raises:
-        ValueError: If the pipeline works on pixels, or the folder holds other latents.
+        ValueError: If the folder holds other latents.
     """
     pipeline = source.pipeline
-    if pipeline.codec is None:
-        raise ValueError(
-            "cache_latents is True, but this pipeline works on pixels; leave --cache_latents away."
-        )
 
     def describe() -> dict[str, object]:
         return {
             "vae": fingerprint(pipeline.codec.vae),
             "resolution": pipeline.resolution,
-            "images": len(source),
-            "data": str(config.train_data_dir or config.dataset_name),
-        }
+        } | describe_data(source, config)
 
     paths = make_shards(
         folder=config.cache_dir or config.output_dir / "latents",

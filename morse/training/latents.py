@@ -1,9 +1,13 @@
 """Images to latents and back, by a pipeline's own autoencoder."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _BATCH_SIZE = 32
 
@@ -59,3 +63,20 @@ class LatentCodec:
     def factor(self) -> int:
         """How many times smaller latents are than images, in height and width."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+def find_codec(pipe: "DiffusionPipeline") -> LatentCodec | None:
+    """Freeze a pipeline's autoencoder; None where it works on pixels.
+
+    Raises:
+        ValueError: If it has an autoencoder of another kind, such as LDMPipeline's `vqvae`.
+    """
+    if getattr(pipe, "vae", None) is not None:
+        return LatentCodec(pipe.vae.requires_grad_(False).eval())
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and hasattr(part, "encode") and hasattr(part, "decode"):
+            raise ValueError(
+                f"{type(pipe).__name__} has a {type(part).__name__} as {name}, but train_dot knows "
+                "no autoencoder except `vae`; give a pipeline that has one, or works on pixels."
+            )
+    return None

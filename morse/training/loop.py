@@ -22,6 +22,7 @@ from morse.training.frozen import FrozenPipeline, load_frozen_pipeline
 from morse.training.gate import calibration_pairs, fit_gate
 from morse.training.graphs import GraphedDot
 from morse.training.latent_cache import cache_latents
+from morse.training.output import claim_output, record_run
 from morse.training.pairs import weighted_loss
 from morse.training.progressive import first_stage, grow, second_stage, start_from
 from morse.training.pruned import keep_zeros
@@ -109,6 +110,9 @@ def window_loss(
         else:
             maker = dot if config.on_policy else None
             window = draw_windows(source, config, batch, generator, maker)
+            if maker is not None:
+                # Casts of Dot's weights made there know no gradient; torch < 2.10 would reuse them.
+                torch.clear_autocast_cache()
         if config.norm == "dnr":
             return sequence_loss(dot, sequence_pairs(dash, window), config)
         pairs = pick_pairs(dash, window, config.pairs_per_window, generator, config.on_policy)
@@ -143,7 +147,9 @@ class _Data(NamedTuple):
 def _open_data(
     pipeline: FrozenPipeline, config: TrainDotConfig, accelerator: "Accelerator"
 ) -> _Data:
+    """Open the images, record the run, and make caches, which take long."""
     train, test = (open_source(pipeline, config, split) for split in ("train", "test"))
+    record_run(config, accelerator)
     if config.cache_latents:
         train = cache_latents(train, config, accelerator)
     cache = prepare_cache(train, config, accelerator) if config.cache_pairs else None
@@ -158,7 +164,7 @@ def train_dot(config: TrainDotConfig) -> Path:
     """
     started = time.monotonic()
     config = inherit(config)
-    accelerator = begin_run(config)
+    accelerator = claim_output(config)
     pipeline = load_frozen_pipeline(config, accelerator.device)
     stage = first_stage(config) if config.progressive_steps else config
     dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)

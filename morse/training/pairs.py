@@ -135,7 +135,8 @@ def dot_outputs(dot: Dot, pairs: Pairs) -> Tensor:
     def residual(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
         return dot(sample, timestep, jump, **inputs)
 
-    residual.independent = getattr(dot, "independent", False)
+    # DistributedDataParallel hides what its module has.
+    residual.independent = getattr(getattr(dot, "module", dot), "independent", False)
     estimate = dot_estimate(residual, pairs.sample, pairs.timestep, pairs.jump, pairs.base)
     return estimate.float().unflatten(0, (-1, pairs.conditions.branches))
 

@@ -1,6 +1,5 @@
 """The loop that every training command runs; what is learnt comes in as a loss function."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -10,17 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from morse.training.batches import StepBatches, step_loader
-from morse.training.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
-    prepare_output_dir,
-    save_checkpoint,
-    write_json,
-)
+from morse.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from morse.training.common import (
     RunConfig,
     learning_rate_at,
-    make_accelerator,
     make_ema,
     make_optimizer,
     set_learning_rate,
@@ -28,7 +20,9 @@ from morse.training.common import (
 )
 from morse.training.data import ImageDataset
 from morse.training.log import TrainingLog
+from morse.training.output import claim_output, record_run
 from morse.training.pruning import DotPruner
+from morse.training.resuming import changed_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,20 +34,10 @@ LossFunction = Callable[[nn.Module, Tensor | tuple[Tensor, ...], torch.Generator
 
 
 def begin_run(config: RunConfig) -> "Accelerator":
-    """Claim the output folder, start accelerate and its trackers, and save the settings."""
-    accelerator = make_accelerator(config)
-    prepare_output_dir(config.output_dir, config.resume_from_checkpoint is not None)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        settings = {k: _plain(v) for k, v in dataclasses.asdict(config).items()}
-        write_json(config.output_dir / "train_config.json", settings)
-        if config.report_to != "none":
-            accelerator.init_trackers("logs", {k: str(v) for k, v in settings.items()})
+    """Claim the output folder and record the run in it, where nothing is opened in between."""
+    accelerator = claim_output(config)
+    record_run(config, accelerator)
     return accelerator
-
-
-def _plain(value: object) -> object:
-    return value if value is None or isinstance(value, (int, float, str, tuple)) else str(value)
 
 
 def _move(batch: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tuple[Tensor, ...]:
@@ -67,7 +51,7 @@ class TrainingRun:
 
     Args:
         config: The settings.
-        accelerator: From `begin_run`.
+        accelerator: From `begin_run` or `claim_output`.
         model: The network; only parameters that require gradients are trained, and only its own
             state dict is saved.
         dataset: Images; `model` may be trained on several passes over them.
@@ -113,12 +97,10 @@ class TrainingRun:
         )
         self.saved_step = self.step
         self.accelerator.print(f"resumed {path} at step {self.step}")
-        for name, value in self._exactness().items():
-            if name in settings and settings[name] != value:
-                self.accelerator.print(
-                    f"warning: {name} was {settings[name]} and is now {value}; "
-                    "the result will differ from that of an uninterrupted run"
-                )
+        for warning in changed_settings(
+            settings, self._exactness(), self.config, self.optimizer, self.ema
+        ):
+            self.accelerator.print(f"warning: {warning}")
 
     def _exactness(self) -> dict[str, object]:
         """Give the settings that decide what a step draws."""

@@ -42,6 +42,10 @@ class ConditionedImages(Dataset):
         self.images, self.pipeline = images, pipeline
         self.numbers, self.table = numbers, table
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave networks behind: processes that load data get images and numbers alone."""
+        return self.__dict__ | {"pipeline": None, "table": None}
+
     def __len__(self) -> int:
         """Give the number of images."""
         return len(self.images)
@@ -73,9 +77,13 @@ def open_source(
     """Open the images of one split, with captions or classes where the pipeline takes them.
 
     Raises:
-        ValueError: If they have none.
+        ValueError: If they have none, or a setting is for pipelines of another kind.
     """
     kind = pipeline.encoder.kind
+    if config.cache_latents and pipeline.codec is None:
+        raise ValueError(
+            "cache_latents is True, but this pipeline works on pixels; leave --cache_latents away."
+        )
     if kind != "text":
         for name in ("caption_column", "class_names"):
             if getattr(config, name) is not None:
@@ -122,6 +130,15 @@ def _classes(images: ImageDataset, pipeline: FrozenPipeline) -> tuple[list[int],
             f"labels go up to {int(images.labels.max())}, but the pipeline knows {count} classes."
         )
     return list(range(count)), images.labels
+
+
+def describe_data(source: ConditionedImages, config: "TrainDotConfig") -> dict[str, object]:
+    """Say which images a cache is made of, as JSON has it."""
+    return {
+        "data": str(config.train_data_dir or config.dataset_name),
+        "image_column": config.image_column,
+        "images": len(source),
+    }
 
 
 def draw_windows(

@@ -17,7 +17,8 @@ from morse.training.captions import name_classes, unique_captions
 from morse.training.common import TrainingConfig, derive_seed, require
 from morse.training.data import ImageDataset, open_images, to_model_range
 from morse.training.latents import LatentCodec
-from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.training.output import claim_output, record_run
+from morse.training.run import LossFunction, TrainingRun
 from morse.training.text_model import (
     TEXT_HEAD_SIZE,
     TextDash,
@@ -179,6 +180,20 @@ def _sample_saver(
     return save_samples
 
 
+def _load_vae(folder: Path) -> "AutoencoderKL":
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if vae.config.get(name):
+            raise ValueError(
+                f"vae is {folder}, whose config has {name}={vae.config[name]}, but a "
+                "StableDiffusionPipeline, as which the result is saved, decodes without it; give "
+                "an AutoencoderKL that has only a scaling_factor, such as train_vae's"
+            )
+    return vae.requires_grad_(False).eval()
+
+
 def _open_captioned(config: TrainTextDashConfig, vae: "AutoencoderKL") -> ImageDataset:
     dataset = open_images(
         config.train_data_dir,
@@ -195,12 +210,12 @@ def _open_captioned(config: TrainTextDashConfig, vae: "AutoencoderKL") -> ImageD
 
 def train_text_dash(config: TrainTextDashConfig) -> Path:
     """Train a text-to-image Dash and save it for `StableDiffusionPipeline.from_pretrained`."""
-    from diffusers import AutoencoderKL, DDIMScheduler
+    from diffusers import DDIMScheduler
 
-    accelerator = begin_run(config)
-    vae = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True)
-    vae = vae.requires_grad_(False).eval().to(accelerator.device)
+    accelerator = claim_output(config)
+    vae = _load_vae(config.vae).to(accelerator.device)
     dataset = _open_captioned(config, vae)
+    record_run(config, accelerator)
     prompts, rows = unique_captions(dataset.captions)
     tokenizer = build_tokenizer(config, prompts)
     scheduler = DDIMScheduler(

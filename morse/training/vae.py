@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from morse.training.checkpoint import write_json
 from morse.training.common import TrainingConfig, require
 from morse.training.data import ImageDataset, open_images, to_model_range
-from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.training.output import claim_output, record_run
+from morse.training.run import LossFunction, TrainingRun
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -132,7 +133,7 @@ def measure_psnr(vae: "AutoencoderKL", dataset: ImageDataset, device: torch.devi
 
 def train_vae(config: TrainVaeConfig) -> Path:
     """Train an autoencoder and save it into `config.output_dir` for `AutoencoderKL`."""
-    accelerator = begin_run(config)
+    accelerator = claim_output(config)
     train, test = (
         open_images(
             config.train_data_dir,
@@ -144,6 +145,7 @@ def train_vae(config: TrainVaeConfig) -> Path:
         )
         for split in ("train", "test")
     )
+    record_run(config, accelerator)
     run = TrainingRun(config, accelerator, Autoencoding(build_vae(config)), train, vae_loss(config))
     run.train()
     if accelerator.is_main_process:

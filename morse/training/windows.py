@@ -61,12 +61,18 @@ def draw_timesteps(
         drawn = scores.topk(num_points, dim=1).indices
         return drawn.sort(dim=1, descending=True).values
     low, high = max(PLAN_EVALUATIONS[0], num_points), PLAN_EVALUATIONS[1]
-    uniform = torch.rand(2, batch_size, generator=generator, device=device, dtype=torch.float64)
+    dtype = _widest_float(device)
+    uniform = torch.rand(2, batch_size, generator=generator, device=device, dtype=dtype)
     evaluations = (low * (high / low) ** uniform[0]).round()
     start = (uniform[1] * (evaluations - num_points + 1)).floor()
     index = start[:, None] + torch.arange(num_points, device=device)
     grid = num_train_timesteps - index * (num_train_timesteps / evaluations[:, None])
     return grid.round().long() - 1
+
+
+def _widest_float(device: torch.device) -> torch.dtype:
+    """Give float64 where it is sure to exist; MPS has none."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 @torch.no_grad()

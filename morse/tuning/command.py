@@ -20,7 +20,8 @@ from morse.evaluation.environment import command_line, environment
 from morse.evaluation.metrics import psnr
 from morse.saved_plans import SavedPlan
 from morse.training.checkpoint import write_json
-from morse.training.run import TrainingRun, begin_run
+from morse.training.output import claim_output, record_run
+from morse.training.run import TrainingRun
 from morse.tuning.blend import blend, weights_before
 from morse.tuning.config import TuneDotConfig
 from morse.tuning.loss import MAX_PSNR, FeatureLoss, load_feature_loss, run_loss
@@ -43,7 +44,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
     Returns:
         Its folder, `config.output_dir`.
     """
-    accelerator = begin_run(config)
+    accelerator = claim_output(config)
     bare, dot = load_bare(config.pretrained_model_name_or_path, config.dot, str(accelerator.device))
     schedulers = {solver: make_solver(solver, bare.scheduler.config) for solver in config.solver}
     pipe = enable_with_gradients(with_scheduler(bare, schedulers[config.solver[0]]), dot)
@@ -56,6 +57,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
     conditions = make_conditions(
         pipe, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
+    record_run(config, accelerator)
     progress = Progress(config.output_dir)
     earlier_ratio = progress.choices.get("speed_ratio")
     pipe.speed_ratio = _choose_speed_ratio(pipe, config, conditions, accelerator, earlier_ratio)

@@ -9,17 +9,23 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from morse.training.data import IDX_PREFIXES, IMAGE_SUFFIXES
+from morse.training.data import IDX_PREFIXES
 from morse.training.idx import IDX_IMAGES, read_idx
+from morse.training.image_files import (
+    BROKEN,
+    IMAGE_SUFFIXES,
+    has_alpha,
+    is_image,
+    to_bytes,
+    to_channels,
+)
 
 HUB = "hub:"
 NAMED_FILES = 10  # unreadable files that a result lists by name
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def open_image_set(source: str, split: str = "train", image_column: str = "image
         if not chosen:
             raise FileNotFoundError(f"split is {split!r}, but {path} has only {idx_files}")
         return _open_idx(chosen[0])
-    return image_files(path, [file for file in path.rglob("*") if _is_image(file)])
+    return image_files(path, list(filter(is_image, path.rglob("*"))))
 
 
 def image_files(folder: Path, files: list[Path]) -> ImageSet:
@@ -148,10 +154,6 @@ def _natural_order(file: Path) -> list[tuple[bool, int, str]]:
     """Compare runs of digits as numbers, so that the n-th image is the one that is numbered n."""
     parts = re.split(r"([0-9]+)", str(file))
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 
 
 def _open_idx(path: Path) -> ImageSet:
@@ -201,7 +203,7 @@ def read_batches(
     def read(index: int) -> tuple[Tensor, Image.Image] | Exception:
         try:
             with images.open(index) as image:
-                return _to_bytes(image, channels), image
+                return to_bytes(to_channels(image, channels)), image
         except BROKEN as error:
             return error
 
@@ -234,22 +236,5 @@ def _note(image: Image.Image, channels: int, facts: ReadingFacts) -> None:
     facts.num_images += 1
     facts.grey += is_grey and channels == 3
     facts.to_grey += not is_grey and channels == 1
-    facts.alpha += _has_alpha(image)
+    facts.alpha += has_alpha(image)
     facts.sizes[f"{image.width}x{image.height}"] += 1
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    return "A" in image.getbands() or "transparency" in image.info
-
-
-def _to_bytes(image: Image.Image, channels: int) -> Tensor:
-    """Convert to (channels, H, W) uint8; transparency shows white."""
-    if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
-        raise ValueError(f"its mode is {image.mode}, but 8 bits a channel are needed")
-    if _has_alpha(image):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    array = np.array(image, dtype=np.uint8).reshape(image.height, image.width, channels)
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()

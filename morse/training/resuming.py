@@ -1,0 +1,50 @@
+"""What a resumed run is told of settings that differ from those of its checkpoint."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch.optim import Optimizer
+
+from morse.training.common import RunConfig
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
+
+def changed_settings(
+    before: Mapping[str, object],
+    now: Mapping[str, object],
+    config: RunConfig,
+    optimizer: Optimizer,
+    ema: "EMAModel | None",
+) -> Iterator[str]:
+    """Say which settings are others than in the run before, and which of these have no effect.
+
+    Args:
+        before: What decides what a step draws, as the checkpoint has it.
+        now: The same of this run.
+        config: This run's settings.
+        optimizer: As restored from the checkpoint.
+        ema: The same, if there is one.
+    """
+    for name, value in now.items():
+        if name in before and before[name] != value:
+            yield (
+                f"{name} was {before[name]} and is now {value}; "
+                "the result will differ from that of an uninterrupted run"
+            )
+    for name, value in _restored(optimizer, ema).items():
+        if value != getattr(config, name):
+            yield f"{name} is {getattr(config, name)}, but stays {value}, as in the checkpoint"
+
+
+def _restored(optimizer: Optimizer, ema: "EMAModel | None") -> dict[str, float]:
+    """Give the settings that are part of a checkpoint's states, by their names in the config."""
+    group = optimizer.param_groups[0]
+    restored = {
+        "adam_beta1": group["betas"][0],
+        "adam_beta2": group["betas"][1],
+        "adam_weight_decay": group["weight_decay"],
+        "adam_epsilon": group["eps"],
+    }
+    return restored | ({} if ema is None else {"ema_max_decay": ema.decay})
