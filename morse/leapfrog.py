@@ -196,8 +196,12 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("num_inference_steps is None: call set_timesteps before step.")
         if self._step_index is None:
             self._step_index = self._find_beginning(timestep)
-        here = 2 * self._step_index
-        rates = self._rates(here, sample)
+        here, dtype = 2 * self._step_index, model_output.dtype
+        sample, model_output = (
+            each.to(torch.promote_types(each.dtype, torch.float32))
+            for each in (sample, model_output)
+        )
+        rates = self._rates(here)
         clean = to_clean(model_output, sample, rates, self.config.prediction_type)
         is_clean = bool(rates[1] > self.config.clean_above * rates[0])
         now, ahead = self._weigh(clean, sample, rates, is_clean)
@@ -207,7 +211,7 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
         prev_sample = self._anchor
         if self._step_index < self.num_inference_steps:
             prev_sample = self._move(self._anchor, here + 1, here + 2, ahead, is_clean)
-        prev_sample = prev_sample.to(model_output.dtype)
+        prev_sample = prev_sample.to(dtype)
         return LeapfrogSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
     def _weigh(
@@ -230,15 +234,15 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
             return self._begin_index
         return int((self.timesteps.cpu() - int(timestep)).abs().argmin())
 
-    def _rates(self, index: int, like: Tensor) -> Rates:
+    def _rates(self, index: int) -> Rates:
+        """Give alpha and sigma on the CPU, as () each, for which no accelerator is awaited."""
         at = torch.tensor(self._grid[index])
-        return signal_and_noise(self.alphas_cumprod, at, like.float())
+        alpha, sigma = signal_and_noise(self.alphas_cumprod.cpu(), at, torch.empty(1, device="cpu"))
+        return alpha[0], sigma[0]
 
     def _move(self, sample: Tensor, start: int, end: int, fixed: Tensor, is_clean: bool) -> Tensor:
         """Take a DDIM step between grid points for an x_0 (`is_clean`) or an epsilon."""
-        (alpha, sigma), (next_alpha, next_sigma) = (
-            self._rates(index, sample) for index in (start, end)
-        )
+        (alpha, sigma), (next_alpha, next_sigma) = map(self._rates, (start, end))
         if is_clean:
             ratio = next_sigma / sigma
             return ratio * sample + (next_alpha - ratio * alpha) * fixed

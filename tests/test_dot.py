@@ -1,5 +1,7 @@
 import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -156,6 +158,22 @@ class TestSaving:
         assert shared.isdisjoint(value.data_ptr() for value in dot.state_dict().values())
         dot.save_pretrained(tmp_path)
         assert "lora_specs" in json.loads((tmp_path / "config.json").read_text())
+
+    def test_the_default_device_does_not_matter(self, dash):
+        expected = fingerprint(dash)
+        with torch.device("meta"):
+            assert fingerprint(dash) == expected
+
+    @torch.no_grad()
+    def test_merged_weights_leave_with_the_dot(self, dash, make_dot):
+        dot, own = make_dot(dash).merge_lora().bind(dash), set(dash.parameters())
+        merged = [weakref.ref(each) for each in dot._tree[0].parameters() if each not in own]
+        assert merged
+        expected = dot(*inputs())
+        dot.to("cpu")
+        gc.collect()
+        assert all(each() is None for each in merged)
+        assert torch.equal(dot.bind(dash)(*inputs()), expected)
 
     def test_another_dash_is_refused_with_both_fingerprints(self, dash, build_unet, tmp_path):
         MorseDot.from_dash(dash).save_pretrained(tmp_path)

@@ -166,6 +166,11 @@ def test_what_did_not_go_as_planned_is_kept_with_the_images(tmp_path):
     }
 
 
+def test_images_of_bfloat16(pipe, tmp_path):
+    folder, _ = generate(pipe.to(torch.bfloat16), BARE, REQUEST, tmp_path, alone())
+    assert "00000006.png" in files(folder)
+
+
 def test_image_i_takes_prompt_i_modulo_all(tmp_path):
     recorder = Recorder()
     request = Request(5, 0, 2, Conditions(("a", "b", "c"), guidance_scale=7.5), {})

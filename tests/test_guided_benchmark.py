@@ -30,6 +30,17 @@ from morse.plan import MorsePlan
 NAMES = ("bag", "ankle boot", "shirt")
 
 
+def test_decoders_run_in_full_precision(text_folder):
+    bare, _ = load_bare(str(text_folder), None, "cpu")
+    seen, decoder = [], bare.vae.decoder
+    decoder.register_forward_hook(
+        lambda module, args, output: seen.append((torch.is_autocast_enabled("cpu"), output.dtype))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        bare("boot", num_inference_steps=1, output_type="pt")
+    assert seen == [(False, torch.float32)]
+
+
 def test_the_command_line_takes_prompts_and_several_scales():
     options = "--pretrained_model_name_or_path runs/dash --dot runs/dot --prompts bag boot "
     config = parse_config(BenchmarkConfig, (options + "--guidance_scale 1 3 7.5").split())

@@ -79,6 +79,17 @@ def test_a_power_moves_timesteps_to_low_noise_and_keeps_them_distinct():
     assert steep._grid == sorted(set(steep._grid), reverse=True)
 
 
+def test_a_step_waits_for_no_accelerator():
+    """On "meta" there are no values to wait for."""
+    rows = [[999.0, 0.5, 0.1, 0.1], [300.0, 1.0, 0.0, 0.0]]
+    scheduler = LeapfrogScheduler(clean_above=0.5, fitted_steps=rows)
+    scheduler.set_timesteps(2)
+    sample = torch.empty(1, 1, 2, 2, dtype=torch.float16, device="meta")
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(sample, timestep, sample).prev_sample
+    assert sample.dtype == torch.float16 and sample.device.type == "meta"
+
+
 def test_one_evaluation_is_ddim(build_unet):
     unet, noise = build_unet(channels=(8, 16), sample_size=8), torch.Generator().manual_seed(0)
     images = [

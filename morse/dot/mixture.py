@@ -139,7 +139,7 @@ class GaussianMixture(nn.Module):
 
 def _cluster(flat: Tensor, count: int, seed: int) -> Tensor:
     """Number each row's cluster (k-means; Lloyd 1982)."""
-    order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed), device="cpu")
     centres = flat[order[:count]]
     for _ in range(_ROUNDS):
         nearest = torch.cdist(flat, centres).argmin(1)

@@ -1,8 +1,9 @@
 """How a Dot holds on to its Dash without owning it, with its LoRA merged or beside the weights."""
 
+from collections.abc import Callable
 from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from morse.dot.lora import LowRank
 from morse.dot.shell import moves_weights, update_tree
@@ -49,6 +50,7 @@ class SharesDash(nn.Module):
             update_tree(self._tree[0], dash)
         else:
             build = merge_shared_tree if self.is_merged else make_shared_tree
+            self._tree = ()  # merged weights are as large as Dash: not two copies at a time
             self._tree, self._tree_state = (build(dash, self.adapters),), state
         return self
 
@@ -71,6 +73,11 @@ class SharesDash(nn.Module):
         self._merged = False
         self._tree = ()
         return self
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Merged weights, which are no parameters, would stay where they are until the next run.
+        self._tree = ()
+        return super()._apply(function, recurse)
 
     def _bound_dash(self) -> nn.Module:
         if not self._dash:

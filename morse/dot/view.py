@@ -161,7 +161,7 @@ def fingerprint(dash: nn.Module) -> dict[str, object]:
 
 def _project(weight: Tensor) -> float:
     flat = weight.detach().cpu().double().flatten()  # MPS has no float64
-    direction = torch.cos(torch.arange(flat.numel(), dtype=torch.float64))
+    direction = torch.cos(torch.arange(flat.numel(), dtype=flat.dtype, device="cpu"))
     return float(flat @ direction / flat.norm().clamp(min=1e-12))
 
 

@@ -118,10 +118,23 @@ def _bare_pipeline(bare: "DiffusionPipeline", name: str) -> "DiffusionPipeline":
             f"pipeline {name!r} is a {type(bare).__name__}, which takes {list(parameters)[1:6]}; "
             f"the benchmark samples from noise and one of {list(ASKED_FOR)}"
         )
+    if getattr(bare, "vae", None) is not None:
+        decode_in_full(bare.vae)
     if getattr(bare, "safety_checker", None) is not None:
         bare.register_modules(safety_checker=None)
     bare.set_progress_bar_config(disable=True)
     return bare
+
+
+def decode_in_full(vae: torch.nn.Module) -> None:
+    """Keep autocast out of an autoencoder's decoder: in float16 that of SDXL overflows."""
+    decode = vae.decode
+
+    def in_full(latents: torch.Tensor, *args: object, **kwargs: object) -> object:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = in_full
 
 
 def with_solver(bare: "DiffusionPipeline", solver: str) -> "DiffusionPipeline":

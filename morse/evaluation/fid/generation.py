@@ -206,7 +206,10 @@ def _sample(
     settings |= request.conditions.arguments(batch)
     generators = [torch.Generator().manual_seed(request.seed + index) for index in batch]
     with scheduler_options(pipe, method.scheduler):
-        images = np.asarray(pipe(generator=generators, output_type="np", **settings).images)
+        # Not "np": pipelines of pixels can't make NumPy arrays of bfloat16. Some know nothing else.
+        images = pipe(generator=generators, output_type="pt", **settings).images
+    if isinstance(images, torch.Tensor):
+        images = images.permute(0, 2, 3, 1).float().cpu().numpy()
     broken = [
         request.seed + i
         for i, image in zip(batch, images, strict=True)
