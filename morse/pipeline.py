@@ -112,7 +112,8 @@ class MorsePipeline:
                 the package), a folder, or the id of a pipeline on the hub.
             dot: A Dot, or where one is saved; None for the one saved with the pipeline, if any.
             scheduler: A scheduler, or the name of one (`morse.pipeline.SCHEDULERS`), made with
-                the pipeline's own scheduler's config.
+                the pipeline's own scheduler's config, but for a `timestep_spacing` left at its
+                default.
             merge_lora: See `enable_morse`.
             kwargs: As for `DiffusionPipeline.from_pretrained`; only safetensors are read. Of these
                 `revision` is the pipeline's, and with it of a Dot that is saved there.

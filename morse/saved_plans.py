@@ -53,10 +53,11 @@ class SavedPlan:
 
     @property
     def grid(self) -> str:
-        """The scheduler's options in few words."""
+        """The scheduler's options in few words, but for the spacing that all plans have."""
         return ", ".join(
             name.replace("_", " ") if name == "fitted_steps" else f"{name} {value}"
             for name, value in self.scheduler.items()
+            if name != "timestep_spacing"
         )
 
     def to_config(self) -> dict[str, object]:

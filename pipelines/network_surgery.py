@@ -6,7 +6,6 @@ python -m pipelines.network_surgery --train_data_dir /usr/share/datasets/fashion
 Writes results.json and results.md. `--quick` takes seconds and its figures say nothing.
 """
 
-import dataclasses
 import statistics
 import tempfile
 import warnings
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from morse.cli import run_command
+from morse.cli import replace_defaults, run_command
 from morse.compression import NetworkSurgery, save_sparse
 from morse.evaluation.environment import command_line, environment
 from morse.training.batches import StepBatches
@@ -44,15 +43,13 @@ class SurgeryConfig:
         default=0.7, metadata={"help": "share of these after which the masks stay"}
     )
     batch_size: int = field(default=64, metadata={"help": "images an update"})
-    quick: bool = field(default=False, metadata={"help": "one seed, 50 updates each"})
+    quick: bool = field(default=False, metadata={"help": "one seed, 50 updates each, unless given"})
 
     def __post_init__(self) -> None:
         """Check the ranges, and take --quick's settings where none were given."""
         if self.quick:
             tiny = {"seeds": 1, "dense_steps": 50, "prune_steps": 50}
-            for option in dataclasses.fields(self):
-                if option.name in tiny and getattr(self, option.name) == option.default:
-                    object.__setattr__(self, option.name, tiny[option.name])
+            replace_defaults(self, tiny)
         for name in ("seeds", "dense_steps", "prune_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

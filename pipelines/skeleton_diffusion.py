@@ -8,7 +8,6 @@ equal cost with and without Dot, and writes results.json, results.md and poses.p
 seconds and its figures say nothing.
 """
 
-import dataclasses
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from morse import MorseDot, MorsePipeline, MorsePlan
-from morse.cli import run_command
+from morse.cli import replace_defaults, run_command
 from morse.evaluation.environment import command_line, environment
 from morse.training.checkpoint import write_bytes, write_json
 from morse.training.schedule import read_schedule
@@ -70,9 +69,7 @@ class SkeletonConfig:
                 "windows": 64, "batch_size": 32, "lsd": (4, 6), "num_poses": 16, "seeds": 1,
                 "speed_ratio": 3.0,
             }  # fmt: skip
-            for option in dataclasses.fields(self):
-                if option.name in tiny and getattr(self, option.name) == option.default:
-                    object.__setattr__(self, option.name, tiny[option.name])
+            replace_defaults(self, tiny)
         least = dict.fromkeys(("train_poses", "dash_steps", "dot_steps", "windows", "seeds"), 1)
         least |= {"batch_size": 2, "num_poses": 2}  # half a batch of Dot's are pairs after a Dash
         for name, minimum in least.items():

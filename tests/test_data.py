@@ -181,7 +181,9 @@ class Rows:
         return len(self.columns["image"])
 
     def __getitem__(self, key):
-        return self.columns[key] if isinstance(key, str) else self.select(key).columns
+        if isinstance(key, str):
+            return self.columns[key]
+        return {name: values[key] for name, values in self.columns.items()}
 
     def select(self, rows):
         return Rows(**{name: [v[row] for row in rows] for name, v in self.columns.items()})
@@ -240,7 +242,7 @@ def test_without_class_numbers_the_test_part_is_kept(hub):
 def test_a_hub_data_sets_captions_are_texts(hub, caption):
     rows = Rows(image=grey(2), text=["a bag", caption])
     hub(train=rows, test=rows.select([0]))
-    with pytest.raises(ValueError, match=r"caption_column is 'text', whose row 1 is .*one text"):
+    with pytest.raises(ValueError, match=r"caption_column is 'text', whose row 1 .* is .*one text"):
         open_images(None, "someone/pictures", 4, 1, caption_column="text")
     test = open_images(None, "someone/pictures", 4, 1, "test", caption_column="text")
     assert test.captions == ["a bag"]
@@ -251,7 +253,7 @@ def test_an_unfit_image_of_the_hub_is_named(hub):
     hub(train=rows, test=rows)
     images = open_images(None, "someone/pictures", 4, 1)
     assert images[0].shape == (1, 4, 4)
-    with pytest.raises(ValueError, match=r"row 1 of image_column 'image' cannot be read.*I;16"):
+    with pytest.raises(ValueError, match=r"row 1 .* in image_column 'image' cannot be read.*I;16"):
         images[1]
 
 

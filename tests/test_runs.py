@@ -147,9 +147,10 @@ def test_every_solver_converges_to_the_reference():
         assert ratios == sorted(ratios) and ratios[-1] > 25, (solver, ratios)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
 def test_all_solvers_start_from_the_references_noise(spacing):
-    config = DDPMScheduler(timestep_spacing=spacing, clip_sample=False).config
+    chosen = {} if spacing is None else {"timestep_spacing": spacing}
+    config = DDPMScheduler(clip_sample=False, **chosen).config
     for solver in SOLVERS:
         scheduler = make_solver(solver, config)
         scheduler.set_timesteps(8)

@@ -76,7 +76,7 @@ class SharesDash(nn.Module):
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Merged weights, which are no parameters, would stay where they are until the next run.
-        self._tree = ()
+        self._tree = () if self._merged else self._tree
         return super()._apply(function, recurse)
 
     def _bound_dash(self) -> nn.Module:

@@ -47,7 +47,8 @@ class DemoConfig:
         default=Path("demo_output"), metadata={"help": "folder for grid.png and quality.png"}
     )
     pipeline: str = dataclasses.field(
-        default="fashion-mnist", metadata={"help": "the embedded pipeline, or a folder"}
+        default="fashion-mnist",
+        metadata={"help": "the embedded pipeline, or a folder with an unconditional one"},
     )
     dot: str | None = dataclasses.field(
         default=None, metadata={"help": "another Dot's folder; the pipeline's own if left out"}
@@ -104,7 +105,7 @@ def run_demo(config: DemoConfig) -> list[Row]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console()
-    with console.status("loading Dash, Dot and the classifier"):
+    with console.status("loading Dash and Dot"):
         pipelines = load_pipelines(config.pipeline, config.dot, DEMO_SOLVERS, config.device)
         check_demo(pipelines[REFERENCE_SOLVER], config.pipeline)
         device = pipelines[REFERENCE_SOLVER].device
@@ -168,7 +169,7 @@ def _write_json(config: DemoConfig, facts: dict[str, object], rows: list[Row]) -
         **facts,
         "seed": config.seed,
         "reference": REFERENCE_NAME,
-        "note": NOTE,
+        "note": NOTE if any(row.frechet is not None for row in rows) else None,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     config.json.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ class Row:
         seconds: Wall time for all images.
         psnr: Mean same-noise PSNR to the reference, in dB; None for the reference itself.
         frechet: Fréchet distance to the real training images; None for other than Fashion-MNIST's.
-        frechet_to_reference: The same to the reference sampler's images; None like `psnr`.
+        frechet_to_reference: The same to the reference sampler's images; None like either.
         plan: Which evaluations were Dash's, such as "DooDoo"; "" for the bare pipeline.
     """
 

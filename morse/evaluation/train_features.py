@@ -72,7 +72,7 @@ def train_features(config: TrainFeaturesConfig) -> float:
     Works under `accelerate launch`: each process takes its share of every epoch.
 
     Returns:
-        Accuracy on the 10,000 test images, in [0, 1].
+        Accuracy on the test images, in [0, 1].
 
     Raises:
         FileExistsError: If `output_dir` holds files already.

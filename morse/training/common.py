@@ -73,7 +73,11 @@ class RunConfig:
         default=2, metadata={"help": "keep only so many newest checkpoints"}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": '"latest" or a checkpoint folder'}
+        default=None,
+        metadata={
+            "help": '"latest" or a checkpoint folder; those after an earlier one are removed when '
+            "the next is saved"
+        },
     )
     report_to: Literal["none", "tensorboard"] = field(
         default="none", metadata={"help": "tracker for losses"}
@@ -122,7 +126,8 @@ class TrainingConfig(RunConfig):
     train_data_dir: Path | None = field(
         default=None,
         metadata={
-            "help": "folder of images, or IDX files such as /usr/share/datasets/fashion-mnist"
+            "help": "folder of images, or IDX files such as /usr/share/datasets/fashion-mnist; "
+            "without a test part every 20th image is held out"
         },
     )
     dataset_name: str | None = field(

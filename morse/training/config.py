@@ -29,7 +29,9 @@ class TrainDotConfig(TrainingConfig):
     )
     caption_column: str | None = field(
         default=None,
-        metadata={"help": "captions: a hub dataset's column, or a name in metadata.jsonl"},
+        metadata={
+            "help": "captions: a hub dataset's column, or a name in the nearest metadata.jsonl"
+        },
     )
     class_names: tuple[str, ...] | None = field(
         default=None, metadata={"help": "captions for labelled images: a text for each class"}

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from morse.training.common import TrainingConfig, derive_seed, require
 from morse.training.data import open_images, to_model_range
-from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.training.output import begin_run
+from morse.training.run import LossFunction, TrainingRun
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel

@@ -22,7 +22,7 @@ from morse.training.idx import (
     read_idx,
     read_idx_labels,
 )
-from morse.training.image_files import BROKEN, IMAGE_SUFFIXES, is_image, to_bytes, to_channels
+from morse.training.image_reading import BROKEN, IMAGE_SUFFIXES, is_image, to_bytes, to_channels
 
 HELD_OUT_EVERY = 20
 IDX_PREFIXES = {"train": "train", "test": "t10k"}
@@ -92,7 +92,7 @@ def open_images(
         split: Which part of the data; of a hub dataset see also `hub_rows.load_parts`.
         image_column: The column of a hub dataset that holds the images.
         caption_column: Where captions are found: a column of the hub dataset, or a name in the
-            image folder's `metadata.jsonl`; None for no captions.
+            nearest `metadata.jsonl`, an image's folder's or one's above; None for no captions.
 
     Raises:
         FileNotFoundError: `train_data_dir` doesn't exist.
@@ -216,7 +216,7 @@ def _open_hub(
     column: str,
     caption_column: str | None,
 ) -> ImageDataset:
-    train, test = load_parts(name)
+    train, test = load_parts(name, labelled=caption_column is None)
     if test is None:
         rows = train.select(held_out_rows(len(train), split))
     else:
@@ -233,7 +233,7 @@ def _read_rows(
     rows: Dataset, column: str, resolution: int, channels: int, indices: list[int]
 ) -> Tensor:
     images = []
-    for index, image in zip(indices, rows[indices][column], strict=True):
-        with _naming(f"row {index} of image_column {column!r}"):
-            images.append(_fit(image, resolution, channels))
+    for index in indices:
+        with _naming(f"row {index} (of its part) in image_column {column!r}"):
+            images.append(_fit(rows[index][column], resolution, channels))
     return torch.stack(images)

@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def load_parts(name: str) -> "tuple[Dataset, Dataset | None]":
+def load_parts(name: str, labelled: bool = True) -> "tuple[Dataset, Dataset | None]":
     """Load a dataset's part to train on, and the one to test on if it has one.
 
-    Where `train` has class numbers and `test` has not, as that of a benchmark whose answers are
-    secret, `validation` takes its place, if it has them.
+    Args:
+        name: Of the dataset.
+        labelled: Whether class numbers count. Then, where `train` has them and `test` has not, as
+            that of a benchmark whose answers are secret, `validation` takes its place, if it does.
 
     Raises:
         ValueError: If the `datasets` package is missing.
@@ -30,7 +32,7 @@ def load_parts(name: str) -> "tuple[Dataset, Dataset | None]":
     train = load_dataset(name, split="train")
     if "test" not in names:
         return train, None
-    labelled = read_labels(train) is not None
+    labelled = labelled and read_labels(train) is not None
     for part in ("test", "validation"):
         if part in names:
             rows = load_dataset(name, split=part)
@@ -62,7 +64,7 @@ def read_captions(rows: "Dataset", column: str) -> list[str]:
     for row, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise ValueError(
-                f"caption_column is {column!r}, whose row {row} is {caption!r:.80}, but captions "
-                "are texts; give a column with one text in each row"
+                f"caption_column is {column!r}, whose row {row} (of its part) is {caption!r:.80}, "
+                "but captions are texts; give a column with one text in each row"
             )
     return captions

@@ -22,12 +22,12 @@ from morse.training.frozen import FrozenPipeline, load_frozen_pipeline
 from morse.training.gate import calibration_pairs, fit_gate
 from morse.training.graphs import GraphedDot
 from morse.training.latent_cache import cache_latents
-from morse.training.output import claim_output, record_run
+from morse.training.output import begin_run, claim_output, record_run
 from morse.training.pairs import weighted_loss
 from morse.training.progressive import first_stage, grow, second_stage, start_from
 from morse.training.pruned import keep_zeros
 from morse.training.pruning import DotPruner
-from morse.training.run import LossFunction, TrainingRun, begin_run
+from morse.training.run import LossFunction, TrainingRun
 from morse.training.sequences import sequence_loss, sequence_pairs
 from morse.training.source import (
     Batch,

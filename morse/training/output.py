@@ -32,5 +32,12 @@ def record_run(config: RunConfig, accelerator: "Accelerator") -> None:
         accelerator.init_trackers("logs", {k: str(v) for k, v in settings.items()})
 
 
+def begin_run(config: RunConfig) -> "Accelerator":
+    """Claim the output folder and record the run in it, where nothing is opened in between."""
+    accelerator = claim_output(config)
+    record_run(config, accelerator)
+    return accelerator
+
+
 def _plain(value: object) -> object:
     return value if value is None or isinstance(value, (int, float, str, tuple)) else str(value)

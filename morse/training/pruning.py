@@ -215,7 +215,7 @@ def set_thresholds(surgery: NetworkSurgery, share: float) -> None:
             count = max(count, len(sizes) - len(kept) + 1)
         below = sizes.kthvalue(count).values.item() if count else 0.0
         above = below * surgery.high / surgery.low
-        spread = (kept if len(kept) else sizes).double()
+        spread = (kept if len(kept) else sizes).cpu().double()  # not every device has it
         mu, std = spread.mean().item(), spread.std(correction=0).item()
         layer = name.rpartition(".")[0]
         state[f"thresholds.{layer}"] = torch.tensor([below, above, mu, std], dtype=torch.float64)

@@ -20,7 +20,6 @@ from morse.training.common import (
 )
 from morse.training.data import ImageDataset
 from morse.training.log import TrainingLog
-from morse.training.output import claim_output, record_run
 from morse.training.pruning import DotPruner
 from morse.training.resuming import changed_settings
 
@@ -31,13 +30,6 @@ if TYPE_CHECKING:
 # (model, batch, generator) -> loss; a batch is what the dataset gives, on the model's device:
 # images (B, C, H, W) uint8, or a tuple of them and what belongs to them.
 LossFunction = Callable[[nn.Module, Tensor | tuple[Tensor, ...], torch.Generator], Tensor]
-
-
-def begin_run(config: RunConfig) -> "Accelerator":
-    """Claim the output folder and record the run in it, where nothing is opened in between."""
-    accelerator = claim_output(config)
-    record_run(config, accelerator)
-    return accelerator
 
 
 def _move(batch: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tuple[Tensor, ...]:
@@ -107,7 +99,8 @@ class TrainingRun:
         names = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
         settings = {name: getattr(self.config, name) for name in names} | self.choices
         pruning = {} if self.pruner is None else self.pruner.settings
-        return settings | pruning | {"num_processes": self.accelerator.num_processes}
+        sizes = {"images": len(self.dataset), "num_processes": self.accelerator.num_processes}
+        return settings | pruning | sizes
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one."""

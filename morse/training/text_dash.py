@@ -44,7 +44,10 @@ class TrainTextDashConfig(TrainingConfig):
         default=None, metadata={"help": "captions by class number, for images with labels"}
     )
     caption_column: str | None = field(
-        default=None, metadata={"help": "column or metadata.jsonl name that holds the captions"}
+        default=None,
+        metadata={
+            "help": "captions: a hub dataset's column, or a name in the nearest metadata.jsonl"
+        },
     )
     block_out_channels: tuple[int, ...] = field(
         default=(64, 128), metadata={"help": "channels of the UNet's levels"}

@@ -57,7 +57,6 @@ def tune_dot(config: TuneDotConfig) -> Path:
     conditions = make_conditions(
         pipe, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
-    record_run(config, accelerator)
     progress = Progress(config.output_dir)
     earlier_ratio = progress.choices.get("speed_ratio")
     pipe.speed_ratio = _choose_speed_ratio(pipe, config, conditions, accelerator, earlier_ratio)
@@ -67,6 +66,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
         SampledRun(pipe, each, conditions, config.seed, decode) for each in (runs, [target])
     )
     features = _feature_loss(many, config, accelerator)
+    record_run(config, accelerator)
     targets = prepare_targets(many, config, accelerator)
     choices = _choices(config, pipe.speed_ratio, [*runs, target])
     loss = run_loss(len(runs), features)

@@ -1,9 +1,10 @@
 """Settings of the ablation."""
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from morse.cli import replace_defaults
 from morse.evaluation.ablation.rows import ROWS, Row
 from morse.training.common import require
 from morse.training.config import TrainDotConfig
@@ -109,9 +110,7 @@ class AblationConfig:
                 raise ValueError("train_data_dir is not given; name the folder of images")
             self.training(0, self.output_dir, {})  # has its own checks
         if self.quick:
-            for option in fields(self):
-                if option.name in QUICK and getattr(self, option.name) == option.default:
-                    object.__setattr__(self, option.name, QUICK[option.name])
+            replace_defaults(self, QUICK)
 
     @property
     def reports(self) -> Path:

@@ -135,7 +135,8 @@ class BenchmarkConfig:
         metadata={"help": "those of --solvers that controls and peers run with"},
     )
     ddim_ratios: tuple[float, ...] = field(
-        default=(2.0,), metadata={"help": "plan ratios tried with DDIM; 0 for none"}
+        default=(2.0,),
+        metadata={"help": "plan ratios tried with DDIM, also by controls; 0: none"},
     )
     dpm_ratios: tuple[float, ...] = field(
         default=(1.5, 2.0),

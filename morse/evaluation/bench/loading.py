@@ -81,10 +81,11 @@ def load_bare(
             f"pipeline {pipeline!r} has no Dot; give one with --dot, or train one with "
             "`morse train-dot`"
         )
-    for model in filter(None, (find_denoiser(loaded), loaded.dot)):
-        use_fast_layout(model, torch_device)
     loaded_dot = loaded.dot
-    return _bare_pipeline(disable_morse(loaded), pipeline), loaded_dot
+    bare = _bare_pipeline(disable_morse(loaded), pipeline)
+    for model in filter(None, (find_denoiser(bare), loaded_dot)):
+        use_fast_layout(model, torch_device)
+    return bare, loaded_dot
 
 
 def use_fast_layout(model: torch.nn.Module, device: torch.device) -> None:

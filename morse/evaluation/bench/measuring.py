@@ -82,11 +82,13 @@ def measure_cells(part: Part) -> dict[str, object]:
     for seed in config.seeds if not config.latency_only else ():
         _measure_seed(part, speed["speed_ratio"], seed)
     speeds = []
-    if not part.is_over:
-        speeds += store.once("speed_table", lambda: table(True, False))
-    if config.compile and not part.is_over:
-        speeds += store.once("speed_table_compiled", lambda: table(True))
-    if part.is_over:
+    for name, merged, wanted in (
+        ("speed_table", (True, False), True),
+        ("speed_table_compiled", (True,), config.compile),
+    ):
+        if wanted and (store.knows(name) or not part.is_over):
+            speeds += store.once(name, lambda merged=merged: table(*merged))
+    if part.is_over and _not_measured(part):
         print("max_seconds is over; --resume measures what is missing")
     return {
         "speed_ratio": speed,

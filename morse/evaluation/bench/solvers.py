@@ -38,4 +38,6 @@ def make_solver(solver: str, config: dict[str, object]) -> "SchedulerMixin":
     """
     from morse.pipeline import make_scheduler
 
-    return make_scheduler(solver, {**config, **SPACING, **OPTIONS.get(solver, {})})
+    # Chosen, not left at a default, which would be the new class's own.
+    chosen = {**SPACING, **OPTIONS.get(solver, {}), "_use_default_values": ()}
+    return make_scheduler(solver, {**config, **chosen})

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from morse.training.data import IDX_PREFIXES
-from morse.training.idx import IDX_IMAGES, read_idx
-from morse.training.image_files import (
+from morse.training.idx import IDX_IMAGES, IDX_IMAGES_NAME, read_idx
+from morse.training.image_reading import (
     BROKEN,
     IMAGE_SUFFIXES,
     has_alpha,
@@ -126,7 +126,7 @@ def open_image_set(source: str, split: str = "train", image_column: str = "image
         )
     if path.is_file():
         return _open_idx(path)
-    idx_files = sorted(path.glob("*-images-idx3-ubyte*"))
+    idx_files = sorted(path.glob(f"*{IDX_IMAGES_NAME}*"))
     if idx_files:
         chosen = [file for file in idx_files if file.name.startswith(IDX_PREFIXES.get(split, "-"))]
         if not chosen:

@@ -102,7 +102,8 @@ def fit_best(
         rows += known_rows([*known, {"plan": plan, "scheduler": options}], plan)
         refined = refine_rows(sample, fitted_on.images, rows, config.refine_rounds)
         fitted = candidate_of({"plan": plan, "scheduler": {"fitted_steps": refined}})
-        found.fitted[start] = evaluate(start, False)
+        if kind == "D":  # without Morse the better of both is saved
+            found.fitted[start] = evaluate(start, False)
         found.fitted[fitted] = value = evaluate(fitted, False)
         if value > found.psnr:
             found = replace(found, best=fitted, psnr=value)

@@ -25,7 +25,7 @@ class PlanConfig:
     output_dir: Path = field(
         metadata={
             "help": "where the Dot is saved with its plans, with plan_search.json beside it and "
-            "a scheduler in leapfrog-LSD for each budget's fitted steps of Dash alone"
+            "the best scheduler for Dash alone in leapfrog-LSD for each budget with fitted steps"
         }
     )
     solver: tuple[str, ...] = field(

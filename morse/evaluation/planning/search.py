@@ -36,8 +36,8 @@ class Found:
         uniform: The best of the uniform plans, judged on all images.
         uniform_psnr: Its PSNR there.
         tried: Every candidate's PSNR on few images.
-        fitted: PSNR on all images of candidates whose steps were fitted, and of what the fits
-            began with.
+        fitted: PSNR on all images of candidates whose steps were fitted, and of the all Dash that
+            a fit began with.
     """
 
     best: Candidate
