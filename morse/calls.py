@@ -65,7 +65,8 @@ class MorseCalls(PlanChoice, Publishable):
             self.last_run = None
             return super().__call__(*args, **kwargs)
         arguments = self._name_arguments(args, kwargs)
-        saved, is_budget = None, lsd is not None
+        saved, budget = None, lsd
+        is_budget = budget is not None
         if isinstance(plan, str) and plan == "uniform":
             if not is_budget:
                 raise ValueError('plan="uniform" spends a budget: give lsd= too.')
@@ -76,7 +77,7 @@ class MorseCalls(PlanChoice, Publishable):
             lsd, plan = None, saved.plan
         with scheduler_options(self, saved.scheduler if saved else {}):
             wanted = self._make_plan(lsd, num_dash_steps, num_dot_steps, plan, arguments)
-            chosen, steps = self._fit_plan(wanted, arguments, shorten=is_budget)
+            chosen, steps = self._fit_plan(wanted, arguments, is_budget, budget)
             return self._run(chosen, {**arguments, "num_inference_steps": steps})
 
     def _name_arguments(self, args: tuple, kwargs: dict) -> dict[str, object]:
@@ -104,6 +105,7 @@ class MorseCalls(PlanChoice, Publishable):
             for name, module in denoisers.items()
         ]
         run.controlnet, run.scheduler = controlnet, self.scheduler
+        run.rebinds = any("callback" in name and arguments[name] for name in arguments)
         run.read_guidance = partial(read_guidance, self)
         self.last_run, started = run, time.perf_counter()
         token = CURRENT_RUN.set(run)

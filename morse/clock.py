@@ -23,7 +23,9 @@ def scheduler_index(scheduler: object, timestep: Tensor | float) -> int | None:
     """
     timesteps = getattr(scheduler, "timesteps", None)
     # Stable Cascade's scheduler has no such number; None says that no run has begun.
-    if timesteps is None or getattr(scheduler, "num_inference_steps", 1) is None:
+    counted = getattr(scheduler, "num_inference_steps", 1) is not None
+    # DDPM's does not count timesteps that a call chooses.
+    if timesteps is None or not (counted or getattr(scheduler, "custom_timesteps", False)):
         return None
     for name in ("step_index", "counter", "begin_index"):
         count = getattr(scheduler, name, None)

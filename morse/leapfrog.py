@@ -120,6 +120,7 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
     def _restart(self) -> None:
         self._step_index: int | None = None
         self._anchor: Tensor | None = None
+        self._handed: tuple[Tensor, Tensor] | None = None  # where to evaluate, over the anchor
         self._before: tuple[Tensor, Tensor] | None = None  # the latest epsilon and x_0
 
     @property
@@ -196,7 +197,7 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("num_inference_steps is None: call set_timesteps before step.")
         if self._step_index is None:
             self._step_index = self._find_beginning(timestep)
-        here, dtype = 2 * self._step_index, model_output.dtype
+        here, dtype, given = 2 * self._step_index, model_output.dtype, sample
         sample, model_output = (
             each.to(torch.promote_types(each.dtype, torch.float32))
             for each in (sample, model_output)
@@ -206,11 +207,16 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
         is_clean = bool(rates[1] > self.config.clean_above * rates[0])
         now, ahead = self._weigh(clean, sample, rates, is_clean)
         start, anchor = (here, sample) if self._anchor is None else (here - 1, self._anchor)
+        if self._handed is not None and self._handed[0] is not given:
+            # The caller has changed it, by a mask or a callback: so the anchor moves along.
+            handed, ratio = self._handed
+            anchor = anchor + (sample - handed) / ratio
         self._anchor = self._move(anchor, start, here + 1, now, is_clean)
         self._step_index += 1
         prev_sample = self._anchor
         if self._step_index < self.num_inference_steps:
-            prev_sample = self._move(self._anchor, here + 1, here + 2, ahead, is_clean)
+            prev_sample = self._move(self._anchor, here + 1, here + 2, ahead, is_clean).to(dtype)
+            self._handed = prev_sample, self._shares(here + 1, here + 2, is_clean)[0]
         prev_sample = prev_sample.to(dtype)
         return LeapfrogSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
@@ -242,12 +248,17 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
 
     def _move(self, sample: Tensor, start: int, end: int, fixed: Tensor, is_clean: bool) -> Tensor:
         """Take a DDIM step between grid points for an x_0 (`is_clean`) or an epsilon."""
+        own, of_fixed = self._shares(start, end, is_clean)
+        return own * sample + of_fixed * fixed
+
+    def _shares(self, start: int, end: int, is_clean: bool) -> tuple[Tensor, Tensor]:
+        """Give what such a step multiplies the sample and what it multiplies the fixed one with."""
         (alpha, sigma), (next_alpha, next_sigma) = map(self._rates, (start, end))
         if is_clean:
             ratio = next_sigma / sigma
-            return ratio * sample + (next_alpha - ratio * alpha) * fixed
+            return ratio, next_alpha - ratio * alpha
         ratio = next_alpha / alpha
-        return ratio * sample + (next_sigma - ratio * sigma) * fixed
+        return ratio, next_sigma - ratio * sigma
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise clean samples (B, ...) to timesteps (B,), as image-to-image pipelines do."""

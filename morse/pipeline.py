@@ -170,7 +170,16 @@ class MorsePipeline:
 
 
 def _check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
-    """Refuse what diffusers' `DDPMPipeline` crashes on or, not scaling its input, draws wrong."""
+    """Refuse what draws wrong: a scheduler of another noise path, or of another loop.
+
+    Diffusers' `DDPMPipeline` neither scales its input nor takes steps without a generator.
+    """
+    if _is_flow(pipe.scheduler) and not _is_flow(scheduler):
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} is not for {type(pipe).__name__}, whose model "
+            f"was trained by flow matching ({type(pipe.scheduler).__name__}); use a FlowMatch... "
+            "scheduler, or one made with use_flow_sigmas=True."
+        )
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     if isinstance(pipe, DDPMPipeline) and not (takes_generator and scheduler.init_noise_sigma == 1):
         raise ValueError(
@@ -179,6 +188,12 @@ def _check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
             "generator; use leapfrog, ddim, ddpm, dpmsolver++, dpmsolver++1, sde-dpmsolver++ or "
             "lcm."
         )
+
+
+def _is_flow(scheduler: object) -> bool:
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    flow_prediction = config.get("prediction_type") == "flow_prediction"
+    return name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas")) or flow_prediction
 
 
 def load_dot(path: str | os.PathLike, **kwargs: object) -> MorseDot:

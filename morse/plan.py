@@ -217,6 +217,21 @@ class MorsePlan:
         networks = self.uniform(num_dash, length - num_gaussian - num_dash)
         return MorsePlan(("gaussian",) * num_gaussian + networks.models)
 
+    def filled(self, lsd: float, speed_ratio: float) -> "MorsePlan":
+        """Make as many of the evaluations with Dash as a budget pays for, spread uniformly.
+
+        Args:
+            lsd: The budget.
+            speed_ratio: N.
+        """
+        length = len(self) - self.num_gaussian
+        if not self.num_dot or speed_ratio <= 1:
+            return self
+        affordable = math.floor((lsd - length / speed_ratio) / (1 - 1 / speed_ratio) + 1e-9)
+        num_dash = max(self.num_dash, min(affordable, length))
+        networks = self.uniform(num_dash, length - num_dash)
+        return MorsePlan(("gaussian",) * self.num_gaussian + networks.models)
+
     @property
     def num_dash(self) -> int:
         """Number of Dash evaluations."""

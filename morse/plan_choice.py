@@ -42,7 +42,11 @@ class PlanChoice:
             kwargs: The call's other arguments: some choose the timesteps, which no saved plan fits.
         """
         saved = self._plan_by_dot(lsd, kwargs)
-        return saved or SavedPlan(lsd, str(self._make_plan(lsd, None, None, None, kwargs)))
+        if saved is not None:
+            return saved
+        plan = self._make_plan(lsd, None, None, None, kwargs)
+        plan, _ = self._fit_plan(plan, {**kwargs, "num_inference_steps": None}, True, lsd)
+        return SavedPlan(lsd, str(plan))
 
     def _plan_by_dot(self, lsd: float, arguments: dict[str, object]) -> SavedPlan | None:
         """Find the plan that was searched for this budget, or begin one; for whole runs alone."""
@@ -96,9 +100,15 @@ class PlanChoice:
         return chosen
 
     def _fit_plan(
-        self, plan: MorsePlan, arguments: dict[str, object], shorten: bool
+        self,
+        plan: MorsePlan,
+        arguments: dict[str, object],
+        shorten: bool,
+        lsd: float | None = None,
     ) -> tuple[MorsePlan, int]:
         """Find the `num_inference_steps` that makes the plan's evaluations; shorten it if allowed.
+
+        What shortening saves of a budget `lsd` goes to Dash.
 
         Raises:
             ValueError: If there is none.
@@ -114,7 +124,10 @@ class PlanChoice:
             return plan, steps
         if not shorten:
             return plan, find_exact_steps(self, known, len(plan))
-        return shorten_plan(self, known, plan)
+        fitted, steps = shorten_plan(self, known, plan)
+        if lsd is not None and len(fitted) < len(plan):
+            fitted = fitted.filled(lsd, self._known_speed_ratio(arguments))
+        return fitted, steps
 
     @property
     def plan_ratio(self) -> float:
@@ -128,11 +141,13 @@ class PlanChoice:
         if self.dot is None:
             return 1.0
         if self.speed_ratio is None:
-            # The caller asked for no such run: it must not move random numbers or call anybody.
+            # The caller asked for no such run: it must not move random numbers or call anybody, and
+            # needs other timesteps than the caller may have chosen.
+            left_out = {"generator", "timesteps", "sigmas", "denoising_start", "denoising_end"}
             own = {
                 name: value
                 for name, value in arguments.items()
-                if name != "generator" and "callback" not in name
+                if name not in left_out and "callback" not in name
             }
             device = self._execution_device
             with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -35,7 +35,7 @@ _FAMILIES: dict[Family, tuple[str, ...]] = {
         "UniPCMultistep",
         "SASolver",
     ),
-    "flow": ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"),
+    "flow": ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM"),
 }
 _ALWAYS_STOCHASTIC = (
     "DDPM",
@@ -46,6 +46,7 @@ _ALWAYS_STOCHASTIC = (
     "KDPM2AncestralDiscrete",
     "DPMSolverSDE",
     "SASolver",
+    "FlowMatchLCM",
 )
 
 

@@ -35,17 +35,29 @@ def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], ste
         timesteps = timesteps[:-1]  # the clean end, where nothing is evaluated
     cut = getattr(type(pipe), "get_timesteps", None)
     # Latent consistency's image-to-image has the method too, but its scheduler applies `strength`.
-    if cut is not None and "strength" in arguments and "original_inference_steps" not in arguments:
+    if cut is not None and _is_cut(arguments):
         known = {"device": "cpu", **arguments, "num_inference_steps": steps}
+        # What pipelines of videos hand over here is the scheduler's, not what the call was given.
+        known |= {"timesteps": timesteps, "sigmas": getattr(scheduler, "sigmas", None)}
+        known["strength"] = arguments.get("denoise_strength", arguments.get("strength"))
         names = [name for name in inspect.signature(cut).parameters if name in known]
         stand_in = SimpleNamespace(scheduler=scheduler, config=pipe.config)
-        timesteps = cut(stand_in, **{name: known[name] for name in names})[0]
+        *_, timesteps, _ = cut(stand_in, **{name: known[name] for name in names})
     end = arguments.get("denoising_end")
     if isinstance(end, float) and 0 < end < 1:
         # As SDXL's pipelines do it, by value and without telling the scheduler.
         total = scheduler.config.num_train_timesteps
         timesteps = [timestep for timestep in timesteps if timestep >= round(total - end * total)]
     return len(timesteps)
+
+
+def _is_cut(arguments: dict[str, object]) -> bool:
+    """Tell whether a pipeline that can leave out its first steps does so in such a call."""
+    if "denoise_strength" in arguments:  # LTX's, whose `strength` is that of its conditions
+        return arguments["denoise_strength"] < 1
+    if "original_inference_steps" in arguments:
+        return False
+    return "strength" in arguments and not arguments.get("enforce_inference_steps")
 
 
 def _set_timesteps(scheduler: object, arguments: dict[str, object], steps: int) -> int:
@@ -134,7 +146,9 @@ def possible_counts(
 
     Returns:
         Number of evaluations -> the smallest `num_inference_steps` that gives it, increasing; just
-        `length` where `num_inference_steps=length` gives it, as first-order schedulers do.
+        `length` where `num_inference_steps=length` gives it, as first-order schedulers do. Where a
+        call ends early (`denoising_end`) it is the largest: the last evaluation is nearest to that
+        end then, where another pipeline goes on.
 
     Raises:
         ValueError: If the scheduler takes no number of steps at all.
@@ -149,16 +163,19 @@ def possible_counts(
     if arguments.get("timesteps") is not None or arguments.get("sigmas") is not None:
         fixed = count_evaluations(pipe, arguments, length)
         return {fixed: fixed}
-    if count(length) == length:
+    ends_early = isinstance(arguments.get("denoising_end"), float)
+    if count(length) == length and not ends_early:
         return {length: length}
     counts: dict[int, int] = {}
     for steps in range(1, MOST_STEPS + 1):
         found = count(steps)
         if found is None and counts:
             break  # more steps than the scheduler takes
-        if found:
+        if found and ends_early:
+            counts[found] = steps
+        elif found:
             counts.setdefault(found, steps)
-        if found is not None and found >= length:
+        if found is not None and found >= length + ends_early:
             break
     if not counts:
         count_evaluations(pipe, arguments, length)  # raises the scheduler's own error

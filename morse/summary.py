@@ -41,7 +41,10 @@ def summarize_run(run: MorseRun, measured: SpeedRatio | None) -> str:
 
 
 def warn_unless_engaged(run: MorseRun) -> None:
-    """Warn if Dot or the mixture was planned and never ran, or the pipeline ended too early."""
+    """Warn if Dot ran for less than half of what was planned, or the mixture did not.
+
+    Also if the pipeline ended too early.
+    """
     planned, fallbacks, problem = run.plan, dict(run.fallbacks), None
     if planned.num_dot and not run.num_dot and run.num_dash:
         reason = fallbacks or "the run ended early"
@@ -53,5 +56,7 @@ def warn_unless_engaged(run: MorseRun) -> None:
         )
     elif 0 < run.num_steps < len(planned):
         problem = f"{len(planned)} evaluations but the pipeline ended after {run.num_steps}."
+    elif fallbacks and run.num_dash and run.num_dot < planned.num_dot / 2:
+        problem = f"{planned.num_dot} Dot evaluations and made {run.num_dot}: {fallbacks}."
     if problem is not None:
         warnings.warn(f"Morse planned {problem}", stacklevel=4)

@@ -43,6 +43,7 @@ class MorseRun:
         seconds: Wall time of the call.
         timings: (model, seconds) of each evaluation, where the call was timed.
         base_space: What of Dash's latest estimate Dot's residual was added to.
+        rebinds: Whether Dash may change during the run, as by the call's callback.
     """
 
     plan: MorsePlan
@@ -54,6 +55,7 @@ class MorseRun:
     seconds: float = 0.0
     timings: list[tuple[ModelName, float]] | None = None
     base_space: BaseSpace = "raw"
+    rebinds: bool = False
     denoisers: Sequence[Denoiser] = field(default=(), repr=False)
     controlnet: nn.Module | None = field(default=None, repr=False)
     scheduler: object = field(default=None, repr=False)
@@ -151,6 +153,8 @@ class MorseRun:
             earlier = self._branches.find_earlier(denoiser, steady)
             self._branches.keep(denoiser, steady, view.keep(output, timestep, rates, earlier))
             self._scale = view.scale
+            if self.rebinds:
+                self._bound.discard(denoiser.name)
         model: ModelName = "dash" if latest is None else "dot"
         self._count(model)
         if self.timings is not None:
@@ -182,7 +186,8 @@ class MorseRun:
     def _bind(self, denoiser: Denoiser) -> Dot:
         """Let a weight-shared Dot look at Dash once a run, as it is when Dot is first needed.
 
-        Not before the run: some pipelines give Dash other attention processors meanwhile.
+        Not before the run: some pipelines give Dash other attention processors meanwhile. Callbacks
+        may change its adapters, so that with them Dot looks again after each evaluation of Dash.
         """
         if isinstance(denoiser.dot, MorseDot) and denoiser.name not in self._bound:
             denoiser.dot.bind(denoiser.module)

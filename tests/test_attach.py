@@ -1,13 +1,17 @@
 import copy
 import warnings
+from collections import Counter
 
 import pytest
 import torch
 from attached import in_two_threads, latents, planned, text_pipe, trained_dot
+from diffusers import EulerDiscreteScheduler
 
 from morse import MorseDot, disable_morse, enable_morse
 from morse.plan import MorsePlan
 from morse.slot import CURRENT_RUN
+from morse.summary import warn_unless_engaged
+from morse.switch import MorseRun
 
 
 def sample(pipe, batch_size=2, seed=0, **kwargs):
@@ -255,6 +259,17 @@ class TestBudgets:
         assert pipe.measured is not None and len(steps) == len(pipe.last_run.plan)
         assert torch.equal(torch.get_rng_state(), before)
 
+    def test_chosen_timesteps_are_spent_by_dash_where_it_can_be_afforded(self):
+        pipe = text_pipe()
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        enable_morse(pipe, lambda sample, timestep, jump, **conditions: 0.1 * sample)
+        timesteps = list(range(950, 0, -100))
+        latents(pipe, lsd=10, timesteps=timesteps)  # N is measured on other ones
+        pipe.speed_ratio = 3.0
+        found = latents(pipe, lsd=10, timesteps=timesteps)
+        assert str(pipe.last_run.plan) == "D" * 10 == pipe.plan_for(10, timesteps=timesteps).plan
+        assert torch.equal(found, latents(disable_morse(pipe), timesteps=timesteps))
+
     def test_n_of_too_few_times_is_not_taken(self, pipe, dot, monkeypatch):
         enable_morse(pipe, dot)
         with pytest.raises(ValueError, match="repeats is 1, but must be 2 or more"):
@@ -428,3 +443,21 @@ def test_a_refused_dot_leaves_the_one_in_use(pipe, dot, build_unet):
     with pytest.raises(TypeError, match=r"dot is 'runs/dot', but must be .*from_pipe\."):
         enable_morse(pipe, "runs/dot")
     assert pipe.dot is dot and torch.equal(sample(pipe, plan="DoDo"), expected)
+
+
+def test_dot_looks_at_dash_again_where_a_callback_may_change_it(monkeypatch):
+    pipe, bound = text_pipe(), []
+    enable_morse(pipe, trained_dot(pipe.unet))
+    bind = MorseDot.bind
+    monkeypatch.setattr(MorseDot, "bind", lambda dot, dash: bound.append(1) or bind(dot, dash))
+    latents(pipe, plan="DoDo")
+    assert len(bound) == 1
+    latents(pipe, plan="DoDo", callback_on_step_end=lambda *args: {})
+    assert len(bound) == 3
+
+
+def test_much_less_of_dot_than_planned_is_told():
+    run = MorseRun(MorsePlan.from_string("DoooDooo"), 4.0, num_dash=6, num_dot=2)
+    run._step, run.fallbacks = 7, Counter({"other conditions": 4})
+    with pytest.warns(UserWarning, match="6 Dot evaluations and made 2: .*other conditions"):
+        warn_unless_engaged(run)

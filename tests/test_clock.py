@@ -65,3 +65,9 @@ def test_timesteps_that_were_rounded():
         assert found == list(range(count + 1))
     scheduler.set_timesteps(500)  # closer to each other than the rounding
     assert scheduler_index(scheduler, scheduler.timesteps[7].bfloat16().repeat(2)) is None
+
+
+def test_timesteps_that_a_call_chooses():
+    scheduler = diffusers.DDPMScheduler()
+    scheduler.set_timesteps(timesteps=[900, 500, 100])
+    assert [scheduler_index(scheduler, each) for each in scheduler.timesteps] == [0, 1, 2]

@@ -90,6 +90,27 @@ def test_a_step_waits_for_no_accelerator():
     assert sample.dtype == torch.float16 and sample.device.type == "meta"
 
 
+@pytest.mark.parametrize("clean_above", [0.0, 1e9])
+def test_what_a_caller_changes_between_steps_stays_changed(clean_above):
+    """The same estimates from a start further away; both moves are linear in the sample."""
+
+    def end(shift, copy=False):
+        scheduler = LeapfrogScheduler(clean_above=clean_above)
+        scheduler.set_timesteps(3)
+        sample = torch.ones(1, 1, 2, 2, dtype=torch.float64)
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(0.3 * torch.ones_like(sample), timestep, sample).prev_sample
+            sample = sample.clone() if copy else sample
+            if timestep == scheduler.timesteps[0] and shift:
+                sample = sample + shift
+        return sample
+
+    assert torch.equal(end(0), end(0, copy=True))
+    one, two = end(0.1) - end(0), end(0.2) - end(0)
+    assert (one.abs() > 0.01).all()
+    torch.testing.assert_close(2 * one, two)
+
+
 def test_one_evaluation_is_ddim(build_unet):
     unet, noise = build_unet(channels=(8, 16), sample_size=8), torch.Generator().manual_seed(0)
     images = [

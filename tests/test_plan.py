@@ -111,3 +111,13 @@ def test_shortened_keeps_dash_where_it_can():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_left_of_a_budget_goes_to_dash():
+    plan = MorsePlan.uniform(7, 9).shortened(10)
+    assert plan.filled(10, 3.0) == MorsePlan.uniform(10, 0)
+    assert plan.filled(8.5, 3.0) == MorsePlan.uniform(7, 3)
+    assert str(MorsePlan.from_string("gDooo").filled(3, 4.0)) == "gDoDo"
+    for lsd in (4.0, 5.5, 7.0):
+        filled = MorsePlan.uniform(2, 8).filled(lsd, 5.0)
+        assert lsd - 0.8 < filled.cost(5.0) <= lsd and len(filled) == 10

@@ -237,3 +237,8 @@ class TestChoice:
             sample(pipe, plan="Do")
         with pytest.raises(ValueError, match=r"base_space must be one of .*got 'eps'"):
             MorseDot.from_dash(unet, base_space="eps")
+
+
+def test_flow_matching_with_fresh_noise_keeps_the_clean_image():
+    assert choose_base_space(diffusers.FlowMatchLCMScheduler(), None) == "x0"
+    assert choose_base_space(diffusers.FlowMatchEulerDiscreteScheduler(), None) == "raw"

@@ -1,6 +1,7 @@
 """Every scheduler: all Dash is bit-identical, planned numbers are made, runs repeat."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -183,3 +184,33 @@ class TestSteps:
     def test_speed_is_measured_with_a_second_order_scheduler(self, make_loop, dot):
         pipe = enable_morse(make_loop("HeunDiscrete"), dot)
         assert pipe.measure_speed_ratio(repeats=3).speed_ratio == pipe.speed_ratio > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "length"),
+    [
+        ("WanVideoToVideoPipeline", {"strength": 0.5}, 5),
+        ("CogVideoXVideoToVideoPipeline", {"strength": 0.5}, 5),
+        ("AnimateDiffVideoToVideoPipeline", {"strength": 0.5}, 5),
+        ("AnimateDiffVideoToVideoPipeline", {"strength": 0.5, "enforce_inference_steps": True}, 10),
+        ("LTXConditionPipeline", {"strength": 1.0, "denoise_strength": 0.5}, 5),
+        ("LTXConditionPipeline", {"strength": 0.5, "denoise_strength": 1.0}, 10),
+    ],
+)
+def test_what_video_pipelines_leave_out(name, arguments, length):
+    pipe = object.__new__(type(name, (), {"get_timesteps": getattr(diffusers, name).get_timesteps}))
+    pipe.config = {}
+    flows = name.startswith(("Wan", "LTX"))
+    kind = diffusers.FlowMatchEulerDiscreteScheduler if flows else diffusers.DDIMScheduler
+    pipe.scheduler = kind()
+    assert count_evaluations(pipe, {"timesteps": None, **arguments}, 10) == length
+
+
+def test_a_run_that_ends_early_ends_where_another_goes_on():
+    """SDXL's base hands over to its refiner at 80 %, timestep 200 of 1000."""
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1)
+    base = SimpleNamespace(scheduler=scheduler, config={})
+    for length, steps in ((4, 6), (8, 11)):
+        assert find_steps(base, {"denoising_end": 0.8}, length) == (steps, length)
+        scheduler.set_timesteps(steps)
+        assert 150 < scheduler.timesteps[length] < 200 <= scheduler.timesteps[length - 1]

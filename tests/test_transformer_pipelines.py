@@ -4,9 +4,11 @@ import diffusers
 import pytest
 import torch
 from tiny_pipelines import text_inputs, tiny_vae
+from tiny_text import sd3_pipeline
 from tiny_transformers import tiny_dit, tiny_flux, tiny_pixart, tiny_sd3
 
-from morse import MorseDot, disable_morse, enable_morse
+from morse import MorseDot, MorsePipeline, disable_morse, enable_morse
+from morse.dot.view import fingerprint
 
 
 def make_dot(transformer, num_down_blocks=1, **options):
@@ -30,6 +32,26 @@ def pictures(pipe, **kwargs):
     output_type = "pt" if isinstance(pipe, diffusers.DiTPipeline) else "latent"
     found = pipe(generator=torch.Generator().manual_seed(0), output_type=output_type, **kwargs)
     return torch.as_tensor(found.images)
+
+
+@pytest.mark.parametrize("scheduler", ["leapfrog", "ddim", "dpmsolver++"])
+def test_schedulers_of_another_noise_path_are_refused(scheduler):
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline, whose model was"):
+        MorsePipeline.from_pipe(sd3_pipeline(), scheduler=scheduler)
+    pipe = sd3_pipeline()
+    config = pipe.scheduler.config
+    for flow in (
+        diffusers.FlowMatchHeunDiscreteScheduler.from_config(config),
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True),
+    ):
+        assert MorsePipeline.from_pipe(pipe, scheduler=flow).scheduler is flow
+
+
+def test_an_ip_adapter_may_be_there_before_the_dot():
+    transformer = tiny_sd3()
+    before = fingerprint(transformer)
+    transformer.image_proj = torch.nn.Linear(3, 3)
+    assert fingerprint(transformer) == before
 
 
 def check_sizes(pipe, dot, inputs, *sizes):

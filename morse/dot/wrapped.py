@@ -76,4 +76,8 @@ def read_weight(parameter: Tensor, layer: nn.Module, wrapper: nn.Module | None) 
 
 def is_ip_adapter(name: str) -> bool:
     """Whether a module or parameter came with an IP-Adapter, which can be loaded at any time."""
-    return "encoder_hid_proj.image_projection_layers" in name or ".processor." in name
+    return (
+        "encoder_hid_proj.image_projection_layers" in name
+        or ".processor." in name
+        or name.split(".")[0] == "image_proj"  # Stable Diffusion 3's
+    )
