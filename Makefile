@@ -19,10 +19,10 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or later is needed: make setup PYTHON=python3.12" >&2; exit 1; }
-	test -x $(VENV_PYTHON) || "$(PYTHON)" -m venv .venv
+	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv .venv
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check "torch==2.13.0"
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check --editable ".[dev,notebook,peers]"
-	# Without its dependencies, of which torchvision has no build for this torch on a CPU.
+	@# Without its dependencies, of which torchvision has no build for this torch on a CPU.
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check --no-deps "torch-fidelity==0.4.0"
 	touch $(STAMP)
 

@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     if not words:
         usage = "usage: morse {" + " | ".join(COMMANDS) + "} [options]; --help after a command"
         wanted_help = bool(argv) and argv[0] in ("-h", "--help")
+        if argv and not wanted_help:
+            print(f"unknown command {argv[0]!r}", file=sys.stderr)
         print(usage, file=sys.stdout if wanted_help else sys.stderr)
         raise SystemExit(0 if wanted_help else 2)
     command = " ".join(argv[:words])
@@ -127,6 +129,7 @@ def run_command(
     config = parse_config(config_class, argv, prog=name and f"morse {name}")
     try:
         function(config)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    # OSError: also what diffusers raises for names that are neither a folder nor on the hub.
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

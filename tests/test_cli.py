@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from morse.cli import COMMANDS, main, parse_config
+from morse.cli import COMMANDS, main, parse_config, run_command
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,19 @@ def test_every_command_explains_its_options(command, capsys):
     for option in dataclasses.fields(getattr(import_module(module), config)):
         assert option.metadata.get("help"), f"{command} --{option.name} has no help text"
         assert f"--{option.name}" in text
+
+
+@pytest.mark.parametrize("error", [OSError, ImportError, ValueError])
+def test_what_a_user_can_mend_is_told_in_one_line(error, capsys):
+    def fail(config):
+        raise error("no such pipeline")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(Config, fail, [])
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: no such pipeline\n"
+
+
+def test_a_mistyped_command_is_repeated(capsys):
+    with pytest.raises(SystemExit):
+        main(["bnch"])
+    assert "unknown command 'bnch'" in capsys.readouterr().err

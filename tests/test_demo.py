@@ -87,9 +87,12 @@ def test_pipelines_that_take_text_are_refused(tmp_path):
         run_demo(DemoConfig(pipeline="fashion-mnist-text", output_dir=tmp_path, num_images=2))
 
 
-def test_an_unknown_device_is_named(tiny_folder):  # noqa: F811
+def test_an_unknown_device_is_named(tiny_folder, monkeypatch):  # noqa: F811
     with pytest.raises(ValueError, match="use auto, cpu"):
         load_pipelines(str(tiny_folder), None, ("ddim",), "toaster")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'cuda:0', but torch finds no CUDA"):
+        load_pipelines(str(tiny_folder), None, ("ddim",), "cuda:0")
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ class DemoConfig:
     )
     num_images: int | None = dataclasses.field(
         default=None,
-        metadata={"help": "images of each method; if left out 16, with --quick 4, on a GPU 512"},
+        metadata={"help": "images of each method; if left out 16, with --quick 4, on CUDA 512"},
     )
     speed_ratio: float | None = dataclasses.field(
         default=None, metadata={"help": "N to plan with; what is measured here if left out"}

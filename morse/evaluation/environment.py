@@ -31,22 +31,27 @@ def resolve_device(device: str) -> torch.device:
     """Return the torch device; "auto" takes CUDA, else MPS, else the CPU.
 
     Raises:
-        ValueError: If torch knows no such device.
+        ValueError: If torch knows no such device, or has no CUDA where that is asked for.
     """
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}; use auto, cpu, cuda or cuda:0") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch finds no CUDA; use auto or cpu")
+    return found
 
 
 def device_name(device: torch.device) -> str:
     """Return the device in words: the GPU's name, or the CPU's and how many threads are in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"{platform.machine()} GPU (MPS)"
     threads = torch.get_num_threads()
     return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 

@@ -20,7 +20,8 @@ class TuneDotConfig(RunConfig):
     solver: tuple[str, ...] = field(
         default=("leapfrog",),
         metadata={
-            "help": "names of solvers, as for `morse bench`; targets are made with the first"
+            "help": "names of solvers, as for `morse bench`; targets are made with the first",
+            "alias": "solvers",
         },
     )
     lsd: tuple[float, ...] = field(

@@ -99,7 +99,7 @@ class BenchmarkConfig:
     num_images: int | None = field(
         default=None,
         metadata={
-            "help": "images of each method, budget and seed; if left out 5000 on a GPU, else 32"
+            "help": "images of each method, budget and seed; if left out 5000 on CUDA, else 32"
         },
     )
     num_reference_images: int | None = field(

@@ -29,7 +29,8 @@ class PlanConfig:
         }
     )
     solver: tuple[str, ...] = field(
-        default=("leapfrog",), metadata={"help": "names of solvers, as for `morse bench`"}
+        default=("leapfrog",),
+        metadata={"help": "names of solvers, as for `morse bench`", "alias": "solvers"},
     )
     lsd: tuple[int, ...] = field(
         default=(5, 6, 8, 10, 12, 16, 20), metadata={"help": "budgets to search plans for"}
