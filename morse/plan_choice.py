@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -9,7 +10,7 @@ from morse.dot import MorseDot
 from morse.plan import MIXTURE_START, MorsePlan, check_budget
 from morse.rates import adds_noise, find_family
 from morse.sampling import Dot
-from morse.saved_plans import SavedPlan, chooses_timesteps, find_saved_plan
+from morse.saved_plans import SavedPlan, chooses_timesteps, find_saved_plan, scheduler_options
 from morse.steps import count_evaluations, find_exact_steps, shorten_plan
 
 DEFAULT_PLAN_RATIO = 2.0
@@ -42,11 +43,12 @@ class PlanChoice:
             kwargs: The call's other arguments: some choose the timesteps, which no saved plan fits.
         """
         saved = self._plan_by_dot(lsd, kwargs)
-        if saved is not None:
-            return saved
-        plan = self._make_plan(lsd, None, None, None, kwargs)
-        plan, _ = self._fit_plan(plan, {**kwargs, "num_inference_steps": None}, True, lsd)
-        return SavedPlan(lsd, str(plan))
+        if saved is None:
+            saved = SavedPlan(lsd, str(self._make_plan(lsd, None, None, None, kwargs)))
+        plan, free = MorsePlan.from_string(saved.plan), {**kwargs, "num_inference_steps": None}
+        with scheduler_options(self, saved.scheduler):
+            plan, _ = self._fit_plan(plan, free, True, lsd)
+        return replace(saved, plan=str(plan))
 
     def _plan_by_dot(self, lsd: float, arguments: dict[str, object]) -> SavedPlan | None:
         """Find the plan that was searched for this budget, or begin one; for whole runs alone."""

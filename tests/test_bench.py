@@ -46,7 +46,8 @@ def test_bad_settings_are_named():
         BenchmarkConfig(seeds=(0, 30), device="cpu").resolved()
 
 
-def test_what_is_left_out_depends_on_the_device_and_on_quick():
+def test_what_is_left_out_depends_on_the_device_and_on_quick(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     slow = BenchmarkConfig(device="cpu").resolved()
     assert slow.num_images == 32 and max(slow.lsd) == 30 and max(slow.baseline_lsd) == 40
     assert BenchmarkConfig(lsd=(50,), device="cpu").resolved().lsd == (50,)

@@ -13,6 +13,7 @@ from tiny_transformers import BUILDERS
 
 from morse import MorseDot
 from morse.cli import parse_config
+from morse.dot.mixture import GaussianMixture
 from morse.training.loop import TrainDotConfig, train_dot
 from morse.training.progressive import grow, start_from
 from morse.training.run import TrainingRun
@@ -43,6 +44,10 @@ class TestGrowth:
     def make(self, dash, *widths, **options):
         torch.manual_seed(4)
         return MorseDot.from_dash(dash, 2, widths, lora_rank=4, **options)
+
+    def test_a_mixture_is_not_grown(self, dash, start):
+        start.set_mixture(GaussianMixture(2, 1, (1, 16, 16)))
+        grow(self.make(dash, 8, 32), start)
 
     def test_as_wide_as_dash_all_is_kept(self, dash, start):
         dot = self.make(dash, 8, 32)  # Dash's first layer has 32 channels

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +15,16 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
-from tiny_text import text_pipeline
+from tiny_text import dit_pipeline, text_pipeline
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
 from morse.dot.mixture import GaussianMixture
+from morse.evaluation.bench.benchmark import BenchmarkConfig
 from morse.evaluation.bench.loading import load_bare, with_solver
-from morse.evaluation.conditions import UNCONDITIONAL
+from morse.evaluation.bench.solvers import make_solver
+from morse.evaluation.conditions import UNCONDITIONAL, make_conditions
+from morse.evaluation.planning.command import PlanConfig
 from morse.saved_plans import SavedPlan
 from morse.training.run import TrainingRun
 from morse.tuning.blend import blend, weights_before
@@ -33,7 +37,7 @@ from morse.tuning.command import (
 )
 from morse.tuning.loss import run_loss
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
-from morse.tuning.targets import SHARD_SAMPLES
+from morse.tuning.targets import SHARD_SAMPLES, _describe
 
 ROOT = Path(__file__).parents[1]
 # Begun where there is little noise, for a random Dash takes samples far away.
@@ -199,6 +203,12 @@ def test_a_blend_counts_from_another_dot(whole_run, folder, build_unet, tmp_path
     blend(tuned, before, 0.0)
     for name, value in tuned.state_dict().items():
         assert torch.equal(value, first.state_dict()[name]), name
+    mixture = GaussianMixture(2, 1, (1, 8, 8))
+    means = torch.rand_like(mixture.means)
+    mixture.means.copy_(means)
+    tuned.set_mixture(mixture)
+    blend(tuned, weights_before(tuned, str(folder / "dot")), 0.5)
+    assert torch.equal(tuned.mixture.means, means)
     tuned.register_to_config(sparse=True)
     with torch.no_grad():
         tuned.conv_in.weight[0] = 0
@@ -424,3 +434,48 @@ def test_settings_are_checked(tmp_path, options, message, capsys):
     with pytest.raises(SystemExit):
         parse_config(TuneDotConfig, arguments("fashion-mnist", tmp_path, *options))
     assert message in capsys.readouterr().err
+
+
+def test_noises_to_train_on_are_not_those_that_are_evaluated():
+    tuning = TuneDotConfig(pretrained_model_name_or_path="p", output_dir=Path("o"))
+    planning = PlanConfig(output_dir=Path("o"))
+    seeds = {
+        "tune": range(tuning.seed, tuning.seed + tuning.num_images + tuning.validation_images),
+        "plan": range(planning.seed, planning.seed + 100_000),
+        "bench": range(BenchmarkConfig().seeds[0], 100_000),
+    }
+    for one, other in combinations(seeds.values(), 2):
+        assert one.stop <= other.start or other.stop <= one.start
+
+
+def test_heun_gets_runs_that_it_can_make(folder):
+    bare, dot = load_bare(str(folder), None, "cpu")
+    pipe = enable_with_gradients(with_solver(bare, "heun"), dot)
+    pipe.speed_ratio = 4.0
+    plans = [_target_run(pipe, 4).plan, pipe.plan_for(2), pipe.plan_for(3)]
+    assert [len(plan.plan) % 2 for plan in plans] == [1, 1, 1]
+    for plan in plans:
+        with torch.no_grad():
+            pipe(plan=plan.plan, generator=torch.Generator().manual_seed(0))
+
+
+def test_targets_of_another_solver_are_others(folder):
+    bare, dot = load_bare(str(folder), None, "cpu")
+    pipe = enable_with_gradients(with_solver(bare, "dpmsolver++"), dot)
+    config = TuneDotConfig(pretrained_model_name_or_path="p", output_dir=Path("o"))
+    told = []
+    for solver in ("dpmsolver++", "dpmsolver++1"):
+        run = PlannedRun(make_solver(solver, bare.scheduler.config), SavedPlan(4, "DDDD"), "")
+        told.append(_describe(SampledRun(pipe, [run], UNCONDITIONAL, 0), config))
+    assert told[0] != told[1]
+
+
+def test_a_dit_is_tuned_through_its_images():
+    pipe = dit_pipeline()
+    dot = MorseDot.from_dash(pipe.transformer, 1, (8,), lora_rank=2)
+    pipe = enable_with_gradients(pipe, dot)
+    run = PlannedRun(pipe.scheduler, SavedPlan(2, "Do"), "")
+    conditions = make_conditions(pipe, (), ("0",), guidance_scale=1.0)
+    images = SampledRun(pipe, [run], conditions, 0)(torch.arange(2), 0)
+    images.sum().backward()
+    assert any(parameter.grad is not None for parameter in dot.parameters())

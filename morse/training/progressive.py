@@ -82,7 +82,11 @@ def grow(dot: MorseDot, start: MorseDot) -> None:
         ValueError: If the two differ in more than that.
     """
     own = dot.state_dict()
-    given = {_moved(name): value for name, value in start.state_dict().items()}
+    given = {
+        _moved(name): value
+        for name, value in start.state_dict().items()
+        if not name.startswith("mixture.")  # of the data, which is set apart
+    }
     kept = {name: value for name, value in given.items() if _fits(own.get(name), value)}
     old_blocks = start.config.num_down_blocks
     inwards = (f"down_blocks.{old_blocks - 1}.downsampler.", "up_blocks.1.reduce.")

@@ -21,13 +21,13 @@ def weights_before(dot: "MorseDot", blend_from: str | None) -> dict[str, Tensor]
     Raises:
         ValueError: If the two have other weights, or weights of other shapes.
     """
-    own = {name: value.clone() for name, value in dot.state_dict().items()}
+    own = {name: value.clone() for name, value in _own_weights(dot).items()}
     if blend_from is None:
         return own
     from morse.dot import MorseDot
 
     other = MorseDot.from_pretrained(blend_from).to(dot.device)
-    weights = dict(other.state_dict())
+    weights = _own_weights(other)
     shapes, wanted = ({n: v.shape for n, v in each.items()} for each in (weights, own))
     if shapes != wanted:
         unlike = sorted(n for n in shapes | wanted if shapes.get(n) != wanted.get(n))
@@ -36,6 +36,11 @@ def weights_before(dot: "MorseDot", blend_from: str | None) -> dict[str, Tensor]
             f"{', '.join(unlike[:3])}; give the Dot that the tuning began with."
         )
     return weights
+
+
+def _own_weights(dot: "MorseDot") -> dict[str, Tensor]:
+    """Give what is trained; the mixture is of the data, and between two there is none."""
+    return {k: v for k, v in dot.state_dict().items() if not k.startswith("mixture.")}
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def blend(dot: "MorseDot", before: dict[str, Tensor], share: float) -> None:
     sparse = {name for name, _ in prunable_weights(dot)} if dot.config.sparse else ()
 
     def between(name: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
+        if name not in before or not value.is_floating_point():
             return value
         mixed = torch.lerp(before[name], value, share)
         return mixed.masked_fill(value == 0, 0) if name in sparse else mixed

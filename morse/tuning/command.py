@@ -18,7 +18,9 @@ from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import command_line, environment
 from morse.evaluation.metrics import psnr
+from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan
+from morse.steps import shorten_plan
 from morse.training.checkpoint import write_json
 from morse.training.output import claim_output, record_run
 from morse.training.run import TrainingRun
@@ -50,10 +52,6 @@ def tune_dot(config: TuneDotConfig) -> Path:
     pipe = enable_with_gradients(with_scheduler(bare, schedulers[config.solver[0]]), dot)
     before = weights_before(dot, config.blend_from) if config.blend < 1 else None
     decode = bool(config.feature_networks) and getattr(pipe, "vae", None) is not None
-    if config.gradient_checkpointing:
-        find_denoiser(pipe).enable_gradient_checkpointing()
-        if decode:
-            pipe.vae.enable_gradient_checkpointing()
     conditions = make_conditions(
         pipe, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
@@ -65,6 +63,10 @@ def tune_dot(config: TuneDotConfig) -> Path:
     sampled, many = (
         SampledRun(pipe, each, conditions, config.seed, decode) for each in (runs, [target])
     )
+    if config.gradient_checkpointing:
+        find_denoiser(pipe).enable_gradient_checkpointing()
+        if getattr(pipe, "vae", None) is not None and sampled.output_type != "latent":
+            pipe.vae.enable_gradient_checkpointing()
     features = _feature_loss(many, config, accelerator)
     record_run(config, accelerator)
     targets = prepare_targets(many, config, accelerator)
@@ -185,7 +187,8 @@ def _target_run(pipe: "DiffusionPipeline", lsd: float) -> PlannedRun:
     """
     plan, evaluations = pipe.plan_for(lsd), round(lsd)
     if set(plan.plan) != {"D"} or len(plan.plan) < evaluations:
-        plan = SavedPlan(lsd, "D" * evaluations)
+        all_dash = MorsePlan.uniform(evaluations, 0)
+        plan = SavedPlan(lsd, str(shorten_plan(pipe, {}, all_dash)[0]))
     return PlannedRun(pipe.scheduler, plan, "target")
 
 

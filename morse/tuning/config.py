@@ -37,6 +37,13 @@ class TuneDotConfig(RunConfig):
     speed_ratio: float | None = field(
         default=None, metadata={"help": "N; that of Dot's config, or measured, if left out"}
     )
+    seed: int = field(
+        default=9_000_000,
+        metadata={
+            "help": "seed of order, and of the first noise; keep those of `morse bench` and `eval "
+            "fid` off, which begin at 0"
+        },
+    )
     num_images: int = field(default=4096, metadata={"help": "noises to train on"})
     validation_images: int = field(default=64, metadata={"help": "further noises to validate on"})
     validation_steps: int = field(

@@ -77,7 +77,9 @@ class SampledRun(nn.Module):
         self.dot = pipe.dot
         self.pipe, self.runs, self.conditions, self.seed = pipe, tuple(runs), conditions, seed
         # Latents are compared as they are if they may: decoding them costs more than a run of Dot.
-        is_latent = getattr(pipe, "vae", None) is not None and not decode
+        # DiT's pipeline, which has no such processor, gives images alone.
+        has_latents = getattr(pipe, "vae", None) is not None and hasattr(pipe, "image_processor")
+        is_latent = has_latents and not decode
         self.output_type = "latent" if is_latent else "pt"
 
     def forward(self, numbers: Tensor, index: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Where runs of many Dash evaluations end: what the runs of Dot's plans are to come near to."""
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -76,9 +77,11 @@ def prepare_targets(
 def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
     """What the targets depend on."""
     scheduler, plan, _ = sampled.runs[0]
+    settings = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
     return {
         "dash": fingerprint(find_denoiser(sampled.pipe)),
         "scheduler": type(scheduler).__name__,
+        "scheduler_config": digest(json.dumps(settings, sort_keys=True, default=str)),
         "plan": plan.plan,
         "scheduler_options": dict(plan.scheduler),
         "samples": config.num_images + config.validation_images,
