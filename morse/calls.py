@@ -63,7 +63,11 @@ class MorseCalls(PlanChoice, Publishable):
         """
         if all(choice is None for choice in (lsd, num_dash_steps, num_dot_steps, plan)):
             self.last_run = None
-            return super().__call__(*args, **kwargs)
+            token = CURRENT_RUN.set(None)  # of a planned run, from whose callback this may come
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                CURRENT_RUN.reset(token)
         arguments = self._name_arguments(args, kwargs)
         saved, budget = None, lsd
         is_budget = budget is not None
@@ -97,6 +101,8 @@ class MorseCalls(PlanChoice, Publishable):
             install_switch(controlnet)
         eta = self._with_defaults(arguments).get("eta")
         base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"), eta)
+        if type(self).__name__.startswith("Marigold"):
+            base_space = "raw"  # its input begins with the picture, not with the noisy sample
         run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None, base_space=base_space)
         # A weight-shared Dot belongs to the denoiser that starts.
         shared_with = next(iter(denoisers)) if isinstance(self.dot, MorseDot) else None

@@ -461,3 +461,21 @@ def test_much_less_of_dot_than_planned_is_told():
     run._step, run.fallbacks = 7, Counter({"other conditions": 4})
     with pytest.warns(UserWarning, match="6 Dot evaluations and made 2: .*other conditions"):
         warn_unless_engaged(run)
+
+
+def test_a_bare_call_from_a_callback_is_bare():
+    pipe = text_pipe()
+    other = text_pipe()
+    other.register_modules(unet=pipe.unet)
+    dot = trained_dot(pipe.unet)
+    enable_morse(other, None)
+    enable_morse(pipe, dot)
+    expected, found = latents(other, num_inference_steps=3), []
+
+    def call(*args):
+        found.append(latents(other, num_inference_steps=3))
+        return {}
+
+    latents(pipe, plan="DoDo", callback_on_step_end=call)
+    assert all(torch.equal(each, expected) for each in found)
+    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, 2)
