@@ -129,7 +129,11 @@ def run_command(
     config = parse_config(config_class, argv, prog=name and f"morse {name}")
     try:
         function(config)
+    except ConnectionError:  # of processes or pipes, and no mistake in what was asked for
+        raise
     # OSError: also what diffusers raises for names that are neither a folder nor on the hub.
     except (ValueError, OSError, ImportError) as error:
+        if getattr(error, "name", None) and str(error.name).startswith("morse"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -197,7 +197,7 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("num_inference_steps is None: call set_timesteps before step.")
         if self._step_index is None:
             self._step_index = self._find_beginning(timestep)
-        here, dtype, given = 2 * self._step_index, model_output.dtype, sample
+        here, dtype = 2 * self._step_index, model_output.dtype
         sample, model_output = (
             each.to(torch.promote_types(each.dtype, torch.float32))
             for each in (sample, model_output)
@@ -207,8 +207,8 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
         is_clean = bool(rates[1] > self.config.clean_above * rates[0])
         now, ahead = self._weigh(clean, sample, rates, is_clean)
         start, anchor = (here, sample) if self._anchor is None else (here - 1, self._anchor)
-        if self._handed is not None and self._handed[0] is not given:
-            # The caller has changed it, by a mask or a callback: so the anchor moves along.
+        if self._handed is not None:
+            # Where the caller has changed it, by a mask or a callback, the anchor moves along.
             handed, ratio = self._handed
             anchor = anchor + (sample - handed) / ratio
         self._anchor = self._move(anchor, start, here + 1, now, is_clean)
@@ -216,7 +216,8 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
         prev_sample = self._anchor
         if self._step_index < self.num_inference_steps:
             prev_sample = self._move(self._anchor, here + 1, here + 2, ahead, is_clean).to(dtype)
-            self._handed = prev_sample, self._shares(here + 1, here + 2, is_clean)[0]
+            # Cloned, for callers also change it in place.
+            self._handed = prev_sample.clone(), self._shares(here + 1, here + 2, is_clean)[0]
         prev_sample = prev_sample.to(dtype)
         return LeapfrogSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 

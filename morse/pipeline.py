@@ -12,6 +12,7 @@ from morse.attach import enable_morse, inherit_dot, morse_class
 from morse.dot import MorseDot
 from morse.dot.loading import safetensors_only
 from morse.leapfrog import LeapfrogScheduler
+from morse.rates import own_parameters
 from morse.sampling import Dot
 
 EMBEDDED = {"fashion-mnist": "fashion_mnist", "fashion-mnist-text": "fashion_mnist_text"}
@@ -174,7 +175,11 @@ def _check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
 
     Diffusers' `DDPMPipeline` neither scales its input nor takes steps without a generator.
     """
-    if _is_flow(pipe.scheduler) and not _is_flow(scheduler):
+    if (
+        _is_flow(pipe.scheduler)
+        and hasattr(scheduler, "alphas_cumprod")
+        and not _is_flow(scheduler)
+    ):
         raise ValueError(
             f"scheduler {type(scheduler).__name__} is not for {type(pipe).__name__}, whose model "
             f"was trained by flow matching ({type(pipe.scheduler).__name__}); use a FlowMatch... "
@@ -191,9 +196,11 @@ def _check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
 
 
 def _is_flow(scheduler: object) -> bool:
-    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    names = own_parameters(scheduler)  # the config also holds what others took before it
+    config = {name: value for name, value in scheduler.config.items() if name in names}
     flow_prediction = config.get("prediction_type") == "flow_prediction"
-    return name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas")) or flow_prediction
+    by_name = type(scheduler).__name__.startswith("FlowMatch")
+    return by_name or bool(config.get("use_flow_sigmas")) or flow_prediction
 
 
 def load_dot(path: str | os.PathLike, **kwargs: object) -> MorseDot:

@@ -126,10 +126,8 @@ class PlanChoice:
             return plan, steps
         if not shorten:
             return plan, find_exact_steps(self, known, len(plan))
-        fitted, steps = shorten_plan(self, known, plan)
-        if lsd is not None and len(fitted) < len(plan):
-            fitted = fitted.filled(lsd, self._known_speed_ratio(arguments))
-        return fitted, steps
+        budget = None if lsd is None else (lsd, self._known_speed_ratio(arguments))
+        return shorten_plan(self, known, plan, budget)
 
     @property
     def plan_ratio(self) -> float:

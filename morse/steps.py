@@ -107,9 +107,18 @@ def find_steps(
 
 
 def shorten_plan(
-    pipe: DiffusionPipeline, arguments: dict[str, object], plan: MorsePlan
+    pipe: DiffusionPipeline,
+    arguments: dict[str, object],
+    plan: MorsePlan,
+    budget: tuple[float, float] | None = None,
 ) -> tuple[MorsePlan, int]:
     """Shorten a plan to a length that the pipeline can make, if it can't make that of the plan.
+
+    Args:
+        pipe: The pipeline.
+        arguments: As for `count_evaluations`.
+        plan: The plan.
+        budget: LSD and N, if what shortening saves is to go to Dash.
 
     Returns:
         The plan, and the `num_inference_steps` that gives so many evaluations.
@@ -118,7 +127,10 @@ def shorten_plan(
         ValueError: See `find_steps`, whose arguments these are.
     """
     steps, made = find_steps(pipe, arguments, len(plan))
-    return plan.shortened(made), steps
+    shorter = plan.shortened(made)
+    if budget is not None and made < len(plan):
+        shorter = shorter.filled(*budget)
+    return shorter, steps
 
 
 def find_exact_steps(pipe: DiffusionPipeline, arguments: dict[str, object], length: int) -> int:

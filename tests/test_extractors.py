@@ -1,12 +1,15 @@
 import json
+import shutil
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from morse.evaluation.features import FashionFeatures, features_sha256
+from morse.evaluation.fid import transformers_extractors
 from morse.evaluation.fid.extractors import ExtractorOptions, file_sha256, load_extractor
 from morse.evaluation.torch_fidelity_loader import fidelity_module
 
@@ -194,16 +197,12 @@ def test_dinov2_squeezes_whole_images(tmp_path):
     features, _ = extractor.compute(images)
     assert features.shape == (2, 16)
     assert extractor.resize == "Pillow bicubic to 28x28"
-    assert extractor.titles["frechet"] == "FD-DINOv2"
+    assert extractor.titles["frechet"].startswith("Fréchet distance (DINOv2 features")  # not large
     wide = extractor.compute(torch.cat([images, images], dim=3))[0]
     assert wide.shape == (2, 16)
 
 
 def test_weights_that_are_not_in_the_file_are_not_made_up(clip_folder, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file
-
     shutil.copytree(clip_folder, tmp_path / "clip")
     file = tmp_path / "clip" / "model.safetensors"
     tensors = load_file(file)
@@ -211,6 +210,42 @@ def test_weights_that_are_not_in_the_file_are_not_made_up(clip_folder, tmp_path)
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights, \['visual_projection.weight"):
         load_extractor("clip", CPU, ExtractorOptions(clip_model=str(tmp_path / "clip")))
+
+
+def test_weights_alone_are_not_enough(clip_folder, tmp_path):
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(clip_folder / name, tmp_path / name)
+    with pytest.raises(ValueError, match=r"no image processor .*AutoProcessor.*save_pretrained"):
+        load_extractor("clip", CPU, ExtractorOptions(clip_model=str(tmp_path)))
+
+
+def test_a_model_with_more_weights_is_another(clip_folder, tmp_path):
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    file = tmp_path / "clip" / "model.safetensors"
+    tensors = load_file(file) | {"vision_model.embeddings.register_tokens": torch.zeros(1, 4, 16)}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="it has 1 weights more"):
+        load_extractor("clip", CPU, ExtractorOptions(clip_model=str(tmp_path / "clip")))
+
+
+def test_names_of_metrics_are_those_of_their_models(clip_folder):
+    extractor = load_extractor("clip", CPU, ExtractorOptions(clip_model=str(clip_folder)))
+    assert extractor.titles["cmmd"] == f"CMMD ({extractor.words})"
+    assert replace(extractor, is_standard=True).titles["cmmd"] == "CMMD"
+    dino = replace(extractor, name="dinov2", words="DINOv2 features, small")
+    assert dino.titles["frechet"] == "Fréchet distance (DINOv2 features, small)"
+    assert replace(dino, is_standard=True).titles["frechet"] == "FD-DINOv2"
+
+
+def test_files_of_a_model_fetched_by_others_are_completed(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").touch()
+    fetched = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(tmp_path))
+    monkeypatch.setattr(
+        transformers_extractors, "_download", lambda *args: fetched.append(args) or tmp_path
+    )
+    assert transformers_extractors._fetch("someone/clip", "clip_model") == tmp_path
+    assert fetched == [("someone/clip", "clip_model")]
 
 
 @pytest.mark.parametrize("name", ["clip", "dinov2"])

@@ -58,7 +58,7 @@ def test_kernel_distance_equals_torch_fidelity_and_torchmetrics():
     theirs = fidelity_module("metric_kid").kid_features_to_metric(
         fake, real, kid_subset_size=50, verbose=False
     )
-    assert score.value == theirs["kernel_inception_distance_mean"]
+    assert score.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
     # Averaged over subsets, the unbiased estimate is that of all images, up to the subsets' draw.
     poly_mmd = torchmetrics_module("image.kid").poly_mmd
     whole = float(poly_mmd(real[:150].double(), fake.double()))
@@ -187,9 +187,11 @@ def test_statistics_of_another_extractor_are_refused(tmp_path):
 
 
 def test_a_file_of_pytorch_fid_is_read_with_a_note(tmp_path):
-    np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3))
+    others = np.array([{}], dtype=object)  # as files of other tools may hold images too
+    np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=others)
     loaded = load_statistics(tmp_path / "s.npz", extractor())
     assert loaded.num_images is None and "does not say which extractor" in loaded.notes[0]
+    assert f"resized by {extractor().resize}: pytorch-fid" in loaded.notes[0]
 
 
 @pytest.mark.parametrize(

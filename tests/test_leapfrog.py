@@ -102,10 +102,11 @@ def test_what_a_caller_changes_between_steps_stays_changed(clean_above):
             sample = scheduler.step(0.3 * torch.ones_like(sample), timestep, sample).prev_sample
             sample = sample.clone() if copy else sample
             if timestep == scheduler.timesteps[0] and shift:
-                sample = sample + shift
+                sample = sample.add_(shift) if copy else sample + shift
         return sample
 
     assert torch.equal(end(0), end(0, copy=True))
+    assert torch.equal(end(0.1), end(0.1, copy=True))
     one, two = end(0.1) - end(0), end(0.2) - end(0)
     assert (one.abs() > 0.01).all()
     torch.testing.assert_close(2 * one, two)

@@ -76,7 +76,8 @@ class SharesDash(nn.Module):
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Merged weights, which are no parameters, would stay where they are until the next run.
-        self._tree = () if self._merged else self._tree
+        if self._tree_state is not None and self._tree_state.is_merged:
+            self._tree = ()
         return super()._apply(function, recurse)
 
     def _bound_dash(self) -> nn.Module:

@@ -118,9 +118,13 @@ def open_images(
             f"caption_column is {caption_column!r}, but IDX files such as those of {path} have no "
             "captions; give class_names instead"
         )
-    if path.is_file():
+    train_name = f"{IDX_PREFIXES['train']}{IDX_IMAGES_NAME}"
+    is_train_file = path.is_file() and path.name.startswith(train_name)
+    if path.is_file() and not is_train_file:
         return _open_idx(path, resolution, channels, split)
-    if is_idx_folder:
+    if is_train_file:  # its test part may lie beside it
+        path = path.parent
+    if is_idx_folder or is_train_file:
         return _open_idx_folder(path, resolution, channels, split)
     return _open_folder(path, resolution, channels, split, caption_column)
 

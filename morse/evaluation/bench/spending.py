@@ -34,7 +34,7 @@ def choose_steps(
     steps = method.plan(budget, speed_ratio, pipe)
     if steps is not None:
         plan = MorsePlan.from_string(steps.plan)
-        shorter, _ = shorten_plan(pipe, {}, plan)
+        shorter, _ = shorten_plan(pipe, {}, plan, (budget, speed_ratio))
         wanted, made = len(plan), len(shorter)
         steps = replace(steps, plan=str(shorter))
     else:

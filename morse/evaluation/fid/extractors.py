@@ -39,6 +39,7 @@ class Extractor:
         compute: Maps (B, channels, H, W) uint8 on any device to features (B, D) and, if there
             are any, class logits (B, K), else None.
         embed_text: Maps B prompts to unit vectors (B, D) in the same space, where there is one.
+        is_standard: Whether it is the model that FD-DINOv2 or CMMD are defined with.
     """
 
     name: str
@@ -49,20 +50,22 @@ class Extractor:
     resizes: bool
     compute: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     embed_text: Callable[[list[str]], Tensor] | None = None
+    is_standard: bool = True
 
     @property
     def titles(self) -> dict[str, str]:
         """The metrics' names: "FID" and its kin belong to Inception-v3 alone."""
         if self.name == "inception":
             names = ("FID", "KID", "Inception score", "Precision", "Recall")
-        elif self.name == "dinov2":
+        elif self.name == "dinov2" and self.is_standard:
             names = ("FD-DINOv2", "KD-DINOv2", "", "Precision (DINOv2)", "Recall (DINOv2)")
         else:
             kinds = ("Fréchet distance", "Kernel distance", "Class score", "Precision", "Recall")
             names = tuple(f"{kind} ({self.words})" for kind in kinds)
         keys = ("frechet", "kernel_distance", "inception_score", "precision", "recall")
         titles = dict(zip(keys, names, strict=True))
-        return {**titles, "cmmd": "CMMD", "clip_score": "CLIP score"}
+        of_model = "" if self.is_standard else f" ({self.words})"
+        return {**titles, "cmmd": f"CMMD{of_model}", "clip_score": f"CLIP score{of_model}"}
 
     def identity(self) -> dict[str, str]:
         """Return what makes features comparable: name, SHA-256 of the weights, resize mode."""

@@ -57,7 +57,7 @@ class FeatureSet:
         return [
             f"{self.num_images} images for {dim} features: a covariance is singular, so Fréchet "
             "distances are strongly biased upwards and comparable only with others of as many "
-            "images; kernel distances are unbiased"
+            "images; kernel distances are unbiased, but for CMMD"
         ]
 
 
@@ -179,7 +179,9 @@ def load_statistics(path: Path, extractor: Extractor) -> FeatureSet:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         with np.load(path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in content.files}
+            # Other tools' files may hold images too, or objects.
+            known = {"mu", "sigma", "num_images", *extractor.identity()}
+            arrays = {name: content[name] for name in content.files if name in known}
         mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(
@@ -199,5 +201,8 @@ def load_statistics(path: Path, extractor: Extractor) -> FeatureSet:
             )
     known = "extractor" in arrays
     num_images = int(arrays["num_images"]) if "num_images" in arrays else None
-    note = f"{path} does not say which extractor it was made with; it is taken to be this one"
+    note = (
+        f"{path} does not say which extractor it was made with; it is taken to be this one, "
+        f"resized by {extractor.resize}: pytorch-fid and clean-fid resize otherwise"
+    )
     return FeatureSet(str(path), mean, covariance, num_images, notes=[] if known else [note])

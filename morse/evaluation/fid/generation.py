@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
 
 from morse.evaluation.conditions import Conditions
@@ -206,10 +207,10 @@ def _sample(
     settings |= request.conditions.arguments(batch)
     generators = [torch.Generator().manual_seed(request.seed + index) for index in batch]
     with scheduler_options(pipe, method.scheduler):
-        # Not "np": pipelines of pixels can't make NumPy arrays of bfloat16. Some know nothing else.
-        images = pipe(generator=generators, output_type="pt", **settings).images
+        images = pipe(generator=generators, output_type=_output_type(pipe), **settings).images
     if isinstance(images, torch.Tensor):
-        images = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        images = images.permute(0, 2, 3, 1).float().cpu()
+    images = np.asarray(images)
     broken = [
         request.seed + i
         for i, image in zip(batch, images, strict=True)
@@ -222,6 +223,12 @@ def _sample(
             "overflow: try --dtype float32 or bfloat16"
         )
     return (images.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _output_type(pipe: "DiffusionPipeline") -> str:
+    """Choose arrays, but where pixels of bfloat16 would have to become some: NumPy has no such."""
+    plain = isinstance(pipe, (DDPMPipeline, DDIMPipeline)) and pipe.dtype is torch.bfloat16
+    return "pt" if plain else "np"
 
 
 def _record_fallbacks(folder: Path, batch: range, run: "MorseRun") -> None:

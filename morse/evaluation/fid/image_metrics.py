@@ -96,8 +96,9 @@ def kernel_distance(real: Tensor, fake: Tensor, subset_size: int = 1000) -> Scor
     """Return the mean polynomial-kernel MMD over random subsets (Bińkowski et al. 2018).
 
     It is called KID only with Inception features. The standard error is that of a delete-d
-    jackknife (Shao and Wu 1989): the spread over subsets of m of n images, times m / (n - m). It
-    is conservative for sets that differ little, where the distance is a degenerate U-statistic.
+    jackknife (Shao and Wu 1989): the spread over subsets of m of n images, its square times
+    m / (n - m), to which the draw of so few subsets adds one over their number. It is conservative
+    for sets that differ little, where the distance is a degenerate U-statistic.
 
     Args:
         real: (N, D).
@@ -106,11 +107,12 @@ def kernel_distance(real: Tensor, fake: Tensor, subset_size: int = 1000) -> Scor
     """
     smallest = min(len(real), len(fake))
     subset_size = min(subset_size, smallest // 2)
+    sides = fake.double(), real.double()  # CLIP's kernels are all near 1
     found = fidelity_module("metric_kid").kid_features_to_metric(
-        fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, verbose=False
+        *sides, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, verbose=False
     )
     spread = found["kernel_inception_distance_std"]
-    error = spread * math.sqrt(subset_size / (smallest - subset_size))
+    error = spread * math.sqrt(subset_size / (smallest - subset_size) + 1 / KID_SUBSETS)
     return Score(found["kernel_inception_distance_mean"], error)
 
 

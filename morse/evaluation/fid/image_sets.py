@@ -90,6 +90,11 @@ class ReadingFacts:
         found = [f"{name}: {count} images {what}" for count, what in counts if count]
         if len(self.sizes) > 1:
             found.append(f"{name}: sizes are mixed: {describe_sizes(self.sizes)}")
+        if any(len(set(size.split("x"))) > 1 for size in self.sizes):
+            found.append(
+                f"{name}: not all images are square; Inception and DINOv2 get them squeezed, CLIP "
+                "their centre"
+            )
         return found
 
     def _first_names(self) -> str:

@@ -66,7 +66,7 @@ def measure(
         if config.fake is not None:
             fake = _load(config, config.fake, extractor)
             row = {"label": Path(config.fake).name, "kind": "images", "source": config.fake}
-            rows.append(_finish(row, fake, _scores(config, extractor, real, fake, device)))
+            rows.append(_finish(row, real, fake, _scores(config, extractor, real, fake, device)))
     else:
         rows = [
             _measure_generated(config, extractor, real, row, generated, device) for row in generated
@@ -130,7 +130,7 @@ def _measure_generated(
         references = generated_set(Path(reference["source"]), config.num_images)
         lpips = load_lpips(config.lpips_weights) if config.lpips else None
         scores |= fidelity_scores(images, references, config.batch_size, lpips)
-    return _finish({**row, "num_images": config.num_images}, fake, scores)
+    return _finish({**row, "num_images": config.num_images}, real, fake, scores)
 
 
 def _scores(
@@ -164,11 +164,17 @@ def _scores(
 
 
 def _finish(
-    row: dict[str, object], fake: FeatureSet | None, scores: dict[str, Score]
+    row: dict[str, object],
+    real: FeatureSet | None,
+    fake: FeatureSet | None,
+    scores: dict[str, Score],
 ) -> dict[str, object]:
     """Add to a row what was measured and what to keep in mind."""
     side = {} if fake is None else _reading(fake)
     notes = [*row.get("notes", []), *([] if fake is None else [*fake.notes, *fake.warnings()])]
+    sizes = [set(each.facts.get("sizes", ())) for each in (real, fake) if each is not None]
+    if len(sizes) == 2 and all(sizes) and sizes[0] != sizes[1]:
+        notes.append("real images have other sizes than these, and resizing tells them apart")
     told = {
         axis: {"value": score.value, "standard_error": score.standard_error}
         for axis, score in scores.items()

@@ -1,6 +1,7 @@
 """CLIP and DINOv2 features, through transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -9,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from morse.evaluation.fid.extractors import Extractor, file_sha256
-from morse.evaluation.torch_fidelity_loader import INSTALL
 
 FILES = ["*.json", "*.txt", "*.safetensors"]
 
@@ -24,7 +24,8 @@ def load_clip(model: str, device: torch.device) -> Extractor:
     folder, transformers = _fetch(model, "clip_model"), _transformers()
     prepare, resize = _load_processor(folder, transformers)
     network = _load(transformers.CLIPModel, folder, device)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with _needing(folder, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def compute(images: Tensor) -> tuple[Tensor, None]:
         pooled = network.vision_model(pixel_values=prepare(images).to(device)).pooler_output
@@ -48,6 +49,7 @@ def load_clip(model: str, device: torch.device) -> Extractor:
         resizes=True,
         compute=compute,
         embed_text=embed_text,
+        is_standard=_sizes(network.config.vision_config) == (1024, 14, 336),
     )
 
 
@@ -72,14 +74,21 @@ def load_dinov2(model: str, device: torch.device) -> Extractor:
         channels=3,
         resizes=True,
         compute=lambda images: (network(prepare(images).to(device)).pooler_output, None),
+        is_standard=_sizes(network.config)[:2] == (1024, 14),
     )
+
+
+def _sizes(config: object) -> tuple[int, int, int]:
+    return config.hidden_size, config.patch_size, config.image_size
 
 
 def _transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"this extractor needs the `transformers` package; {INSTALL}") from error
+        raise ValueError(
+            'this extractor needs the `transformers` package; run `pip install "transformers>=5"`'
+        ) from error
     return transformers
 
 
@@ -96,13 +105,37 @@ def _fetch(model: str, option: str) -> Path:
         try:
             folder = Path(snapshot_download(model, allow_patterns=FILES, local_files_only=True))
         except (OSError, ValueError):
+            folder = None
+        # Another program may have fetched some files alone.
+        wanted = ("*.safetensors", "*processor*.json")
+        if folder is None or not all(any(folder.glob(pattern)) for pattern in wanted):
             folder = _download(model, option)
     if not list(folder.glob("*.safetensors")):
         raise ValueError(
-            f"{option} is {model}, but {folder} has no weights in safetensors; load the model with "
-            f"transformers, save_pretrained it and give that folder by --{option}"
+            f"{option} is {model}, but {folder} has no weights in safetensors; run once, where "
+            f"there is a network, {save_command(model)} and give --{option} saved"
         )
     return folder
+
+
+def save_command(model: str) -> str:
+    """Say how a model becomes a folder with all that is read here."""
+    return (
+        'python -c "from transformers import AutoModel, AutoProcessor; [each.from_pretrained('
+        f"'{model}').save_pretrained('saved') for each in (AutoModel, AutoProcessor)]\""
+    )
+
+
+@contextmanager
+def _needing(folder: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{folder} has no {what} that can be read ({reason}); save it beside the weights, by "
+            "AutoProcessor.from_pretrained(ID).save_pretrained(FOLDER) of transformers"
+        ) from error
 
 
 def _download(model: str, option: str) -> Path:
@@ -132,6 +165,13 @@ def _load(model_class: type, folder: Path, device: torch.device) -> torch.nn.Mod
         raise ValueError(
             f"{folder} is no {model_class.__name__}: it lacks {len(lacking)} weights, {lacking[:3]}"
         )
+    # A variant, as with registers, which would be left out. Old files hold positions' numbers.
+    unknown = sorted(k for k in map(str, info["unexpected_keys"]) if "position_ids" not in k)
+    if unknown:
+        raise ValueError(
+            f"{folder} is no {model_class.__name__}: it has {len(unknown)} weights more, "
+            f"{unknown[:3]}"
+        )
     return network.float().eval().requires_grad_(False).to(device)
 
 
@@ -147,9 +187,10 @@ def _load_processor(
         transformers: The package.
         whole: Squeeze the whole image into the square that the model's config would crop.
     """
-    processor = transformers.AutoImageProcessor.from_pretrained(
-        folder, backend="pil", local_files_only=True
-    )
+    with _needing(folder, "image processor"):
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True
+        )
     settings = processor.to_dict()
     options = {"size": settings["crop_size"], "do_center_crop": False} if whole else {}
     settings |= options
