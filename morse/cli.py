@@ -5,7 +5,6 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Mapping
 from importlib import import_module
 from typing import Literal, TypeVar
 
@@ -110,13 +109,6 @@ def main(argv: list[str] | None = None) -> None:
     module = import_module(module_name)
     config, function = getattr(module, config_name), getattr(module, function_name)
     run_command(config, function, argv[words:], command)
-
-
-def replace_defaults(config: object, values: Mapping[str, object]) -> None:
-    """Give other values to those settings of a frozen dataclass that are at their defaults."""
-    for option in dataclasses.fields(config):
-        if option.name in values and getattr(config, option.name) == option.default:
-            object.__setattr__(config, option.name, values[option.name])
 
 
 def run_command(

@@ -19,9 +19,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from morse import MorseDot, MorsePipeline, MorsePlan
-from morse.cli import replace_defaults, run_command
+from morse.cli import run_command
 from morse.evaluation.environment import command_line, environment
 from morse.training.checkpoint import write_bytes, write_json
+from morse.training.common import replace_defaults
 from morse.training.schedule import read_schedule
 from pipelines.skeleton_data import VALID, bone_errors, draw_poses, energy_distance
 from pipelines.skeleton_report import COLUMNS, draw_report, to_markdown

@@ -4,9 +4,8 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from morse.cli import replace_defaults
 from morse.evaluation.ablation.rows import ROWS, Row
-from morse.training.common import require
+from morse.training.common import replace_defaults, require
 from morse.training.config import TrainDotConfig
 from morse.training.pairs import LossWeighting
 from morse.training.windows import TimestepSampling
