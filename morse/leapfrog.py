@@ -211,13 +211,15 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
             # Where the caller has changed it, by a mask or a callback, the anchor moves along.
             handed, ratio = self._handed
             anchor = anchor + (sample - handed) / ratio
-        self._anchor = self._move(anchor, start, here + 1, now, is_clean)
+        own, of_fixed = self._shares(start, here + 1, is_clean)
+        self._anchor = own * anchor + of_fixed * now
         self._step_index += 1
         prev_sample = self._anchor
         if self._step_index < self.num_inference_steps:
-            prev_sample = self._move(self._anchor, here + 1, here + 2, ahead, is_clean).to(dtype)
+            own, of_fixed = self._shares(here + 1, here + 2, is_clean)
+            prev_sample = (own * self._anchor + of_fixed * ahead).to(dtype)
             # Cloned, for callers also change it in place.
-            self._handed = prev_sample.clone(), self._shares(here + 1, here + 2, is_clean)[0]
+            self._handed = prev_sample.clone(), own
         prev_sample = prev_sample.to(dtype)
         return LeapfrogSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
@@ -247,13 +249,11 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = signal_and_noise(self.alphas_cumprod.cpu(), at, torch.empty(1, device="cpu"))
         return alpha[0], sigma[0]
 
-    def _move(self, sample: Tensor, start: int, end: int, fixed: Tensor, is_clean: bool) -> Tensor:
-        """Take a DDIM step between grid points for an x_0 (`is_clean`) or an epsilon."""
-        own, of_fixed = self._shares(start, end, is_clean)
-        return own * sample + of_fixed * fixed
-
     def _shares(self, start: int, end: int, is_clean: bool) -> tuple[Tensor, Tensor]:
-        """Give what such a step multiplies the sample and what it multiplies the fixed one with."""
+        """Give the factors of a DDIM step between grid points.
+
+        They are the sample's and that of what is held fixed: an x_0 (`is_clean`) or an epsilon.
+        """
         (alpha, sigma), (next_alpha, next_sigma) = map(self._rates, (start, end))
         if is_clean:
             ratio = next_sigma / sigma

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from morse.evaluation.bench.loading import load_pipelines
 from morse.evaluation.bench.methods import REFERENCE_SOLVER
 from morse.evaluation.bench.runs import Samples
-from morse.evaluation.demo_report import Row, plot_quality, results_table, save_grid
+from morse.evaluation.demo_report import Row, has_distances, plot_quality, results_table, save_grid
 from morse.evaluation.demo_sampling import (
     DEMO_SOLVERS,
     REFERENCE_NAME,
@@ -121,8 +121,9 @@ def run_demo(config: DemoConfig) -> list[Row]:
     rows = measure_rows(reference, runs, speed_ratio)
     title = f"{num_images} images of the same noise; reference: {REFERENCE_NAME}"
     console.print(results_table(rows, title))
-    has_distances = any(row.frechet is not None for row in rows)
-    _print_notes(console, runs, has_distances)
+    if has_distances(rows):
+        console.print(NOTE, style="yellow")
+    _print_fallbacks(console, runs)
     files = _write_pictures(config, rows, reference, runs, title)
     if config.json is not None:
         facts = {**environment(device), "num_images": num_images, "speed_ratio": speed_ratio}
@@ -150,10 +151,8 @@ def _print_speed(console: "Console", speed: "SpeedRatio", where: str, given: flo
         )
 
 
-def _print_notes(console: "Console", runs: list[Run], has_distances: bool) -> None:
-    """Say what the figures are not good for, and where Dash stood in for Dot."""
-    if has_distances:
-        console.print(NOTE, style="yellow")
+def _print_fallbacks(console: "Console", runs: list[Run]) -> None:
+    """Say where Dash stood in for Dot."""
     for method, lsd, samples in runs:
         if samples.fallbacks:
             console.print(
@@ -169,7 +168,7 @@ def _write_json(config: DemoConfig, facts: dict[str, object], rows: list[Row]) -
         **facts,
         "seed": config.seed,
         "reference": REFERENCE_NAME,
-        "note": NOTE if any(row.frechet is not None for row in rows) else None,
+        "note": NOTE if has_distances(rows) else None,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     config.json.parent.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,11 @@ class Row:
     plan: str = ""
 
 
+def has_distances(rows: Sequence[Row]) -> bool:
+    """Tell whether Fréchet distances were measured."""
+    return any(row.frechet is not None for row in rows)
+
+
 def results_table(rows: Sequence[Row], title: str) -> object:
     """Build a `rich.table.Table`, one line a row, ruled between budgets; fits in 80 columns.
 
@@ -56,16 +61,16 @@ def results_table(rows: Sequence[Row], title: str) -> object:
     from rich import box
     from rich.table import Table
 
-    has_distances = any(row.frechet is not None for row in rows)
-    caption = f"Fréchet = {FRECHET_LABEL}" if has_distances else None
+    with_distances = has_distances(rows)
+    caption = f"Fréchet = {FRECHET_LABEL}" if with_distances else None
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("method", no_wrap=True)
-    distances = ("Fréchet\nto ref.", "Fréchet\nto real") if has_distances else ()
+    distances = ("Fréchet\nto ref.", "Fréchet\nto real") if with_distances else ()
     for header in ("LSD", "Dash", "Dot", "wall\nsec.", "PSNR\ndB", *distances):
         table.add_column(header, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
         cells = [_told(row.psnr, 2)]
-        if has_distances:
+        if with_distances:
             cells += [_told(row.frechet_to_reference, 3), _told(row.frechet, 2)]
         table.add_row(
             row.label,

@@ -119,12 +119,11 @@ def open_images(
             "captions; give class_names instead"
         )
     train_name = f"{IDX_PREFIXES['train']}{IDX_IMAGES_NAME}"
-    is_train_file = path.is_file() and path.name.startswith(train_name)
-    if path.is_file() and not is_train_file:
+    if path.is_file() and path.name.startswith(train_name):  # its test part may lie beside it
+        return _open_idx_folder(path.parent, resolution, channels, split)
+    if path.is_file():
         return _open_idx(path, resolution, channels, split)
-    if is_train_file:  # its test part may lie beside it
-        path = path.parent
-    if is_idx_folder or is_train_file:
+    if is_idx_folder:
         return _open_idx_folder(path, resolution, channels, split)
     return _open_folder(path, resolution, channels, split, caption_column)
 

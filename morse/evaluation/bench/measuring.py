@@ -81,16 +81,14 @@ def measure_cells(part: Part) -> dict[str, object]:
     speed = store.once("speed", lambda: _speed(part))
     for seed in config.seeds if not config.latency_only else ():
         _measure_seed(part, speed["speed_ratio"], seed)
-    speeds = []
-    for name, merged, wanted in (
-        ("speed_table", (True, False), True),
-        ("speed_table_compiled", (True,), config.compile),
-    ):
-        if wanted and (store.knows(name) or not part.is_over):
-            speeds += store.once(name, lambda merged=merged: table(*merged))
-        elif wanted:
+    speeds, tables = [], {"speed_table": (True, False)}
+    if config.compile:
+        tables["speed_table_compiled"] = (True,)
+    for name, merged in tables.items():
+        if part.is_over and not store.knows(name):
             print("max_seconds is over; --resume measures what is missing")
             break
+        speeds += store.once(name, lambda merged=merged: table(*merged))
     return {
         "speed_ratio": speed,
         "speed_ratios": speeds,

@@ -125,7 +125,9 @@ def sample_images(
             parts.append(torch.from_numpy(output.images).permute(0, 3, 1, 2).float())
             run = pipe.last_run if planned else None
     images, num_broken = _finite(torch.cat(parts))
-    broken = f"{num_broken} images are not finite and are scored as black ones"
+    broken = (
+        f"{num_broken} images are not finite and are scored as black ones" if num_broken else ""
+    )
     return Samples(
         images=images,
         num_dash=run.num_dash if planned else steps,
@@ -136,7 +138,7 @@ def sample_images(
         batch_seconds=tuple(batch_seconds),
         batch_size=batch_size,
         peak_memory_mib=torch.cuda.max_memory_allocated(pipe.device) / 2**20 if on_cuda else None,
-        note="; ".join(filter(None, (grid, broken if num_broken else ""))),
+        note="; ".join(filter(None, (grid, broken))),
         num_broken=num_broken,
     )
 

@@ -13,7 +13,7 @@ from morse.evaluation.fid.extractors import state_sha256
 from morse.evaluation.fid.generation import Method, Request, generate
 from morse.plan import MorsePlan
 from morse.rates import adds_noise
-from morse.steps import count_evaluations, shorten_plan
+from morse.steps import count_evaluations
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -120,7 +120,6 @@ def _methods(config: "FidConfig", pipe: "DiffusionPipeline") -> Iterator[Method]
     for lsd in sorted(set(config.lsd)):
         spent = pipe.plan_for(lsd)
         plan, options = MorsePlan.from_string(spent.plan), dict(spent.scheduler)
-        plan, _ = shorten_plan(pipe, {}, plan)
         names = f"Morse, {lsd:g} LSD", f"lsd_{lsd:g}"
         yield Method(*names, "morse", plan, lsd, plan.num_dash, options)
 
