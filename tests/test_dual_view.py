@@ -44,6 +44,15 @@ def test_matrix():
         dct_matrix(0)
 
 
+def test_the_default_device_is_not_that_of_maps():
+    x = draw(1, 2, 4, 3)
+    expected = remove_low_frequencies(x, (2, 1))
+    with torch.device("meta"):
+        actual = remove_low_frequencies(x, (2, 1))
+        assert dct_matrix(3).is_meta and not dct_matrix(3, device="cpu").is_meta
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_removed_frequencies():
     x = draw(2, 3, 6, 5)
     assert torch.equal(remove_low_frequencies(x, (1, 1)), x - x.mean((-2, -1), keepdim=True))

@@ -200,6 +200,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
         assert torch.equal(raw(resumed)[name], raw(network)[name])
 
 
+def test_the_state_is_not_on_the_default_device():
+    surgery = NetworkSurgery(make_network()[0], c_rate=0.5)
+    surgery.step()
+    with torch.device("meta"):
+        state = surgery.state_dict()
+        assert {value.device.type for value in state.values()} == {"cpu"}
+        surgery.load_state_dict(state)
+        surgery.step()
+    assert surgery.iteration == 1
+
+
 def test_the_state_before_the_first_step_has_no_thresholds():
     network, _, _ = make_network()
     state = NetworkSurgery(network).state_dict()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from morse.distillation import NORMLoss
 from morse.distillation.norm_transform import NORMTransform
 from morse.sampling import JumpPoint
 
@@ -77,6 +78,11 @@ def test_tokens_are_pixels(norm):
     tokens = ft(x.flatten(2).transpose(1, 2), channels_last=True)
     for of_tokens, of_pixels in zip(tokens, ft(x), strict=True):
         torch.testing.assert_close(of_tokens, of_pixels.flatten(2).transpose(1, 2))
+    # As the docstring says what the loss takes.
+    loss, teacher, wide = NORMLoss(3), random(2, 5, 3, 4, seed=2), tokens[1].transpose(1, 2)
+    torch.testing.assert_close(loss(wide.unflatten(2, (3, 4)), teacher), loss(ft(x)[1], teacher))
+    with pytest.raises(ValueError, match="must be"):
+        loss(wide, teacher.flatten(2))
 
 
 # Folding
@@ -118,6 +124,14 @@ def test_fold_is_exact(name, dtype):
         k: (t.shape, t.dtype) for k, t in before.items()
     }
     assert all(torch.equal(layer.state_dict()[key], tensor) for key, tensor in before.items())
+
+
+def test_the_default_device_is_not_taken():
+    ft, layer = make_transform(dtype=torch.float32), nn.Conv2d(6, 4, 1)
+    expected = [*ft.as_affine(), ft.fold(layer).weight]
+    with torch.device("meta"):
+        actual = [*ft.as_affine(), ft.fold(layer).weight]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_fold_of_zero_shift_with_batch_norm():

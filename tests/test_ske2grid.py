@@ -272,6 +272,16 @@ def test_placement_passes_the_gradient_straight_through():
     assert not GraphNodeIndexTransform(6, trainable=False)(x).requires_grad
 
 
+def test_placement_passes_the_whole_gradient_under_autocast():
+    git = GraphNodeIndexTransform(6)
+    x, g = torch.randn(2, 6, 3), torch.randn(2, 6, 3)
+    for method in (git, git.inverse):
+        expected = torch.autograd.grad(method(x), git.scores, g)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = method(x)
+        assert_close(torch.autograd.grad(y, git.scores, g), expected, rtol=0, atol=0)
+
+
 def test_placement_begins_with_a_permutation():
     order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
     for solver in ("greedy", "hungarian"):
@@ -324,6 +334,23 @@ def test_an_adjacency_may_be_of_integers():
     assert_close(layouts[1](x), layouts[0](x))
     layouts[1](x).sum().backward()
     assert layouts[1].stages[0].upt.weight.grad is not None
+
+
+@pytest.mark.parametrize("trainable", [True, "extra", False])
+def test_an_init_may_be_of_integers(trainable):
+    rows = torch.cat([torch.eye(4), torch.ones(5, 4)])
+    upt = UpsamplingTransform(4, 9, init=rows.long(), trainable=trainable)
+    assert upt.weight.dtype == torch.float32 and torch.equal(upt.matrix(), rows)
+    half = UpsamplingTransform(4, 9, init=rows.bfloat16()).weight
+    assert half.dtype == torch.bfloat16
+
+
+def test_what_is_given_follows_the_weights_to_the_default_device():
+    adjacency = coco_adjacency()
+    with torch.device("meta"):
+        upt = UpsamplingTransform(17, 25, adjacency=adjacency)
+        git = GraphNodeIndexTransform(3, init=[2, 0, 1])
+    assert upt.weight.is_meta and upt.adjacency.is_meta and git.scores.is_meta
 
 
 def train(parameters, loss, steps=10):

@@ -2,13 +2,14 @@
 
 import json
 import math
+import runpy
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from morse.compression import NetworkSurgery, load_sparse, save_sparse
+from morse.compression import NetworkSurgery, load_sparse, save_sparse, sparse_codes
 from morse.compression.safetensors_file import read_file, write_file
 from morse.compression.sparse_codes import decode_gaps, encode_gaps, pack_bits, unpack_bits
 
@@ -58,20 +59,35 @@ def test_round_trip_and_size(tmp_path, density, dtype):
     assert header < 900
 
 
-def test_every_layout_is_used(tmp_path):
-    state = {
+def state_of_every_layout():
+    return {
         "dense": sparse((50, 50), 0.99),
         "bitmask": sparse((50, 50), 0.5),
         "gaps8": sparse((500, 50), 0.02),
         "gaps16": sparse((500, 500), 0.0005),
         "index": torch.zeros(300_000).index_fill(0, torch.tensor([299_999]), 1.0),
     }
+
+
+def test_every_layout_is_used(tmp_path):
+    state = state_of_every_layout()
     save_sparse(state, tmp_path / "state.safetensors")
     _, metadata = read_file(tmp_path / "state.safetensors")
     entries = json.loads(metadata["json"])["tensors"]
     assert {name: entry[0] for name, entry in entries.items()} == {name: name for name in state}
     loaded = load_sparse(tmp_path / "state.safetensors")
     assert all(same_bits(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_the_default_device_is_not_taken(tmp_path):
+    """Which "meta" stands in for: whatever lands there is without numbers."""
+    state = state_of_every_layout() | {"empty": torch.zeros(0, 4), "zeros": torch.zeros(400)}
+    with torch.device("meta"):
+        save_sparse(state, tmp_path / "state.safetensors")
+        loaded = load_sparse(tmp_path / "state.safetensors")
+        imported = runpy.run_path(sparse_codes.__file__)
+    assert all(same_bits(loaded[name], tensor) for name, tensor in state.items())
+    assert imported["BITS"].device.type == "cpu"
 
 
 def test_special_bits_come_back(tmp_path):

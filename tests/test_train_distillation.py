@@ -21,8 +21,9 @@ from torch.testing import assert_close
 from morse import MorseDot
 from morse.cli import parse_config
 from morse.distillation import af_dcd, norm, norm_transform
+from morse.dot.grid import Grid
 from morse.training.distillation import add_distillation
-from morse.training.distillation_terms import TERMS
+from morse.training.distillation_terms import TERMS, shrink
 from morse.training.feature_taps import read_student, read_teacher
 from morse.training.frozen import freeze_pipeline
 from morse.training.loop import TrainDotConfig, build_dot, train_dot, window_loss
@@ -319,6 +320,30 @@ def test_teacher_and_student_features(setup):
     gradients = torch.autograd.grad(student.mid.sum(), list(model.dot.lora.parameters()),
                                     allow_unused=True)  # fmt: skip
     assert any(g is not None and g.any() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("m", "size"), [(1, (8, 8)), (2, (6, 6)), (3, (28, 9)), (2, (16, 6)), (3, (4, 17)), (3, (3, 1))]
+)
+def test_dashs_features_shrink_as_dots_grid_does(m, size):
+    """Each cell has the mean of the positions that Dot makes it of, without those filled up."""
+    feature = torch.randn(2, 3, *size, dtype=torch.float64)
+    side = 2**m
+    rows, columns = (range(0, n, side) for n in size)
+    cells = [feature[..., y : y + side, x : x + side].mean((2, 3)) for y in rows for x in columns]
+    expected = torch.stack(cells, -1).unflatten(-1, (len(rows), len(columns)))
+    dots = Grid(*size, packed=False, multiple=side).spread(feature)[..., ::side, ::side]
+    assert dots.shape == expected.shape
+    assert_close(shrink(feature, dots), expected)
+
+
+@pytest.mark.parametrize("names", [("norm",), ("feature_mse", "norm_transform_only")])
+def test_what_would_fill_a_pruned_dots_zeros_is_refused(setup, names):
+    dot, source, config = setup()
+    dot.register_to_config(sparse=True)
+    with pytest.raises(ValueError, match=f"pruned Dot.*'{names[-1]}' would fill.*then prune"):
+        add_distillation(dot, source, replace(config, distill=names))
+    assert add_distillation(dot, source, replace(config, distill=("feature_mse",))).terms
 
 
 def test_tpp_is_refused_for_unets(setup):

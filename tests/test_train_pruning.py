@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_loading_utils import is_safetensors_compatible
 from safetensors.torch import load_file
 from test_hub import hub  # noqa: F401
@@ -322,6 +322,21 @@ class TestResuming:
         capsys.readouterr()
         train_dot(replace(pruned, prune=0.5, resume_from_checkpoint="latest"))
         assert "prune was 0.8 and is now 0.5" in capsys.readouterr().out
+
+
+def test_what_a_pruner_does_not_load(base, data_dir, tmp_path):  # noqa: F811
+    config = parse_config(TrainDotConfig, arguments(base, data_dir, tmp_path, *STEPS))
+    pruner = DotPruner(build_dot(UNet2DModel.from_pretrained(base / "unet"), config), config)
+    with torch.device("meta"):
+        set_thresholds(pruner.surgery, 0.5)
+    state = pruner.state_dict()
+    for left_out, error, words in (
+        ("conv_in.parametrizations.weight.0.mask", RuntimeError, "Missing key"),
+        ("surgery.iteration", ValueError, "without prune"),
+    ):
+        with pytest.raises(error, match=words):
+            pruner.load_state_dict({k: v for k, v in state.items() if k != left_out})
+    pruner.load_state_dict(state)
 
 
 def test_thresholds_are_quantiles():

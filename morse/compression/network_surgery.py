@@ -202,13 +202,13 @@ class NetworkSurgery:
         """Return what a resumed run needs besides the module's raw weights, all as tensors.
 
         These are "masks.{parameter}", "thresholds.{layer}" (a, b, mean, spread; none before the
-        first step), "iteration", "frozen" and "generator".
+        first step), "iteration", "frozen" and "generator". All but the masks are on the CPU.
         """
         state = {f"masks.{name}": mask.clone() for name, mask in self.masks.items()}
         for name, values in self._thresholds.items():
-            state[f"thresholds.{name}"] = torch.tensor(values, dtype=torch.float64)
-        state["iteration"] = torch.tensor(self.iteration)
-        state["frozen"] = torch.tensor(self.frozen)
+            state[f"thresholds.{name}"] = torch.tensor(values, dtype=torch.float64, device="cpu")
+        state["iteration"] = torch.tensor(self.iteration, device="cpu")
+        state["frozen"] = torch.tensor(self.frozen, device="cpu")
         state["generator"] = self.generator.get_state()
         return state
 

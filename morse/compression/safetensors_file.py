@@ -71,5 +71,5 @@ def to_bytes(tensor: Tensor) -> bytes:
 def from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
     """Return a flat tensor of the numbers in `data`."""
     if not data:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(data), dtype=dtype)

@@ -166,7 +166,7 @@ def _take(pools: dict[str, Tensor], name: str, count: int) -> Tensor:
 def _unpack(layout: str, numbers: Tensor, places: Tensor | None, count: int) -> Tensor:
     if places is None:
         return numbers.clone()  # sharing no memory with its neighbours in the file
-    flat = torch.zeros(count, dtype=numbers.dtype)
+    flat = numbers.new_zeros(count)
     if layout == "bitmask":
         flat[unpack_bits(places, count)] = numbers
     else:

@@ -8,12 +8,13 @@ zeros.
 import torch
 from torch import Tensor
 
-BITS = 2 ** torch.arange(8, dtype=torch.uint8)
+# Here and below the device is given, so that a default device of torch changes nothing.
+BITS = 2 ** torch.arange(8, dtype=torch.uint8, device="cpu")
 
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack a bool mask (n,) into bytes (ceil(n / 8),), the first entry in the lowest bit."""
-    padded = torch.zeros(-(-len(mask) // 8) * 8, dtype=torch.uint8)
+    padded = mask.new_zeros(-(-len(mask) // 8) * 8, dtype=torch.uint8)
     padded[: len(mask)] = mask
     return (padded.view(-1, 8) * BITS).sum(1, dtype=torch.uint8)
 
@@ -29,9 +30,9 @@ def encode_gaps(index: Tensor, largest: int) -> Tensor:
     Each index is the number of entries skipped since the one before; `largest` itself says that as
     many are skipped and the gap goes on.
     """
-    gaps = torch.diff(index, prepend=torch.tensor([-1])) - 1
+    gaps = torch.diff(index, prepend=index.new_tensor([-1])) - 1
     ends = (gaps // largest + 1).cumsum(0)
-    units = torch.full((int(ends[-1]) if len(ends) else 0,), largest)
+    units = index.new_full((int(ends[-1]) if len(ends) else 0,), largest)
     units[ends - 1] = gaps % largest
     return units
 
@@ -40,4 +41,4 @@ def decode_gaps(units: Tensor, largest: int) -> Tensor:
     """Undo `encode_gaps`."""
     units = units.long()
     passed = units.cumsum(0)[units < largest]
-    return passed + torch.arange(len(passed))
+    return passed + torch.arange(len(passed), device=passed.device)

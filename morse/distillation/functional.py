@@ -84,15 +84,16 @@ def dct_matrix(
 ) -> Tensor:
     """Return the DCT-II matrix (n, n), 2 cos(pi (2j + 1) k / (2n)) in row k and column j.
 
-    It is computed in float64, then cast to `dtype` or else the default dtype.
+    It is computed in float64 on the CPU, as not every accelerator has it, then brought to `dtype`
+    and `device`, or else to torch's default ones.
 
     Raises:
         ValueError: If n is below 1.
     """
     require(n >= 1, f"n must be 1 or more, got {n}.")
-    index = torch.arange(n, dtype=torch.float64)
+    index = torch.arange(n, dtype=torch.float64, device="cpu")
     matrix = 2 * torch.cos(math.pi * (2 * index + 1) * index[:, None] / (2 * n))
-    return matrix.to(device, dtype or torch.get_default_dtype())
+    return matrix.to(device or torch.get_default_device(), dtype or torch.get_default_dtype())
 
 
 def dct2(x: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def _full_precision(x: Tensor) -> torch.autocast:
 
 def _inverse_dct(n: int, like: Tensor) -> Tensor:
     # The matrix's rows are orthogonal; their squared norms are 4n for the first, 2n for the others.
-    matrix = dct_matrix(n, dtype=torch.float64) / (2 * n)
+    matrix = dct_matrix(n, dtype=torch.float64, device="cpu") / (2 * n)
     matrix[0] /= 2
     return matrix.T.to(like)
 

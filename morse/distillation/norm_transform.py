@@ -102,8 +102,8 @@ class NORMTransform(nn.Module):
 
         Returns:
             `out`, shaped like `x`, and `expanded`, (B, N*Ct, H, W) or (B, L, N*Ct); segment k is
-            the block of channels from k*Ct to (k+1)*Ct. `NORMLoss` wants channels second, so
-            transpose the expanded tokens for it.
+            the block of channels from k*Ct to (k+1)*Ct. `NORMLoss` takes maps alone: give it
+            expanded tokens as `expanded.transpose(1, 2).unflatten(2, (H, W))`.
 
         Raises:
             ValueError: If `x` has another number of dimensions or of channels.
@@ -208,7 +208,7 @@ class NORMTransform(nn.Module):
         second, second_shift = _layer_affine(self.contract, self.contract_norm)
         matrix = second @ first
         if self.residual:
-            matrix = matrix + torch.eye(self.in_channels, dtype=torch.float64)
+            matrix = matrix + torch.eye(self.in_channels, dtype=matrix.dtype, device=matrix.device)
         return matrix, second @ first_shift + second_shift
 
 

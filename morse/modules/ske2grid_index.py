@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.modules.node_matrix import multiply
 from morse.modules.ske2grid_matching import Solver, match_nodes
 
 # A matrix of a larger grid would outweigh the network that it serves.
@@ -71,7 +72,7 @@ class GraphNodeIndexTransform(nn.Module):
         scores = torch.rand(num_cells, num_nodes)
         if not isinstance(init, str):
             nodes = _checked_permutation(init, num_cells, num_nodes)
-            scores = 0.5 * functional.one_hot(nodes, num_nodes) + 0.4 * scores
+            scores = 0.5 * functional.one_hot(nodes, num_nodes).to(scores) + 0.4 * scores
         elif init != "uniform":
             raise ValueError(f"init must be 'uniform' or a permutation, got {init!r}")
         self.scores = nn.Parameter(scores, requires_grad=trainable)
@@ -83,13 +84,13 @@ class GraphNodeIndexTransform(nn.Module):
     def assignment(self) -> Tensor:
         """Return the one-hot matrix (cells, nodes), with the gradient of `scores` in training."""
         chosen = functional.one_hot(self.permutation(), self.num_nodes).to(self.scores.dtype)
-        return chosen + self._straight_through(chosen) if self.training else chosen
+        return chosen + self._straight_through() if self.training else chosen
 
     def forward(self, x: Tensor) -> Tensor:
         """Place nodes, to the bit: (B, nodes, C) -> (B, cells, C); ValueError for others."""
         check_nodes(x, self.num_nodes)
         placed = x.index_select(1, self.permutation())
-        return placed + self._straight_through(x) @ x if self.training else placed
+        return placed + multiply(self._straight_through(), x) if self.training else placed
 
     def inverse(self, x: Tensor) -> Tensor:
         """Undo `forward`, to the bit: (B, cells, C) -> (B, nodes, C).
@@ -103,11 +104,11 @@ class GraphNodeIndexTransform(nn.Module):
             )
         check_nodes(x, self.num_cells)
         nodes = x.index_select(1, self.permutation().argsort())
-        return nodes + self._straight_through(x).t() @ x if self.training else nodes
+        return nodes + multiply(self._straight_through().t(), x) if self.training else nodes
 
-    def _straight_through(self, like: Tensor) -> Tensor:
-        """Zeros that carry the gradient: values stay exact, also under autocast."""
-        return (self.scores - self.scores.detach()).to(like.dtype)
+    def _straight_through(self) -> Tensor:
+        """Zeros that carry the gradient, (cells, nodes)."""
+        return self.scores - self.scores.detach()
 
     def extra_repr(self) -> str:
         """Name the sizes."""
@@ -130,7 +131,7 @@ def check_entries(rows: int, columns: int) -> None:
 
 
 def _checked_permutation(init: Sequence[int] | Tensor, cells: int, nodes: int) -> Tensor:
-    order = torch.as_tensor(init)
+    order = torch.as_tensor(init, device="cpu")  # the checks would each wait for another
     if order.is_floating_point() or tuple(order.shape) != (cells,):
         raise ValueError(
             f"init must name a node for each of {cells} cells, got {tuple(order.shape)} of "

@@ -66,17 +66,17 @@ class UpsamplingTransform(nn.Module):
         _check_settings(in_nodes, out_nodes, adjacency, trainable)
         self.in_nodes, self.out_nodes = in_nodes, out_nodes
         self.layout, self.trainable = _checked_layout(layout, in_nodes, out_nodes), trainable
-        if adjacency is not None:
-            # Of an integer one, all that P multiplies would be rounded down.
-            dtype = torch.promote_types(adjacency.dtype, torch.get_default_dtype())
-            adjacency = adjacency.detach().to(dtype, copy=True)
-        self.register_buffer("adjacency", adjacency, persistent=False)
         rows = _initial_rows(init, in_nodes, out_nodes, self.layout)
         if trainable == "extra":
             if not torch.equal(rows[:in_nodes], torch.eye(in_nodes).to(rows)):
                 raise ValueError("trainable='extra' needs an init that begins with the identity")
             rows = rows[in_nodes:].clone()
         self.weight = nn.Parameter(rows, requires_grad=bool(trainable))
+        if adjacency is not None:
+            # Of an integer one, all that P multiplies would be rounded down.
+            dtype = torch.promote_types(adjacency.dtype, torch.get_default_dtype())
+            adjacency = adjacency.detach().to(rows.device, dtype, copy=True)
+        self.register_buffer("adjacency", adjacency, persistent=False)
 
     @classmethod
     def from_grids(cls, coarse_hw: Shape, fine_hw: Shape, mode: Mode) -> "UpsamplingTransform":
@@ -167,7 +167,10 @@ def _initial_rows(
     if isinstance(init, Tensor):
         if tuple(init.shape) != (out_nodes, in_nodes):
             raise ValueError(f"init must be ({out_nodes}, {in_nodes}), got {tuple(init.shape)}")
-        return init.detach().clone()
+        # Integers take no gradients.
+        exact = init.is_floating_point()
+        dtype = init.dtype if exact else torch.promote_types(init.dtype, torch.get_default_dtype())
+        return init.detach().to(dtype, copy=True)
     if init == "softmax":
         extra = torch.rand(out_nodes - in_nodes, in_nodes).softmax(1)
         return torch.cat([torch.eye(in_nodes), extra])

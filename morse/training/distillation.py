@@ -124,16 +124,23 @@ def add_distillation(
     Both networks are evaluated once on an image of `source` for the shapes of their features.
 
     Raises:
-        ValueError: If one of them does not fit this Dash.
+        ValueError: If one of them does not fit this Dash, or would fill a pruned Dot's zeros.
         TypeError: If Dot's layer, into which NORM's transform is to be folded, is none it can be.
     """
     if not config.distill:
         return dot
+    transforms = set(config.distill) & set(TRANSFORMS)
+    if transforms and dot.config.sparse:
+        raise ValueError(
+            f"distill is {config.distill} and init_from is {config.init_from}, a pruned Dot, whose "
+            f"zeros the transform of {transforms.pop()!r} would fill; distill first, then prune "
+            "the result with init_from"
+        )
     dash = source.pipeline.dash.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, len(config.distill)))
         transform = None
-        if set(config.distill) & set(TRANSFORMS):
+        if transforms:
             layer = dot.up_blocks[0].reduce
             transform = NORMTransform(
                 layer.in_channels, layer.in_channels, SEGMENTS, norm="none", init="identity"

@@ -70,9 +70,15 @@ def check_distill(names: tuple[str, ...], weights: tuple[float, ...]) -> None:
 
 
 def shrink(feature: Tensor, like: Tensor) -> Tensor:
-    """Average a feature of Dash (B, C, H, W) over squares, to the size of `like` (B, C, h, w)."""
-    factor = -(-feature.shape[-1] // like.shape[-1])
-    return functional.avg_pool2d(feature, factor, ceil_mode=True)
+    """Average a feature of Dash (B, C, H, W) over squares, to the size of `like` (B, C, h, w).
+
+    Dot's grid is filled up at its end, then halved m times: its cell k covers the positions from
+    k * 2^m on, of which the last cell has fewer. Rounding the ratio of sizes up to a power of two
+    gives 2^m, or what comes to the same where a side has a single cell.
+    """
+    ratios = (-(-n // small) for n, small in zip(feature.shape[2:], like.shape[2:], strict=True))
+    sides = [1 << (ratio - 1).bit_length() for ratio in ratios]
+    return functional.avg_pool2d(feature, sides, ceil_mode=True)
 
 
 def _variance(feature: Tensor) -> Tensor:

@@ -159,8 +159,8 @@ class DotPruner:
         """Continue from what `state_dict` returned.
 
         Raises:
-            RuntimeError: If it is that of another network.
-            ValueError: If it is of a run without pruning, or with masks on other weights.
+            RuntimeError: If it is that of another network, or has masks on other weights.
+            ValueError: If it is of a run without pruning.
         """
         if f"{_PREFIX}iteration" not in state_dict:
             raise ValueError(
@@ -218,7 +218,7 @@ def set_thresholds(surgery: NetworkSurgery, share: float) -> None:
         spread = (kept if len(kept) else sizes).cpu().double()  # not every device has it
         mu, std = spread.mean().item(), spread.std(correction=0).item()
         layer = name.rpartition(".")[0]
-        state[f"thresholds.{layer}"] = torch.tensor([below, above, mu, std], dtype=torch.float64)
+        state[f"thresholds.{layer}"] = spread.new_tensor([below, above, mu, std])
     surgery.load_state_dict(state)
 
 
