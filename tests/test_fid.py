@@ -205,7 +205,7 @@ def test_evaluations_are_counted_as_the_scheduler_makes_them():
     assert all(len(method.steps) % 2 == 1 for method in planned)
 
 
-def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path):  # noqa: F811
+def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path, capsys):  # noqa: F811
     from diffusers import DDPMPipeline
 
     from morse.attach import disable_morse
@@ -217,6 +217,7 @@ def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path):  # 
     with pytest.raises(ValueError, match="has no Dot"):
         run_fid(FidConfig(lsd=(2,), **config))
     result = run_fid(FidConfig(num_inference_steps=(2,), num_images=2, **config))
+    assert "nothing will be measured: give --real" in capsys.readouterr().out
     assert result["rows"][0]["scores"] == {} and result["extractor"] is None
     assert len(list((tmp_path / "out" / "steps_2").glob("*.png"))) == 2
 
@@ -228,7 +229,6 @@ def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path):  # 
         ({"real": "a"}, "give --real and --fake"),
         ({"fake": "b"}, "give --real and --fake"),
         ({"fake": "b", "pipeline": "p"}, "give one of the two"),
-        ({"pipeline": "p", "lsd": (5,)}, "output_dir"),
         ({"pipeline": "p", "output_dir": Path("o")}, "without a budget"),
         ({"real": "a", "fake": "b", "reference_steps": 5}, "needs --pipeline"),
         ({"real": "a.npz", "save_stats": Path("s.npz")}, "save_stats"),
@@ -248,6 +248,8 @@ def test_the_command_line():
     assert config.lsd == (5.0, 7.5) and config.num_images == 9
     assert config.extractor_name == "fashion-mnist"
     assert parse_config(FidConfig, ["--real", "a", "--fake", "b"]).extractor_name == "inception"
+    shortest = parse_config(FidConfig, ["--pipeline", "fashion-mnist", "--lsd", "5"])
+    assert (shortest.real, shortest.output_dir) == ("fashion-mnist", Path("fid_output"))
 
 
 def test_prompts_need_some_text(tmp_path):
@@ -276,6 +278,8 @@ def test_prompts_give_a_clip_score(clip_folder, tmp_path):  # noqa: F811
     text = extractor.embed_text(["a cat", "a dog"] * 2 + ["a cat"])
     expected = 100 * (extractor.compute(images)[0] * text).sum(dim=1).clamp(min=0).mean()
     assert score(result, "clip_score") == pytest.approx(float(expected), rel=1e-4)
+    named = run_fid(FidConfig(**options, class_names=("a cat", "a dog")))
+    assert score(named, "clip_score") == score(result, "clip_score")
     (Path(fake) / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="which prompt belongs to which image"):
         run_fid(FidConfig(**options, prompts=tmp_path / "p.txt"))

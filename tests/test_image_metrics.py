@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from morse.evaluation.fid.extractors import Extractor
 from morse.evaluation.fid.feature_sets import FeatureSet, load_statistics, save_statistics
 from morse.evaluation.fid.image_metrics import (
+    Score,
     axes,
     clip_score,
     cmmd,
     feature_scores,
     fidelity_scores,
+    frechet_error,
     inception_score,
     kernel_distance,
     precision_recall,
@@ -37,6 +39,10 @@ def extractor(name="inception", sha256="0" * 64):
 
 def feature_set(features, logits=None, name="set"):
     return FeatureSet(name, *feature_statistics(features), len(features), features, logits)
+
+
+def frechet_between(real, fake):
+    return frechet_distance(*feature_statistics(real), *feature_statistics(fake))
 
 
 def test_frechet_distance_equals_scipy_and_torch_fidelity():
@@ -77,6 +83,22 @@ def test_the_standard_error_is_the_spread_over_repeated_draws():
     assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.35)
 
 
+@pytest.mark.parametrize("metric", ["frechet", "cmmd"])
+def test_jackknifed_errors_are_the_spread_over_repeated_draws(metric):
+    real, scores = random_features(200), []
+    everything = random_features(40 * 150, shift=0.7)  # of the same distribution, but for the shift
+    for fake in everything.split(150):
+        if metric == "cmmd":
+            scores.append(cmmd(real, fake))
+        else:
+            error = frechet_error(feature_set(real), feature_set(fake))
+            scores.append(Score(frechet_between(real, fake), error))
+    errors = [score.standard_error for score in scores]
+    # The spread of 40 draws is itself known to about 11 percent.
+    spread = np.std([score.value for score in scores], ddof=1)
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(spread, rel=0.35)
+
+
 def test_a_subset_is_never_more_than_half():
     features = random_features(10)
     score = kernel_distance(features, features + 1, subset_size=1000)
@@ -89,6 +111,8 @@ def test_precision_and_recall_equal_torch_fidelity_and_know_their_sides():
     module = fidelity_module("metric_prc")
     expected = module.calculate_precision_recall_full(fake, real)
     assert (precision.value, recall.value) == expected
+    share = precision.value
+    assert precision.standard_error == pytest.approx((share * (1 - share) / 90) ** 0.5)
     # Fakes that all sit in one place among the real images are precise and recall little.
     narrow = real[:1] + 0.01 * random_features(90, seed=2)
     precision, recall = precision_recall(real, narrow)
@@ -116,16 +140,16 @@ def test_cmmd_equals_the_biased_estimate_of_torch_fidelity():
     pairs = ((a, a), (a, b), (b, b))
     kernels = [kid.kernel_rbf(x, y, kid_kernel_rbf_sigma=10) for x, y in pairs]
     expected = 1000 * kid.mmd2(*kernels, mmd_est="biased")
-    assert cmmd(real, fake, block=7) == pytest.approx(expected, rel=1e-9)
+    assert cmmd(real, fake, block=7).value == pytest.approx(expected, rel=1e-9)
 
 
 def test_cmmd_of_unequal_sets_does_not_depend_on_repetition():
     real, fake = unit(10, 0), -unit(15, 1)
-    assert cmmd(real.repeat(3, 1), fake) == pytest.approx(cmmd(real, fake), rel=1e-9)
-    assert cmmd(real, real.repeat(2, 1)) == pytest.approx(0, abs=1e-9)
+    assert cmmd(real.repeat(3, 1), fake).value == pytest.approx(cmmd(real, fake).value, rel=1e-9)
+    assert cmmd(real, real.repeat(2, 1)).value == pytest.approx(0, abs=1e-9)
     # Two points at distance d: 2 - 2 exp(-d^2 / 200), times 1000.
     point = torch.tensor([[1.0, 0.0]])
-    assert cmmd(point, -point) == pytest.approx(2000 * (1 - math.exp(-4 / 200)), rel=1e-9)
+    assert cmmd(point, -point).value == pytest.approx(2000 * (1 - math.exp(-4 / 200)), rel=1e-9)
 
 
 def test_clip_score_is_100_cosines_without_negative_ones():

@@ -69,5 +69,11 @@ def psnr(images: Tensor, reference: Tensor, max_psnr: float = 100.0) -> Tensor:
             f"images has shape {tuple(images.shape)} and reference {tuple(reference.shape)}; "
             "same-noise PSNR compares image by image, so both must come from the same seeds"
         )
-    error = (images.double() - reference.double()).square().flatten(1).mean(dim=1)
+    # Some images at a time: thousands of large ones in float64 would not fit into memory.
+    error = torch.cat(
+        [
+            (some.double() - others.double()).square().flatten(1).mean(dim=1)
+            for some, others in zip(images.split(64), reference.split(64), strict=True)
+        ]
+    )
     return -10 * torch.log10(error.clamp(min=math.pow(10, -max_psnr / 10)))

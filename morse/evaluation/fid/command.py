@@ -25,7 +25,10 @@ class FidConfig:
 
     real: str | None = field(
         default=None,
-        metadata={"help": 'folder, IDX file, hub:NAME, statistics .npz, or "fashion-mnist"'},
+        metadata={
+            "help": 'folder, IDX file, hub:NAME, statistics .npz, or "fashion-mnist", which is the '
+            "default for the embedded pipeline of that name"
+        },
     )
     fake: str | None = field(
         default=None, metadata={"help": "likewise, what is measured; or give --pipeline"}
@@ -79,8 +82,9 @@ class FidConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = field(
         default="float32", metadata={"help": "the pipeline's"}
     )
-    output_dir: Path | None = field(
-        default=None, metadata={"help": "folder for generated images; goes on where it was"}
+    output_dir: Path = field(
+        default=Path("fid_output"),
+        metadata={"help": "folder for generated images; goes on where it was"},
     )
     extractor: str | None = field(
         default=None,
@@ -129,6 +133,9 @@ class FidConfig:
         if self.fake is not None and self.pipeline is not None:
             raise ValueError("fake and pipeline were both given; give one of the two")
         if self.pipeline is not None:
+            own = self.pipeline == FASHION_MNIST and self.extractor in (None, FASHION_MNIST)
+            if self.real is None and own:
+                object.__setattr__(self, "real", FASHION_MNIST)
             self._check_generation()
         elif self.reference_steps is not None:
             raise ValueError("reference_steps was given, but needs --pipeline to sample from")
@@ -145,8 +152,6 @@ class FidConfig:
             raise ValueError("lpips compares with a reference; give --reference_steps")
 
     def _check_generation(self) -> None:
-        if self.output_dir is None:
-            raise ValueError("pipeline was given, but output_dir says where its images go")
         if not (self.lsd or self.num_inference_steps):
             raise ValueError(
                 "pipeline was given without a budget; give --lsd for Dash and Dot, "
@@ -196,6 +201,8 @@ def run_fid(config: FidConfig) -> dict[str, object] | None:
         check_real(config, extractor)
         if config.lpips:
             check_lpips_weights(config.lpips_weights)
+        if config.real is None and config.reference_steps is None and config.prompts is None:
+            print("nothing will be measured: give --real for distances, --reference_steps for PSNR")
     rows = generate_all(config, state, device) if config.pipeline is not None else None
     is_main = state.is_main_process
     if state.num_processes > 1:

@@ -100,7 +100,6 @@ def load_feature_set(
     return extract_feature_set(images, extractor, batch_size, strict, on_images)
 
 
-@torch.no_grad()
 def extract_feature_set(
     images: ImageSet,
     extractor: Extractor,
@@ -108,6 +107,38 @@ def extract_feature_set(
     strict: bool = False,
     on_images: Callable[[int, int], object] | None = None,
 ) -> FeatureSet:
+    """Extract the features of every readable image, in order, and their statistics.
+
+    Args:
+        images: The set.
+        extractor: See `read_features`, like the rest and what is raised.
+        batch_size: See there.
+        strict: See there.
+        on_images: See there.
+
+    Raises:
+        ValueError: Also if fewer than two images can be read.
+    """
+    features, logits, facts = read_features(images, extractor, batch_size, strict, on_images)
+    return FeatureSet(
+        images.name,
+        *feature_statistics(features),
+        num_images=facts.num_images,
+        features=features,
+        logits=logits,
+        facts=facts.to_json(),
+        notes=facts.notes(images.name),
+    )
+
+
+@torch.no_grad()
+def read_features(
+    images: ImageSet,
+    extractor: Extractor,
+    batch_size: int = 64,
+    strict: bool = False,
+    on_images: Callable[[int, int], object] | None = None,
+) -> tuple[Tensor, Tensor | None, ReadingFacts]:
     """Extract the features of every readable image, in order.
 
     Args:
@@ -117,9 +148,13 @@ def extract_feature_set(
         strict: Raise at an unreadable image instead of leaving it out.
         on_images: Called with the number of images done and of all images, for progress bars.
 
+    Returns:
+        Features (N, D) and, if the extractor gives any, class logits (N, K), float32 on the CPU,
+        and what was met while reading.
+
     Raises:
         ValueError: If sizes are mixed and the extractor does not resize, if features are not
-            finite, or if fewer than two images can be read.
+            finite, or if no image can be read.
     """
     facts, features, logits = ReadingFacts(), [], []
     for batch in read_batches(images, extractor.channels, batch_size, facts, strict):
@@ -140,15 +175,7 @@ def extract_feature_set(
             f"extractor {extractor.name} gives features of {images.name} that are "
             "not finite; check its weights"
         )
-    return FeatureSet(
-        images.name,
-        *feature_statistics(found),
-        num_images=facts.num_images,
-        features=found,
-        logits=torch.cat(logits) if logits else None,
-        facts=facts.to_json(),
-        notes=facts.notes(images.name),
-    )
+    return found, torch.cat(logits) if logits else None, facts
 
 
 def save_statistics(path: Path, features: FeatureSet, extractor: Extractor) -> None:

@@ -1,7 +1,7 @@
 """Distances between sets of images in feature space, and fidelity to same-noise references."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,12 @@ from morse.evaluation.fid.extractors import Extractor
 from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.fid.image_sets import ImageSet, ReadingFacts, read_batches
 from morse.evaluation.fid.lpips import Lpips
-from morse.evaluation.metrics import frechet_distance, psnr
+from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
 from morse.evaluation.scoring import structural_similarity
 from morse.evaluation.torch_fidelity_loader import fidelity_module
 
 KID_SUBSETS, PRC_NEIGHBOURS, IS_SPLITS = 100, 3, 10  # the values of published figures
+JACKKNIFE_GROUPS = 10
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 LOWER = {"frechet", "kernel_distance", "cmmd", "lpips"}
 FIDELITY = {  # axis: (title, unit)
@@ -77,7 +78,7 @@ def feature_scores(
             f"{len(fake.mean)}; use one extractor for both"
         )
     distance = frechet_distance(real.mean, real.covariance, fake.mean, fake.covariance)
-    scores = {"frechet": Score(distance)}
+    scores = {"frechet": Score(distance, frechet_error(real, fake))}
     if real.features is not None and fake.features is not None:
         pair = real.features, fake.features
         if min(len(part) for part in pair) >= 4:
@@ -86,10 +87,32 @@ def feature_scores(
             moved = (part.to(device) for part in pair)
             scores["precision"], scores["recall"] = precision_recall(*moved)
         if extractor.name == "clip":
-            scores["cmmd"] = Score(cmmd(*pair))
+            scores["cmmd"] = cmmd(*pair)
     if fake.logits is not None and len(fake.logits) >= IS_SPLITS:
         scores["inception_score"] = inception_score(fake.logits)
     return scores
+
+
+def frechet_error(real: FeatureSet, fake: FeatureSet) -> float | None:
+    """Return the Fréchet distance's standard error over the images measured, by a jackknife.
+
+    Each of `JACKKNIFE_GROUPS` groups of images is left out in turn (Efron 1982, chapter 3). The
+    real images are held fixed, and the bias of few images is not in it.
+
+    Returns:
+        None where `fake` is statistics alone, or too few images for a covariance without a group.
+    """
+    if fake.features is None or len(fake.features) < 2 * JACKKNIFE_GROUPS:
+        return None
+    groups = torch.arange(len(fake.features)) % JACKKNIFE_GROUPS
+    left = (feature_statistics(fake.features[groups != g]) for g in range(JACKKNIFE_GROUPS))
+    return jackknife_error([frechet_distance(real.mean, real.covariance, *each) for each in left])
+
+
+def jackknife_error(values: list[float]) -> float:
+    """Return the standard error of a figure from its values with each group left out."""
+    kept = torch.tensor(values, dtype=torch.float64)
+    return math.sqrt((len(kept) - 1) * float(kept.var(correction=0)))
 
 
 def kernel_distance(real: Tensor, fake: Tensor, subset_size: int = 1000) -> Score:
@@ -119,6 +142,9 @@ def kernel_distance(real: Tensor, fake: Tensor, subset_size: int = 1000) -> Scor
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[Score, Score]:
     """Return improved precision and recall (Kynkäänniemi et al. 2019) with 3 neighbours.
 
+    Both are shares of images, and have the standard error of a share: the other set, in whose
+    neighbourhoods they are looked for, is held fixed.
+
     Args:
         real: (N, D), N > 3.
         fake: (M, D), M > 3.
@@ -131,7 +157,11 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[Score, Score]:
         save_cpu_ram=True,
         verbose=False,
     )
-    return Score(found["precision"]), Score(found["recall"])
+    return _share(found["precision"], len(fake)), _share(found["recall"], len(real))
+
+
+def _share(value: float, count: int) -> Score:
+    return Score(value, math.sqrt(value * (1 - value) / count))
 
 
 def inception_score(logits: Tensor) -> Score:
@@ -145,12 +175,13 @@ def inception_score(logits: Tensor) -> Score:
     return Score(found["inception_score_mean"], error)
 
 
-def cmmd(real: Tensor, fake: Tensor, block: int = 2000) -> float:
+def cmmd(real: Tensor, fake: Tensor, block: int = 2000) -> Score:
     """Return the CLIP maximum mean discrepancy (Jayasumana et al. 2024, Equation 4), times 1000.
 
     Like the authors' program: a Gaussian kernel of sigma 10 on CLIP embeddings of length 1, and
     the biased estimate, the kernel of an image with itself included. The sets may differ in size,
-    which the MMD functions of torchmetrics and torch-fidelity do not foresee.
+    which the MMD functions of torchmetrics and torch-fidelity do not foresee. The standard error is
+    a jackknife's over groups of the images measured, as for `frechet_error`.
 
     Args:
         real: (N, D), unit vectors.
@@ -159,16 +190,31 @@ def cmmd(real: Tensor, fake: Tensor, block: int = 2000) -> float:
     """
     kernel = fidelity_module("metric_kid").kernel_rbf
 
-    def mean_kernel(a: Tensor, b: Tensor) -> float:
+    def sums(a: Tensor, b: Tensor) -> float:
         a, b = a.double().numpy(), b.double().numpy()
         blocks = (a[i : i + block] for i in range(0, len(a), block))
-        total = sum(
-            float(kernel(rows, b, kid_kernel_rbf_sigma=CMMD_SIGMA).sum()) for rows in blocks
-        )
-        return total / (len(a) * len(b))
+        return sum(float(kernel(rows, b, kid_kernel_rbf_sigma=CMMD_SIGMA).sum()) for rows in blocks)
 
-    within = mean_kernel(real, real) + mean_kernel(fake, fake)
-    return CMMD_SCALE * (within - 2 * mean_kernel(real, fake))
+    groups = [fake[g::JACKKNIFE_GROUPS] for g in range(JACKKNIFE_GROUPS) if len(fake[g:]) > 0]
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64)
+    with_real = torch.tensor([sums(real, group) for group in groups], dtype=torch.float64)
+    among = torch.zeros(len(groups), len(groups), dtype=torch.float64)
+    for one in range(len(groups)):
+        for other in range(one + 1):
+            among[one, other] = among[other, one] = sums(groups[one], groups[other])
+    within_real = sums(real, real) / len(real) ** 2
+
+    def distance(kept: Tensor) -> float:
+        """Of the images of some groups, as zeros and ones."""
+        count = float(kept @ sizes)
+        within = within_real + float(kept @ among @ kept) / count**2
+        return CMMD_SCALE * (within - 2 * float(kept @ with_real) / (len(real) * count))
+
+    everyone = torch.ones(len(groups), dtype=torch.float64)
+    if len(groups) < JACKKNIFE_GROUPS:
+        return Score(distance(everyone))
+    left_out = everyone - torch.eye(len(groups), dtype=torch.float64)
+    return Score(distance(everyone), jackknife_error([distance(kept) for kept in left_out]))
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> Score:
@@ -183,7 +229,12 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Score:
 
 
 def fidelity_scores(
-    images: ImageSet, references: ImageSet, batch_size: int, lpips: Lpips | None = None
+    images: ImageSet,
+    references: ImageSet,
+    batch_size: int,
+    lpips: Lpips | None = None,
+    device: torch.device | str = "cpu",
+    on_images: Callable[[int, int], object] | None = None,
 ) -> dict[str, Score]:
     """Compare images with references made from the same noise, one by one, as 8-bit RGB.
 
@@ -192,24 +243,28 @@ def fidelity_scores(
         references: As many, in the same order.
         batch_size: Images at a time.
         lpips: From `load_lpips`; None leaves LPIPS out.
+        device: Where to compute, LPIPS's own.
+        on_images: Called with the numbers of images done and of all, for progress bars.
 
     Returns:
         Mean and standard error of "psnr", "ssim" and, if asked for, "lpips".
     """
     found: dict[str, list[Tensor]] = {}
     for image, reference in zip(
-        _floats(images, batch_size), _floats(references, batch_size), strict=True
+        _floats(images, batch_size, device), _floats(references, batch_size, device), strict=True
     ):
-        found.setdefault("psnr", []).append(psnr(image, reference))
-        found.setdefault("ssim", []).append(structural_similarity(image, reference))
+        found.setdefault("psnr", []).append(psnr(image, reference).cpu())
+        found.setdefault("ssim", []).append(structural_similarity(image, reference).cpu())
         if lpips is not None:
-            found.setdefault("lpips", []).append(lpips(image, reference))
+            found.setdefault("lpips", []).append(lpips(image, reference).cpu())
+        if on_images is not None:
+            on_images(sum(map(len, found["psnr"])), len(images))
     return {axis: _mean(torch.cat(parts)) for axis, parts in found.items()}
 
 
-def _floats(images: ImageSet, batch_size: int) -> Iterator[Tensor]:
+def _floats(images: ImageSet, batch_size: int, device: torch.device | str) -> Iterator[Tensor]:
     for batch in read_batches(images, 3, batch_size, ReadingFacts(), strict=True):
-        yield batch.float() / 255
+        yield batch.to(device).float() / 255
 
 
 def _mean(values: Tensor) -> Score:

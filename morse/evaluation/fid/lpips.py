@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -39,13 +40,14 @@ def check_lpips_weights(weights: Path | None) -> None:
         raise FileNotFoundError(f"lpips_weights is {weights}, which is no file")
 
 
-def load_lpips(weights: Path | None) -> Lpips:
+def load_lpips(weights: Path | None, device: torch.device | str = "cpu") -> Lpips:
     """Return a function of images and references, both (B, 3, H, W) in [0, 1], H and W >= 31.
 
     It returns one distance an image, (B,).
 
     Args:
         weights: A safetensors file with torchvision's AlexNet, "features.0.weight" and so on.
+        device: Where images and references will be.
 
     Raises:
         ValueError: If no file is given, or it holds something else.
@@ -65,15 +67,10 @@ def load_lpips(weights: Path | None) -> Lpips:
         ) from error
     module = torchmetrics_module("functional.image.lpips")
 
-    def measure(images: Tensor, references: Tensor) -> Tensor:
-        # torchmetrics asks torchvision for the network; it is handed this one instead.
-        with mock.patch.object(module, "_get_tv_model_features", lambda *_: features):
-            distances = module.learned_perceptual_image_patch_similarity(
-                images, references, net_type="alex", reduction="none", normalize=True
-            )
-        return distances.reshape(-1)
-
-    return measure
+    # torchmetrics asks torchvision for the network; it is handed this one instead.
+    with mock.patch.object(module, "_get_tv_model_features", lambda *_: features):
+        network = module._NoTrainLpips(net="alex").to(device)
+    return lambda images, references: network(images, references, normalize=True).reshape(-1)
 
 
 def alexnet_features() -> nn.Sequential:

@@ -25,7 +25,7 @@ from morse.evaluation.fid.image_metrics import (
     fidelity_scores,
 )
 from morse.evaluation.fid.image_sets import open_image_set
-from morse.evaluation.fid.lpips import load_lpips
+from morse.evaluation.fid.lpips import Lpips, load_lpips
 
 if TYPE_CHECKING:
     from morse.evaluation.fid.command import FidConfig
@@ -68,8 +68,10 @@ def measure(
             row = {"label": Path(config.fake).name, "kind": "images", "source": config.fake}
             rows.append(_finish(row, real, fake, _scores(config, extractor, real, fake, device)))
     else:
+        lpips = load_lpips(config.lpips_weights, device) if config.lpips else None
         rows = [
-            _measure_generated(config, extractor, real, row, generated, device) for row in generated
+            _measure_generated(config, extractor, real, row, generated, device, lpips)
+            for row in generated
         ]
     found = [axis for row in rows for axis in row["scores"]]
     known = axes(extractor)
@@ -119,6 +121,7 @@ def _measure_generated(
     row: dict[str, object],
     rows: list[dict[str, object]],
     device: torch.device,
+    lpips: Lpips | None,
 ) -> dict[str, object]:
     images, scores, fake = generated_set(Path(row["source"]), config.num_images), {}, None
     if extractor is not None:
@@ -128,8 +131,10 @@ def _measure_generated(
     reference = next((other for other in rows if other["kind"] == "reference"), None)
     if reference is not None and reference is not row:
         references = generated_set(Path(reference["source"]), config.num_images)
-        lpips = load_lpips(config.lpips_weights) if config.lpips else None
-        scores |= fidelity_scores(images, references, config.batch_size, lpips)
+        with progress_bar(f"fidelity of {row['label']}", shown=True) as on_images:
+            scores |= fidelity_scores(
+                images, references, config.batch_size, lpips, device, on_images
+            )
     return _finish({**row, "num_images": config.num_images}, real, fake, scores)
 
 
@@ -143,12 +148,12 @@ def _scores(
     scores = {}
     if real is not None:
         scores |= feature_scores(extractor, real, fake, config.kid_subset_size, device)
-    prompts = read_prompts(config.prompts)
+    prompts = _prompts(config)
     if prompts and extractor.embed_text is not None and fake.features is not None:
         if fake.facts["num_unreadable"]:
             raise ValueError(
                 f"{fake.name} has unreadable images ({fake.facts['unreadable']}), so it is not "
-                "known which prompt belongs to which image; remove them, or leave out --prompts"
+                "known which prompt belongs to which image; remove them, or leave out the prompts"
             )
         used = prompts[: len(fake.features)]
         text = torch.cat(
@@ -161,6 +166,12 @@ def _scores(
             fake.features, text[torch.arange(len(fake.features)) % len(text)]
         )
     return scores
+
+
+def _prompts(config: "FidConfig") -> tuple[str, ...]:
+    """Give the words that images were asked for by; numbers of classes are none."""
+    names = config.class_names
+    return read_prompts(config.prompts) or (() if any(map(str.isdigit, names)) else names)
 
 
 def _finish(
