@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -13,6 +14,7 @@ from morse.evaluation.metrics import psnr
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, scheduler_options
 from morse.steps import find_steps
+from morse.switch import MorseRun
 
 CONFIG = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
 EVERY = tuple(SOLVERS)
@@ -108,6 +110,22 @@ def test_images_that_are_not_finite_are_told(pipelines, monkeypatch):
     samples = sample_images(pipelines["ddim"], 2, range(3), 3)
     assert samples.note.startswith("1 images are not finite")
     assert samples.images.isfinite().all()
+
+
+def test_every_batch_counts_for_costs_and_fallbacks(pipelines, monkeypatch):
+    """The last batch, of one image, falls back where the first, of two, does not."""
+    runs = [MorseRun(MorsePlan.from_string("Doo"), 2.0, num_dash=1, num_dot=2) for _ in range(2)]
+    runs[1].num_dash, runs[1].num_dot, runs[1].fallbacks["odd batch"] = 3, 0, 2
+    ahead = iter(runs)
+
+    def call(self, generator, **_):
+        self.last_run = next(ahead)
+        return type("Output", (), {"images": np.zeros((len(generator), 8, 8, 1))})()
+
+    monkeypatch.setattr(type(pipelines["ddim"]), "__call__", call)
+    samples = sample_images(pipelines["ddim"], runs[0].plan, range(3), 2)
+    assert (samples.num_dash, samples.num_dot) == (5 / 3, 4 / 3)
+    assert samples.fallbacks == {"odd batch": 2} and len(samples.images) == 3
 
 
 def test_rates_come_from_full_batches():

@@ -36,11 +36,12 @@ from morse.evaluation.bench.engagement import LEAST_GAIN, timed, why_not_engaged
 from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.runs import Samples, sample_images
 from morse.evaluation.conditions import Conditions
+from morse.steps import find_steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MEASURED_STEPS = 12  # in which every peer but DeepCache is tried out
+MEASURED_STEPS = 12  # at most, in which every peer but DeepCache is tried out
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,14 @@ def measure_steps(
     """
     bare, ratios = [], []
     denoiser, seeds = find_denoiser(pipe), range(batch_size)
+    steps = find_steps(pipe, {}, MEASURED_STEPS)[1]  # Heun's evaluations are odd
     for run in range(repeats + 1):
         with timed(denoiser) as bare_seconds:
-            plain = sample_images(pipe, MEASURED_STEPS, seeds, batch_size, conditions=conditions)
+            plain = sample_images(pipe, steps, seeds, batch_size, conditions=conditions)
         with apply_peer(pipe, method), timed(denoiser) as seconds:
-            sped = sample_images(pipe, MEASURED_STEPS, seeds, batch_size, conditions=conditions)
+            sped = sample_images(pipe, steps, seeds, batch_size, conditions=conditions)
         if run:
-            bare.append(sum(bare_seconds) / MEASURED_STEPS)
+            bare.append(sum(bare_seconds) / steps)
             ratios.append(sum(seconds) / sum(bare_seconds))
     note = why_not_engaged(torch.equal(plain.images, sped.images), median(ratios))
     return {

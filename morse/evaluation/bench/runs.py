@@ -1,6 +1,7 @@
 """Sampling the same noise with each method at each budget, as the demo and the benchmark do."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ class Samples:
 
     Attributes:
         images: (N, C, H, W) in [0, 1], float32, on the CPU.
-        num_dash: Dash evaluations an image.
-        num_dot: Dot evaluations an image.
+        num_dash: Dash evaluations an image, on average.
+        num_dot: Dot evaluations an image, on average.
         seconds: Wall time for all N, from noise, and where there is one the text, to pixels.
         plan: Which evaluations were Dash's, "DooDoo"; "" where Dash makes all.
-        fallbacks: Why Dash ran where Dot should have, and how often; {} if all went to plan.
+        fallbacks: Why Dash ran where Dot should have, and how often in all batches; {} if all went
+            to plan.
         batch_seconds: Wall time of each batch; the last may be smaller than the others.
         batch_size: Images of a full batch.
         peak_memory_mib: Most memory allocated while sampling, in MiB; None except on CUDA.
@@ -42,8 +44,8 @@ class Samples:
     """
 
     images: Tensor
-    num_dash: int
-    num_dot: int
+    num_dash: float
+    num_dot: float
     seconds: float
     plan: str
     fallbacks: dict[str, int]
@@ -108,7 +110,7 @@ def sample_images(
         settings = {"plan": steps}
     else:
         settings = {"num_inference_steps": find_exact_steps(pipe, {}, steps)}
-    parts, batch_seconds, run = [], [], None
+    images, batch_seconds, runs = None, [], []
     on_cuda = pipe.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(pipe.device)
@@ -122,25 +124,38 @@ def sample_images(
             output = pipe(generator=generators, output_type="np", **wanted, **settings)
             # Pixels on the CPU: the device has finished.
             batch_seconds.append(time.perf_counter() - began)
-            parts.append(torch.from_numpy(output.images).permute(0, 3, 1, 2).float())
-            run = pipe.last_run if planned else None
-    images, num_broken = _finite(torch.cat(parts))
+            found = torch.from_numpy(output.images).permute(0, 3, 1, 2)
+            if images is None:  # at once, for 5,000 large ones fill much of a machine's memory
+                images = torch.empty(len(seeds), *found.shape[1:])
+            images[first : first + len(chunk)] = found
+            if planned:
+                runs.append(pipe.last_run)
+    images, num_broken = _finite(images)
     broken = (
         f"{num_broken} images are not finite and are scored as black ones" if num_broken else ""
     )
     return Samples(
         images=images,
-        num_dash=run.num_dash if planned else steps,
-        num_dot=run.num_dot if planned else 0,
+        num_dash=_mean_count([run.num_dash for run in runs], batch_size, len(seeds), steps),
+        num_dot=_mean_count([run.num_dot for run in runs], batch_size, len(seeds), 0),
         seconds=time.perf_counter() - start,
         plan=str(steps) if planned else "",
-        fallbacks=dict(run.fallbacks) if planned else {},
+        fallbacks=dict(sum((run.fallbacks for run in runs), Counter())),
         batch_seconds=tuple(batch_seconds),
         batch_size=batch_size,
         peak_memory_mib=torch.cuda.max_memory_allocated(pipe.device) / 2**20 if on_cuda else None,
         note="; ".join(filter(None, (grid, broken))),
         num_broken=num_broken,
     )
+
+
+def _mean_count(counts: list[int], batch_size: int, total: int, bare: int) -> float:
+    """Average batches' counts over images, as the last may fall back where the others do not."""
+    if not counts:
+        return bare
+    last = total - (len(counts) - 1) * batch_size
+    mean = (batch_size * sum(counts[:-1]) + last * counts[-1]) / total
+    return int(mean) if mean == int(mean) else mean
 
 
 def reference_images(samples: Samples) -> Tensor:

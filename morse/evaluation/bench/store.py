@@ -25,8 +25,8 @@ class Cell:
         budget: LSD asked for.
         seed: The first image's seed.
         plan: Which evaluations were Dash's, "DooDoo"; "" for the bare pipeline.
-        num_dash: Dash evaluations an image.
-        num_dot: Dot evaluations an image.
+        num_dash: Dash evaluations an image, on average.
+        num_dot: Dot evaluations an image, on average.
         lsd: LSD spent.
         seconds: Wall time for all images.
         batch_seconds: Quartiles of the full batches' wall times; None for fewer than two batches.
@@ -41,8 +41,8 @@ class Cell:
     budget: int
     seed: int
     plan: str
-    num_dash: int
-    num_dot: int
+    num_dash: float
+    num_dot: float
     lsd: float
     seconds: float
     fallbacks: dict[str, int]

@@ -9,14 +9,15 @@ if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
 
 # Each peer (`bench.peers`) and what it is measured with; the number at the end is its parameter.
+# The first is what its authors recommend or its code defaults to.
 PEER_SETTINGS = {
-    "deepcache": ("interval 3", "interval 2", "interval 5"),  # the first is its authors' advice
-    "tomesd": ("ratio 0.5",),
-    "fbcache": ("threshold 0.1",),
-    "pab": ("every 2",),
-    "fastercache": ("every 2",),
-    "taylorseer": ("interval 3",),
-    "cache-dit": ("threshold 0.1",),
+    "deepcache": ("interval 3", "interval 2", "interval 5"),
+    "tomesd": ("ratio 0.5", "ratio 0.25", "ratio 0.75"),
+    "fbcache": ("threshold 0.1", "threshold 0.05", "threshold 0.2"),
+    "pab": ("every 2", "every 3", "every 4"),
+    "fastercache": ("every 2", "every 3", "every 4"),
+    "taylorseer": ("interval 3", "interval 2", "interval 5"),
+    "cache-dit": ("threshold 0.1", "threshold 0.05", "threshold 0.2"),
 }
 CHOOSABLE = tuple(kind for kind in KINDS if kind not in PEER_SETTINGS)
 # Kinds that work with one solver alone, the one that their authors use.
@@ -33,7 +34,8 @@ def list_tasks(config: "BenchmarkConfig") -> list[tuple[Method, int]]:
             return 0
         return STAGES.get(method.kind, 4)
 
-    return [] if config.latency_only else sorted(_all_tasks(config), key=stage)
+    tasks = dict.fromkeys(_all_tasks(config))  # what was asked for twice is measured once
+    return [] if config.latency_only else sorted(tasks, key=stage)
 
 
 def all_solvers(config: "BenchmarkConfig") -> tuple[str, ...]:
