@@ -1,18 +1,30 @@
 """Training for guided pipelines evaluates Dash and Dot just as the pipelines do when sampling."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline, VQModel
+from diffusers import (
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
+    VQModel,
+)
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from tiny_pipelines import text_unet, xl_unet
 from tiny_text import dit_pipeline, grey_vae, sd3_pipeline, text_pipeline, xl_pipeline
+from tiny_transformers import tiny_flux
 from torch import nn
 from torch.testing import assert_close
 
 from morse import MorseDot, enable_morse
 from morse.plan import MorsePlan
 from morse.spaces import signal_and_noise
-from morse.training.conditions import ConditionTable
+from morse.training.cache import _conditions
+from morse.training.conditions import ConditionEncoder, ConditionTable, _arrangement
 from morse.training.frozen import freeze_pipeline
 from morse.training.guidance import Conditions, draw_guidance_scale, guide
 from morse.training.latents import LatentCodec
@@ -254,6 +266,21 @@ class TestConditions:
         assert_close(few.look_up(numbers).positive[name], many.look_up(numbers).positive[name])
         assert many._all is None and few._all is not None
 
+    def test_a_shards_captions_are_encoded_a_few_at_a_time(self, monkeypatch):
+        """More than fit on a GPU; what was encoded is on the CPU before the next."""
+        sizes = []
+
+        def encode(values):
+            sizes.append(len(values))
+            return {"pooled_projections": torch.tensor(values)[:, None]}
+
+        monkeypatch.setattr("morse.training.conditions.MOST_KEPT", 3)
+        table = ConditionTable(ConditionEncoder("text", encode, encode([7])), range(100))
+        found = _conditions(table, torch.arange(10, 100))
+        assert found["conditions/pooled_projections"].flatten().tolist() == list(range(10, 100))
+        assert found["negative/pooled_projections"].tolist() == [[7]]
+        assert max(sizes) <= 32
+
     def test_classes(self):
         encoder = freeze_pipeline(dit_pipeline()).encoder
         assert encoder.encode([3, 0])["class_labels"].tolist() == [3, 0]
@@ -305,6 +332,37 @@ class TestLatents:
         assert_close(found[:, 2], (mode[:, 2] - 3) * 0.5 / 4)
         assert_close(LatentCodec(vae).decode(found), vae.decode(mode).sample)
 
+    @pytest.mark.parametrize(("side", "largest"), [(32, 32), (128, 32), (512, 2), (1024, 1)])
+    def test_large_images_go_through_a_few_at_a_time(self, side, largest):
+        sizes = []
+
+        class Vae:
+            config = grey_vae().config
+
+            def encode(self, images):
+                sizes.append(len(images))
+                return SimpleNamespace(
+                    latent_dist=SimpleNamespace(mode=lambda: images[..., ::2, ::2])
+                )
+
+            def decode(self, latents, return_dict):
+                sizes.append(len(latents))
+                return (latents.repeat_interleave(2, 2).repeat_interleave(2, 3),)
+
+        images = torch.zeros(1, 1, 1, 1).expand(33, 1, side, side)
+        codec = LatentCodec(Vae())
+        latents = codec.encode(images)
+        assert codec.decode(latents).shape == images.shape and len(latents) == 33
+        assert sum(sizes) == 66 and max(sizes) == largest
+
+
+def test_a_large_denoiser_gets_fewer_of_large_samples(frozen, monkeypatch):
+    sizes = {side: replace(frozen, resolution=side) for side in (256, 512, 768, 1024)}
+    assert {each.batch_size(128, 16) for each in sizes.values()} == {128}
+    monkeypatch.setattr("morse.training.frozen._LARGE_DASH", 10)
+    found = [each.batch_size(128, 16) for each in sizes.values()]
+    assert found == [16, 16, 4, 4]  # divisors of a shard's windows
+
 
 class TestRefusals:
     def test_an_unguided_pipeline(self, make_pipe):
@@ -321,6 +379,49 @@ class TestRefusals:
         pipe = LDMPipeline(vqvae, build_unet(in_channels=3), DDIMScheduler())
         with pytest.raises(ValueError, match="LDMPipeline has a VQModel as vqvae, but"):
             freeze_pipeline(pipe)
+
+    @pytest.mark.parametrize(
+        "vae",
+        [
+            VQModel(block_out_channels=(4, 4), norm_num_groups=2, num_vq_embeddings=4,
+                    down_block_types=("DownEncoderBlock2D",) * 2,
+                    up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4),
+            AutoencoderTiny(encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4),
+                            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)),
+            AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1,
+                             temperal_downsample=[False]),
+        ],
+        ids=lambda vae: type(vae).__name__,
+    )  # fmt: skip
+    def test_an_autoencoder_of_another_kind(self, vae):
+        pipe = text_pipeline()
+        pipe.vae = vae
+        with pytest.raises(ValueError, match=f"has a {type(vae).__name__} as vae, but .* Autoenc"):
+            freeze_pipeline(pipe)
+
+    def test_packed_latents(self):
+        pipe = text_pipeline()
+        pipe.unet = tiny_flux()
+        with pytest.raises(ValueError, match=r"takes 16 channels.*have 4.*not handle packed"):
+            freeze_pipeline(pipe)
+        with pytest.raises(ValueError, match="text conditions of FluxTransformer2DModel"):
+            _arrangement(pipe, pipe.unet)
+
+    @pytest.mark.parametrize("size", [[4, 6], (4, 6), None])
+    def test_no_size_of_squares(self, size):
+        pipe = text_pipeline()
+        pipe.unet.register_to_config(sample_size=size)
+        with pytest.raises(ValueError, match=r"resolution is not given.*such as --resolution 512"):
+            freeze_pipeline(pipe)
+        assert freeze_pipeline(pipe, 8).sample_size == (4, 4)
+        pipe.unet.register_to_config(sample_size=[4, 4])
+        assert freeze_pipeline(pipe).resolution == 8
+
+    def test_a_size_that_is_not_patches(self):
+        with pytest.raises(ValueError, match=r"resolution is 10; .*multiple of 4.*--resolution 8"):
+            freeze_pipeline(dit_pipeline(), 10)
+        with pytest.raises(ValueError, match=r"resolution is 0; .*multiple of 2.*--resolution 2"):
+            freeze_pipeline(text_pipeline(), 0)
 
     def test_guidance_as_input(self):
         with pytest.raises(ValueError, match="takes the guidance scale as an input"):

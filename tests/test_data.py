@@ -257,6 +257,29 @@ def test_an_unfit_image_of_the_hub_is_named(hub):
         images[1]
 
 
+def test_contents_tell_images_from_others(tmp_path, pixels, hub):
+    """By names and sizes of files, pixels that are in memory, and what the hub's library knows."""
+    for folder in ("one", "moved"):
+        (tmp_path / folder).mkdir()
+        for value, name in enumerate(("a.png", "b.png")):
+            Image.new("L", (4, 4 + value)).save(tmp_path / folder / name)
+    told = open_images(tmp_path / "one", None, 4, 1).contents()
+    assert open_images(tmp_path / "moved", None, 4, 1).contents() == told
+    (tmp_path / "moved" / "b.png").rename(tmp_path / "moved" / "0.png")
+    renamed = open_images(tmp_path / "moved", None, 4, 1).contents()
+    (tmp_path / "moved" / "0.png").write_bytes(b"")
+    assert len({told, renamed, open_images(tmp_path / "moved", None, 4, 1).contents()}) == 3
+
+    idx = {open_images(write_idx(tmp_path / str(n), pixels + n), None, 28, 1).contents()
+           for n in (0, 1, 0)}  # fmt: skip
+    assert len(idx) == 2
+
+    rows = Rows(image=grey(2))
+    rows._fingerprint = "1f"
+    hub(train=rows, test=rows)
+    assert open_images(None, "someone/pictures", 4, 1).contents() == "1f"
+
+
 def test_step_batches_cover_each_epoch_once():
     batches = list(StepBatches(10, 4, seed=1, start_step=0, num_steps=5))
     flat = [index for batch in batches for index in batch]

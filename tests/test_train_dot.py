@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from morse.training.cache import SHARD_WINDOWS
 from morse.training.common import make_accelerator
 from morse.training.graphs import GraphedDot
 from morse.training.loop import TrainDotConfig, build_dot, train_dot
+from morse.training.pairs import weighted_loss
+from morse.training.shards import make_shards
 from morse.training.start import inherit
 
 ROOT = Path(__file__).parents[1]
@@ -265,11 +268,56 @@ class TestCache:
         with pytest.raises(ValueError, match=r"windows-00000.safetensors is damaged"):
             run(*self.options, "--cache_dir", str(folder))
 
+    def test_what_killed_processes_left_is_removed(self, tmp_path):
+        old, new, other = (tmp_path / f".{name}.safetensors.tmp-1" for name in
+                           ("windows-00003", "windows-00004", "latents-00000"))  # fmt: skip
+        for path in (old, new, other):
+            path.touch()
+        for path in (old, other):
+            os.utime(path, (0, 0))
+        alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None,
+                                process_index=0, num_processes=1)  # fmt: skip
+        make_shards(tmp_path, "windows", 1, 1, "", dict, lambda rows: {"a": torch.ones(1)}, alone)
+        assert not old.exists() and new.exists() and other.exists()
+
     def test_shards_hold_whole_batches(self):
         from morse.training.cache import _BATCH_SIZES, _DEFAULT_BATCH_SIZE
 
         for batch_size in (_DEFAULT_BATCH_SIZE, *_BATCH_SIZES.values()):
             assert SHARD_WINDOWS % batch_size == 0
+
+
+def test_what_fails_at_the_end_costs_no_dot(base, data_dir, tmp_path, monkeypatch):
+    def out_of_memory(dot, step):
+        raise MemoryError
+
+    monkeypatch.setattr("morse.training.loop.make_validator", lambda *_: out_of_memory)
+    given = arguments(base, data_dir, tmp_path / "run", "--max_train_steps", "1")
+    with pytest.raises(MemoryError):
+        train_dot(parse_config(TrainDotConfig, given))
+    assert MorseDot.from_pretrained(tmp_path / "run").config.num_down_blocks == 1
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [("nan", "the loss is nan at step 3"), ("inf", "weights are not finite at step 3")],
+)
+def test_good_checkpoints_stay_when_training_breaks(
+    base, data_dir, tmp_path, factor, message, monkeypatch
+):
+    calls = []
+
+    def breaks(*arguments):
+        calls.append(float(factor) if len(calls) > 1 else 1.0)
+        return weighted_loss(*arguments) * calls[-1]
+
+    monkeypatch.setattr("morse.training.loop.weighted_loss", breaks)
+    given = arguments(base, data_dir, tmp_path / "run", "--checkpointing_steps", "1",
+                      "--logging_steps", "100")  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        train_dot(parse_config(TrainDotConfig, given))
+    kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert kept == {"checkpoint-1", "checkpoint-2"}
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """train_dot for pipelines with text and classes, from data on disk to a Dot in the pipeline."""
 
+import json
 import pickle
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +18,11 @@ from torch.testing import assert_close
 
 from morse import MorseDot, MorsePipeline, enable_morse
 from morse.cli import parse_config
-from morse.training.cache import WindowCache, _join, prepare_cache
+from morse.training.cache import WindowCache, _describe, _join, prepare_cache
 from morse.training.common import make_accelerator
 from morse.training.frozen import freeze_pipeline, load_frozen_pipeline
 from morse.training.graphs import _OnPairs, _tensors
+from morse.training.latent_cache import cache_latents
 from morse.training.loop import TrainDotConfig, train_dot
 from morse.training.pairs import dot_outputs
 from morse.training.source import open_source
@@ -153,6 +156,24 @@ class TestStableDiffusion:
         assert_close(cached.float(), images.clean(images.__getitems__(list(range(10)))),
                      rtol=1e-3, atol=1e-3)  # fmt: skip
 
+    def test_latents_of_other_images_are_refused(self, source, tmp_path, monkeypatch):
+        images, config = source
+        config, accelerator = replace(config, cache_dir=tmp_path), make_accelerator(config)
+        cache_latents(images, config, accelerator)
+        with monkeypatch.context() as patch:
+            patch.setattr(images.images, "contents", lambda: "others")
+            with pytest.raises(ValueError, match=r"made with other \['image_files'\]"):
+                cache_latents(images, config, accelerator)
+        path = tmp_path / "cache.json"
+        told = json.loads(path.read_text())
+        assert told["scaling"]["scaling_factor"] == images.pipeline.codec.vae.config.scaling_factor
+        del told["image_files"], told["scaling"]  # as earlier versions
+        path.write_text(json.dumps(told))
+        with pytest.raises(ValueError, match=r"an earlier version made without noting image_files"):
+            cache_latents(images, config, accelerator)
+        # A run that goes on has used it before.
+        cache_latents(images, replace(config, resume_from_checkpoint="latest"), accelerator)
+
 
 def test_processes_that_load_data_get_images_and_numbers_alone(source):
     images, _ = source
@@ -201,6 +222,20 @@ class TestCache:
         ):
             with pytest.raises(ValueError, match=rf"made with other \[{names}\]"):
                 run(*CACHE, "--cache_dir", str(folder), *options)
+
+    def test_text_encoders_and_scaling_are_noted(self, source):
+        before, pipeline = _describe(*source), source[0].pipeline
+        weight = pipeline.encoder.models[0].get_input_embeddings().weight
+        vae, scaling = pipeline.codec.vae, pipeline.codec.vae.config.scaling_factor
+        with torch.no_grad():
+            weight.neg_()
+        vae.register_to_config(scaling_factor=0.7)
+        now = _describe(*source)
+        with torch.no_grad():
+            weight.neg_()
+        vae.register_to_config(scaling_factor=scaling)
+        assert {name for name in now if now[name] != before[name]} == {"text_encoders", "scaling"}
+        assert json.loads(json.dumps(before)) == before
 
     def test_graphs_get_the_conditions(self, source, shards):
         """As CUDA graphs call it, with tensors alone."""

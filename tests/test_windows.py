@@ -114,6 +114,28 @@ def test_a_window_follows_diffusers_solver(scheduler_class, second_order):
         sample = scheduler.step(output, timestep, sample).prev_sample
 
 
+def test_the_second_order_follows_the_line_no_further_than_plans_do(monkeypatch):
+    """A long step after a short one, as uniform draws have them, would multiply what is noise."""
+    arguments = (data(), data(seed=1))
+    order = torch.ones(4).bool()
+
+    def windows_of(timesteps):
+        bounded = make_window(FROZEN, *arguments, timesteps, order)
+        with monkeypatch.context() as patch:
+            patch.setattr(windows, "_LARGEST_COEFFICIENT", float("inf"))
+            return bounded, make_window(FROZEN, *arguments, timesteps, order)
+
+    uneven = torch.tensor([[600, 599, 50]]).expand(4, -1)
+    bounded, free = windows_of(uneven)
+    plain = make_window(FROZEN, *arguments, uneven, ~order)
+    far, near = ((each.samples - plain.samples)[:, 2].abs().max() for each in (free, bounded))
+    assert near < 0.1 < 100 * near < far  # its coefficient would be several hundred
+    for evaluations in (6, 49, 60):  # 49 has the largest of all, 0.89
+        grid = (1000 - torch.arange(evaluations) * (1000 / evaluations)).round().long() - 1
+        bounded, free = windows_of(grid.expand(4, -1))
+        assert torch.equal(bounded.samples, free.samples)
+
+
 def test_a_dot_makes_the_steps_and_dash_the_targets():
     def constant_dot(sample, timestep, jump):
         return torch.full_like(sample, 0.25)

@@ -1,5 +1,6 @@
 """Windows kept on disk: Dash is evaluated once, and Dot trains on the result for many epochs."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from morse.dot.view import fingerprint
 from morse.training.batches import StepBatches
 from morse.training.checkpoint import read_tensors
 from morse.training.common import step_generator
+from morse.training.conditions import ConditionTable
 from morse.training.config import TrainDotConfig
 from morse.training.frozen import FrozenPipeline
 from morse.training.guidance import Conditions
@@ -25,6 +27,7 @@ SHARD_WINDOWS = 4096
 _BATCH_SIZES = {"cpu": 32}
 _DEFAULT_BATCH_SIZE = 512
 _LARGE_BATCH_SIZE = 16  # for denoisers such as Stable Diffusion's
+_ENCODED_AT_ONCE = 32  # captions
 # A shard's tensors with a row for each window; those of the two groups have other numbers of rows.
 _ROWS = ("timesteps", "samples", "outputs", "guidance_scale", "rows")
 _TABLE, _NEGATIVE = "conditions/", "negative/"
@@ -130,6 +133,8 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
     description = {
         "dash": fingerprint(pipeline.dash.model),
         "vae": None if pipeline.codec is None else fingerprint(pipeline.codec.vae),
+        "scaling": None if pipeline.codec is None else pipeline.codec.constants,
+        "text_encoders": [fingerprint(model) for model in pipeline.encoder.models],
         "schedule": digest(repr(pipeline.dash.schedule.sigmas.tolist())),
         "prediction_type": pipeline.dash.prediction_type,
         "resolution": pipeline.resolution,
@@ -172,9 +177,8 @@ def prepare_cache(
 
 
 def _batch_size(pipeline: FrozenPipeline) -> int:
-    if pipeline.is_large:
-        return _LARGE_BATCH_SIZE
-    return _BATCH_SIZES.get(pipeline.device.type, _DEFAULT_BATCH_SIZE)
+    usual = _BATCH_SIZES.get(pipeline.device.type, _DEFAULT_BATCH_SIZE)
+    return pipeline.batch_size(usual, _LARGE_BATCH_SIZE)
 
 
 def _stored(window: Window) -> dict[str, Tensor]:
@@ -194,18 +198,32 @@ def _make_shard(
     batch_size = _batch_size(source.pipeline)
     first, count = number * SHARD_WINDOWS // batch_size, -(-size // batch_size)
     batches = StepBatches(len(source), batch_size, config.seed, first, count)
-    parts: dict[str, list[Tensor]] = {}
-    for step, indices in enumerate(batches):
-        generator = step_generator(config.seed, number, step, source.pipeline.device)
-        window = draw_windows(source, config, source.__getitems__(indices), generator)
-        # At once to the CPU and in half precision: a shard may be larger than a GPU's memory.
-        for name, part in _stored(window).items():
-            parts.setdefault(name, []).append(part.cpu())
-    found = {name: torch.cat(each)[:size] for name, each in parts.items()}
+
+    def stored() -> Iterator[dict[str, Tensor]]:
+        for step, indices in enumerate(batches):
+            generator = step_generator(config.seed, number, step, source.pipeline.device)
+            yield _stored(draw_windows(source, config, source.__getitems__(indices), generator))
+
+    found = {name: value[:size] for name, value in _gathered(stored()).items()}
     if source.numbers is not None:
         indices = torch.tensor([index for batch in batches for index in batch])[:size]
         different, found["rows"] = source.numbers[indices].unique(return_inverse=True)
-        conditions = source.table.look_up(different)
-        found |= {f"{_TABLE}{name}": v.cpu() for name, v in conditions.positive.items()}
-        found |= {f"{_NEGATIVE}{name}": v.cpu() for name, v in conditions.negative.items()}
+        found |= _conditions(source.table, different)
     return found
+
+
+def _conditions(table: ConditionTable, numbers: Tensor) -> dict[str, Tensor]:
+    """Give what a shard keeps of the captions or classes of these numbers, on the CPU."""
+    chunks = (table.look_up(chunk).positive for chunk in numbers.split(_ENCODED_AT_ONCE))
+    found = {f"{_TABLE}{name}": value for name, value in _gathered(chunks).items()}
+    negative = table.encoder.negative or {}
+    return found | {f"{_NEGATIVE}{name}": value.cpu() for name, value in negative.items()}
+
+
+def _gathered(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join tensors by name on the CPU, each moved at once: a shard may exceed a GPU's memory."""
+    found: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, value in part.items():
+            found.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(each) for name, each in found.items()}

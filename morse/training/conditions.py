@@ -29,11 +29,13 @@ class ConditionEncoder:
         encode: Gives the denoiser's arguments for n captions or classes, (n, ...) each, on the
             pipeline's device; see `Conditions.positive` for their names.
         negative: The same for guidance's negative branch, (1, ...); None where there is none.
+        models: The text encoders.
     """
 
     kind: Kind
     encode: Encode
     negative: dict[str, Tensor] | None
+    models: tuple[nn.Module, ...] = ()
 
 
 def make_encoder(pipe: "DiffusionPipeline", denoiser: nn.Module, size: int) -> ConditionEncoder:
@@ -105,15 +107,16 @@ def _text_encoder(pipe: "DiffusionPipeline", denoiser: nn.Module, size: int) -> 
         ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
-    return ConditionEncoder("text", encode, both([""])[1])
+    parts = (getattr(pipe, f"text_encoder{number}", None) for number in ("", "_2", "_3"))
+    models = tuple(part for part in parts if part is not None)
+    return ConditionEncoder("text", encode, both([""])[1], models)
 
 
 def _arrangement(
     pipe: "DiffusionPipeline", denoiser: nn.Module
 ) -> Callable[[tuple[Tensor, ...]], tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Give what sorts `encode_prompt`'s outputs into positive and negative arguments."""
-    takes = inspect.signature(type(denoiser).forward).parameters
-    if "pooled_projections" in takes:  # Stable Diffusion 3
+    if type(denoiser).__name__ == "SD3Transformer2DModel":  # Flux's takes pooled text, too
         names = ("encoder_hidden_states", "pooled_projections")
     elif denoiser.config.get("addition_embed_type") == "text_time":  # SDXL
         names = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")

@@ -1,18 +1,17 @@
 """Training images behind one interface."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from morse.training.captions import read_metadata
+from morse.training.contents import describe_files, describe_pixels, describe_rows
 from morse.training.hub_rows import load_parts, read_captions, read_labels
 from morse.training.idx import (
     IDX_IMAGES,
@@ -22,7 +21,7 @@ from morse.training.idx import (
     read_idx,
     read_idx_labels,
 )
-from morse.training.image_reading import BROKEN, IMAGE_SUFFIXES, is_image, to_bytes, to_channels
+from morse.training.image_reading import IMAGE_SUFFIXES, is_image, read_files, read_rows
 
 HELD_OUT_EVERY = 20
 IDX_PREFIXES = {"train": "train", "test": "t10k"}
@@ -36,6 +35,7 @@ class ImageDataset(Dataset):
         length: The number of images.
         labels: Class numbers, (length,) int64, where the source has them.
         captions: A text for each image, where they were asked for.
+        contents: Tells these images from others, briefly; called for caches alone.
     """
 
     def __init__(
@@ -44,12 +44,14 @@ class ImageDataset(Dataset):
         length: int,
         labels: Tensor | None = None,
         captions: list[str] | None = None,
+        contents: Callable[[], str | None] | None = None,
     ) -> None:
         """Keep the source; nothing is read yet."""
         self.fetch = fetch
         self.length = length
         self.labels = labels
         self.captions = captions
+        self.contents = contents
 
     def __len__(self) -> int:
         """Give the number of images."""
@@ -151,7 +153,8 @@ def _open_idx(path: Path, resolution: int, channels: int, split: str | None) -> 
         rows = np.array(held_out_rows(len(array), split))
         array, labels = array[rows], None if labels is None else labels[rows]
     images = fit_images(torch.from_numpy(array)[:, None], resolution)
-    return ImageDataset(partial(_gather, images, channels), len(images), labels)
+    contents = partial(describe_pixels, images)
+    return ImageDataset(partial(_gather, images, channels), len(images), labels, contents=contents)
 
 
 def _gather(images: Tensor, channels: int, indices: list[int]) -> Tensor:
@@ -173,8 +176,9 @@ def _open_folder(
     if not has_splits:
         files = [files[index] for index in held_out_rows(len(files), split)]
     captions = None if caption_column is None else read_metadata(files, caption_column, root)
-    fetch = partial(_read_files, files, resolution, channels)
-    return ImageDataset(fetch, len(files), captions=captions)
+    fetch = partial(read_files, files, resolution, channels)
+    contents = partial(describe_files, files, root)
+    return ImageDataset(fetch, len(files), captions=captions, contents=contents)
 
 
 def held_out_rows(length: int, split: str) -> range | list[int]:
@@ -187,28 +191,6 @@ def held_out_rows(length: int, split: str) -> range | list[int]:
     if split == "test":
         return range(HELD_OUT_EVERY - 1, length, HELD_OUT_EVERY)
     return [row for row in range(length) if row % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
-
-
-def _read_files(files: list[Path], resolution: int, channels: int, indices: list[int]) -> Tensor:
-    images = []
-    for path in (files[index] for index in indices):
-        with _naming(path), Image.open(path) as image:
-            images.append(_fit(image, resolution, channels))
-    return torch.stack(images)
-
-
-@contextmanager
-def _naming(name: object) -> Iterator[None]:
-    try:
-        yield
-    except BROKEN as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}; remove it") from error
-
-
-def _fit(image: Image.Image, resolution: int, channels: int) -> Tensor:
-    """Crop the centre square and resize it, (C, resolution, resolution)."""
-    image = to_channels(ImageOps.exif_transpose(image), channels)
-    return to_bytes(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def _open_hub(
@@ -228,15 +210,6 @@ def _open_hub(
         if value is not None and value not in rows.column_names:
             raise ValueError(f"{option} is {value!r}; {name} has columns {rows.column_names}")
     captions = None if caption_column is None else read_captions(rows, caption_column)
-    fetch = partial(_read_rows, rows, column, resolution, channels)
-    return ImageDataset(fetch, len(rows), read_labels(rows), captions)
-
-
-def _read_rows(
-    rows: Dataset, column: str, resolution: int, channels: int, indices: list[int]
-) -> Tensor:
-    images = []
-    for index in indices:
-        with _naming(f"row {index} (of its part) in image_column {column!r}"):
-            images.append(_fit(rows[index][column], resolution, channels))
-    return torch.stack(images)
+    fetch = partial(read_rows, rows, column, resolution, channels)
+    contents = partial(describe_rows, rows)
+    return ImageDataset(fetch, len(rows), read_labels(rows), captions, contents)

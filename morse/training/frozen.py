@@ -8,9 +8,14 @@ from torch import Tensor, nn
 
 from morse.dot.guidance import DotGuidance
 from morse.history import extrapolate
-from morse.one_pass import combines_branches
 from morse.spaces import BaseSpace, Rates, rebase
 from morse.training.conditions import ConditionEncoder, make_encoder
+from morse.training.frozen_checks import (
+    check_channels,
+    check_one_pass,
+    choose_guidance,
+    choose_resolution,
+)
 from morse.training.guidance import UNCONDITIONAL, Conditions, each_branch, guide
 from morse.training.latents import LatentCodec, find_codec
 from morse.training.schedule import NoiseSchedule, read_schedule
@@ -20,8 +25,7 @@ if TYPE_CHECKING:
 
     from morse.training.config import TrainDotConfig
 
-_LARGE_DASH = 100_000_000
-DEFAULT_GUIDANCE = (2.0, 10.0)  # Morse, section 4.2
+_LARGE_DASH, _LARGE_SIDE = 100_000_000, 512
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,20 @@ class FrozenPipeline:
         side = self.resolution // (1 if self.codec is None else self.codec.factor)
         return side, side
 
-    @property
-    def is_large(self) -> bool:
-        """Whether memory holds only few of the denoiser's samples at a time."""
-        return self.dash.model.num_parameters() > _LARGE_DASH
+    def batch_size(self, usual: int, large: int) -> int:
+        """Give how many samples to evaluate Dash on at a time, by what memory holds.
+
+        Args:
+            usual: For small denoisers.
+            large: A power of two for those such as Stable Diffusion's; for images beyond 512 x 512
+                it is halved until it has no more pixels.
+        """
+        if self.dash.model.num_parameters() <= _LARGE_DASH:
+            return usual
+        pixels = large * _LARGE_SIDE**2
+        while large > 1 and large * self.resolution**2 > pixels:
+            large //= 2
+        return large
 
     def to_images(self, samples: Tensor) -> Tensor:
         """Turn samples of the denoiser's kind into images in [0, 1]."""
@@ -163,22 +177,9 @@ def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> Froz
     pipe = MorsePipeline.from_pretrained(config.pretrained_model_name_or_path).to(device)
     found = freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
     if config.guidance == "guided":
-        _check_one_pass(pipe, found.guidance_scale)
+        check_one_pass(pipe, found.guidance_scale)
     names = ("history", "extrapolation_cap", "guidance")
     return replace(found, dash=replace(found.dash, **{n: getattr(config, n) for n in names}))
-
-
-def _check_one_pass(pipe: "DiffusionPipeline", guidance_scale: tuple[float, float]) -> None:
-    if not combines_branches(pipe):
-        raise ValueError(
-            f"guidance is 'guided', but it is not known how {type(pipe).__name__} combines "
-            "guidance's branches when sampling; use --guidance branches."
-        )
-    if guidance_scale[1] == 1:
-        raise ValueError(
-            f"guidance is 'guided', but guidance_scale is {guidance_scale}, which is none; give "
-            "a range such as --guidance_scale 2 10, or --guidance branches."
-        )
 
 
 def freeze_pipeline(
@@ -192,21 +193,23 @@ def freeze_pipeline(
     Args:
         pipe: The pipeline, on its device; its weights require gradients no more.
         resolution: Height and width of images; what the denoiser is made for if None.
-        guidance_scale: Lowest and highest scale; None for `DEFAULT_GUIDANCE` where the pipeline has
-            something to guide away from.
+        guidance_scale: Lowest and highest scale; None for `frozen_checks.DEFAULT_GUIDANCE` where
+            the pipeline has something to guide away from.
         base_space: See `MorseDot`; None for "raw", which deterministic schedulers use.
 
     Raises:
-        ValueError: If its noise schedule, autoencoder, conditions or input are not handled.
+        ValueError: If its noise schedule, autoencoder, conditions or input are not handled, or
+            images of that size.
     """
     from morse.denoisers import find_denoiser
 
     denoiser = find_denoiser(pipe).requires_grad_(False).eval()
     codec = find_codec(pipe)
-    _check_channels(denoiser, codec)
+    check_channels(denoiser, codec)
     factor = 1 if codec is None else codec.factor
-    resolution = resolution or denoiser.config.sample_size * factor
-    patches = (resolution // factor // (denoiser.config.get("patch_size") or 1)) ** 2
+    patch_size = denoiser.config.get("patch_size") or 1
+    resolution = choose_resolution(resolution, denoiser, factor, patch_size)
+    patches = (resolution // factor // patch_size) ** 2
     schedule, prediction_type = read_schedule(pipe.scheduler, patches)
     encoder = make_encoder(pipe, denoiser, resolution)
     return FrozenPipeline(
@@ -215,29 +218,5 @@ def freeze_pipeline(
         encoder,
         resolution,
         denoiser.config.in_channels if codec is None else codec.image_channels,
-        _choose_guidance(guidance_scale, encoder),
+        choose_guidance(guidance_scale, encoder),
     )
-
-
-def _check_channels(denoiser: nn.Module, codec: LatentCodec | None) -> None:
-    given = denoiser.config.in_channels
-    latents = given if codec is None else codec.vae.config.latent_channels
-    if given != latents:
-        raise ValueError(
-            f"the denoiser takes {given} channels, but the pipeline's latents have {latents}; "
-            "train_dot does not handle masks or images as further input, so train for the "
-            "text-to-image pipeline."
-        )
-
-
-def _choose_guidance(
-    wanted: tuple[float, ...] | None, encoder: ConditionEncoder
-) -> tuple[float, float]:
-    if encoder.negative is None:
-        if wanted is not None and wanted[1] > 1:
-            raise ValueError(
-                f"guidance_scale is {wanted}, but this pipeline has no negative prompt or class "
-                "to guide away from; leave --guidance_scale away."
-            )
-        return (1.0, 1.0)
-    return DEFAULT_GUIDANCE if wanted is None else (wanted[0], wanted[1])

@@ -1,11 +1,17 @@
 """Image files: which names they have, and their pixels as 8-bit grey or colour."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
@@ -39,3 +45,41 @@ def to_bytes(image: Image.Image) -> Tensor:
     """Give the pixels of a grey or RGB image, (C, H, W) uint8."""
     array = np.array(image, dtype=np.uint8).reshape(image.height, image.width, -1)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def read_files(files: list[Path], resolution: int, channels: int, indices: list[int]) -> Tensor:
+    """Read those of the files that `indices` names, (len(indices), C, resolution, resolution).
+
+    Raises:
+        ValueError: If one cannot be read; the message names it.
+    """
+    images = []
+    for path in (files[index] for index in indices):
+        with _naming(path), Image.open(path) as image:
+            images.append(_fit(image, resolution, channels))
+    return torch.stack(images)
+
+
+def read_rows(
+    rows: "Dataset", column: str, resolution: int, channels: int, indices: list[int]
+) -> Tensor:
+    """Read the images in a column of a hub data set likewise."""
+    images = []
+    for index in indices:
+        with _naming(f"row {index} (of its part) in image_column {column!r}"):
+            images.append(_fit(rows[index][column], resolution, channels))
+    return torch.stack(images)
+
+
+@contextmanager
+def _naming(name: object) -> Iterator[None]:
+    try:
+        yield
+    except BROKEN as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}; remove it") from error
+
+
+def _fit(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    """Crop the centre square and resize it, (C, resolution, resolution)."""
+    image = to_channels(ImageOps.exif_transpose(image), channels)
+    return to_bytes(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))

@@ -11,14 +11,14 @@ from morse.training.cache import SHARD_WINDOWS
 from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
 from morse.training.data import ImageDataset
-from morse.training.shards import make_shards
+from morse.training.shards import make_shards, require_noted
 from morse.training.source import ConditionedImages, describe_data
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SHARD_IMAGES = SHARD_WINDOWS
-_BATCH_SIZE = 32
+_BATCH_SIZE = 32  # images that are read at a time; the codec takes as many of them as fit
 
 
 def cache_latents(
@@ -29,18 +29,22 @@ def cache_latents(
     As with windows, shards are shared out among the processes and appear whole or not at all.
 
     Raises:
-        ValueError: If the folder holds other latents.
+        ValueError: If the folder holds other latents, or unless the run goes on perhaps others.
     """
-    pipeline = source.pipeline
+    pipeline, folder = source.pipeline, config.cache_dir or config.output_dir / "latents"
+    # Captions and labels are read anew, so that latents of other images would get wrong ones.
+    if config.resume_from_checkpoint is None:
+        require_noted(folder, "image_files")
 
     def describe() -> dict[str, object]:
         return {
             "vae": fingerprint(pipeline.codec.vae),
+            "scaling": pipeline.codec.constants,
             "resolution": pipeline.resolution,
         } | describe_data(source, config)
 
     paths = make_shards(
-        folder=config.cache_dir or config.output_dir / "latents",
+        folder=folder,
         name="latents",
         total=len(source),
         shard_size=SHARD_IMAGES,

@@ -9,7 +9,19 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_BATCH_SIZE = 32
+_MOST_IMAGES, _IMAGE_SIDE = 32, 128
+# Of the autoencoder's config, what a codec reads.
+_CONSTANTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+_NEEDED = ("in_channels", "block_out_channels", "latent_channels", "scaling_factor")
+
+
+def _chunk_size(height: int, width: int) -> int:
+    """Give how many images of this size go through the autoencoder at a time.
+
+    32 of up to 128 x 128 pixels. Its features at full size take memory by the pixel: a chunk that
+    is right for small images does not fit a GPU with those of Stable Diffusion.
+    """
+    return min(_MOST_IMAGES, max(1, _MOST_IMAGES * _IMAGE_SIDE**2 // (height * width)))
 
 
 @dataclass(frozen=True)
@@ -40,9 +52,8 @@ class LatentCodec:
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] as Dash gets them, (B, C', H / f, W / f)."""
         with torch.autocast(images.device.type, enabled=False):
-            latents = torch.cat(
-                [self.vae.encode(chunk).latent_dist.mode() for chunk in images.split(_BATCH_SIZE)]
-            )
+            chunks = images.split(_chunk_size(*images.shape[-2:]))
+            latents = torch.cat([self.vae.encode(chunk).latent_dist.mode() for chunk in chunks])
         shift, scale = self._moments(latents)
         return (latents - shift) * scale
 
@@ -50,8 +61,9 @@ class LatentCodec:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to images in [-1, 1]; the inverse of `encode`."""
         shift, scale = self._moments(latents)
+        size = _chunk_size(*(side * self.factor for side in latents.shape[-2:]))
         with torch.autocast(latents.device.type, enabled=False):
-            chunks = (latents / scale + shift).split(_BATCH_SIZE)
+            chunks = (latents / scale + shift).split(size)
             return torch.cat([self.vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
 
     @property
@@ -64,14 +76,22 @@ class LatentCodec:
         """How many times smaller latents are than images, in height and width."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def constants(self) -> dict[str, object]:
+        """What latents depend on besides the weights, as JSON has it."""
+        found = {name: self.vae.config.get(name) for name in _CONSTANTS}
+        return {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in found.items()}
+
 
 def find_codec(pipe: "DiffusionPipeline") -> LatentCodec | None:
     """Freeze a pipeline's autoencoder; None where it works on pixels.
 
     Raises:
-        ValueError: If it has an autoencoder of another kind, such as LDMPipeline's `vqvae`.
+        ValueError: If it has an autoencoder of another kind, such as LDMPipeline's `vqvae`,
+            SanaPipeline's AutoencoderDC or WanPipeline's, which is of videos.
     """
     if getattr(pipe, "vae", None) is not None:
+        _check_kind(pipe)
         return LatentCodec(pipe.vae.requires_grad_(False).eval())
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and hasattr(part, "encode") and hasattr(part, "decode"):
@@ -80,3 +100,18 @@ def find_codec(pipe: "DiffusionPipeline") -> LatentCodec | None:
                 "no autoencoder except `vae`; give a pipeline that has one, or works on pixels."
             )
     return None
+
+
+def _check_kind(pipe: "DiffusionPipeline") -> None:
+    """Check that a pipeline's `vae` is used as an AutoencoderKL is, by what it is made of."""
+    vae = pipe.vae
+    complete = all(vae.config.get(name) is not None for name in _NEEDED)
+    last = getattr(getattr(vae, "encoder", None), "conv_out", None)
+    # It gives means and variances, for `latent_dist`, and of pictures.
+    channels = last.out_channels if isinstance(last, nn.Conv2d) else None
+    if complete and channels == 2 * vae.config.latent_channels:
+        return
+    raise ValueError(
+        f"{type(pipe).__name__} has a {type(vae).__name__} as vae, but train_dot knows no "
+        "autoencoder except AutoencoderKL; give a pipeline that has one, or works on pixels."
+    )

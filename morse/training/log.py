@@ -37,12 +37,10 @@ class TrainingLog:
         self.bar.update(self.task, completed=step)
         if step % self.config.logging_steps and step != self.config.max_train_steps:
             return
-        loss = self.accelerator.reduce(self.total / self.count, reduction="mean").item()
+        loss = self._mean_loss(step)
         now, rate = time.monotonic(), optimizer.param_groups[0]["lr"]
         images = self.count * self.config.train_batch_size * self.accelerator.num_processes
         speed = images / max(now - self.time, 1e-9)
-        if loss != loss:
-            raise ValueError(f"the loss is nan at step {step}; try a lower --learning_rate")
         self.accelerator.log({"loss": loss, "lr": rate, "images_per_second": speed}, step=step)
         text = f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} images/s"
         self.bar.update(self.task, description=text)
@@ -50,6 +48,17 @@ class TrainingLog:
             self.accelerator.print(f"step {step}/{self.config.max_train_steps}: {text}", flush=True)
         self.time, self.count = now, 0
         self.total.zero_()
+
+    def check(self, step: int) -> None:
+        """Raise `ValueError` if a loss since the last report was nan, as `after_step` would."""
+        if self.count:
+            self._mean_loss(step)
+
+    def _mean_loss(self, step: int) -> float:
+        loss = self.accelerator.reduce(self.total / self.count, reduction="mean").item()
+        if loss != loss:
+            raise ValueError(f"the loss is nan at step {step}; try a lower --learning_rate")
+        return loss
 
     def close(self) -> None:
         """End the bar."""

@@ -176,7 +176,7 @@ def train_dot(config: TrainDotConfig) -> Path:
         done = _train_stage(stage, first, dot, data)
         for tracker in first.trackers:
             tracker.finish()
-        if done == config.progressive_steps:
+        if done >= config.progressive_steps:  # more, where a resumed run was given fewer
             stage = second_stage(config, time.monotonic() - started)
             dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
     if stage.output_dir == config.output_dir:
@@ -218,14 +218,16 @@ def _train_stage(
     warn_unless_annealed(dot, config, step)
     if accelerator.is_main_process:
         finished = result()
+        if pruner is not None:
+            finished.register_to_config(sparse=True)
+        finished.save_pretrained(config.output_dir)  # first: what follows may run out of memory
         if config.fit_gate:
             pairs = calibration_pairs(test, config)
             accelerator.print(fit_gate(finished, pairs, len(train.pipeline.dash.schedule)))
+            finished.save_pretrained(config.output_dir)
         ratios = validate(finished, step)
         accelerator.print(f"residual error / reuse error on held-out images: {ratios}")
         if pruner is not None:
-            finished.register_to_config(sparse=True)
             accelerator.print(pruner.summary())
-        finished.save_pretrained(config.output_dir)
     accelerator.wait_for_everyone()
     return step

@@ -103,9 +103,18 @@ class TrainingRun:
         return settings | pruning | sizes
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one."""
+        """Write a checkpoint of the present step, unless there is one.
+
+        Raises:
+            ValueError: If a weight is nan or infinite: the good checkpoints are to stay.
+        """
         if self.saved_step == self.step:
             return
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise ValueError(
+                f"weights are not finite at step {self.step}, and so are not saved; try a lower "
+                "--learning_rate, from an earlier checkpoint or anew"
+            )
         self.saved_step = self.step
         if self.accelerator.is_main_process:
             save_checkpoint(
@@ -174,9 +183,11 @@ class TrainingRun:
                 self.step += 1
                 log.after_step(self.step, self.optimizer)
                 if self.step % config.checkpointing_steps == 0:
+                    log.check(self.step)
                     self.save()
                 if after_step is not None and accelerator.is_main_process:
                     after_step(self.step)
+            log.check(self.step)
         self.save()
         accelerator.wait_for_everyone()
         return self.step

@@ -1,7 +1,9 @@
 """Folders of safetensors that are made once, shard by shard, and serve many epochs and runs."""
 
+import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _DESCRIPTION = "cache.json"
+_LEFT_BEHIND = 3600  # seconds; no shard takes as long to write
 
 
 def digest(text: str) -> str:
@@ -56,6 +59,7 @@ def make_shards(
 
     if accelerator.is_main_process:
         _claim(folder, describe())
+        _tidy(folder, name)
     accelerator.wait_for_everyone()
     count = -(-total // shard_size)
     paths = [folder / f"{name}-{number:05d}.safetensors" for number in range(count)]
@@ -86,3 +90,28 @@ def _claim(folder: Path, description: dict[str, object]) -> None:
             f"cache_dir is {folder}, whose contents were made with other {differing}; give another "
             "--cache_dir or the settings it was made with."
         )
+
+
+def require_noted(folder: Path, name: str) -> None:
+    """Refuse a cache of which an earlier version did not note what it was made of.
+
+    Raises:
+        ValueError: If the folder holds a cache whose description lacks `name`.
+    """
+    path = folder / _DESCRIPTION
+    if path.exists() and name not in json.loads(path.read_text(encoding="utf-8")):
+        raise ValueError(
+            f"cache_dir is {folder}, whose contents an earlier version made without noting "
+            f"{name}, so that they may be of others; give another --cache_dir or delete it."
+        )
+
+
+def _tidy(folder: Path, name: str) -> None:
+    """Remove the unfinished shards of killed processes.
+
+    By their age: the number of a process says nothing where another machine or container wrote.
+    """
+    for path in folder.glob(f".{name}-*.safetensors.tmp-*"):
+        with contextlib.suppress(FileNotFoundError):  # another run was just about to finish it
+            if time.time() - path.stat().st_mtime > _LEFT_BEHIND:
+                path.unlink()

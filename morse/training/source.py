@@ -138,6 +138,7 @@ def describe_data(source: ConditionedImages, config: "TrainDotConfig") -> dict[s
         "data": str(config.train_data_dir or config.dataset_name),
         "image_column": config.image_column,
         "images": len(source),
+        "image_files": None if source.images.contents is None else source.images.contents(),
     }
 
 

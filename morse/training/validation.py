@@ -37,7 +37,7 @@ def held_out_windows(
     """Make windows of held-out images from the `first` on, in batches."""
     pipeline = source.pipeline
     stop = min(first + config.validation_images, len(source))
-    size = _LARGE_BATCH_SIZE if pipeline.is_large else _BATCH_SIZE
+    size = pipeline.batch_size(_BATCH_SIZE, _LARGE_BATCH_SIZE)
     for start in range(first, stop, size):
         batch = source.__getitems__(list(range(start, min(start + size, stop))))
         clean = source.clean(batch)
