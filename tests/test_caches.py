@@ -186,7 +186,7 @@ def test_obstacles_are_told(pipes, monkeypatch):
     assert "has it first" in PEERS["fastercache"].obstacle(pipes["dit"])
     monkeypatch.setattr(caches, "find_spec", lambda name: None)
     for peer in ("tomesd", "cache-dit"):
-        assert 'pip install "morse-diffusion[peers]"' in PEERS[peer].obstacle(pipes["dit"])
+        assert f"pip install {peer}" in PEERS[peer].obstacle(pipes["dit"])
 
 
 def test_every_peer_has_settings():

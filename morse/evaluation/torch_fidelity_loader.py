@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 PACKAGE = "torch_fidelity"
-INSTALL = 'run `pip install "morse-diffusion[eval]"`'
+INSTALL = "run `pip install torch-fidelity`"
 
 
 def fidelity_module(name: str) -> ModuleType:

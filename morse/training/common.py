@@ -224,7 +224,7 @@ def make_accelerator(config: RunConfig) -> "Accelerator":
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
             "report_to is 'tensorboard', which is not installed; "
-            'run `pip install "morse-diffusion[tracking]"` or use --report_to none'
+            "run `pip install tensorboard` or use --report_to none"
         )
     # Processes wait for the one that validates or makes a longer part of a cache.
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))

@@ -26,7 +26,7 @@ def load_parts(name: str, labelled: bool = True) -> "tuple[Dataset, Dataset | No
     except ImportError as error:
         raise ValueError(
             f"dataset_name is {name!r}, which needs the `datasets` package; "
-            'run `pip install "morse-diffusion[hub]"` or give train_data_dir instead'
+            "run `pip install datasets` or give train_data_dir instead"
         ) from error
     names = get_dataset_split_names(name)
     train = load_dataset(name, split="train")

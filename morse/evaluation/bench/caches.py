@@ -19,7 +19,6 @@ from morse.denoisers import find_denoiser
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-EXTRA = 'pip install "morse-diffusion[peers]"'
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
 # Timesteps between which attention is broadcast, as diffusers' documentation has them.
 BROADCAST_RANGE = (100, 800)
@@ -32,7 +31,7 @@ WARM_UP_STEPS = 2  # in which cache-dit evaluates everything
 def tomesd_obstacle(pipe: "DiffusionPipeline") -> str | None:
     """Tell why tomesd can't be measured with a pipeline; None if it can."""
     if find_spec("tomesd") is None:
-        return f"the package tomesd is not installed: {EXTRA}"
+        return "the package tomesd is not installed: pip install tomesd"
     unet = getattr(pipe, "unet", None)
     if unet is None or not any(type(m).__name__ == "BasicTransformerBlock" for m in unet.modules()):
         return (
@@ -90,7 +89,7 @@ def faster_cache_obstacle(pipe: "DiffusionPipeline") -> str | None:
 def cache_dit_obstacle(pipe: "DiffusionPipeline") -> str | None:
     """Tell why cache-dit can't be measured; None if it can."""
     if find_spec("cache_dit") is None:
-        return f"the package cache-dit is not installed: {EXTRA}"
+        return "the package cache-dit is not installed: pip install cache-dit"
     return attention_obstacle(pipe)
 
 

@@ -174,8 +174,8 @@ def _open_hub(name: str, split: str, column: str) -> ImageSet:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError(
-            f"{HUB}{name} needs the `datasets` package; run `pip install "
-            '"morse-diffusion[hub]"` or give a folder instead'
+            f"{HUB}{name} needs the `datasets` package; run `pip install datasets` or give a "
+            "folder instead"
         ) from error
     rows = load_dataset(name, split=split)
     if column not in rows.column_names:
