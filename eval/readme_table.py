@@ -12,7 +12,6 @@ from morse.evaluation.ablation.report import compact_table
 from morse.evaluation.bench.methods import (
     BEST_TRAINING_FREE,
     BEST_WITH_MIXTURE,
-    REFERENCE_STEPS,
     TRAINING_FREE,
     WITH_MIXTURE,
 )
@@ -28,7 +27,9 @@ from morse.evaluation.report.data import (
     read_score,
     row_name,
     split_budgets,
+    unscored_text,
 )
+from morse.evaluation.stats.curves import STATUS, Place
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "eval/results/README.md")
@@ -124,10 +125,11 @@ def _cell(result: Result, row: Measured | None, psnr_errors: bool) -> str:
     axes = {axis.name: axis for axis in read_axes(result)}
     frechet, psnr = (read_score(row, axes[name]) for name in ("frechet", "psnr"))
     mark = footnotes(result).get(elsewhere(result, row))
-    fidelity = "reference"
+    distance = frechet.text(2) if frechet else unscored_text(row, axes["frechet"])
+    fidelity = unscored_text(row, axes["psnr"])
     if psnr:
         fidelity = psnr.text(1) if psnr_errors else f"{psnr.value:.1f}"
-    return " ".join(filter(None, (f"{frechet.text(2)}, {fidelity}", mark)))
+    return " ".join(filter(None, (f"{distance}, {fidelity}", mark)))
 
 
 def make_factors(results: dict[str, Result], baselines: tuple[str, ...]) -> str:
@@ -159,12 +161,25 @@ def _factor(result: Result, entry: Measured) -> str:
         low, high = entry["interval"] or (None, None)
         interval = "" if low is None else f" ({low:.2f}–{high:.2f})"
         return f"{entry['value']:.2f}{interval}"
-    if entry["status"] != "saturated":
-        return entry["status"]
-    kinds = WITH_MIXTURE if entry["baseline"] == BEST_WITH_MIXTURE else TRAINING_FREE
-    costs = [row["lsd"] for row in result["rows"] if row["kind"] in kinds]
-    largest = max(cost for cost in costs if cost < REFERENCE_STEPS)
-    return f"over {largest / entry['spent']:.2f}"
+    if entry["status"] != "saturated" or entry["note"] == STATUS[Place.FLAT][1]:
+        return entry["status"]  # a level stretch bounds nothing
+    return f"over {_largest_cost(result, entry) / entry['spent']:.2f}"
+
+
+def _largest_cost(result: Result, entry: Measured) -> float:
+    """Return the most LSD at which a speed-up's baseline has a score."""
+    baseline = entry["baseline"]
+    kinds = WITH_MIXTURE if baseline == BEST_WITH_MIXTURE else TRAINING_FREE
+    is_best = baseline in (BEST_TRAINING_FREE, BEST_WITH_MIXTURE)
+    (axis,) = (axis for axis in read_axes(result) if axis.name == entry["axis"])
+    return max(
+        row["lsd"]
+        for row in engaged_rows(result)
+        if row["kind"] in kinds
+        and (is_best or row["label"] == baseline)
+        and row.get("guidance_scale") == entry.get("guidance_scale")
+        and read_score(row, axis) is not None
+    )
 
 
 def make_speeds(entries: list[dict[str, object]]) -> str:

@@ -1,4 +1,4 @@
-"""Synthetic results of the benchmark, from formulas, in the JSON's schema 2."""
+"""Synthetic results of the benchmark, from formulas, in the JSON's schemas 2 and 4."""
 
 import base64
 import io
@@ -125,6 +125,24 @@ def full_result():
             ],
         },
     )
+
+
+def paired_result():
+    """The same in schema 4: gains on pairs, sure speed-ups, and the spread of batches' times."""
+    result = full_result()
+    for row in result["rows"]:
+        bare = row["kind"] == "baseline"
+        gains = {"frechet": [0.1, 0.3], "psnr": [-0.1, 0.2], "ssim": [-0.2, -0.1]}
+        row |= {
+            "guidance_scale": None,
+            "batch_seconds": None if bare else [0.25 * row["budget"] * k for k in (0.9, 1.0, 1.2)],
+            "against_best": {}
+            if bare
+            else {axis: {"gain": sum(ends) / 2, "interval": ends} for axis, ends in gains.items()},
+        }
+    for entry in result["speedups"]:
+        entry |= {"guidance_scale": None, "cheaper": 1.0 if entry["budget"] == 5 else 0.5}
+    return result | {"schema_version": 4}
 
 
 def strip_base64(shade):

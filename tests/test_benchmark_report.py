@@ -11,11 +11,9 @@ from report_fixtures import BUDGETS, METHODS, bare_result, full_result
 from report_older import without_errors
 from report_tables import all_text, find, find_headline, tables_of
 
-from morse.evaluation.report.blocks import Section, Table
 from morse.evaluation.report.curves import quality_panels
-from morse.evaluation.report.data import Score, decimals_of
-from morse.evaluation.report.markdown import to_markdown
 from morse.evaluation.report.render import render
+from morse.evaluation.report.scores import Score, decimals_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -182,12 +180,3 @@ def test_bad_results_are_named(result, tmp_path):
         with pytest.raises(ValueError, match="'DDIM, 5 LSD' is no PNG"):
             render(result | {"grid": grid}, tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_markdown_keeps_hostile_text_in_its_cell():
-    table = Table(
-        "T", ("method", "5"), (("a|b\n<img src=x>", "1"),), frozenset(["a|b\n<img src=x>"])
-    )
-    text = to_markdown("t", "s", [Section("S", ("x & y",), (table,), (table,))], {})
-    assert text.count("| **a\\|b &lt;img src=x>** | 1 |") == 2
-    assert "x &amp; y" in text and "<details><summary>T</summary>" in text

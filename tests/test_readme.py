@@ -19,7 +19,8 @@ from eval.readme_table import (
     shown_budgets,
     update,
 )
-from morse.evaluation.bench.methods import BEST_WITH_MIXTURE
+from morse.evaluation.bench.methods import BEST_TRAINING_FREE, BEST_WITH_MIXTURE
+from morse.evaluation.stats.curves import STATUS, Place
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,9 +88,15 @@ def test_guidance_has_a_column_and_its_rows_together():
 def test_factors_have_an_interval_or_a_bound():
     entry = {"method": PLANNED, "baseline": "DPM++ 2M", "axis": "psnr", "cost": "lsd", "budget": 8}
     entry |= {"status": "measured", "value": 2.0, "interval": [1.5, 2.25], "spent": 8.0}
-    bare = {"kind": "baseline", "lsd": 30.0}
+    entry |= {"note": ""}
+    bare = {"kind": "baseline", "label": "DPM++ 2M", "lsd": 30.0, "scores": {"psnr": {"value": 9}}}
     result = {
-        "rows": [bare, bare | {"lsd": 100.0}, bare | {"kind": "morse", "lsd": 50.0}],
+        "axes": full_result()["axes"],
+        "rows": [
+            bare,
+            bare | {"lsd": 100.0, "scores": {"psnr": None}},  # the reference
+            bare | {"kind": "morse", "lsd": 50.0},
+        ],
         "speedups": [
             entry,
             entry | {"budget": 12, "spent": 12.0, "status": "saturated"},
@@ -102,12 +109,41 @@ def test_factors_have_an_interval_or_a_bound():
         "| DPM++ 2M | pixels | out of range | 2.00 (1.50–2.25) | over 2.50 |",
         "| DPM++ 2M | pixels, guidance 3 |  | 2.00 |  |",
     ]
-    result["rows"].append({"kind": "mixture", "lsd": 36.0})
+    result["rows"].append(bare | {"kind": "mixture", "lsd": 36.0})
     saturated = entry | {"baseline": BEST_WITH_MIXTURE, "spent": 12.0, "status": "saturated"}
     result["speedups"] = [saturated]
     assert make_factors({"pixels": result}, (BEST_WITH_MIXTURE,)).splitlines()[2] == (
         f"| {BEST_WITH_MIXTURE} | pixels | over 3.00 |"
     )
+
+
+def test_a_bound_is_of_the_baseline_itself():
+    entry = {"method": PLANNED, "axis": "psnr", "cost": "lsd", "guidance_scale": 3.0, "note": ""}
+    entry |= {"budget": 10, "spent": 10.0, "status": "saturated"}
+    row = {"kind": "baseline", "scores": {"psnr": {"value": 9}}, "guidance_scale": 3.0}
+    rows = [
+        row | {"label": "DPM++ 2M", "lsd": 20.0},
+        row | {"label": "DPM++ 2M", "lsd": 30.0, "scores": {"psnr": {"value": None}}},
+        row | {"label": "DPM++ 2M", "lsd": 40.0, "guidance_scale": 1.0},
+        row | {"label": "DDIM", "lsd": 50.0},
+        row | {"label": "DDIM", "lsd": 60.0, "engaged": False},
+    ]
+
+    def find(baseline, **changes):
+        result = {"axes": full_result()["axes"], "rows": rows}
+        result["speedups"] = [entry | {"baseline": baseline} | changes]
+        return make_factors({"text": result}, (baseline,)).splitlines()[2].split(" | ")[2]
+
+    assert find("DPM++ 2M") == "over 2.00 |"
+    assert find("DDIM") == find(BEST_TRAINING_FREE) == "over 5.00 |"
+    # On a level stretch the baseline is as good, for less than its largest cost.
+    assert find("DDIM", note=STATUS[Place.FLAT][1]) == "saturated |"
+
+
+def test_what_is_not_finite_is_said_in_the_table():
+    result = full_result()
+    result["rows"][0]["scores"]["frechet"]["value"] = float("nan")
+    assert "| not finite, 22.6 |" in make_table(result)
 
 
 def test_many_budgets_are_thinned_with_both_ends_kept():

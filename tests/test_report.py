@@ -8,11 +8,13 @@ from rich.console import Console
 from morse.evaluation.demo_report import (
     Row,
     _curves,
+    _panel,
     join_strips,
     plot_quality,
     results_table,
     save_grid,
 )
+from morse.evaluation.report.looks import COLORS, KINDS, find_looks
 from morse.evaluation.report.plots import Curve, Panel, Point, draw_panels
 
 ROWS = [
@@ -96,12 +98,61 @@ def test_error_bars_are_the_points_own():
     assert segments[1].tolist() == [[9, 1.0], [9, 1.0]]
 
 
-def test_curves_alike_in_solver_and_kind_differ():
-    curves = [Curve(f"r{i}", "ddim", "morse", (Point(5, 1.0 + i),)) for i in range(2)]
-    figure = draw_panels([Panel("x", "y", False, tuple(curves))])
-    first, second = (container[0] for container in figure.axes[0].containers)
-    assert first.get_color() == second.get_color() == "#0072B2"
-    assert first.get_fillstyle() != second.get_fillstyle()
+def make_panel(methods):
+    """A panel with a curve a (label, solver, kind)."""
+    curves = [Curve(*method, (Point(5, 1.0 + i),)) for i, method in enumerate(methods)]
+    return Panel("x", "y", False, tuple(curves))
+
+
+def drawn_looks(axes):
+    """What is drawn of each curve: matplotlib calls every dash pattern of its own "--"."""
+    lines = {container.get_label(): container[0] for container in axes.containers}
+    return {
+        label: (line.get_color(), line.get_linestyle(), line.get_marker(), line.get_fillstyle())
+        for label, line in lines.items()
+    }
+
+
+def test_no_two_curves_look_alike():
+    methods = [(kind, "ddim", kind) for kind in (*KINDS, "a new one", "another")]
+    methods += [(f"Morse-{solver}", solver, "morse") for solver in ("unipc", "deis", "heun")]
+    methods += [(f"Morse-PNDM r{i}", "pndm", "morse") for i in range(6)]
+    looks = drawn_looks(draw_panels([make_panel(methods)]).axes[0])
+    assert len(set(looks.values())) == len(looks) == len(methods)
+    # Ratios differ in fill first.
+    first, second = looks["Morse-PNDM r0"], looks["Morse-PNDM r1"]
+    assert first[:3] == second[:3] and first[3] != second[3]
+
+
+def test_a_method_looks_the_same_in_every_panel_and_alone():
+    both = [("r1", "ddim", "morse"), ("r2", "ddim", "morse")]
+    panels = [make_panel(both), make_panel(both[1:])]
+    first, second = (drawn_looks(axes) for axes in draw_panels(panels).axes)
+    assert second == {"r2": first["r2"]}
+    alone = draw_panels(panels[1:], looks=find_looks(panels)).axes[0]
+    assert drawn_looks(alone) == second != drawn_looks(draw_panels(panels[1:]).axes[0])
+
+
+def test_every_color_can_be_seen_on_white():
+    for color in COLORS.values():
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        assert 1.05 / (luminance + 0.05) > 2.2  # WCAG's contrast; the brightest are wide lines
+
+
+def test_a_distance_of_zero_or_an_infinite_psnr_is_no_obstacle(tmp_path):
+    rows = [replace(ROWS[0], frechet=0.0), replace(ROWS[1], psnr=float("inf")), *ROWS[2:]]
+    assert not _panel(rows, "frechet", "y", True).log_y and _panel(ROWS, "frechet", "y", True).log_y
+    assert "Morse-DDIM r2" in {curve.label for curve in _curves(rows, "psnr")}
+    plot_quality(rows, tmp_path / "plot.png", "title")
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_only_budgets_with_a_value_have_a_tick():
+    rows = [replace(row, psnr=None) if row.budget == 10 else row for row in ROWS]
+    assert _panel(rows, "psnr", "y", False).ticks == (5,)
+    assert _panel(rows, "frechet", "y", True).ticks == (5, 10)
 
 
 def test_strips_of_unequal_size_are_joined():

@@ -4,18 +4,16 @@ import copy
 import math
 
 import pytest
-from report_fixtures import BUDGETS, full_result
+from report_fixtures import BUDGETS, full_result, paired_result
 from report_tables import all_text, find, find_claims, find_headline, tables_of
 
 from morse.evaluation.bench.methods import BEST_TRAINING_FREE, BEST_WITH_MIXTURE
 from morse.evaluation.report.data import (
-    Axis,
-    Score,
     best_training_free_row,
-    compare,
     headline_axes,
     read_axes,
 )
+from morse.evaluation.report.scores import Axis, Score, compare
 from morse.evaluation.report.sections import quality_table, report_sections
 
 LOWER = Axis("frechet", "Fréchet distance (features) to real images", "", "lower", "distribution")
@@ -93,6 +91,27 @@ def test_paired_gains_come_before_single_errors(result):
     text = report_sections(changed)[0].text[0]
     assert "of 20 comparisons" in text
     assert "better in 10, within noise in 0 and worse in 10" in text
+
+
+def test_schema_4_says_that_pairs_are_compared_and_older_ones_do_not(result):
+    text, older = all_text(paired_result()), all_text(result)
+    for words in ("At equal LSD, of 30 comparisons", "of pairs from the same noise, includes 0"):
+        assert words in text and words not in older
+    older_words = "At the same budget", "1.96 standard errors", "Measured by an earlier version"
+    for words in older_words:
+        assert words in older and words not in text
+    # Better on one axis, within noise on one, worse on one, at each of 2 x 5.
+    assert "better in 10, within noise in 10 and worse in 10" in text
+    claim = find_claims(paired_result())["Morse-DPM++ 2M r1.75", "Same-noise PSNR"]
+    assert claim[0] == "1.27–1.60× (3 of 5, surely 1)"
+
+
+def test_a_gain_that_is_no_number_is_no_comparison():
+    changed = paired_result()
+    for row in changed["rows"]:
+        if row["kind"] == "morse":
+            row["against_best"]["psnr"] = {"gain": math.nan, "interval": None}
+    assert "of 20 comparisons" in all_text(changed)
 
 
 def test_budgets_without_dot_are_named(result):

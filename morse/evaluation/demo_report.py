@@ -1,5 +1,6 @@
 """The demo's table, picture grid and plot of measured methods."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ class Row:
         kind: A key of `methods.KINDS`.
         budget: LSD asked for.
         lsd: LSD spent.
-        num_dash: Dash evaluations an image.
-        num_dot: Dot evaluations an image.
+        num_dash: Dash evaluations an image, on average.
+        num_dot: Dot evaluations an image, on average.
         seconds: Wall time for all images.
         psnr: Mean same-noise PSNR to the reference, in dB; None for the reference itself.
         frechet: Fréchet distance to the real training images; None for other than Fashion-MNIST's.
@@ -37,8 +38,8 @@ class Row:
     kind: str
     budget: int
     lsd: float
-    num_dash: int
-    num_dot: int
+    num_dash: float
+    num_dot: float
     seconds: float
     psnr: float | None
     frechet: float | None
@@ -75,8 +76,8 @@ def results_table(rows: Sequence[Row], title: str) -> object:
         table.add_row(
             row.label,
             f"{row.lsd:.2f}".removesuffix(".00"),
-            str(row.num_dash),
-            str(row.num_dot),
+            f"{row.num_dash:.4g}",
+            f"{row.num_dot:.4g}",
             f"{row.seconds:.2f}",
             *cells,
             end_section=i + 1 == len(rows) or rows[i + 1].budget != row.budget,
@@ -147,26 +148,35 @@ def plot_quality(rows: Sequence[Row], file: Path, title: str, frechet: str = "fr
         frechet: Which of `Row`'s two distances: "frechet" or "frechet_to_reference".
     """
     target = {"frechet": "real images", "frechet_to_reference": "reference images"}[frechet]
-    ticks = tuple(sorted({row.budget for row in rows}))
     labels = {
         frechet: f"Fréchet distance to {target}, lower is better",
         "psnr": "same-noise PSNR to reference, dB, higher is better",
     }
-    panels = [
-        Panel(LSD_LABEL, label, axis == frechet, _curves(rows, axis), ticks)
-        for axis, label in labels.items()
-        if any(getattr(row, axis) is not None for row in rows)
-    ]
-    if any(panel.log_y for panel in panels):
+    panels = [_panel(rows, axis, label, axis == frechet) for axis, label in labels.items()]
+    if panels[0].curves:
         title = f"{title}\n{FRECHET_LABEL}"
-    write_bytes(file, to_png(draw_panels(panels, title)))
+    write_bytes(file, to_png(draw_panels([panel for panel in panels if panel.curves], title)))
+
+
+def _panel(rows: Sequence[Row], axis: str, label: str, may_log: bool) -> Panel:
+    """Return an axis' panel, on a log axis where values may be and allow it."""
+    drawn = [row for row in rows if _is_drawn(row, axis)]
+    ticks = tuple(sorted({row.budget for row in drawn}))
+    log_y = may_log and min((getattr(row, axis) for row in drawn), default=0) > 0
+    return Panel(LSD_LABEL, label, log_y, _curves(rows, axis), ticks)
+
+
+def _is_drawn(row: Row, axis: str) -> bool:
+    """Tell whether a row has a value; images equal to the reference's have an infinite PSNR."""
+    value = getattr(row, axis)
+    return value is not None and math.isfinite(value)
 
 
 def _curves(rows: Sequence[Row], axis: str) -> tuple[Curve, ...]:
-    """Return a curve a label, without the points that have no value."""
+    """Return a curve a label, without the points that have no finite value."""
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.lsd):
-        if getattr(row, axis) is not None:
+        if _is_drawn(row, axis):
             groups.setdefault(row.label, []).append(row)
     return tuple(
         Curve(

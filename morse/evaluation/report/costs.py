@@ -5,7 +5,9 @@ from dataclasses import replace
 from morse.evaluation.report.blocks import Section, Table, budget_matrix
 from morse.evaluation.report.data import (
     NONE,
+    Measured,
     Result,
+    batch_milliseconds,
     budget_list,
     elsewhere,
     engaged_rows,
@@ -13,6 +15,7 @@ from morse.evaluation.report.data import (
     morse_names,
     row_name,
     split_budgets,
+    used_seeds,
 )
 
 
@@ -23,29 +26,33 @@ def costs_section(result: Result) -> Section:
 
     def cell(name: str, budget: float) -> str:
         found = (name, budget) in rows
-        return _number(milliseconds_an_image(result, rows[name, budget])) if found else ""
+        return _milliseconds(result, rows[name, budget]) if found else ""
 
     names = dict.fromkeys(name for name, _ in rows)
     times = budget_matrix("Wall time, ms an image", names, main, cell)
-    times = replace(times, strong=morse_names(rows.values()))
+    spread = any(batch_milliseconds(result, row) for row in rows.values())
+    note = _batches_words(result) if spread else ""
+    times = replace(times, strong=morse_names(rows.values()), note=note)
     folded = [_costs_table(result, budgets) for budgets in (main, others) if budgets]
     return Section("What it costs", tables=(times,), folded=tuple(folded))
 
 
 def _costs_table(result: Result, budgets: list[float]) -> Table:
     """One line a method and budget; columns that nobody filled are left out."""
+    rows = [row for row in engaged_rows(result) if row["budget"] in budgets]
+    spread = any(batch_milliseconds(result, row) for row in rows)
+    milliseconds = "ms an image" + " (batches' median [quartiles])" * spread
     columns = {
         "method": row_name,
         "budget": lambda row: f"{row['budget']:g}",
         "LSD": lambda row: f"{row['lsd']:.2f}".removesuffix(".00"),
-        "Dash + Dot": lambda row: f"{row['num_dash']} + {row['num_dot']}",
+        "Dash + Dot": lambda row: f"{row['num_dash']:.4g} + {row['num_dot']:.4g}",
         "seconds": lambda row: _number(row.get("seconds")),
-        "ms an image": lambda row: _number(milliseconds_an_image(result, row)),
+        milliseconds: lambda row: _milliseconds(result, row),
         "images/s": lambda row: _number(row.get("images_per_second")),
         "peak memory, MiB": lambda row: _number(row.get("peak_memory_mib"), "{:.0f}"),
         "measured on": lambda row: elsewhere(result, row),
     }
-    rows = [row for row in engaged_rows(result) if row["budget"] in budgets]
     filled = {
         name: cells
         for name, show in columns.items()
@@ -57,17 +64,37 @@ def _costs_table(result: Result, budgets: list[float]) -> Table:
     return Table(title, tuple(filled), lines, morse_names(rows))
 
 
+def _milliseconds(result: Result, row: Measured) -> str:
+    """Return such as "40.4 [37.1, 44.2]": batches' median and quartiles, else the mean of all."""
+    quartiles = batch_milliseconds(result, row)
+    if quartiles is None:
+        return _number(milliseconds_an_image(result, row))
+    low, middle, high = map(_number, quartiles)
+    return f"{middle} [{low}, {high}]"
+
+
+def _batches_words(result: Result) -> str:
+    """Explain the brackets of `_milliseconds`."""
+    first = "the first seed's " if len(used_seeds(result)) > 1 else ""
+    return (
+        f"The median of {first}full batches of {result['settings']['batch_size']} images, with "
+        "their quartiles in brackets; without brackets, the mean of all images. Plots and "
+        "speed-ups are of that mean everywhere."
+    )
+
+
 def _number(value: float | None, form: str = "{:.3g}") -> str:
+    """Return a figure without an exponent, which "{:.3g}" has from 999.5 on."""
     if value is None:
         return NONE
-    return form.format(value) if value < 1000 else f"{value:,.0f}"
+    return form.format(value) if value < 999.5 else f"{value:,.0f}"
 
 
 def speed_ratios_section(result: Result) -> Section:
     """N at each batch size and mode."""
 
     def quartiles(seconds: list[float] | None) -> str:
-        return " / ".join(f"{1e3 * value:.3g}" for value in seconds) if seconds else NONE
+        return " / ".join(_number(1e3 * value) for value in seconds) if seconds else NONE
 
     lines = tuple(
         (

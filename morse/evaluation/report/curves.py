@@ -1,7 +1,6 @@
 """The report's curves, from the benchmark's JSON."""
 
 from morse.evaluation.report.data import (
-    Axis,
     Measured,
     Result,
     best_row,
@@ -14,6 +13,7 @@ from morse.evaluation.report.data import (
     split_budgets,
 )
 from morse.evaluation.report.plots import FRAMING, LSD_LABEL, Curve, Panel, Point
+from morse.evaluation.report.scores import Axis
 
 MILLISECONDS_LABEL = "wall time, ms an image"
 MAX_CURVES = 10  # with more, only the best method of each kind of control or peer is drawn
@@ -25,28 +25,29 @@ def quality_panels(result: Result) -> list[Panel]:
     Wall times of rows that come from another device are left out.
     """
     panels = []
-    ticks = tuple(sorted({row["budget"] for row in engaged_rows(result)}))
-    for axis in headline_axes(result):
-        panels.append(_panel(result, axis, LSD_LABEL, ticks))
-    for axis in headline_axes(result):
-        panels.append(_panel(result, axis, MILLISECONDS_LABEL, None))
+    for x_label in (LSD_LABEL, MILLISECONDS_LABEL):
+        panels += [_panel(result, axis, x_label) for axis in headline_axes(result)]
     return [panel for panel in panels if panel.curves]
 
 
-def _panel(result: Result, axis: Axis, x_label: str, ticks: tuple[float, ...] | None) -> Panel:
-    groups: dict[str, list[Measured]] = {}
+def _panel(result: Result, axis: Axis, x_label: str) -> Panel:
+    """Return an axis' panel; in LSD the budgets of what is drawn are its ticks."""
+    in_lsd = x_label == LSD_LABEL
+    groups: dict[str, list[tuple[Measured, Point]]] = {}
     for row in _drawn_rows(result):
-        groups.setdefault(row_name(row), []).append(row)
+        point = _point(result, row, axis, in_lsd)
+        if point is not None:
+            groups.setdefault(row_name(row), []).append((row, point))
     curves = []
-    for name, rows in groups.items():
-        points = [_point(result, row, axis, x_label == LSD_LABEL) for row in rows]
-        kept = sorted((point for point in points if point), key=lambda point: point.cost)
-        if kept:
-            curves.append(Curve(name, rows[0]["solver"], rows[0]["kind"], tuple(kept)))
+    for name, found in groups.items():
+        points = sorted((point for _, point in found), key=lambda point: point.cost)
+        row = found[0][0]
+        curves.append(Curve(name, row["solver"], row["kind"], tuple(points)))
+    budgets = {row["budget"] for found in groups.values() for row, _ in found}
     values = [point.value for curve in curves for point in curve.points]
     log_y = axis.better == "lower" and min(values, default=0) > 0
     y_label = f"{axis.short_title}\n{axis.direction}"
-    return Panel(x_label, y_label, log_y, tuple(curves), ticks)
+    return Panel(x_label, y_label, log_y, tuple(curves), tuple(sorted(budgets)) if in_lsd else None)
 
 
 def _point(result: Result, row: Measured, axis: Axis, in_lsd: bool) -> Point | None:

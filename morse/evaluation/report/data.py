@@ -3,86 +3,25 @@
 Schema 4 adds "against_best" to each row and "cheaper" to each speed-up. Schema 3 added a
 `guidance_scale` to each row, speed-up and test, and "guidance": what belongs to one guidance scale
 as a whole. Schema 2 knew no guidance, and reads as one part of it.
+Seeds from which not all was measured are in "seeds_left_out", of the whole or of a guidance scale.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from morse.evaluation.bench.methods import TRAINING_FREE
 from morse.evaluation.bench.tasks import PEER_SETTINGS
+from morse.evaluation.report.scores import Axis, Score, Verdict, compare
 
 Result = Mapping[str, Any]  # the JSON's content
 Measured = Mapping[str, Any]  # one of its "rows": a method at a budget
-Verdict = Literal["better", "within noise", "worse"]
 
 SCHEMA_VERSION, READABLE_SCHEMAS = 4, (2, 3, 4)
 CONTROLS = ("mixture", "reuse", "extrapolation", "independent", "shrunk")
 KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, *PEER_SETTINGS)
 FOOTNOTE_MARKS = "†‡§¶"
 NONE = "–"
-Z_95 = 1.96  # a normal variable lies within so many standard deviations in 95 % of cases
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A measure of quality.
-
-    Attributes:
-        name: Its key in the JSON.
-        title: In words.
-        unit: "dB", or "".
-        better: Whether a "lower" or a "higher" value is better.
-        side: Whether it compares distributions, or image by image with a reference ("fidelity").
-    """
-
-    name: str
-    title: str
-    unit: str
-    better: Literal["lower", "higher"]
-    side: Literal["distribution", "fidelity"]
-
-    @property
-    def short_title(self) -> str:
-        """The title without what it says in brackets."""
-        before, bracket, rest = self.title.partition(" (")
-        return before + rest.partition(")")[2] if bracket else self.title
-
-    @property
-    def name_alone(self) -> str:
-        """The short title without what is compared with, such as "Same-noise PSNR"."""
-        return self.short_title.partition(" to ")[0]
-
-    @property
-    def direction(self) -> str:
-        """Such as "dB, higher is better"."""
-        return ", ".join(filter(None, (self.unit, f"{self.better} is better")))
-
-
-@dataclass(frozen=True)
-class Score:
-    """A value on an axis; its uncertainty is None where the JSON has none."""
-
-    value: float
-    standard_error: float | None = None
-    interval: tuple[float, float] | None = None
-
-    @property
-    def deviation(self) -> float | None:
-        """The standard error, or that of a normal variable with the 95 % interval."""
-        if self.standard_error is not None or self.interval is None:
-            return self.standard_error
-        return (self.interval[1] - self.interval[0]) / (2 * Z_95)
-
-    def text(self, decimals: int) -> str:
-        """Such as "0.95 ± 0.06", or "0.95 [0.84, 1.07]" without a standard error."""
-        text = f"{self.value:.{decimals}f}"
-        if self.standard_error is not None:
-            return f"{text} ± {self.standard_error:.{decimals}f}"
-        if self.interval is not None:
-            return f"{text} [{self.interval[0]:.{decimals}f}, {self.interval[1]:.{decimals}f}]"
-        return text
 
 
 def guidance_parts(result: Result) -> list[Result]:
@@ -103,6 +42,12 @@ def guidance_parts(result: Result) -> list[Result]:
     return parts
 
 
+def used_seeds(result: Result) -> list[int]:
+    """Return the seeds that all figures of a result, or of a part of it, are made of."""
+    left_out = {entry["seed"] for entry in result.get("seeds_left_out", ())}
+    return [seed for seed in result["settings"].get("seeds", ()) if seed not in left_out]
+
+
 def read_axes(result: Result) -> list[Axis]:
     """Return every axis, in the JSON's order."""
     parts = ("title", "unit", "better", "side")
@@ -120,12 +65,31 @@ def headline_axes(result: Result) -> list[Axis]:
 
 
 def read_score(row: Measured | None, axis: Axis) -> Score | None:
-    """Return the row's score; None where nothing was measured, or for the reference itself."""
+    """Return the row's score; None where nothing was measured, or for the reference itself.
+
+    Neither do NaN and infinity count as measured, nor as an uncertainty: nothing could draw them.
+    """
     entry = row and row["scores"].get(axis.name)
-    if not entry or entry.get("value") is None:
+    if not entry or not _are_finite(entry.get("value")):
         return None
-    interval = entry.get("interval")
-    return Score(entry["value"], entry.get("standard_error"), interval and tuple(interval))
+    error, interval = entry.get("standard_error"), entry.get("interval") or (None, None)
+    return Score(
+        entry["value"],
+        error if _are_finite(error) else None,
+        tuple(interval) if _are_finite(*interval) else None,
+    )
+
+
+def unscored_text(row: Measured, axis: Axis) -> str:
+    """Say why a row has no score on an axis; "" where none was measured."""
+    if axis.name not in row["scores"]:
+        return ""
+    value = (row["scores"][axis.name] or {}).get("value")
+    return "reference" if value is None else "not finite"
+
+
+def _are_finite(*values: float | None) -> bool:
+    return all(value is not None and math.isfinite(value) for value in values)
 
 
 def row_name(row: Measured) -> str:
@@ -178,21 +142,6 @@ def best_training_free_row(result: Result, axis: Axis, budget: float) -> Measure
     return best_row(solvers, axis)
 
 
-def compare(score: Score, other: Score, axis: Axis) -> Verdict:
-    """Say how `score` stands against `other`.
-
-    Within noise: closer than 1.96 standard errors of the difference, taken as independent. Both
-    start from the same noise, which makes their difference less noisy than that, so this calls too
-    many differences noise rather than too few. Where either has no error, only equal is noise.
-    """
-    gain = other.value - score.value if axis.better == "lower" else score.value - other.value
-    known = score.deviation is not None and other.deviation is not None
-    noise = Z_95 * math.hypot(score.deviation, other.deviation) if known else 0.0
-    if abs(gain) <= noise:
-        return "within noise"
-    return "better" if gain > 0 else "worse"
-
-
 def is_paired(result: Result) -> bool:
     """Tell whether differences were measured on pairs, as they are since schema 4."""
     return result["schema_version"] >= 4
@@ -212,6 +161,8 @@ def against_best(result: Result, row: Measured, axis: Axis) -> Verdict | None:
     if found is None:
         return None
     low, high = found["interval"] or (found["gain"], found["gain"])
+    if not _are_finite(low, high):
+        return None
     return "better" if low > 0 else "worse" if high < 0 else "within noise"
 
 
@@ -223,19 +174,6 @@ def is_surely_cheaper(entry: Measured) -> bool:
     if "cheaper" in entry:
         return (entry["cheaper"] or 0) >= 0.975
     return bool(entry.get("interval")) and entry["interval"][0] > 1
-
-
-def decimals_of(scores: Iterable[Score | None]) -> int:
-    """Return how many decimals a table needs, 0 to 4.
-
-    Its smallest error keeps one digit, or two if the first is 1 or 2; without errors, its smallest
-    value keeps three.
-    """
-    kept = [score for score in scores if score is not None]
-    errors = [score.deviation / 3 for score in kept if score.deviation]
-    values = [abs(score.value) / 100 for score in kept if score.value]
-    last = min(errors or values, default=0.01)
-    return min(max(-math.floor(math.log10(last)), 0), 4)
 
 
 def elsewhere(result: Result, row: Measured) -> str:
@@ -259,6 +197,16 @@ def milliseconds_an_image(result: Result, row: Measured) -> float | None:
         return 1e3 / row["images_per_second"]
     num_images = result["settings"].get("num_images")
     return 1e3 * row["seconds"] / num_images if row.get("seconds") and num_images else None
+
+
+def batch_milliseconds(result: Result, row: Measured) -> list[float] | None:
+    """Return the quartiles of full batches' wall times, in milliseconds an image of a batch.
+
+    None where there were fewer than two batches, or an earlier version measured.
+    """
+    size = result["settings"].get("batch_size")
+    seconds = row.get("batch_seconds")
+    return [1e3 * value / size for value in seconds] if seconds and size else None
 
 
 def budget_list(budgets: Iterable[float]) -> str:

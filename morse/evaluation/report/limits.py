@@ -7,14 +7,11 @@ from morse.evaluation.bench.methods import BEST_TRAINING_FREE
 from morse.evaluation.report.blocks import Section, Table
 from morse.evaluation.report.data import (
     NONE,
-    Axis,
     Measured,
     Result,
-    Verdict,
     against_best,
     best_row,
     budget_list,
-    compare,
     engaged_entries,
     engaged_rows,
     headline_axes,
@@ -25,6 +22,7 @@ from morse.evaluation.report.data import (
     row_name,
     split_budgets,
 )
+from morse.evaluation.report.scores import Axis, Verdict, compare
 
 MAX_CLAIMED = 3  # Morse methods in the first table
 LIMITS_TITLE = "Where Morse does not win"

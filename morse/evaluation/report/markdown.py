@@ -1,8 +1,15 @@
 """The report's blocks as Markdown (GitHub's flavour)."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 from morse.evaluation.report.blocks import Section, Table
+
+# What means something within a line. Not so a `_` inside of a word, nor brackets unless they make
+# a link, an image or a footnote: commands and intervals stay readable in the file.
+SPECIAL = re.compile(r"[\\`*~|]|(?<![^\W_])_|_(?![^\W_])|\](?=[\[(:])")
+# What would make a paragraph a heading, a quotation or a list.
+LEADING = re.compile(r"^(?:(?=[#>+-])|(\d+)(?=[.)](?:\s|$)))")
 
 
 def to_markdown(
@@ -16,33 +23,46 @@ def to_markdown(
         sections: In order.
         figures: An image's file for each name in `Section.figures`; names without one are skipped.
     """
-    parts = [f"# {_escape(title)}", _escape(subtitle)]
+    parts = [f"# {_escape(title)}", _paragraph(subtitle)]
     for section in sections:
         parts.append(f"## {_escape(section.title)}")
-        parts.extend(_escape(text) for text in section.text)
+        parts.extend(_paragraph(text) for text in section.text)
         if section.code:
-            parts.append(f"```\n{section.code}\n```")
+            longest = max(map(len, re.findall("`+", section.code)), default=0)
+            fence = "`" * max(3, longest + 1)
+            parts.append(f"{fence}\n{section.code}\n{fence}")
         for name in section.figures:
             if name in figures:
                 parts.append(f"![{_escape(section.title)}]({figures[name]})")
         for table in section.tables:
             parts.extend([f"### {_escape(table.title)}", *_table(table)])
         for table in section.folded:
-            summary = f"<details><summary>{_escape(table.title)}</summary>"
+            # Within HTML a backslash would be shown.
+            summary = f"<details><summary>{_html(table.title)}</summary>"
             parts.extend([summary, *_table(table), "</details>"])
     return "\n\n".join(parts) + "\n"
 
 
 def _table(table: Table) -> list[str]:
     num_figures = len(table.header) - table.num_text
-    lines = [table.header, ["---"] * table.num_text + ["--:"] * num_figures]
+    lines = [list(map(_escape, table.header)), ["---"] * table.num_text + ["--:"] * num_figures]
     for name, *cells in table.rows:
         shown = _escape(name)
         lines.append([f"**{shown}**" if name in table.strong else shown, *map(_escape, cells)])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return [text, *[_escape(table.note)] * bool(table.note)]
+    return [text, *[_paragraph(table.note)] * bool(table.note)]
+
+
+def _paragraph(text: str) -> str:
+    """Escape a text that begins a line."""
+    return LEADING.sub(r"\1\\", _escape(text))
 
 
 def _escape(text: str) -> str:
-    """Keep a text from ending a cell or a line, or from being HTML."""
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    """Keep a text from ending a cell or a line, and from being Markdown or HTML."""
+    return _html(SPECIAL.sub(r"\\\g<0>", text))
+
+
+def _html(text: str) -> str:
+    """Keep a text from ending a line, and from being HTML."""
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")

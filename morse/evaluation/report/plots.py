@@ -2,41 +2,16 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from morse.evaluation.report.looks import Look, find_looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# One colour a solver and kind; Okabe and Ito's palette, told apart by colour-blind readers too.
-COLORS = {
-    ("ddim", "baseline"): "#56B4E9",
-    ("ddim", "morse"): "#0072B2",
-    ("dpmsolver++", "baseline"): "#E69F00",
-    ("dpmsolver++", "morse"): "#D55E00",
-    ("leapfrog", "baseline"): "#CC79A7",
-    ("leapfrog", "morse"): "#009E73",
-    ("leapfrog-dense", "baseline"): "#F0E442",
-    ("dpmsolver++1", "baseline"): "#000000",
-}
-# Line and marker of each kind; other kinds are drawn like `OTHER`, in their solver's colour.
-KINDS = {
-    "baseline": ("--", "s"),
-    "morse": ("-", "o"),
-    "reuse": (":", "v"),
-    "extrapolation": (":", "^"),
-    "independent": ("-.", "X"),
-    "shrunk": ("-.", "D"),
-    "mixture": ("--", "d"),
-    "pfdiff": ((0, (5, 1, 1, 1)), "P"),
-    "deepcache": ((0, (5, 1, 1, 1)), "*"),
-}
-OTHER = ((0, (1, 3)), "h")
-# Bare solvers without a colour of their own are grey, told apart by their marker.
-SOLVER_MARKERS = {"dpmsolver++1": "p", "unipc": "^", "deis": "<", "pndm": ">", "heun": "H"}
-FILLS = ("full", "none", "left", "right")  # tells curves of one solver and kind (ratios) apart
 FRAMING = ("baseline", "morse")  # kinds whose range a panel shows; others may leave it
 LSD_LABEL = "cost, LSD (1 = one Dash evaluation)"
 
@@ -80,8 +55,20 @@ class Panel:
     ticks: tuple[float, ...] | None = None
 
 
-def draw_panels(panels: Sequence[Panel], title: str = "", legend: bool = True) -> "Figure":
-    """Draw two panels a line, with one legend below them all that covers no data."""
+def draw_panels(
+    panels: Sequence[Panel],
+    title: str = "",
+    legend: bool = True,
+    looks: Mapping[str, Look] | None = None,
+) -> "Figure":
+    """Draw two panels a line, with one legend below them all that covers no data.
+
+    Args:
+        panels: At least one.
+        title: Above them all; "" for none.
+        legend: Whether to draw it.
+        looks: From `find_looks`, of these panels and of those drawn elsewhere; None for these only.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -92,8 +79,9 @@ def draw_panels(panels: Sequence[Panel], title: str = "", legend: bool = True) -
     figure = Figure(figsize=(5.5 * columns, height), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, squeeze=False).flat
+    looks = find_looks(panels) if looks is None else looks
     for axes, panel in zip(grid, panels, strict=False):
-        _draw(axes, panel)
+        _draw(axes, panel, looks)
     for axes in list(grid)[len(panels) :]:
         axes.set_axis_off()
     if title:
@@ -139,36 +127,29 @@ def _legend_entries(figure: "Figure") -> tuple[list[object], list[str]]:
     return list(entries.values()), list(entries)
 
 
-def _draw(axes: "Axes", panel: Panel) -> None:
-    seen: list[tuple[str, str]] = []
+def _draw(axes: "Axes", panel: Panel, looks: Mapping[str, Look]) -> None:
     for curve in panel.curves:
-        seen.append((curve.solver, curve.kind))
         axes.errorbar(
             [point.cost for point in curve.points],
             [point.value for point in curve.points],
             yerr=[[p.below for p in curve.points], [p.above for p in curve.points]],
             label=curve.label,
-            **_style(curve, seen.count(seen[-1]) - 1),
+            **_style(curve, looks[curve.label]),
         )
     _scale(axes, panel)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
     axes.grid(True, alpha=0.3)
 
 
-def _style(curve: Curve, variant: int) -> dict[str, object]:
-    """Style a curve by solver and kind; `variant` counts curves alike in both (other ratios)."""
-    base = COLORS.get((curve.solver, "baseline"), "#777777")
-    line, marker = KINDS.get(curve.kind, OTHER)
-    if curve.kind == "baseline":
-        marker = SOLVER_MARKERS.get(curve.solver, marker)
+def _style(curve: Curve, look: Look) -> dict[str, object]:
     leading = curve.kind in FRAMING
     return {
-        "color": COLORS.get((curve.solver, curve.kind), base),
-        "linestyle": line,
+        "color": look.color,
+        "linestyle": look.line,
         "linewidth": 1.8 if leading else 1.1,
-        "marker": marker,
+        "marker": look.marker,
         "markersize": 5 if leading else 4.5,
-        "fillstyle": FILLS[variant % len(FILLS)],
+        "fillstyle": look.fill,
         "elinewidth": 1.2,
         "capsize": 2,
         "zorder": 3 if curve.kind == "morse" else 2,

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from morse.evaluation.demo_report import join_strips
 from morse.evaluation.report.curves import MAX_CURVES, quality_panels
-from morse.evaluation.report.data import READABLE_SCHEMAS, Result, guidance_parts
+from morse.evaluation.report.data import READABLE_SCHEMAS, Result, guidance_parts, used_seeds
 from morse.evaluation.report.html import Picture, to_html
+from morse.evaluation.report.looks import find_looks
 from morse.evaluation.report.markdown import to_markdown
 from morse.evaluation.report.pictures import png_bytes, read_strips, strip_pictures
 from morse.evaluation.report.plots import (
@@ -30,7 +31,7 @@ def render(result: Result, folder: Path) -> list[Path]:
     guidance each scale has a plot and a grid of its own: benchmark-guidance-3.png.
 
     Args:
-        result: The content of benchmark.json, schema 3 or 2.
+        result: The content of benchmark.json, schema 4, 3 or 2.
         folder: Made if it is missing.
 
     Returns:
@@ -46,26 +47,39 @@ def render(result: Result, folder: Path) -> list[Path]:
         )
     folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, bytes] = {}
-    files: dict[str, str] = {}
     pictures: dict[str, list[Picture]] = {}
+    files = figure_files(result)
     for part in guidance_parts(result):
         panels, strips = quality_panels(part), read_strips(part)
-        drawn = {
-            "quality": panels and to_png(draw_panels(panels, _subtitle(part))),
-            "pictures": strips and png_bytes(join_strips(strips)),
-        }
-        for name, content in drawn.items():
-            if content:
-                file = FILES[name].format(_mark(part))
-                files[figure_name(name, part)], written[file] = file, content
-        pictures[figure_name("quality", part)] = _plots(panels)
-        pictures[figure_name("pictures", part)] = strip_pictures(part, strips)
+        quality, grid = (figure_name(name, part) for name in FILES)
+        if panels:
+            written[files[quality]] = to_png(draw_panels(panels, _subtitle(part)))
+        if strips:
+            written[files[grid]] = png_bytes(join_strips(strips))
+        pictures |= {quality: _plots(panels), grid: strip_pictures(part, strips)}
     sections, subtitle = report_sections(result), _subtitle(result)
-    written["benchmark.md"] = to_markdown(TITLE, subtitle, sections, files).encode()
+    written["benchmark.md"] = markdown_report(result).encode()
     written["benchmark.html"] = to_html(TITLE, subtitle, sections, pictures).encode()
     for name, content in written.items():
         write_bytes(folder / name, content)
     return [folder / name for name in written]
+
+
+def markdown_report(result: Result) -> str:
+    """Return benchmark.md, which is made without drawing the figures that it shows."""
+    return to_markdown(TITLE, _subtitle(result), report_sections(result), figure_files(result))
+
+
+def figure_files(result: Result) -> dict[str, str]:
+    """Return the file of each figure that has something to show, by its `Section.figures` name."""
+    return {
+        figure_name(name, part): file.format(_mark(part))
+        for part in guidance_parts(result)
+        for (name, file), shown in zip(
+            FILES.items(), (quality_panels(part), read_strips(part)), strict=True
+        )
+        if shown
+    }
 
 
 def _mark(part: Result) -> str:
@@ -77,12 +91,11 @@ def _plots(panels: list[Panel]) -> list[Picture]:
     """Return each panel and their legend for the HTML page."""
     if not panels:
         return []
-    labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
-    pictures = []
+    looks, pictures = find_looks(panels), []
     for panel in panels:
         title = panel.y_label.replace("\n", ", ")
         alt = f"{title}, against {panel.x_label}; the tables have the values."
-        pictures.append(Picture(to_svg_uri(draw_panels([panel], legend=False)), alt))
+        pictures.append(Picture(to_svg_uri(draw_panels([panel], legend=False, looks=looks)), alt))
     legend = to_svg_uri(legend_figure(panels))
     caption = (
         "Bars: the 95 % interval where there is one, else one standard error. Panels are scaled to "
@@ -90,7 +103,7 @@ def _plots(panels: list[Panel]) -> list[Picture]:
         f"{MAX_CURVES} methods only the best of each other kind is drawn (at the middle budget, "
         "first panel). The tables have every value."
     )
-    return [*pictures, Picture(legend, f"Legend: {', '.join(labels)}", caption)]
+    return [*pictures, Picture(legend, f"Legend: {', '.join(looks)}", caption)]
 
 
 def _subtitle(result: Result) -> str:
@@ -98,7 +111,7 @@ def _subtitle(result: Result) -> str:
     settings = result["settings"]
     parts = [result["device"], result["dtype"]]
     if result["rows"]:
-        seeds = len(settings.get("seeds", ()))
+        seeds = len(used_seeds(result))
         repeated = f" from each of {seeds} seeds" if seeds > 1 else ""
         parts.insert(0, f"{settings['num_images']:,} images a point{repeated}")
     if result.get("guidance_scale") is not None:

@@ -14,11 +14,9 @@ from morse.evaluation.report.costs import (
 )
 from morse.evaluation.report.data import (
     NONE,
-    Axis,
     Measured,
     Result,
     best_training_free_row,
-    decimals_of,
     elsewhere,
     engaged_rows,
     footnotes,
@@ -30,8 +28,11 @@ from morse.evaluation.report.data import (
     read_score,
     row_name,
     split_budgets,
+    unscored_text,
+    used_seeds,
 )
 from morse.evaluation.report.limits import claim_section, limits_section
+from morse.evaluation.report.scores import Axis, decimals_of
 from morse.evaluation.report.speedups import lossless_section, speedups_section
 
 MAX_PROMPTS = 12  # that the report writes out
@@ -87,13 +88,14 @@ def conditions_section(result: Result) -> Section:
     settings = result["settings"]
     parts = [f"{result['device']}, {result['dtype']}."]
     if result["rows"]:
-        seeds, batch = settings.get("seeds", ()), settings.get("batch_size")
+        seeds, batch = used_seeds(result), settings.get("batch_size")
         each = f" from each of {len(seeds)} seeds ({_join(seeds)})" if len(seeds) > 1 else ""
         number = settings["num_images"]
         size = f", batch {min(batch, number)}" if batch else ""
         parts.append(f"{number:,} images of each method and budget{each}{size}.")
         if number < FEW_IMAGES and any(axis.side == "distribution" for axis in read_axes(result)):
             parts.append("Fréchet distances of so few are biased upwards, those of all alike.")
+    parts += _seeds_words(result)
     parts.append(_speed_words(result))
     for title, key in (("Reference", "reference"), ("Real images", "real_images")):
         if result["rows"] and result.get(key):
@@ -118,6 +120,23 @@ def conditions_section(result: Result) -> Section:
         )
     texts = (" ".join(filter(None, parts)), words, *_guidance_words(result))
     return Section("Conditions", texts, code=result["command"])
+
+
+def _seeds_words(result: Result) -> list[str]:
+    """Name the seeds that are in no figure, as not all that was asked for was measured from them.
+
+    The JSON has them for the whole result, or for each guidance scale.
+    """
+    words = {}
+    for part in (result, *result.get("guidance", ())):
+        scale = part.get("guidance_scale")
+        at = "" if scale is None else f" at guidance {scale:g}"
+        for entry in part.get("seeds_left_out", ()):
+            count = entry["missing"]
+            are = "are" if count > 1 else "is"
+            said = f"Seed {entry['seed']} is left out{at}: {count} of its cells {are} missing."
+            words[said] = None
+    return list(words)
 
 
 def _speed_words(result: Result) -> str:
@@ -188,7 +207,7 @@ def quality_table(result: Result, axis: Axis, budgets: list[float]) -> Table:
             return ""
         score = read_score(row, axis)
         if score is None:
-            return "reference" if axis.name in row["scores"] else ""
+            return unscored_text(row, axis)
         mark = marks.get(elsewhere(result, row), "")
         solver = f"({row['label']})" if name == BEST_TRAINING_FREE else ""
         return " ".join(filter(None, (score.text(decimals), mark, solver)))

@@ -1,0 +1,97 @@
+"""Measures of quality, values on them with their uncertainty, and how two values compare."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["better", "within noise", "worse"]
+Z_95 = 1.96  # a normal variable lies within so many standard deviations in 95 % of cases
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A measure of quality.
+
+    Attributes:
+        name: Its key in the JSON.
+        title: In words.
+        unit: "dB", or "".
+        better: Whether a "lower" or a "higher" value is better.
+        side: Whether it compares distributions, or image by image with a reference ("fidelity").
+    """
+
+    name: str
+    title: str
+    unit: str
+    better: Literal["lower", "higher"]
+    side: Literal["distribution", "fidelity"]
+
+    @property
+    def short_title(self) -> str:
+        """The title without what it says in brackets."""
+        before, bracket, rest = self.title.partition(" (")
+        return before + rest.partition(")")[2] if bracket else self.title
+
+    @property
+    def name_alone(self) -> str:
+        """The short title without what is compared with, such as "Same-noise PSNR"."""
+        return self.short_title.partition(" to ")[0]
+
+    @property
+    def direction(self) -> str:
+        """Such as "dB, higher is better"."""
+        return ", ".join(filter(None, (self.unit, f"{self.better} is better")))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A value on an axis; its uncertainty is None where the JSON has none."""
+
+    value: float
+    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard error, or that of a normal variable with the 95 % interval."""
+        if self.standard_error is not None or self.interval is None:
+            return self.standard_error
+        return (self.interval[1] - self.interval[0]) / (2 * Z_95)
+
+    def text(self, decimals: int) -> str:
+        """Such as "0.95 ± 0.06", or "0.95 [0.84, 1.07]" without a standard error."""
+        text = f"{self.value:.{decimals}f}"
+        if self.standard_error is not None:
+            return f"{text} ± {self.standard_error:.{decimals}f}"
+        if self.interval is not None:
+            return f"{text} [{self.interval[0]:.{decimals}f}, {self.interval[1]:.{decimals}f}]"
+        return text
+
+
+def compare(score: Score, other: Score, axis: Axis) -> Verdict:
+    """Say how `score` stands against `other`.
+
+    Within noise: closer than 1.96 standard errors of the difference, taken as independent. Both
+    start from the same noise, which makes their difference less noisy than that, so this calls too
+    many differences noise rather than too few. Where either has no error, only equal is noise.
+    """
+    gain = other.value - score.value if axis.better == "lower" else score.value - other.value
+    known = score.deviation is not None and other.deviation is not None
+    noise = Z_95 * math.hypot(score.deviation, other.deviation) if known else 0.0
+    if abs(gain) <= noise:
+        return "within noise"
+    return "better" if gain > 0 else "worse"
+
+
+def decimals_of(scores: Iterable[Score | None]) -> int:
+    """Return how many decimals a table needs, 0 to 4.
+
+    Its smallest error keeps one digit, or two if the first is 1 or 2; without errors, its smallest
+    value keeps three.
+    """
+    kept = [score for score in scores if score is not None]
+    errors = [score.deviation / 3 for score in kept if score.deviation]
+    values = [abs(score.value) / 100 for score in kept if score.value]
+    last = min(errors or values, default=0.01)
+    return min(max(-math.floor(math.log10(last)), 0), 4)
