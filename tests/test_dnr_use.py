@@ -96,6 +96,34 @@ def test_a_shared_cell_is_no_child(tmp_path):
     assert torch.equal(run(fresh, x), run(network, x))
 
 
+@pytest.mark.parametrize("plain", [nn.GroupNorm(2, 8), nn.BatchNorm2d(8)])
+def test_begins_as_a_plain_norm_after_to_empty(plain):
+    base = "batch" if isinstance(plain, nn.BatchNorm2d) else "group"
+    with torch.device("meta"):
+        norm = DynamicNormRelay(8, base=base)
+    norm.to_empty(device="cpu")
+    for name, value in norm.state_dict().items():
+        value.fill_(7 if name == "num_batches_tracked" else float("nan"))
+    for module in norm.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    x = draw(3, 8, 4, 4, dtype=torch.float32)
+    assert torch.equal(norm.eval()(x)[0], plain.eval()(x))
+    assert base == "group" or norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("init", ["official", "identity"])
+@pytest.mark.parametrize("base", BASES)
+def test_an_empty_batch(base, init):
+    norm = drawn(DynamicNormRelay(8, base=base, init=init))
+    before = copy.deepcopy(norm.state_dict())
+    y, state = norm(draw(0, 8, 4, 4))
+    assert y.shape == (0, 8, 4, 4) and state.h.shape == (1, 0, 8)
+    assert_close(norm.state_dict(), before, rtol=0, atol=0)
+    clips = CrossTemporalNorm(8, 4, 2, base=base, init=init)
+    assert clips(torch.zeros(0, 8, 5, 5)).shape == (0, 8, 5, 5)
+
+
 @pytest.mark.parametrize("backend, base", [("eager", "group"), ("eager", "batch")])
 def test_compiles_without_breaks(backend, base):
     norm = drawn(DynamicNormRelay(8, base=base), dtype=torch.float32).eval()
@@ -157,6 +185,8 @@ def test_groups_by_themselves():
         (lambda: CrossTemporalNorm(8, 4, 0), "num_groups"),
         (lambda: CrossTemporalNorm(8, norm_groups=3), "norm_groups must divide channels=8, got 3"),
         (lambda: DynamicNormRelay.from_norm(nn.BatchNorm2d(8, momentum=None)), "momentum"),
+        (lambda: DynamicNormRelay(8, base="batch", momentum=None), "momentum must be a number"),
+        (lambda: CrossTemporalNorm(8, 4, 2, momentum=None), "momentum must be a number"),
         (
             lambda: DynamicNormRelay.from_norm(nn.BatchNorm2d(8, track_running_stats=False)),
             "running statistics",
@@ -191,6 +221,8 @@ def test_bad_inputs():
     for bad in (torch.zeros(6, 8, 3, 3), torch.zeros(4)):
         with pytest.raises(ValueError, match="clips of n_segment=4"):
             CrossTemporalNorm(8, 4, 2)(bad)
+    with pytest.raises(TypeError, match="takes no state"):
+        CrossTemporalNorm(8, 4, 2).modulate(torch.zeros(4, 8), state)
     with pytest.raises(TypeError, match="LayerNorm"):
         DynamicNormRelay.from_norm(nn.LayerNorm(8))
 

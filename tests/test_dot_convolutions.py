@@ -31,6 +31,7 @@ from morse.modules import GridConv2d, Warehouse
 from morse.sampling import JumpPoint
 from morse.training.convolutions import annealing_steps, parse_conv_options, warn_unless_annealed
 from morse.training.loop import TrainDotConfig, train_dot
+from morse.training.progressive import first_stage, second_stage
 
 CASES = {
     "odconv": ("odconv", {"num_kernels": 2}),
@@ -250,6 +251,14 @@ class TestTime:
         assert not torch.allclose(first, second)
 
     @listening
+    def test_close_times_are_told_apart_in_half_precision(self, dash, case, kernels):
+        dot = stirred(dash.bfloat16(), case)
+        sample, _, jump = inputs()
+        jump = JumpPoint(jump.sample.bfloat16(), torch.tensor(700), jump.model_output.bfloat16())
+        dot(sample.bfloat16(), torch.tensor([500, 500.06, 500.12]), jump)
+        assert kernels.count(3) == 10
+
+    @listening
     def test_nothing_is_left_behind(self, dash, case):
         dot = stirred(dash, case)
         dot(*inputs())
@@ -284,14 +293,29 @@ class TestTime:
         torch._dynamo.reset()
 
     def test_features_need_no_equal_rows(self, dash):
-        embedding = torch.ones(4, 8)
+        embedding, times = torch.ones(4, 8), [torch.full((4,), 5)]
         settings = stirred(dash, "odconv").conv_settings
-        assert share_time(settings, embedding) is embedding
-        assert share_time(None, embedding) is embedding
+        assert share_time(settings, embedding, times) is embedding
+        assert share_time(None, embedding, times) is embedding
         listening = stirred(dash, "odconv-time").conv_settings
-        assert share_time(listening, embedding).stride(0) == 0
-        embedding[2, 3] += 1e-3
-        assert share_time(listening, embedding) is embedding
+        assert share_time(listening, embedding, times).stride(0) == 0
+
+    def test_equal_conditions_are_looked_for(self, dash):
+        listening = stirred(dash, "odconv-time").conv_settings
+        for rows, alike in ((torch.zeros(4, 3), True), (torch.eye(4), False)):
+            found = share_time(listening, torch.ones(4, 8), [None, torch.tensor(5), rows])
+            assert (found.stride(0) == 0) == alike
+
+    @pytest.mark.parametrize("other", [None, "timestep", "jump", "scale"])
+    def test_all_that_the_time_is_made_of_decides(self, dash, other, kernels):
+        dot = stirred(dash, "odconv-time", guidance="guided")
+        rows = {name: torch.full((3,), 500.0) for name in ("timestep", "jump", "scale")}
+        if other is not None:
+            rows[other][2] += 1
+        sample, _, jump = inputs()
+        dot(sample, rows["timestep"], replace(jump, timestep=rows["jump"],
+                                              guidance_scale=rows["scale"]))  # fmt: skip
+        assert (3 in kernels) == (other is not None)
 
 
 class TestGrid:
@@ -356,7 +380,9 @@ class TestWarehouse:
         ("odconv", {"condition": "text"}, r"conv_options\['condition'\] must be one of"),
         ("odconv", {"num_kernels": 0}, r"\['num_kernels'\] must be .* at least 1, got 0"),
         ("odconv", {"num_kernels": 1.5}, r"\['num_kernels'\].*got 1.5"),
-        ("odconv", {"reduction": 0}, r"\['reduction'\] must be a number above 0, got 0"),
+        ("odconv", {"reduction": 0}, r"\['reduction'\] must be a finite number above 0, got 0"),
+        ("odconv", {"reduction": float("inf")}, r"\['reduction'\] must be .*, got inf"),
+        ("kernel_warehouse", {"budget": float("inf")}, r"\['budget'\].* below 1e9, got inf"),
         ("kernel_warehouse", {"budget": 0.3}, r"\['budget'\]: budget must be a whole number"),
         ("kernel_warehouse", {"budget": "b"}, r"\['budget'\] must be a number, got 'b'"),
         ("kernel_warehouse", {"cell_ratio": 2}, r"\['cell_ratio'\] must be .*got 2"),
@@ -482,10 +508,14 @@ class TestTraining:
         pipe.set_progress_bar_config(disable=True)
         assert pipe(plan="DoDo", batch_size=2, output_type="pt").images.isfinite().all()
         assert pipe.last_run.num_dot == 2
+        capsys.readouterr()
+        train_dot(replace(again, resume_from_checkpoint="latest", conv_annealing_steps=3))
+        assert "conv_annealing_steps" in capsys.readouterr().out
 
     def test_a_saved_dot_is_at_the_final_temperature(self, given):
-        config = given("gridconv", more=("--max_train_steps", "2", "--validation_steps", "0"))
-        with pytest.warns(UserWarning, match=r"ended at step 2.*annealed over 4 steps"):
+        with pytest.warns(UserWarning, match=r"steps is 4, but.* ends after 2 updates"):
+            config = given("gridconv", more=("--max_train_steps", "2", "--validation_steps", "0"))
+        with pytest.warns(UserWarning, match=r"ended at step 2.*annealed over 4 .*max_train_steps"):
             train_dot(config)
         layer = MorseDot.from_pretrained(config.output_dir).down_blocks[0].resnets[0].conv1
         assert layer.temperature == 1
@@ -495,10 +525,37 @@ class TestTraining:
         assert annealing_steps(config) == 5
         start = replace(config, init_from=Path("dot"), fit_gate=True, max_train_steps=0)
         assert annealing_steps(start) == 0
-        assert annealing_steps(replace(start, conv_annealing_steps=3)) == 3
+        assert annealing_steps(replace(start, conv_annealing_steps=3, max_train_steps=3)) == 3
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warn_unless_annealed(stirred(dash, "odconv"), start, 0)
+
+    PROGRESSIVE = ("--num_down_blocks", "2", "--block_out_channels", "8", "8",
+                   "--progressive_steps", "4")  # fmt: skip
+
+    def test_a_first_stage_alone_is_annealed(self, given):
+        config = given("odconv", more=self.PROGRESSIVE)
+        assert annealing_steps(first_stage(config)) == 4
+        assert annealing_steps(second_stage(config, 1.0)) == 0
+
+    def test_annealing_beyond_the_training_is_told_first(self, given):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            config = given("odconv", more=("--conv_annealing_steps", "5"))
+            given("odconv", more=self.PROGRESSIVE)
+        with pytest.warns(UserWarning, match=r"steps is 6, but.* ends after 5 updates"):
+            replace(config, conv_annealing_steps=6)
+        with pytest.warns(UserWarning, match=r"steps is 5, but.* ends after 4 updates"):
+            given("odconv", more=(*self.PROGRESSIVE, "--conv_annealing_steps", "5"))
+
+    def test_the_way_out_is_one(self, given, dash):
+        config, dot = given("odconv"), stirred(dash, "odconv")
+        with pytest.warns(UserWarning, match="at its end: resume the run, or set"):
+            warn_unless_annealed(dot, config, 3)
+        with pytest.warns(UserWarning, match="ends after 2 updates"):
+            short = replace(config, max_train_steps=2)
+        with pytest.warns(UserWarning, match=r"with a max_train_steps .*above 2, or set"):
+            warn_unless_annealed(dot, short, 2)
 
     def test_words_are_read(self):
         words = ("condition=time", "num_kernels=4", "budget=1/4", "reduction=0.5", "size=8,16")
@@ -507,6 +564,8 @@ class TestTraining:
         found = parse_conv_options(words)
         assert found == expected and isinstance(found["num_kernels"], int)
         assert parse_conv_options(None) is None
+        limits = {"budget": float("inf"), "size": [-float("inf"), 1]}
+        assert parse_conv_options(("budget=1e400", "size=-1e400,1")) == limits
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -514,6 +573,7 @@ class TestTraining:
             (("odconv", "condition"), "conv_options has 'condition'; it must be words NAME=VALUE"),
             (("odconv", "num_kernels=1", "num_kernels=2"), "'num_kernels' twice"),
             (("odconv", "num_kernels=0"), "conv_options['num_kernels'] must be"),
+            (("kernel_warehouse", "budget=1e400"), "['budget']: budget must be above"),
             (("conv",), "conv_annealing_steps is 4, but conv is 'conv'"),
         ],
     )

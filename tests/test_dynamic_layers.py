@@ -32,6 +32,22 @@ def test_temperatures_of_grid_convolutions():
     assert (grid.temperature, dynamic.temperature) == (5.0, 3.0)
 
 
+def test_temperatures_are_saved_from_any_default_device():
+    warehouse = Warehouse(budget=2, norm="layer")
+    mixed = warehouse.conv2d(6, 6, 3)
+    warehouse.build()
+    for layer, last in ((mixed, 0.0), (make(SHAPES[0])[0], 1.0)):
+        layer.set_temperature(0.5)
+        state = layer.state_dict()
+        others = {name: value for name, value in state.items() if name != "_extra_state"}
+        with torch.device("meta"):
+            assert layer.get_extra_state().device.type == "cpu"
+            layer.load_state_dict(others)  # without a temperature, as the authors' are
+        assert layer.temperature == last
+        layer.load_state_dict(state)
+        assert layer.temperature == 0.5
+
+
 @pytest.mark.parametrize("kind", ["odconv", "warehouse"])
 def test_channels_last(kind):
     if kind == "odconv":

@@ -181,6 +181,28 @@ def test_linear_layers():
     assert layer(x[:, 0, 0]).shape == (2, 12) and conv(x[:, 0].mT).shape == (2, 12, 3)
 
 
+@pytest.mark.parametrize("cond_dim", [None, 5])
+@pytest.mark.parametrize("case", ["one", "half", "grouped", "basis"])
+def test_an_empty_batch(case, cond_dim):
+    network = make(case, tau=0.3, cond_dim=cond_dim, norm="batch")
+    for layer in network["layers"]:
+        x, rows = draw(layer), () if cond_dim is None else (torch.zeros(3, 5),)
+        expected, none = layer(x, *rows), [each[:0] for each in rows]
+        kernels, weights = layer.assembled_kernel(x, *rows), layer.attentions(x, *rows)
+        found = layer.train()(x[:0], *none)
+        assert found.shape == (0, *expected.shape[1:]) and found.requires_grad
+        assert layer.assembled_kernel(x[:0], *none).shape == (0, *kernels.shape[1:])
+        assert layer.attentions(x[:0], *none).shape == (0, *weights.shape[1:])
+
+
+def test_an_empty_batch_of_a_linear_layer():
+    warehouse = Warehouse(norm="layer")
+    layer = warehouse.linear(8, 12)
+    warehouse.build()
+    for shape in ((0, 8), (0, 3, 8), (0, 3, 5, 8)):
+        assert layer(torch.zeros(shape)).shape == (*shape[:-1], 12)
+
+
 def test_official_initialisation():
     torch.manual_seed(0)
     warehouse = Warehouse(budget=2)

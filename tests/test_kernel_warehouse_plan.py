@@ -97,6 +97,8 @@ def test_what_does_not_fit_names_what_does():
         ({"cell_in_ratio": 0.0}, "cell_in_ratio"),
         ({"cell_out_ratio": 1.5}, "cell_out_ratio"),
         ({"reduction": 0}, "reduction"),
+        ({"reduction": float("inf")}, "reduction"),
+        ({"budget": 10**400}, "below 1e9"),
         ({"basis_ratio": 0.0}, "basis_ratio"),
         ({"basis_ratio": 2.0}, "basis_ratio"),
         ({"norm": "instance"}, "norm"),

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from warehouses import CASES, draw, make
 
 from morse.modules import ODConv2d, Warehouse, set_temperature
+from morse.modules.kernel_warehouse import KWConv2d
 
 pytestmark = pytest.mark.filterwarnings("ignore:this warehouse does not save")
 
@@ -58,6 +59,32 @@ def test_the_bank_is_one_parameter_also_in_copies(tmp_path):
     for own, other in zip(fresh["layers"], network["layers"], strict=True):
         assert own.temperature == 0.4
         assert_close(own(draw(own)), other(draw(own)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["half", "basis"])
+def test_the_first_assignment_survives_to_empty(case):
+    network = make(case, tau=0.5)
+    layer, x = network["layers"][0], draw(network["layers"][0])
+    expected = layer(x)
+    with torch.device("meta"):
+        fresh = make(case)
+    fresh.to_empty(device="cpu")
+    for each in fresh["layers"]:
+        each.attention.temp_bias.fill_(float("nan"))  # what `to_empty` finds is chance
+    fresh.load_state_dict(network.state_dict())
+    assert torch.equal(fresh["layers"][0](x), expected)
+    attention = fresh["layers"][0].attention
+    attention.temp_bias.fill_(float("nan"))
+    attention.reset_parameters()
+    assert torch.equal(attention.temp_bias, layer.attention.temp_bias)
+
+
+def test_layers_begin_anew():
+    layer = make("one")["layers"][1]
+    assert layer.bias.any() and layer.attention.fc2.bias.any()
+    layer.reset_parameters()
+    assert not layer.bias.any() and not layer.attention.fc2.bias.any()
+    KWConv2d(8, 8, 3, bias=True).reset_parameters()  # one that is not built
 
 
 def test_copies_before_build_are_built_on_their_own():

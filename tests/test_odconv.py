@@ -156,6 +156,19 @@ def test_from_conv_begins_as_the_conv(temperature, kernel_num, groups, out_chann
     assert spread > 1e-3 if kernel_num > 1 else spread == 0
 
 
+@pytest.mark.parametrize("cond_dim", [None, 5])
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_empty_batch(shape, norm, cond_dim):
+    layer, x, _ = make(shape, attention_norm=norm, cond_dim=cond_dim)
+    rows = () if cond_dim is None else (torch.zeros(3, 5),)
+    expected, none = layer(x, *rows), [each[:0] for each in rows]
+    for module in (layer, copy.deepcopy(layer).train()):
+        found = module(x[:0], *none)
+        assert found.shape == (0, *expected.shape[1:]) and found.requires_grad
+    assert layer.assembled_kernel(x[:0], *none).shape == (0, *layer.weight.shape[1:])
+
+
 def test_from_conv_parts_the_candidates():
     torch.manual_seed(0)
     layer = ODConv2d.from_conv(nn.Conv2d(8, 8, 3).double(), attention_norm="layer", cond_dim=4)
@@ -276,6 +289,8 @@ def test_temperature_survives_own_checkpoints_only(tmp_path):
     [
         ({"kernel_num": 0}, "kernel_num"),
         ({"reduction": 0.0}, "reduction"),
+        ({"reduction": float("inf")}, "finite"),
+        ({"min_hidden": float("inf")}, "finite"),
         ({"min_hidden": 0}, "min_hidden"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

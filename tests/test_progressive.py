@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -213,6 +214,15 @@ def test_time_that_is_up_in_the_first_stage(configure, whole, monkeypatch):
     assert not (config.output_dir / "config.json").exists()
     resumed = train_dot(replace(config, resume_from_checkpoint="latest"))
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+def test_fewer_steps_of_a_resumed_first_stage(configure, whole):
+    """Those that it has are enough, where fewer are asked for now."""
+    config = configure(*GROWING, "--max_train_steps", "1")
+    shutil.copytree(whole / "first_stage", config.output_dir / "first_stage")
+    config = replace(config, progressive_steps=2, resume_from_checkpoint="latest")
+    assert train_dot(config) == config.output_dir
+    assert MorseDot.from_pretrained(config.output_dir).config.num_down_blocks == 2
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Dynamic convolutions as Dot's extra blocks hold them, and how they hear the time."""
 
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -67,17 +67,31 @@ def tell_time(layers: Collection[nn.Module], time_embedding: Tensor | None) -> N
         _HEARD.time = time_embedding
 
 
-def share_time(settings: ConvSettings | None, embedding: Tensor) -> Tensor:
-    """Give `embedding` (B, C) as one repeated row if all its rows are equal, up to rounding.
+def share_time(
+    settings: ConvSettings | None, embedding: Tensor, sources: Iterable[Tensor | None]
+) -> Tensor:
+    """Give a time embedding as one repeated row if all that it is made of is equal for all samples.
 
     Then one kernel serves the whole batch. Where no convolution listens to the time, nothing is
     looked at; a look waits for the device, and none is possible while a CUDA graph is captured.
+
+    Args:
+        settings: Those of the convolutions.
+        embedding: (B, C).
+        sources: Timesteps and scales that it is made of, each () or (B or 1, ...), or None. They
+            decide, not its own rows: half precision rounds those of close times to almost the same
+            values, and a matrix product may round those of equal times differently.
     """
-    if settings is None or settings.condition != "time" or len(embedding) == 1:
+    if settings is None or settings.condition != "time" or len(embedding) <= 1:
         return embedding
     if embedding.is_cuda and torch.cuda.is_current_stream_capturing():
         return embedding
-    first = embedding[:1]
-    slack = 8 * torch.finfo(embedding.dtype).eps * first.abs().max()
-    alike = bool(((embedding - first).abs() <= slack).all())
-    return first.expand_as(embedding) if alike else embedding
+    alike = all(_is_shared(source) for source in sources if source is not None)
+    return embedding[:1].expand_as(embedding) if alike else embedding
+
+
+def _is_shared(source: Tensor) -> bool:
+    """Say whether all rows are equal, looking at values only where the layout leaves it open."""
+    if source.dim() == 0 or len(source) <= 1 or source.stride(0) == 0:
+        return True
+    return bool((source[1:] == source[:1]).all())

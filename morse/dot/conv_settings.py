@@ -1,6 +1,7 @@
 """Which kind of convolution Dot's extra blocks have, and the settings of that kind."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -31,7 +32,8 @@ def _is_one_of(value: object, allowed: tuple[str, ...]) -> bool:
 def _check_attention(condition: object, reduction: object) -> None:
     names = get_args(Condition)
     _require(_is_one_of(condition, names), "condition", condition, f"one of {names}")
-    _require(_is_number(reduction) and reduction > 0, "reduction", reduction, "a number above 0")
+    fits = _is_number(reduction) and 0 < reduction < math.inf
+    _require(fits, "reduction", reduction, "a finite number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,8 @@ class DynamicNormRelay(nn.Module):
         num_groups: Groups of base="group", the only one with any; they divide C. None for the most
             that do, up to 32 and of at least 4 channels.
         eps: Added to variances.
-        momentum: Share of a batch in running statistics. `num_batches_tracked` stays at 0.
+        momentum: Share of a batch in running statistics, a number, not torch's None for their
+            plain average: `num_batches_tracked` stays at 0.
         cell: A cell shared with other norms, which the network must hold beside them; here it is no
             child. None for an own cell, the child `lstm`.
         init: See above.
@@ -73,6 +74,11 @@ class DynamicNormRelay(nn.Module):
                 f"cell must read and give channels={channels}, got one of {cell.channels} and "
                 f"{cell.hidden}; where the width changes, a relay starts anew with another cell"
             )
+        if base == "batch" and momentum is None:
+            raise ValueError(
+                "momentum must be a number such as 0.1, got None, an average over all batches, "
+                "which base='batch' does not keep"
+            )
         self.channels, self.base, self.init = channels, base, init
         self.eps, self.momentum = eps, momentum
         self.norm_groups = _checked_groups(channels, num_groups)
@@ -81,13 +87,21 @@ class DynamicNormRelay(nn.Module):
         if cell is None:
             self.lstm = RelayCell(channels)
         if base == "batch":
-            self.register_buffer("running_mean", torch.zeros(channels))
-            self.register_buffer("running_var", torch.ones(channels))
-            self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+            self.register_buffer("running_mean", torch.empty(channels))
+            self.register_buffer("running_var", torch.empty(channels))
+            self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.long))
         if init == "identity":
-            self.weight = nn.Parameter(torch.ones(channels))
-            self.bias = nn.Parameter(torch.zeros(channels))
-            self.a = nn.Parameter(torch.zeros(channels))
+            self.weight = nn.Parameter(torch.empty(channels))
+            self.bias = nn.Parameter(torch.empty(channels))
+            self.a = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise statistics and affine parameters anew; a cell's layers do so themselves."""
+        own = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
+        with torch.no_grad():
+            for name, value in own.items():
+                value.fill_(name in ("weight", "running_var"))
 
     @classmethod
     def from_norm(cls, norm: nn.Module, **options: object) -> Self:
@@ -249,6 +263,13 @@ class CrossTemporalNorm(DynamicNormRelay):
             y, state = super().forward(group, state)
             groups.append(y)
         return torch.cat(groups, 2).transpose(1, 2).flatten(0, 1)
+
+    def modulate(self, x: Tensor, state: RelayState) -> Tensor:
+        """Raise `TypeError`: each group of frames has a state of its own, made in `forward`."""
+        raise TypeError(
+            "CrossTemporalNorm takes no state, but makes one for each group of frames: call it, or "
+            "use DynamicNormRelay.modulate"
+        )
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Source: Li and Yao, ICML 2024 (arXiv 2406.07879). `morse.modules.kernel_warehous
 the meaning of the letters in shapes.
 """
 
+import math
 import warnings
 from typing import Literal, NamedTuple, get_args
 
@@ -49,12 +50,15 @@ class CellAttention(nn.Module):
             self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (n + 1)))
         else:
             self.fc2 = nn.Linear(hidden, self.mixtures * (n + 1))
+        self.initial_cell = layer.initial_cell
         # Follows from the order of the layers, so it moves with the module but is not saved.
-        self.register_buffer("temp_bias", _one_hot(layer.initial_cell, n), persistent=False)
+        empty = torch.empty(self.mixtures, n + 1)
+        self.register_buffer("temp_bias", empty, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise as the authors do."""
+        self._assign_cells()
         for layer in self.children():
             if not isinstance(layer, nn.Linear):
                 layer.reset_parameters()
@@ -65,6 +69,15 @@ class CellAttention(nn.Module):
                 nn.init.zeros_(layer.bias)
         if self.basis:
             nn.init.zeros_(self.basis_bias)
+
+    def _assign_cells(self) -> None:
+        """Write the initial assignment, of which each mixture is one cell or, at n, zeros."""
+        self.temp_bias.copy_(_one_hot(self.initial_cell, self.n))
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        """Assign the cells as well: after `to_empty` nothing else would."""
+        super()._load_from_state_dict(*args)
+        self._assign_cells()
 
     def forward(self, source: Tensor, temperature: float) -> Tensor:
         """Compute the attentions (the contrasting-driven attention function)."""
@@ -96,8 +109,8 @@ def kaiming_(weight: Tensor) -> None:
 
 def check_settings(settings: AttentionSettings) -> None:
     """Raise ValueError unless all settings are in their ranges."""
-    if not settings.reduction > 0:
-        raise ValueError(f"reduction must be above 0, got {settings.reduction}")
+    if not 0 < settings.reduction < math.inf:
+        raise ValueError(f"reduction must be above 0 and finite, got {settings.reduction}")
     if not 0 < settings.basis_ratio <= 1:
         raise ValueError(f"basis_ratio must be in (0, 1], got {settings.basis_ratio}")
     if settings.norm not in get_args(AttentionNorm):
@@ -118,9 +131,9 @@ def check_cond(cond: Tensor | None, batch_size: int, cond_dim: int | None) -> No
 
 
 def _one_hot(cells: tuple[int, ...], n: int) -> Tensor:
-    assignment = torch.zeros(len(cells), n + 1)
-    assignment[torch.arange(len(cells)), torch.tensor(cells)] = 1
-    return assignment
+    # On the CPU, where it has values whatever the default device is ("meta").
+    assignment = torch.zeros(len(cells), n + 1, device="cpu")
+    return assignment.scatter_(1, torch.tensor(cells, device="cpu")[:, None], 1)
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:

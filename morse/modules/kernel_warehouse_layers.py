@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from morse.modules.kernel_warehouse_attention import AttentionSettings, CellAttention, check_cond
 from morse.modules.kernel_warehouse_plan import KernelShape, LayerPlan
+from morse.modules.temperature import as_state
 
 
 class BuildOrderError(RuntimeError, ValueError):
@@ -76,6 +77,13 @@ class WarehouseConv(nn.Module):
             raise ValueError(f"temperature must be in [0, 1], got {temperature}")
         self.temperature = float(temperature)
 
+    def reset_parameters(self) -> None:
+        """Initialise the attention and the bias anew; the cells are the warehouse's."""
+        if self._warehouse:
+            self.attention.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def attentions(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Compute each mixture's weights on all cells.
 
@@ -119,6 +127,8 @@ class WarehouseConv(nn.Module):
                 "linear) and call Warehouse.build() once all layers are registered"
             )
         check_cond(cond, len(x), self.cond_dim)
+        if len(x) == 0:  # any kernel serves no sample, and one gives the result its shape
+            return self.attention.temp_bias[None, :, :-1]
         source = x.flatten(2).mean(2) if cond is None else cond
         return self.attention(source, self.temperature)
 
@@ -142,7 +152,7 @@ class WarehouseConv(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the temperature as a tensor, which safetensors can hold."""
-        return torch.tensor(self.temperature, dtype=torch.float64)
+        return as_state(self.temperature)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the temperature."""
@@ -151,7 +161,7 @@ class WarehouseConv(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         """Read dicts without a temperature as trained to the schedule's end, which is 0."""
         whole = prefix + "attention.fc1.weight" in state_dict
-        temperature = torch.tensor(0.0 if whole else self.temperature, dtype=torch.float64)
+        temperature = as_state(0.0 if whole else self.temperature)
         state_dict.setdefault(prefix + "_extra_state", temperature)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -230,7 +240,7 @@ class KWLinear(WarehouseConv):
     def _channels_second(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[-1] != self.in_channels:
             raise ValueError(f"x must be (B, ..., {self.in_channels}), got {tuple(x.shape)}")
-        return x.reshape(len(x), -1, self.in_channels).transpose(1, 2)
+        return (x.flatten(1, -2) if x.dim() > 2 else x[:, None]).transpose(1, 2)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         for key in [key for key in state_dict if key.startswith(prefix + "conv.")]:

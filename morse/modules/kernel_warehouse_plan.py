@@ -95,9 +95,9 @@ class WarehousePlan:
 
 
 def checked_budget(budget: float) -> Fraction:
-    """Return b as k or 1/k; ValueError unless k is a whole number."""
-    if not 1e-9 < budget < math.inf:
-        raise ValueError(f"budget must be finite and above 1e-9, got {budget}")
+    """Return b as k or 1/k; ValueError unless k is a whole number below 1e9."""
+    if not 1e-9 < budget < 1e9:
+        raise ValueError(f"budget must be above 1e-9 and below 1e9, got {budget}")
     steps = round(budget) if budget >= 1 else round(1 / budget)
     share = Fraction(steps) if budget >= 1 else Fraction(1, steps)
     if not math.isclose(budget, share, rel_tol=1e-6):

@@ -29,7 +29,7 @@ from morse.modules.odconv_attention import (
     mix_candidates,
     square,
 )
-from morse.modules.temperature import linear_temperature, set_temperature
+from morse.modules.temperature import as_state, linear_temperature, set_temperature
 
 __all__ = ["ODConv2d", "linear_temperature", "set_temperature"]
 
@@ -211,6 +211,8 @@ class ODConv2d(KernelStack):
         Takes and raises what `attentions` does; returns (B, O, H', W').
         """
         gates = self.attentions(x, cond)
+        if len(x) == 0:  # any kernel serves no sample, and one gives the result its shape
+            return self._conv(x, self.weight[0], self.groups, self.bias)
         if len(gates["channel"]) == 1:
             kernel = assemble_kernel(self.weight, gates, self.groups)[0]
             return self._conv(x, kernel, self.groups, self.bias)
@@ -234,7 +236,7 @@ class ODConv2d(KernelStack):
 
     def get_extra_state(self) -> Tensor:
         """Return the temperature as a tensor, which safetensors can hold."""
-        return torch.tensor(self.temperature, dtype=torch.float64)
+        return as_state(self.temperature)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the temperature."""
@@ -243,6 +245,6 @@ class ODConv2d(KernelStack):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         """Read dicts without a temperature as trained to the schedule's end, which is 1."""
         whole = prefix + "weight" in state_dict
-        temperature = torch.tensor(1.0 if whole else self.temperature, dtype=torch.float64)
+        temperature = as_state(1.0 if whole else self.temperature)
         state_dict.setdefault(prefix + "_extra_state", temperature)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -27,10 +27,10 @@ def head_widths(
 
 
 def hidden_width(in_channels: int, reduction: float, min_hidden: int) -> int:
-    """Width of the hidden layer; ValueError unless both settings are above 0."""
-    if not (reduction > 0 and min_hidden > 0):
+    """Width of the hidden layer; ValueError unless both settings are above 0 and finite."""
+    if not (0 < reduction < math.inf and 0 < min_hidden < math.inf):
         raise ValueError(
-            f"reduction and min_hidden must be above 0, got {reduction} and {min_hidden}"
+            f"reduction and min_hidden must be above 0 and finite, got {reduction} and {min_hidden}"
         )
     return max(int(in_channels * reduction), min_hidden)
 

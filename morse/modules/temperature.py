@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def set_temperature(module: nn.Module, temperature: float) -> int:
@@ -33,6 +34,11 @@ def _dynamic_layers(module: nn.Module) -> Iterator[nn.Module]:
     else:
         for child in module.children():
             yield from _dynamic_layers(child)
+
+
+def as_state(temperature: float) -> Tensor:
+    """Hold a temperature as state dicts do: exactly, and on the CPU whatever the default device."""
+    return torch.tensor(temperature, dtype=torch.float64, device="cpu")
 
 
 def linear_temperature(step: int, total: int, start: float = 30.0, end: float = 1.0) -> float:

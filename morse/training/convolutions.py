@@ -1,5 +1,6 @@
 """What training a Dot with dynamic convolutions adds: options as words, and the temperature."""
 
+import math
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
@@ -39,7 +40,12 @@ def _read(text: str) -> int | float | str:
         number = Fraction(text)
     except (ValueError, ZeroDivisionError):
         return text
-    return int(number) if text.lstrip("+-").isdecimal() else float(number)
+    if text.lstrip("+-").isdecimal():
+        return int(number)
+    try:
+        return float(number)
+    except OverflowError:  # as a word it would be told to be no number
+        return math.inf if number > 0 else -math.inf
 
 
 def make_annealer(dot: MorseDot, config: "TrainDotConfig") -> Callable[[int], None]:
@@ -76,10 +82,15 @@ def settle(dot: MorseDot) -> MorseDot:
 
 def warn_unless_annealed(dot: MorseDot, config: "TrainDotConfig", step: int) -> None:
     """Warn if training ended, after `step` updates, before the final temperature was reached."""
-    if dot.conv_settings is not None and step < annealing_steps(config):
-        warnings.warn(
-            f"training ended at step {step}, but the convolutions' temperature is annealed over "
-            f"{annealing_steps(config)} steps, and the saved Dot runs at its end: resume the run, "
-            "or set a lower conv_annealing_steps",
-            stacklevel=2,
-        )
+    total, most = annealing_steps(config), config.max_train_steps
+    if dot.conv_settings is None or step >= total:
+        return
+    way_out = "resume the run"
+    if step >= most:
+        way_out += f" with a max_train_steps (of a first stage: progressive_steps) above {most}"
+    warnings.warn(
+        f"training ended at step {step}, but the convolutions' temperature is annealed over "
+        f"{total} steps, and the saved Dot runs at its end: {way_out}, or set a lower "
+        "conv_annealing_steps",
+        stacklevel=2,
+    )

@@ -1,5 +1,6 @@
 """Checks of train_dot's settings: ranges, and what does not go together."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 from morse.dot.conv_settings import conv_settings
@@ -142,6 +143,15 @@ def _check_convolutions(config: "TrainDotConfig") -> None:
         raise ValueError(
             f"conv_annealing_steps is {steps}, but conv is 'conv', a plain convolution without "
             "a temperature; choose another conv or leave it away"
+        )
+    # A first stage is annealed; it has no progressive_steps itself, and is told the same once.
+    updates = config.progressive_steps or config.max_train_steps
+    if steps is not None and steps > updates:
+        warnings.warn(
+            f"conv_annealing_steps is {steps}, but training (with progressive_steps its first "
+            f"stage) ends after {updates} updates, before the temperature that the saved Dot runs "
+            "at: set a lower conv_annealing_steps, or train for longer",
+            stacklevel=2,
         )
     if config.prune is not None and config.conv in ("odconv", "kernel_warehouse"):
         raise ValueError(

@@ -12,6 +12,7 @@ from morse.dot import MorseDot
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.config import TrainDotConfig
 from morse.training.convolutions import (
+    annealing_steps,
     make_annealer,
     parse_conv_options,
     settle,
@@ -197,7 +198,9 @@ def _train_stage(
     trained = copy.deepcopy(model).bind(dash).eval()  # takes the averaged weights
     loss = window_loss(train, config, cache)
     pruner = None if config.prune is None else DotPruner(dot, config)
-    run = TrainingRun(config, accelerator, model, train if cache is None else cache, loss, pruner)
+    told = {"conv_annealing_steps": annealing_steps(config)} if dot.conv_settings else {}
+    data = train if cache is None else cache
+    run = TrainingRun(config, accelerator, model, data, loss, pruner, told)
     validate = make_validator(test, config)
     if dot.conv_settings is not None:
         accelerator.print(dot.convolution_summary())

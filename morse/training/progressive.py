@@ -38,11 +38,15 @@ def first_stage(config: TrainDotConfig) -> TrainDotConfig:
 
 
 def second_stage(config: TrainDotConfig, seconds: float) -> TrainDotConfig:
-    """Give the settings of the training after a first stage that took some seconds."""
+    """Give the settings of the training after a first stage that took some seconds.
+
+    Convolutions were annealed in that one; see `morse.training.convolutions.annealing_steps`.
+    """
     limit = config.max_train_seconds
     return replace(
         config,
         init_from=config.output_dir / FIRST_STAGE,
+        conv_annealing_steps=None,
         max_train_seconds=None if limit is None else max(1e-6, limit - seconds),
     )
 
