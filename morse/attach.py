@@ -5,31 +5,75 @@ Nothing of the pipeline is rewritten: its class is replaced by a subclass of the
 """
 
 import inspect
+import json
+import os
 from functools import cache
+from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
 from morse.calls import MorseCalls
-from morse.denoisers import find_controlnet, find_denoiser, find_denoisers
+from morse.denoisers import find_denoiser
 from morse.dot import MorseDot
-from morse.prepare import prepare_dot, recall, remember
+from morse.prepare import check_dot, forget, prepare_dot, recall, remember
 from morse.sampling import Dot
-from morse.slot import remove_switch
+
+# Library and class. diffusers itself never imports this library, and finds it if it is imported.
+_IN_CONFIG = ("morse", "MorseDot")
 
 
 def _register_dot(pipe: DiffusionPipeline, dot: Dot | None) -> None:
     pipe.register_modules(dot=dot)
     pipe.speed_ratio = dot.config.speed_ratio if isinstance(dot, MorseDot) else None
     if isinstance(dot, MorseDot):
-        # What model_index.json will say; diffusers would write the inner module's name.
-        pipe.register_to_config(dot=("morse", "MorseDot"))
+        pipe.register_to_config(dot=_IN_CONFIG)  # diffusers would take the inner module's name
+
+
+class _Attached(MorseCalls):
+    """What all classes made by `morse_class` have."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple | str:
+        """Pickle and copy by what the class was made of, for no module has it."""
+        made_of = vars(type(self)).get("_made_of")
+        if made_of is None:  # a subclass with a home of its own
+            return super().__reduce_ex__(protocol)
+        return _new, made_of, {**vars(self), "last_run": None}
+
+
+class _KeepsDot:
+    """Writes `dot` into `model_index.json` without a library, and reads it as ours.
+
+    diffusers downloads no pipeline from the hub with a component of a library unknown to it, unless
+    its code comes along and is trusted. One without a library it leaves aside.
+    """
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Write the config, for `save_pretrained`."""
+        index = json.loads(self.to_json_string())
+        index["dot"][0] = None
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        Path(json_file_path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, object], **kwargs: object) -> tuple:
+        """Tell diffusers which components to load, when it loads a pipeline of this class."""
+        if (config_dict.get("dot") or (None, None))[1] == _IN_CONFIG[1]:
+            config_dict = {**config_dict, "dot": _IN_CONFIG}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+
+def _new(base: type[DiffusionPipeline], dot_is_component: bool) -> DiffusionPipeline:
+    attached = morse_class(base, dot_is_component)
+    return attached.__new__(attached)
 
 
 @cache
 def morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
     """Subclass a pipeline class under its own name, with an optional component `dot` if asked."""
     members: dict[str, object] = {"__module__": base.__module__, "_morse_base": base}
+    members["_made_of"] = (base, dot_is_component)
+    parents: tuple[type, ...] = (_Attached, base)
 
     def from_pipe(cls: type, pipeline: DiffusionPipeline, **kwargs: object) -> DiffusionPipeline:
         return inherit_dot(base.from_pipe(pipeline, **kwargs))
@@ -49,7 +93,8 @@ def morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
         __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), dot])
         members["__init__"] = __init__
         members["_optional_components"] = [*base._optional_components, "dot"]
-    return type(base.__name__, (MorseCalls, base), members)
+        parents = (_Attached, _KeepsDot, base)
+    return type(base.__name__, parents, members)
 
 
 def enable_morse(
@@ -66,15 +111,12 @@ def enable_morse(
             of that copy. False takes a merged one apart; None leaves it as it is.
 
     Raises:
-        TypeError: If `dot` is none of these. A Dot that the pipeline has stays on every error.
-        ValueError: If the Dot belongs to another Dash, or the pipeline has no denoiser.
+        TypeError: If `dot` is none of these, or what `torch.compile` made of one: compile it in
+            place (`dot.compile()`). A Dot that the pipeline has stays on every error.
+        ValueError: If the Dot belongs to another Dash, Dash is quantized, or the pipeline has no
+            denoiser.
     """
-    if dot is not None and not callable(dot):
-        raise TypeError(
-            f"dot is {dot!r}, but must be a MorseDot, a callable (sample, timestep, jump, "
-            "**conditions) -> residual, or None; load a saved one by "
-            "MorseDot.from_pretrained(path), or give its path to MorsePipeline.from_pipe."
-        )
+    check_dot(dot)
     denoiser = find_denoiser(pipe)
     prepare_dot(pipe, dot, denoiser)
     if isinstance(dot, MorseDot):
@@ -114,9 +156,7 @@ def disable_morse(pipe: DiffusionPipeline) -> DiffusionPipeline:
     base = getattr(type(pipe), "_morse_base", None)
     if base is None:
         return pipe
-    for module in (*find_denoisers(pipe).values(), find_controlnet(pipe)):
-        if module is not None:
-            remove_switch(module)
+    forget(pipe)
     pipe.__class__ = base
     for name in ("dot", "speed_ratio", "measured", "last_run"):
         vars(pipe).pop(name, None)

@@ -7,6 +7,7 @@ from functools import partial
 from statistics import median, quantiles
 
 import torch
+from torch import nn
 
 from morse.denoisers import Denoiser, find_controlnet, find_denoisers
 from morse.dot import MorseDot
@@ -15,10 +16,10 @@ from morse.dot.hub import Publishable
 from morse.one_pass import read_guidance
 from morse.plan import MorsePlan
 from morse.plan_choice import PlanChoice
-from morse.prepare import prepare_dot, remember
+from morse.prepare import check_dot, prepare_dot, remember, replace_module
 from morse.rates import choose_base_space
 from morse.saved_plans import scheduler_options
-from morse.slot import CURRENT_RUN, install_switch
+from morse.slot import CURRENT_RUN
 from morse.summary import SpeedRatio, summarize_run, warn_unless_engaged
 from morse.switch import MorseRun
 
@@ -84,6 +85,15 @@ class MorseCalls(PlanChoice, Publishable):
             chosen, steps = self._fit_plan(wanted, arguments, is_budget, budget)
             return self._run(chosen, {**arguments, "num_inference_steps": steps})
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set a component; a wrong Dot is refused, and a replaced denoiser let go."""
+        if name == "dot":
+            check_dot(value)
+        before = vars(self).get(name)
+        super().__setattr__(name, value)
+        if isinstance(before, nn.Module) and before is not value:
+            replace_module(self, before, value)
+
     def _name_arguments(self, args: tuple, kwargs: dict) -> dict[str, object]:
         """Give the pipeline's own arguments by name."""
         arguments = dict(inspect.signature(super().__call__).bind(*args, **kwargs).arguments)
@@ -97,8 +107,6 @@ class MorseCalls(PlanChoice, Publishable):
         denoisers, controlnet = find_denoisers(self), find_controlnet(self)
         prepare_dot(self, self.dot, next(iter(denoisers.values())))
         remember(self, self.dot)
-        if controlnet is not None:
-            install_switch(controlnet)
         eta = self._with_defaults(arguments).get("eta")
         base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"), eta)
         if type(self).__name__.startswith("Marigold"):

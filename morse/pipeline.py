@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 
 from morse.attach import enable_morse, inherit_dot, morse_class
@@ -111,7 +112,8 @@ class MorsePipeline:
         Args:
             pretrained_model_name_or_path: "fashion-mnist" or "fashion-mnist-text" (both come with
                 the package), a folder, or the id of a pipeline on the hub.
-            dot: A Dot, or where one is saved; None for the one saved with the pipeline, if any.
+            dot: A Dot, or where one is saved (see `load_dot`); None for the one saved with the
+                pipeline, if any.
             scheduler: A scheduler, or the name of one (`morse.pipeline.SCHEDULERS`), made with
                 the pipeline's own scheduler's config, but for a `timestep_spacing` left at its
                 default.
@@ -120,21 +122,30 @@ class MorsePipeline:
                 `revision` is the pipeline's, and with it of a Dot that is saved there.
 
         Raises:
-            ValueError: If the Dot belongs to another Dash, or the scheduler is unknown.
+            ValueError: If the Dot belongs to another Dash, the scheduler is unknown, or a Dot of
+                the user's own class is saved with the pipeline and `dot` is not given.
         """
         path = _resolve(pretrained_model_name_or_path)
         kwargs = safetensors_only(kwargs)
         hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         config = DiffusionPipeline.load_config(path, **hub_options)
-        has_dot = config.get("dot", (None, None))[1] is not None
-        if dot is None and has_dot:
+        dot_class = config.get("dot", (None, None))[1]
+        for name in ("torch_dtype", "dtype"):
+            if not isinstance(hub_options.get(name), torch.dtype):
+                hub_options.pop(name, None)  # one for each component, say: Dot follows its Dash
+        if dot is None and dot_class == MorseDot.__name__:
             dot = _load_variant(path, "dot", **hub_options)
+        elif dot is None and dot_class is not None:
+            raise ValueError(
+                f"{path} was saved with a Dot of the class {dot_class!r}, which only its own code "
+                "can load; load it there and pass dot=..., or a callable, or a saved MorseDot."
+            )
         elif isinstance(dot, (str, os.PathLike)):
             # A revision is one of the pipeline's repository.
             hub_options.pop("revision", None)
             dot = load_dot(dot, **hub_options)
         loader = DiffusionPipeline
-        if has_dot and hasattr(diffusers, config["_class_name"]):
+        if dot_class is not None and hasattr(diffusers, config["_class_name"]):
             # Plain diffusers would load the folder too, with warnings about its `dot`.
             loader = morse_class(getattr(diffusers, config["_class_name"]), True)
             kwargs["dot"] = None
@@ -151,12 +162,16 @@ class MorsePipeline:
         """Equip a pipeline in memory, as `enable_morse` does, and change its scheduler if asked.
 
         Args:
-            pipe: A diffusers pipeline.
-            dot: A Dot, or where one is saved; None for the one that the pipeline has or, where
-                diffusers' `from_pipe` made it of another pipeline's parts, the one that had, with N
-                as set or measured there.
+            pipe: A diffusers pipeline; on every error it stays as it is.
+            dot: A Dot, or where one is saved (see `load_dot`); None for the one that the pipeline
+                has or, where diffusers' `from_pipe` made it of another pipeline's parts, the one
+                that had, with N as set or measured there.
             scheduler: As for `from_pretrained`.
             merge_lora: See `enable_morse`; of no effect on a Dot that is in use.
+
+        Raises:
+            OSError: If no Dot is saved there.
+            ValueError: As `from_pretrained`.
         """
         if isinstance(dot, (str, os.PathLike)):
             dot = load_dot(dot)
@@ -164,10 +179,11 @@ class MorsePipeline:
             scheduler = make_scheduler(scheduler, pipe.scheduler.config)
         if scheduler is not None:
             _check_scheduler(pipe, scheduler)
+        if dot is not None or getattr(inherit_dot(pipe), "dot", None) is None:
+            enable_morse(pipe, dot, merge_lora)
+        if scheduler is not None:
             pipe.scheduler = scheduler
-        if dot is None and getattr(inherit_dot(pipe), "dot", None) is not None:
-            return pipe
-        return enable_morse(pipe, dot, merge_lora)
+        return pipe
 
 
 def _check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
@@ -204,8 +220,32 @@ def _is_flow(scheduler: object) -> bool:
 
 
 def load_dot(path: str | os.PathLike, **kwargs: object) -> MorseDot:
-    """Load a Dot from its own folder or from the `dot` folder of a saved pipeline."""
-    return _load_variant(path, "dot" if (Path(path) / "dot").is_dir() else None, **kwargs)
+    """Load a Dot that lies by itself or in the `dot` folder of a pipeline.
+
+    Args:
+        path: A folder, or the id of a Dot or a pipeline on the hub. For another subfolder or
+            revision, load it by `MorseDot.from_pretrained(path, subfolder=..., revision=...)`.
+        kwargs: As for `MorseDot.from_pretrained`.
+
+    Raises:
+        OSError: If neither holds a Dot.
+    """
+    if (Path(path) / "dot").is_dir():
+        return _load_variant(path, "dot", **kwargs)
+    try:
+        return _load_variant(path, None, **kwargs)
+    except OSError as error:
+        if Path(path).exists() or "config.json" not in str(error):
+            raise
+        try:
+            return _load_variant(path, "dot", **kwargs)
+        except OSError:
+            raise OSError(
+                f"dot={str(path)!r} is no folder, and on the hub it has a Dot neither in its root "
+                'nor in the subfolder "dot"; for another place pass '
+                "dot=MorseDot.from_pretrained(id, subfolder=..., revision=...). In its root: "
+                f"{error}"
+            ) from error
 
 
 def _load_variant(

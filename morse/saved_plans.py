@@ -1,10 +1,12 @@
 """Plans that were searched for a Dot (`morse plan`) and are saved in its config."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from threading import Lock, RLock
+from weakref import WeakKeyDictionary
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from morse.plan import MorsePlan
 from morse.rates import own_parameters
@@ -126,9 +128,19 @@ def chooses_timesteps(arguments: Mapping[str, object]) -> bool:
     return any(arguments.get(name) is not None for name in CHOOSE_TIMESTEPS)
 
 
+# One for each pipeline, and not in it: copies and pickles take no locks.
+_LOCKS: WeakKeyDictionary[DiffusionPipeline, AbstractContextManager] = WeakKeyDictionary()
+_LOCKS_LOCK = Lock()
+
+
+def _lock_of(pipe: DiffusionPipeline) -> AbstractContextManager:
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(pipe, RLock())
+
+
 @contextmanager
 def scheduler_options(pipe: DiffusionPipeline, options: Mapping[str, object]) -> Iterator[None]:
-    """Give a pipeline's scheduler other options for a while.
+    """Give a pipeline's scheduler other options for a while, in one thread at a time.
 
     Raises:
         ValueError: If the scheduler has no such option.
@@ -136,15 +148,20 @@ def scheduler_options(pipe: DiffusionPipeline, options: Mapping[str, object]) ->
     if not options:
         yield
         return
-    before = pipe.scheduler
+    with _lock_of(pipe):
+        before = pipe.scheduler
+        pipe.scheduler = _with_options(before, options)
+        try:
+            yield
+        finally:
+            pipe.scheduler = before
+
+
+def _with_options(before: SchedulerMixin, options: Mapping[str, object]) -> SchedulerMixin:
     unknown = sorted(set(options) - set(before.config))
     if unknown:
         raise ValueError(
             f"scheduler options {unknown} are not {type(before).__name__}'s; it has "
             f"{sorted(name for name in before.config if name[0] != '_')}."
         )
-    pipe.scheduler = type(before).from_config(before.config, **options)
-    try:
-        yield
-    finally:
-        pipe.scheduler = before
+    return type(before).from_config(before.config, **options)

@@ -77,10 +77,11 @@ class MorseRun:
         The mixture's cost nothing. A step's evaluations, where guidance makes several, are a share
         of it each.
         """
-        dash = sum(step["dash"] / step.total() for step in self._steps)
+        made = [step for step in self._steps if step]  # an error may end a step before it has any
+        dash, dot = (sum(step[name] / step.total() for step in made) for name in ("dash", "dot"))
         if self.speed_ratio is None:
             return None if self.num_dot else float(dash)
-        return dash + sum(step["dot"] / step.total() for step in self._steps) / self.speed_ratio
+        return dash + dot / self.speed_ratio
 
     @property
     def num_steps(self) -> int:

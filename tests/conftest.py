@@ -19,6 +19,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
 
 
+@pytest.fixture(autouse=True)
+def _same_draws_in_any_order():
+    """What a test draws without a generator of its own does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _small_validation_pictures():
     """Each training ends with a picture, which takes as long as its updates on tiny models."""

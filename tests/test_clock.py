@@ -38,6 +38,16 @@ def test_repeated_values_are_told_apart_by_their_place():
     assert found == [0, 1, 2, 3]
 
 
+def test_the_place_is_told_where_timesteps_are_part_of_a_finer_grid():
+    scheduler = make_scheduler("leapfrog", CONFIG)
+    scheduler.set_timesteps(6)
+    assert scheduler.timesteps.stride() == (2,) and scheduler.step_index is None
+    for first in (0, 2):
+        scheduler.timesteps = scheduler.timesteps[first:]
+        found = [scheduler_index(scheduler, timestep) for timestep in scheduler.timesteps]
+        assert found == list(range(6 - first))
+
+
 def test_a_scheduler_without_a_run_tells_nothing():
     assert scheduler_index(make_scheduler("ddim", CONFIG), torch.tensor(5)) is None
 

@@ -13,8 +13,13 @@ from tiny_pipelines import (
     tiny_vae,
     xl_unet,
 )
+from torch import nn
 
 from morse import enable_morse
+from morse.controlnet import LatestFeatures
+from morse.denoisers import Call, Denoiser
+from morse.plan import MorsePlan
+from morse.switch import MorseRun
 
 
 @pytest.fixture
@@ -164,6 +169,44 @@ class TestUnderGuidance:
         latents(pipe, plan="DoooDo", image=picture(), **text_inputs(), **options)
         assert pipe.last_run.fallbacks == {"the guidance scale changed": 1}
         assert len(calls) == 3 and counted(pipe) == (3, 3)
+
+
+class Plain(nn.Module):
+    """Stands for a denoiser or a ControlNet."""
+
+    def forward(self, sample, timestep):
+        raise AssertionError("the test says what it computes")
+
+
+def test_a_second_pass_over_the_timesteps_has_features_of_its_own():
+    run, computed, sample = MorseRun(MorsePlan.from_string("Do"), 4.0), [], torch.zeros(1, 1, 2, 2)
+    unet, run.controlnet, run.scheduler = Plain(), Plain(), diffusers.DDIMScheduler()
+    run.denoisers = [Denoiser("unet", unet, own_dot)]
+    run.scheduler.set_timesteps(2)
+    for index in (0, 1, 0, 1):
+        arguments = (sample, run.scheduler.timesteps[index]), {}
+        run.answer(run.controlnet, lambda *_: (computed.append(1), sample)[1:], *arguments)
+        run.answer(unet, lambda *_: (sample,), *arguments)
+    assert len(computed) == (run.num_dash) == (run.num_dot) == 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tensor: tensor,
+        lambda tensor: (tensor,),
+        lambda tensor: [tensor, None],
+        lambda tensor: {"mid": tensor, "down": (tensor, tensor)},
+    ],
+)
+def test_features_outlive_the_buffers_they_are_computed_in(make):
+    """Compiled models compute the next ones in the same place."""
+    latest, buffer = LatestFeatures(), torch.zeros(2)
+    call = Call(torch.zeros(1), 9, {})
+    computed = latest.answer(0, "dash", call, lambda: make(buffer))
+    assert type(computed) is type(make(buffer))
+    buffer.add_(1)
+    torch.testing.assert_close(latest.answer(1, "dot", call, None), make(torch.zeros(2)))
 
 
 @pytest.mark.supports("pipeline, own Dot", "FluxControlNetPipeline")

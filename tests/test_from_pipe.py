@@ -10,7 +10,7 @@ import torch
 from attached import latents, planned, text_pipe, trained_dot
 from tiny_pipelines import picture
 
-from morse import MorseDot, MorsePipeline, enable_morse
+from morse import MorseDot, MorsePipeline, disable_morse, enable_morse
 
 NO_TEXT_MODELS = {"text_encoder": None, "tokenizer": None}
 
@@ -74,6 +74,32 @@ def test_the_dot_outlives_the_pipeline_that_it_came_with(pipe):
     assert MorsePipeline.from_pipe(other).dot is dot
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_disabled_pipeline_leaves_the_dot_of_others(pipe, first):
+    pipes = [
+        pipe,
+        MorsePipeline.from_pipe(diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)),
+    ]
+    dot = pipe.dot
+    disable_morse(pipes[first])
+    other = diffusers.StableDiffusionPipeline.from_pipe(pipes[1 - first])
+    assert MorsePipeline.from_pipe(other).dot is dot
+    del other
+    disable_morse(pipes[1 - first])
+    assert vars(pipe.unet)["_compiled_call_impl"] is None
+
+
+def test_what_is_compiled_keeps_the_dot(pipe):
+    dash = pipe.unet
+    pipe.unet = torch.compile(dash, backend="eager")
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert other.unet is pipe.unet and MorsePipeline.from_pipe(other).dot is pipe.dot
+    disable_morse(other)
+    disable_morse(pipe)
+    for module in (dash, pipe.unet):
+        assert vars(module).get("_compiled_call_impl") is None
+
+
 def test_the_class_of_an_enabled_pipeline_makes_enabled_ones(pipe):
     other = type(pipe).from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
@@ -120,7 +146,7 @@ class TestSaved:
         other.save_pretrained(tmp_path)
         index = json.loads((tmp_path / "model_index.json").read_text())
         assert index["_class_name"] == "StableDiffusionImg2ImgPipeline"
-        assert index["dot"] == ["morse", "MorseDot"] and "_dot" not in index
+        assert index["dot"] == [None, "MorseDot"] and "_dot" not in index
         loaded = MorsePipeline.from_pretrained(tmp_path, **NO_TEXT_MODELS)
         assert isinstance(loaded, diffusers.StableDiffusionImg2ImgPipeline)
         assert isinstance(loaded.dot, MorseDot)

@@ -73,6 +73,7 @@ class TestFormula:
         )
         assert line_coefficient(rates(-1), rates(-1), rates(0)) == 0
         assert line_coefficient(rates(1), rates(-1), rates(0)) == 0  # another pass
+        assert line_coefficient(rates(-2), rates(0), rates(-1)) == 0  # back to more noise
         noise = (torch.tensor(0.0), torch.tensor(1.0))
         assert line_coefficient(noise, rates(-1), rates(0)) == 0
         assert line_coefficient(noise, noise, rates(0)) == 0

@@ -1,5 +1,6 @@
 """Publishing on the hub (with a fake of it), model cards, and loading without a network."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -7,8 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attached import planned, text_pipe, trained_dot
+from attached import latents, planned, text_pipe, trained_dot
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from morse import MorseDot, MorsePipeline, enable_morse
 from morse.dot.card import hub_id
@@ -49,9 +53,12 @@ def hub(monkeypatch, tmp_path):
             self, repo_id, folder_path, path_in_repo, commit_message, create_pr, ignore_patterns
         ):
             calls.append((commit_message, create_pr))
-            ignored = shutil.ignore_patterns(*ignore_patterns) if ignore_patterns else None
             target = root / repo_id / (path_in_repo or "")
-            shutil.copytree(folder_path, target, dirs_exist_ok=True, ignore=ignored)
+            files = [path for path in folder_path.rglob("*") if path.is_file()]
+            names = [path.relative_to(folder_path).as_posix() for path in files]
+            for name in filter_repo_objects(names, ignore_patterns=ignore_patterns):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder_path / name, target / name)
             return "a commit"
 
     monkeypatch.setattr("morse.dot.hub.HfApi", FakeApi)
@@ -112,6 +119,82 @@ class TestPublishing:
         for folder in (hub.root / "us" / "it", tmp_path / "saved"):
             assert (folder / "README.md").read_text() == "mine"
             assert (folder / "config.json").exists()
+
+    def test_the_card_of_a_pipelines_dot_stays_too(self, pipe, hub):
+        pipe.push_to_hub("us/it")
+        card = hub.root / "us" / "it" / "dot" / "README.md"
+        card.write_text("mine")
+        pipe.push_to_hub("us/it")
+        assert card.read_text() == "mine"
+
+    def test_one_process_writes_the_card_and_publishes(self, pipe, hub, tmp_path):
+        pipe.dot.save_pretrained(tmp_path / "a", is_main_process=False, push_to_hub=True)
+        pipe.dot.save_pretrained(tmp_path / "b", False)
+        assert not list(tmp_path.rglob("README.md")) and not hub.calls
+
+
+@pytest.fixture
+def downloads(hub, monkeypatch):
+    """diffusers' downloads from that hub."""
+
+    def download(repo_id, filename, subfolder=None, **options):
+        path = hub.root / repo_id / (subfolder or "") / filename
+        if not path.is_file():
+            raise EntryNotFoundError(filename)
+        return str(path)
+
+    def info(repo_id, **options):
+        folder = hub.root / repo_id
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    for module in ("configuration_utils", "utils.hub_utils", "pipelines.pipeline_utils"):
+        monkeypatch.setattr(f"diffusers.{module}.hf_hub_download", download)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", info)
+    monkeypatch.setattr(
+        "diffusers.pipelines.pipeline_utils._resolve_revision", lambda name, **options: "0a1b"
+    )
+
+
+@pytest.mark.usefixtures("downloads")
+class TestLoading:
+    def test_a_pipeline_with_its_dot(self, pipe):
+        pipe.push_to_hub("us/pipe")
+        loaded = MorsePipeline.from_pretrained("us/pipe", **NO_TEXT_MODELS)
+        loaded.set_progress_bar_config(disable=True)
+        assert torch.equal(planned(loaded), planned(pipe))
+
+    def test_by_plain_diffusers(self, pipe):
+        pipe.push_to_hub("us/pipe")
+        plain = DiffusionPipeline.from_pretrained("us/pipe", **NO_TEXT_MODELS)
+        plain.set_progress_bar_config(disable=True)
+        assert "dot" not in plain.components
+        options = {"num_inference_steps": 2}
+        assert torch.equal(latents(plain, **options), latents(pipe, **options))
+
+    def test_a_folder_that_names_our_library(self, pipe, tmp_path):
+        """As they were written before."""
+        pipe.save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        assert index["dot"] == [None, "MorseDot"] and pipe.config["dot"] == ("morse", "MorseDot")
+        (tmp_path / "model_index.json").write_text(
+            json.dumps({**index, "dot": ["morse", "MorseDot"]})
+        )
+        loaded = MorsePipeline.from_pretrained(tmp_path, **NO_TEXT_MODELS)
+        loaded.set_progress_bar_config(disable=True)
+        assert torch.equal(planned(loaded), planned(pipe))
+
+    def test_a_dot_of_a_pipeline_or_by_itself(self, pipe):
+        pipe.push_to_hub("us/pipe")
+        pipe.dot.push_to_hub("us/dot")
+        expected = planned(pipe)
+        for name in ("us/pipe", "us/dot"):
+            assert torch.equal(planned(MorsePipeline.from_pipe(text_pipe(), name)), expected)
+
+    def test_a_dot_that_is_not_there(self, pipe):
+        pipe.dot.push_to_hub("us/dot", subfolder="small")
+        with pytest.raises(OSError, match=r"'us/dot'.* neither in its root .*subfolder=.*revision"):
+            MorsePipeline.from_pipe(text_pipe(), "us/dot")
 
 
 class TestCards:

@@ -1,11 +1,20 @@
 """What users do with a pipeline does not break Morse, and Morse does not break it."""
 
 import copy
+import pickle
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate import dispatch_model
+from accelerate.hooks import (
+    AlignDevicesHook,
+    ModelHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+)
 from attached import (
     PLAN,
     check_treated,
@@ -20,6 +29,8 @@ from attached import (
 from tiny_pipelines import text_inputs
 
 from morse import MorsePipeline, disable_morse, enable_morse
+from morse.dot.shell import run_hooked
+from morse.prepare import prepare_dot
 from morse.slot import CURRENT_RUN
 
 BOTH = pytest.mark.parametrize("merge_lora", [True, False])
@@ -143,6 +154,40 @@ class TestOffloading:
 
         assert torch.equal(check_treated(treat, merge_lora), untreated(merge_lora))
 
+    def test_hooks_that_only_place_inputs_do_not_prevent_merging(self):
+        """What `device_map="balanced"` puts on every layer."""
+
+        def treat(pipe):
+            dispatch_model(pipe.unet, {"": "cpu"}, force_hooks=True)
+
+        assert torch.equal(check_treated(treat), untreated())
+        pipe = text_pipe()
+        dot = trained_dot(pipe.unet)
+        treat(pipe)
+        assert pipe.unet.conv_in._hf_hook.offload is False
+        assert enable_morse(pipe, dot).dot.is_merged
+
+    def test_dot_goes_where_dash_runs(self):
+        """Elsewhere than other models, with `device_map`; "meta" stands for another device."""
+        pipe = text_pipe()
+        dot = trained_dot(pipe.unet)
+        pipe.unet._hf_hook = SimpleNamespace(execution_device="meta", offload=False)
+        prepare_dot(pipe, dot, pipe.unet)
+        assert dot.device.type == "meta" and pipe._execution_device.type == "cpu"
+
+    def test_a_jump_point_goes_along(self):
+        class Move(ModelHook):
+            def pre_forward(self, module, sample, *args):
+                return (sample.to("meta"), *args), {}
+
+        layer = add_hook_to_module(torch.nn.Identity(), Move())
+        jump = replace(make_jump(), earlier=make_jump())
+        seen = run_hooked(layer, lambda sample, found: found, jump.sample, jump)
+        for found in (seen, seen.earlier):
+            tensors = (found.sample, found.timestep, found.model_output)
+            assert {tensor.device.type for tensor in tensors} == {"meta"}
+        assert seen.memory is jump.memory and jump.sample.device.type == "cpu"
+
     def test_layerwise_casting(self):
         def treat(pipe):
             pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
@@ -209,6 +254,23 @@ class TestCompiling:
             pipe.unet = torch.compile(pipe.unet, backend="eager")
 
         assert torch.equal(check_treated(treat), untreated())
+
+    def test_wrapped_in_one_graph(self, pipe):
+        """The switch, which would break it, is out of the way, also before a planned call."""
+        options = {"num_inference_steps": 2}
+        dash, expected, with_dot = pipe.unet, latents(pipe, **options), planned(pipe)
+        pipe.unet = torch.compile(dash, backend="eager", fullgraph=True)
+        assert torch.equal(latents(pipe, **options), expected)
+        assert torch.equal(planned(pipe), with_dot)
+        disable_morse(pipe)
+        assert torch.equal(latents(pipe, **options), expected)
+
+    def test_wrapped_in_one_graph_by_another_pipeline(self, pipe):
+        other = text_pipe_of(pipe)
+        expected = latents(other, num_inference_steps=2)
+        other.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+        assert torch.equal(latents(other, num_inference_steps=2), expected)
+        planned(pipe)
 
     def test_one_block_wrapped(self):
         def treat(pipe):
@@ -436,3 +498,11 @@ def test_copies(pipe):
     disable_morse(pipe)
     assert torch.equal(planned(twin), expected)
     assert not hasattr(pipe, "last_run")
+
+
+def test_pickles(pipe):
+    expected = planned(pipe)
+    twin = pickle.loads(pickle.dumps(pipe))
+    assert type(twin) is type(pipe) and twin.last_run is None
+    assert torch.equal(planned(twin), expected)
+    assert pickle.loads(pickle.dumps(disable_morse(pipe))).unet is not None

@@ -17,10 +17,10 @@ def exact_epsilon(scheduler, sample, timestep):
     return sample * (1 - squared).sqrt() / (squared * SPREAD**2 + 1 - squared)
 
 
-def solve(scheduler, steps, prediction_type="epsilon"):
-    """Sample from x_T = 1 with the exact denoiser."""
+def solve(scheduler, steps, prediction_type="epsilon", dtype=torch.float64, forget=False):
+    """Sample from x_T = 1 with the exact denoiser; `forget` where a caller may change it."""
     scheduler.set_timesteps(steps)
-    sample = torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    sample = torch.ones(1, 1, 2, 2, dtype=dtype)
     for timestep in scheduler.timesteps:
         alpha = scheduler.alphas_cumprod[timestep].sqrt()
         sigma = (1 - alpha**2).sqrt()
@@ -31,6 +31,9 @@ def solve(scheduler, steps, prediction_type="epsilon"):
         elif prediction_type == "sample":
             output = clean
         sample = scheduler.step(output, timestep, sample).prev_sample
+        if forget:
+            scheduler._handed = None
+    assert sample.dtype == dtype
     return float(sample[0, 0, 0, 0])
 
 
@@ -62,6 +65,46 @@ def test_prediction_types_agree():
         for kind in ("epsilon", "v_prediction", "sample")
     ]
     assert ends == pytest.approx([ends[0]] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("clean_above", [4.0, 1e9])
+def test_half_precision_costs_no_more_than_its_own_rounding(clean_above):
+    """A sample that no caller has changed moves no anchor."""
+    scheduler = LeapfrogScheduler(clean_above=clean_above)
+    half, single = (solve(scheduler, 20, dtype=dtype) for dtype in (torch.half, torch.float32))
+    assert half == pytest.approx(single, rel=4 * torch.finfo(torch.half).eps)
+    assert half == solve(scheduler, 20, dtype=torch.half, forget=True)
+
+
+@pytest.mark.parametrize("clean_above", [4.0, 1e9])
+def test_half_precision_ends_where_float32_does_if_epsilon_stays(clean_above):
+    """No exact denoiser that would mend on the way what rounding has done."""
+
+    def end(dtype):
+        scheduler = LeapfrogScheduler(clean_above=clean_above)
+        scheduler.set_timesteps(20)
+        sample = torch.linspace(-2, 2, 16).half().reshape(1, 1, 4, 4).to(dtype)
+        noise = sample.flip(3)
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(noise, timestep, sample).prev_sample
+        return sample.float()
+
+    eps = torch.finfo(torch.half).eps
+    torch.testing.assert_close(end(torch.half), end(torch.float32), rtol=eps, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.01},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": [0.1, 0.2, 0.4]},
+    ],
+)
+def test_noise_schedules_are_those_of_ddim(options):
+    expected = DDIMScheduler(**options).alphas_cumprod
+    assert torch.equal(LeapfrogScheduler(**options).alphas_cumprod, expected)
 
 
 def test_the_grid_is_twice_as_fine_and_trailing():
@@ -110,6 +153,9 @@ def test_what_a_caller_changes_between_steps_stays_changed(clean_above):
     one, two = end(0.1) - end(0), end(0.2) - end(0)
     assert (one.abs() > 0.01).all()
     torch.testing.assert_close(2 * one, two)
+    if clean_above:  # epsilon is what stays: x_0 takes the change over alpha at the second of three
+        alpha = LeapfrogScheduler().alphas_cumprod[599].sqrt()
+        torch.testing.assert_close(one, torch.full_like(one, 0.1 / alpha), rtol=1e-5, atol=0)
 
 
 def test_one_evaluation_is_ddim(build_unet):
@@ -128,8 +174,9 @@ def test_pfdiff_follows_its_published_update():
     scheduler = make_scheduler("pfdiff", {})
     scheduler.set_timesteps(2)
     first, second, third = scheduler._grid[:3]
-    alphas = scheduler.alphas_cumprod
-    x0, z0, z1 = torch.randn(3, 1, 1, 4, 4)
+    alphas = scheduler.alphas_cumprod.double()
+    generator, options = torch.Generator().manual_seed(0), {"dtype": torch.float64}
+    x0, z0, z1 = torch.randn(3, 1, 1, 4, 4, generator=generator, **options)
 
     def ddim(x, z, start, end):
         alpha, end_alpha = alphas[start], alphas[end] if end >= 0 else torch.tensor(1.0)
@@ -138,9 +185,9 @@ def test_pfdiff_follows_its_published_update():
 
     x1 = ddim(x0, z0, first, second)
     springboard = scheduler.step(z0, first, x0).prev_sample
-    torch.testing.assert_close(springboard, ddim(x1, z0, second, third))
+    torch.testing.assert_close(springboard, ddim(x1, z0, second, third), rtol=1e-5, atol=1e-5)
     clean = scheduler.step(z1, third, springboard).prev_sample
-    torch.testing.assert_close(clean, ddim(x1, z1, second, -1))
+    torch.testing.assert_close(clean, ddim(x1, z1, second, -1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_may_begin_in_the_middle():
@@ -213,7 +260,7 @@ class TestFittedSteps:
             assert abs(found - expected) <= 1  # the rows' timesteps are rounded
         assert fitted._weights == [[0.25, 0.0]] * count
 
-    @pytest.mark.parametrize("clean_above", [0.0, 1e9])
+    @pytest.mark.parametrize("clean_above", [0.0, 20.0, 1e9])  # 20: x_0 first, then epsilon
     def test_moves_extrapolate_what_they_hold_fixed(self, clean_above):
         rows = self.rows(3, now=0.5, ahead=2.0)
         scheduler = LeapfrogScheduler(fitted_steps=rows, clean_above=clean_above)
@@ -228,20 +275,25 @@ class TestFittedSteps:
         def clean(x, z, index):
             return (x - rates(index)[1] * z) / rates(index)[0]
 
-        def move(x, start, end, held):
+        def move(x, start, end, held, is_clean):
             """A DDIM step: the other of x_0 and epsilon follows from the sample."""
             alpha, sigma = rates(start)
             x_0, z = held, (x - alpha * held) / sigma
-            if clean_above:
+            if not is_clean:
                 x_0, z = (x - sigma * held) / alpha, held
             return rates(end)[0] * x_0 + rates(end)[1] * z
 
-        landed = move(x0, 0, 1, z0 if clean_above else clean(x0, z0, 0))
+        is_clean = [rates(index)[1] > clean_above * rates(index)[0] for index in (0, 2)]
+        assert is_clean == [clean_above < 1e9, clean_above == 0]
+        first = clean(x0, z0, 0) if is_clean[0] else z0
+        landed = move(x0, 0, 1, first, is_clean[0])
         x1 = scheduler.step(z0, grid[0], x0).prev_sample
-        first, second = (z0, z1) if clean_above else (clean(x0, z0, 0), clean(x1, z1, 2))
-        torch.testing.assert_close(x1, move(landed, 1, 2, first), rtol=1e-5, atol=1e-5)
+        expected = move(landed, 1, 2, first, is_clean[0])
+        torch.testing.assert_close(x1, expected, rtol=1e-5, atol=1e-5)
+        first, second = (clean(x0, z0, 0), clean(x1, z1, 2)) if is_clean[1] else (z0, z1)
         change = second - first
-        expected = move(move(landed, 1, 3, second + change / 2), 3, 4, second + 2 * change)
+        landed = move(landed, 1, 3, second + change / 2, is_clean[1])
+        expected = move(landed, 3, 4, second + 2 * change, is_clean[1])
         found = scheduler.step(z1, grid[2], x1).prev_sample
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

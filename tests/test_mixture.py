@@ -1,11 +1,13 @@
 """Runs that begin with the estimates of a Gaussian mixture instead of a network's."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from attached import latents, text_pipe
 from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils import BaseOutput
 from tiny_pipelines import loop_pipeline
 from torch import distributions, nn
 from torch.testing import assert_close
@@ -192,6 +194,22 @@ class TestRuns:
         (expected,) = guess_estimate(*arguments)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(guess_estimate(*arguments)[0], expected)
+
+    def test_it_has_the_samples_dtype_and_the_denoisers_container(self, unet, dot):
+        scheduler, noisy = LeapfrogScheduler(), torch.randn(2, *SHAPE).half()
+        for return_dict in (False, True):
+            call = Call(noisy, 999, {}, return_dict)
+            found = guess_estimate(Denoiser("unet", unet, dot), call, scheduler, 0)
+            assert isinstance(found, BaseOutput if return_dict else tuple)
+            assert found[0].dtype == torch.half and found[0].shape == noisy.shape
+
+    @pytest.mark.parametrize(("channels", "return_dict"), [(2, False), (1, None)])
+    def test_what_returns_more_than_an_estimate_is_not_answered(self, dot, channels, return_dict):
+        """A learned variance beside it, or a container that is not known."""
+        module = SimpleNamespace(config=SimpleNamespace(out_channels=channels))
+        call = Call(torch.zeros(2, *SHAPE), 999, {}, return_dict)
+        found = guess_estimate(Denoiser("unet", module, dot), call, LeapfrogScheduler(), 0)
+        assert found == "it returns more than an estimate of the sample"
 
     def test_dot_goes_on_from_dash_not_from_the_mixture(self, unet, dot):
         pipe = enable_morse(loop_pipeline(unet, LeapfrogScheduler()), dot)

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, PNDMScheduler
+from diffusers import ConfigMixin, DDPMPipeline, DiffusionPipeline, ModelMixin, PNDMScheduler
 
 from morse import MorseDot, MorsePipeline, enable_morse
 from morse.pipeline import SCHEDULERS, make_scheduler
@@ -36,7 +36,7 @@ def test_save_and_load(saved):
 def test_the_folder_is_one_of_plain_diffusers_and_a_dot(saved):
     path, _ = saved
     index = json.loads((path / "model_index.json").read_text())
-    assert index["_class_name"] == "DDPMPipeline" and index["dot"] == ["morse", "MorseDot"]
+    assert index["_class_name"] == "DDPMPipeline" and index["dot"] == [None, "MorseDot"]
 
 
 def test_components_of_an_enabled_pipeline(saved):
@@ -112,6 +112,46 @@ def test_errors(saved, build_unet, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises((ValueError, OSError), match=r"diffusion_pytorch_model\.safetensors"):
         MorsePipeline.from_pretrained(path)
+
+
+@pytest.mark.parametrize("dtype", ["auto", {"unet": torch.float16, "default": torch.float32}])
+def test_a_sparse_dot_follows_whatever_dtype_is_asked_for(make_pipe, make_dot, tmp_path, dtype):
+    pipe = make_pipe()
+    dot = make_dot(pipe.unet)
+    dot.register_to_config(sparse=True)
+    enable_morse(pipe, dot).save_pretrained(tmp_path)
+    loaded = MorsePipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert loaded.dot.dtype == loaded.unet.dtype
+    assert MorseDot.from_pretrained(tmp_path, subfolder="dot", torch_dtype=dtype).config.sparse
+
+
+class OwnDot(ModelMixin, ConfigMixin):
+    config_name = "config.json"
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, sample, timestep, jump):
+        return self.scale * sample
+
+
+def test_a_dot_of_the_users_own_class(make_pipe, make_dot, tmp_path):
+    pipe = make_pipe()
+    enable_morse(pipe, OwnDot()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a Dot of the class 'OwnDot', .* pass dot="):
+        MorsePipeline.from_pretrained(tmp_path)
+    loaded = MorsePipeline.from_pretrained(tmp_path, dot=OwnDot())
+    sample(loaded, plan="Do")
+    assert loaded.last_run.num_dot == 1
+
+
+def test_a_refused_dot_leaves_the_scheduler(make_pipe, build_unet):
+    pipe = make_pipe()
+    before = pipe.scheduler
+    with pytest.raises(ValueError, match="another Dash"):
+        MorsePipeline.from_pipe(pipe, MorseDot.from_dash(build_unet(seed=7)), "dpmsolver++")
+    assert pipe.scheduler is before
 
 
 def test_from_pipe_takes_a_pipeline_in_memory(make_pipe, make_dot):

@@ -118,6 +118,8 @@ def test_what_is_left_of_a_budget_goes_to_dash():
     assert plan.filled(10, 3.0) == MorsePlan.uniform(10, 0)
     assert plan.filled(8.5, 3.0) == MorsePlan.uniform(7, 3)
     assert str(MorsePlan.from_string("gDooo").filled(3, 4.0)) == "gDoDo"
+    for speed_ratio in (1.0, 0.5):  # what is saved by a Dot that is no faster is nothing
+        assert plan.filled(10, speed_ratio) == plan
     for lsd in (4.0, 5.5, 7.0):
         filled = MorsePlan.uniform(2, 8).filled(lsd, 5.0)
         assert lsd - 0.8 < filled.cost(5.0) <= lsd and len(filled) == 10

@@ -1,8 +1,12 @@
 """Dash's latest estimate as Dot's base: raw, by its x_0, or by its velocity."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
+from attached import difference, planned, text_pipe
+from test_schedulers import CASES as ALL_SCHEDULERS
 from test_schedulers import make, sample
 from tiny_pipelines import loop_pipeline
 from torch.testing import assert_close
@@ -23,7 +27,7 @@ def tensors(count, channels=2):
 def reuse(base_space):
     """A Dot without a residual: what is left is the base."""
 
-    def dot(sample, timestep, jump):
+    def dot(sample, timestep, jump, **conditions):
         return torch.zeros_like(jump.model_output)
 
     dot.base_space = base_space
@@ -75,6 +79,22 @@ class TestFormulas:
         found = rebase("v", velocity, (noisy, VP), (landed, end), "v_prediction")
         assert_close(found, velocity, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+    @pytest.mark.parametrize("base_space", ["x0", "v"])
+    def test_half_precision_is_rounded_once(self, base_space, kind):
+        """At this alpha an x_0 in float16 would be 14 times as far from what it is."""
+        rates = [(torch.tensor(alpha), torch.tensor(1 - alpha**2).sqrt()) for alpha in (0.07, 0.6)]
+        clean, noise = tensors(2)
+        samples = [(alpha * clean + sigma * noise).half() for alpha, sigma in rates]
+        output = from_clean(clean, rates[0][0] * clean + rates[0][1] * noise, rates[0], kind).half()
+
+        def carried(dtype):
+            there, here = zip([each.to(dtype) for each in samples], rates, strict=True)
+            return rebase(base_space, output.to(dtype), there, here, kind)
+
+        found, expected = carried(torch.half), carried(torch.double).half()
+        assert_close(found, expected, rtol=torch.finfo(torch.half).eps, atol=1e-5)
+
     @pytest.mark.parametrize(("inputs", "outputs"), [(5, 2), (2, 4)])
     def test_only_the_channels_of_the_sample_are_carried(self, inputs, outputs):
         (output,), (noisy, landed) = tensors(1, outputs), tensors(2, inputs)
@@ -88,7 +108,9 @@ class TestFormulas:
 # PNDM mixes the epsilons of several samples, which have no common x_0.
 CASES = [
     ("DDIM", {}),
+    ("DDIMParallel", {}),
     ("DDPM", {}),
+    ("DDPMParallel", {}),
     ("TCD", {}),
     ("LCM", {}),
     ("EulerDiscrete", {}),
@@ -108,7 +130,9 @@ CASES = [
     ("FlowMatchEulerDiscrete", {}),
     ("FlowMatchEulerDiscrete", {"stochastic_sampling": True}),
     ("FlowMatchHeunDiscrete", {}),
+    ("FlowMatchLCM", {}),
 ]
+CLIPPING = ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "LCM")
 VELOCITY = [
     (name, {"prediction_type": "v_prediction"})
     for name in ("DDIM", "EulerDiscrete", "HeunDiscrete", "UniPCMultistep")
@@ -123,7 +147,7 @@ def unet(build_unet):
 @pytest.mark.parametrize(("name", "options"), CASES + VELOCITY)
 def test_every_scheduler_ends_at_the_x0_that_is_kept(unet, name, options):
     """One evaluation of Dash, then reuse of its x_0: whatever the solver, that is the picture."""
-    options = {"clip_sample": False, **options} if name in ("DDIM", "DDPM", "LCM") else options
+    options = {"clip_sample": False, **options} if name in CLIPPING else options
     pipe = loop_pipeline(unet, make(name, **options))
     jumps, rates = [], []
 
@@ -237,6 +261,43 @@ class TestChoice:
             sample(pipe, plan="Do")
         with pytest.raises(ValueError, match=r"base_space must be one of .*got 'eps'"):
             MorseDot.from_dash(unet, base_space="eps")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (name, {**options, "prediction_type": kinds[0]} if kinds[0] else options)
+        for name, options, kinds, _ in ALL_SCHEDULERS
+    ]
+    + [("DDPMParallel", {}), ("FlowMatchLCM", {})],
+)
+def test_those_that_add_noise_are_those_whose_end_a_seed_changes(name, options):
+    def end(seed):
+        own = {"noise_sampler_seed": seed} if name == "DPMSolverSDE" else {}
+        scheduler = make(name, **{**options, **own})
+        scheduler.set_timesteps(5)
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        drawn = {"generator": torch.Generator().manual_seed(seed)} if draws else {}
+        scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+        sample = tensors(1)[0]
+        for timestep in scheduler.timesteps:
+            output = 0.3 * scale(sample, timestep)
+            sample = scheduler.step(output, timestep, sample, **drawn).prev_sample
+        return sample
+
+    assert adds_noise(make(name, **options)) != torch.equal(end(0), end(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_pipeline_in_half_precision(dtype):
+    """After DDIM's steps an x_0 that is kept is the epsilon that is kept, but for rounding."""
+    pipe, found = text_pipe().to(dtype), {}
+    for base_space in ("x0", "raw", "v"):
+        enable_morse(pipe, reuse(base_space))
+        found[base_space] = planned(pipe, "DoDo", guidance_scale=1.0)
+        assert pipe.last_run.base_space == base_space and found[base_space].dtype == dtype
+    rounding = 4 * torch.finfo(dtype).eps * float(found["raw"].abs().max())
+    assert difference(found["x0"], found["raw"]) < rounding < difference(found["v"], found["raw"])
 
 
 def test_flow_matching_with_fresh_noise_keeps_the_clean_image():

@@ -160,6 +160,24 @@ class TestLoss:
             total.append((z_o - z_s).square().mean())
         assert_close(loss, torch.stack(total).mean().float(), rtol=1e-4, atol=1e-7)
 
+    @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+    def test_a_pair_is_the_same_whatever_dash_predicts(self, scheduler, denoiser, kind):
+        table = scheduler.alphas_cumprod
+
+        def dash(sample, timestep):
+            rates = signal_and_noise(table, timestep, sample)
+            return from_noise_pred(denoiser(sample, timestep), sample, *rates, kind)
+
+        arguments = (noise() / 3, noise().flip(0), self.timesteps, table)
+        _, expected, _ = make_pair(denoiser, *arguments)
+        jump, sample, target = make_pair(dash, *arguments, kind)
+        # The small alpha at 900 magnifies rounding.
+        assert_close(sample, expected, rtol=1e-4, atol=1e-4)
+        assert_close(target, dash(sample, self.timesteps[1]))
+        options = {"timesteps": self.timesteps, "alphas_cumprod": table, "prediction_type": kind}
+        loss = dot_loss(dash, lambda x, t, jump: torch.zeros_like(x), *arguments[:2], **options)
+        assert_close(loss, (target - jump.model_output).square().mean())
+
     def test_gradient_reaches_dot_alone(self, scheduler):
         dash_weight = torch.tensor(0.3, requires_grad=True)
         dot_weight = torch.tensor(0.2, requires_grad=True)
@@ -209,6 +227,12 @@ class TestSpaces:
     def test_the_clean_end(self, scheduler):
         alpha, sigma = signal_and_noise(scheduler.alphas_cumprod, torch.tensor(-1), noise())
         assert (alpha == 1).all() and (sigma == 0).all()
+
+    def test_half_precision_keeps_what_little_noise_the_first_timestep_has(self, scheduler):
+        """1 - alpha^2 is 1e-4 there, less than what float16 tells from 0 beside 1."""
+        alpha, sigma = signal_and_noise(scheduler.alphas_cumprod, torch.tensor(0), noise().half())
+        assert alpha.dtype == sigma.dtype == torch.half
+        assert float(sigma) == pytest.approx(0.01, rel=1e-3)
 
     def test_unknown_prediction_type(self):
         with pytest.raises(ValueError, match="prediction_type must be one of"):

@@ -105,9 +105,12 @@ def test_scheduler(unet, dot, name, options, length):
     assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, length - 2)
     assert pipe.last_run.fallbacks == {}
     assert images.isfinite().all() and not torch.equal(images, expected)
-    assert torch.equal(sample(pipe, plan=plan), images)
+    is_first = options.get("prediction_type") not in EPSILON_X0_V[1:]
+    if is_first:  # what a run leaves in a scheduler is no matter of the prediction type
+        assert torch.equal(sample(pipe, plan=plan), images)
     disable_morse(pipe)
-    assert torch.equal(sample(pipe, num_inference_steps=steps), expected)
+    if is_first:
+        assert torch.equal(sample(pipe, num_inference_steps=steps), expected)
 
 
 class TestSteps:

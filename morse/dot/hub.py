@@ -1,5 +1,6 @@
 """Saving with a model card, and publishing on the Hugging Face hub."""
 
+import inspect
 import os
 from functools import wraps
 from pathlib import Path
@@ -29,11 +30,17 @@ class Publishable:
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: object, **kwargs: object
     ) -> None:
-        """Save as diffusers does, with a model card; `push_to_hub=True` publishes the folder."""
+        """Save as diffusers does, with a model card; `push_to_hub=True` publishes the folder.
+
+        With `is_main_process=False`, as for all but one process, a model leaves both to that one.
+        """
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         push = kwargs.pop("push_to_hub", False)
+        given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if not given.arguments.get("is_main_process", True):
+            return
         card = Path(save_directory) / CARD
         if not card.exists():
             # Whole or not at all: half a card would never be replaced.
@@ -52,7 +59,7 @@ class Publishable:
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> object:
-        """Publish on the hub, with a model card unless the repository has one.
+        """Publish on the hub, with model cards where the repository has none yet.
 
         Args:
             repo_id: Name of the repository, made if it doesn't exist, as "name" or "owner/name".
@@ -95,12 +102,14 @@ def publish(
     """Upload a saved folder; the arguments are `Publishable.push_to_hub`'s."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    has_card = api.file_exists(repo_id, f"{subfolder}/{CARD}" if subfolder else CARD)
+    cards = [path.relative_to(folder).as_posix() for path in folder.rglob(CARD)]
+    prefix = f"{subfolder}/" if subfolder else ""
+    kept = [card for card in cards if api.file_exists(repo_id, f"{prefix}{card}")]
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         path_in_repo=subfolder,
         commit_message=commit_message or "Upload with Morse",
         create_pr=create_pr,
-        ignore_patterns=[CARD] if has_card else None,
+        ignore_patterns=kept or None,
     )

@@ -36,7 +36,7 @@ class SharesDash(nn.Module):
         """Share the layers of `dash` from now on.
 
         Raises:
-            ValueError: If it is not the Dash of this Dot, or its attention is fused.
+            ValueError: If it is not the Dash of this Dot, is quantized, or its attention is fused.
         """
         dash = unwrap(dash)
         check_projections(dash)

@@ -1,12 +1,15 @@
 """Shells: second objects for Dash's modules, which share all but their tables of children."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from functools import partial
 from types import MethodType
 
+import torch
 from torch import Tensor, nn
 
 from morse.dot.wrapped import unwrap
+from morse.sampling import JumpPoint
 
 # A shell's own; what else a module has, its shell gets at every `update_shell`.
 _KEPT = ("_modules", "_parameters")
@@ -108,15 +111,27 @@ def run_hooked(
     """Call `function` between the hooks of `module` that move or cast its weights.
 
     These are accelerate's and diffusers' (model, sequential and group offloading, layerwise
-    casting). Hooks that answer in the module's place (caches) belong to Dash's calls alone.
+    casting). Hooks that answer in the module's place (caches) belong to Dash's calls alone. A jump
+    point, which no hook knows, follows the first argument.
     """
     hooks = _hooks_of(module)
     for hook in reversed(hooks):
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    if hooks and any(isinstance(arg, JumpPoint) for arg in args):
+        args = tuple(_follow(arg, args[0].device) for arg in args)
     output = function(*args, **kwargs)
     for hook in hooks:
         output = hook.post_forward(module, output)
     return output
+
+
+def _follow(value: object, device: torch.device) -> object:
+    """Move a jump point's tensors; its memory stays the same object, for Dot to write into."""
+    if not isinstance(value, JumpPoint):
+        return value
+    own = {each.name: getattr(value, each.name) for each in fields(value)}
+    moved = {name: each.to(device) for name, each in own.items() if isinstance(each, Tensor)}
+    return replace(value, **moved, earlier=_follow(value.earlier, device))
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -134,6 +149,22 @@ def _hooks_of(module: nn.Module) -> list[object]:
     return hooks
 
 
+def _single_hooks(module: nn.Module) -> Iterator[object]:
+    for hook in _hooks_of(module):
+        yield from getattr(hook, "hooks", (hook,))  # accelerate puts several into one
+
+
 def moves_weights(model: nn.Module) -> bool:
-    """Tell whether hooks move or cast a model's weights while it runs."""
-    return any(_hooks_of(module) for module in model.modules())
+    """Tell whether hooks move or cast a model's weights while it runs.
+
+    Those that `device_map` puts on every layer move inputs alone: they say that they don't offload.
+    """
+    hooks = (hook for module in model.modules() for hook in _single_hooks(module))
+    return any(getattr(hook, "offload", True) for hook in hooks)
+
+
+def execution_device(model: nn.Module) -> torch.device | None:
+    """Tell where accelerate's hook on a model runs it; None where there is none."""
+    devices = (getattr(hook, "execution_device", None) for hook in _single_hooks(model))
+    found = next((device for device in devices if device is not None), None)
+    return None if found is None else torch.device(found)

@@ -92,8 +92,9 @@ class SparselyStored:
             model = cls.from_config(cls.load_config(path, **place))
         model.load_state_dict(state)
         model.register_to_config(_name_or_path=str(path))
-        # As for any diffusers model, without a wish it is float32.
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32
+        # As for any diffusers model, without a wish for a model it is float32.
+        wish = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        dtype = wish if isinstance(wish, torch.dtype) else torch.float32
         return nn.Module.to(model, dtype).eval()  # without ModelMixin's warning
 
 

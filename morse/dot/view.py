@@ -144,7 +144,11 @@ def fingerprint(dash: nn.Module) -> dict[str, object]:
 
     The projections are onto fixed cosines and change little with the dtype, so that the same
     weights in float16 still match.
+
+    Raises:
+        ValueError: If its weights are quantized.
     """
+    _check_unquantized(dash)
     parameters = [place for place in named_weights(dash) if not is_ip_adapter(place[0])]
     shapes = [(name, tuple(value.shape)) for name, value, *_ in parameters]
     digest = hashlib.sha256(f"{type(dash).__name__} {shapes}".encode()).hexdigest()[:12]
@@ -157,6 +161,21 @@ def fingerprint(dash: nn.Module) -> dict[str, object]:
         # On "meta", where only shapes count, there are no values to look at.
         "weights": [round(_project(weight), 3) for weight in sampled if weight is not None],
     }
+
+
+def _check_unquantized(model: nn.Module) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    config = getattr(quantizer or getattr(model, "config", None), "quantization_config", None)
+    # The config still tells of a quantization that `dequantize` undid.
+    if config is None or not getattr(model, "is_quantized", True):
+        return
+    is_dict = isinstance(config, dict)
+    method = config.get("quant_method") if is_dict else getattr(config, "quant_method", None)
+    raise ValueError(
+        f"{type(model).__name__} is quantized ({getattr(method, 'value', method)}), but Dot shares "
+        "and adapts its weights as they were trained: load it without quantization_config, in "
+        "torch.bfloat16, say; where memory is short, offload it (pipe.enable_model_cpu_offload())."
+    )
 
 
 def _project(weight: Tensor) -> float:

@@ -1,0 +1,60 @@
+"""A scheduler's options for a while, also where threads share a pipeline."""
+
+from threading import Event, Thread
+
+from tiny_pipelines import loop_pipeline
+from torch import nn
+
+from morse import LeapfrogScheduler
+from morse.saved_plans import scheduler_options
+
+
+def make_pipe():
+    return loop_pipeline(nn.Identity(), LeapfrogScheduler())
+
+
+def power(pipe):
+    return pipe.scheduler.config.timestep_power
+
+
+def test_options_within_others():
+    pipe = make_pipe()
+    before = pipe.scheduler
+    with scheduler_options(pipe, {"timestep_power": 2.0}):
+        with scheduler_options(pipe, {"timestep_power": 3.0}):
+            assert power(pipe) == 3
+        assert power(pipe) == 2
+    assert pipe.scheduler is before
+
+
+def test_threads_take_turns():
+    """Else the one that is done last would leave the scheduler that it found: the other's."""
+    pipe, entered, found = make_pipe(), Event(), []
+    before = pipe.scheduler
+
+    def work():
+        with scheduler_options(pipe, {"timestep_power": 2.0}):
+            entered.set()
+            found.append(power(pipe))
+
+    thread = Thread(target=work)
+    with scheduler_options(pipe, {"timestep_power": 3.0}):
+        thread.start()
+        assert not entered.wait(0.2) and power(pipe) == 3
+    thread.join()
+    assert found == [2] and pipe.scheduler is before
+
+
+def test_pipelines_do_not_wait_for_each_other():
+    first, second = make_pipe(), make_pipe()
+    entered = Event()
+
+    def work():
+        with scheduler_options(second, {"timestep_power": 2.0}):
+            entered.set()
+
+    with scheduler_options(first, {"timestep_power": 3.0}):
+        thread = Thread(target=work)
+        thread.start()
+        assert entered.wait(5)
+    thread.join()
