@@ -63,7 +63,7 @@ class PlanChoice:
         known = find_family(self.scheduler) is not None and not is_noisy
         if self.dot.mixture is None or lsd > BEGUN_UP_TO or not known:
             return None
-        uniform = MorsePlan.from_budget(lsd, speed_ratio, self.plan_ratio)
+        uniform = MorsePlan.from_budget(lsd, speed_ratio, self.plan_ratio(lsd))
         return SavedPlan(lsd, f"{MIXTURE_START}{uniform}")
 
     def _make_plan(
@@ -84,7 +84,8 @@ class PlanChoice:
         if lsd is not None:
             if self.dot is None:
                 warnings.warn("lsd was given but the pipeline has no dot: all Dash.", stacklevel=3)
-            return MorsePlan.from_budget(lsd, self._known_speed_ratio(arguments), self.plan_ratio)
+            ratio = self.plan_ratio(lsd, self._with_defaults(arguments).get("eta"))
+            return MorsePlan.from_budget(lsd, self._known_speed_ratio(arguments), ratio)
         if counts:
             steps = arguments.get("num_inference_steps")
             if steps is not None:
@@ -129,13 +130,27 @@ class PlanChoice:
         budget = None if lsd is None else (lsd, self._known_speed_ratio(arguments))
         return shorten_plan(self, known, plan, budget)
 
-    @property
-    def plan_ratio(self) -> float:
-        """Evaluations per LSD that plans for `lsd=` aim at, by Dot's config and the scheduler."""
-        config = self.dot.config if isinstance(self.dot, MorseDot) else {}
-        ratios = config.get("plan_ratio") or {}
-        default = ratios.get("default", DEFAULT_PLAN_RATIO)
-        return ratios.get(type(self.scheduler).__name__, default)
+    def plan_ratio(self, lsd: float, eta: float | None = None) -> float:
+        """Return how many evaluations per LSD a uniform plan for a budget aims at; 1 is all Dash.
+
+        Dot's config tells (`MorseDot`). With a scheduler that adds noise it is its "stochastic", or
+        1, as a weight-shared Dot is trained on deterministic runs and gains nothing there.
+
+        Args:
+            lsd: The budget.
+            eta: The call's, which makes DDIM add noise.
+        """
+        if not isinstance(self.dot, MorseDot):
+            return DEFAULT_PLAN_RATIO
+        ratios = self.dot.config.plan_ratio or {}
+        if adds_noise(self.scheduler, eta):
+            ratio = ratios.get("stochastic", 1.0)
+        else:
+            default = ratios.get("default", DEFAULT_PLAN_RATIO)
+            ratio = ratios.get(type(self.scheduler).__name__, default)
+        if not isinstance(ratio, Sequence):
+            return ratio
+        return next((value for least, value in reversed(ratio) if least <= lsd), ratio[0][1])
 
     def _known_speed_ratio(self, arguments: dict[str, object]) -> float:
         if self.dot is None:

@@ -1,6 +1,9 @@
 import copy
+import gc
 import warnings
+import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from diffusers import EulerDiscreteScheduler
 from morse import MorseDot, disable_morse, enable_morse
 from morse.plan import MorsePlan
 from morse.slot import CURRENT_RUN
-from morse.summary import warn_unless_engaged
+from morse.summary import SpeedRatio, warn_unless_engaged
 from morse.switch import MorseRun
 
 
@@ -137,6 +140,48 @@ def test_an_interrupted_run_leaves_nothing_behind(pipe, dot):
     assert torch.equal(sample(pipe, plan="DooDoo"), first)
 
 
+def test_a_run_that_breaks_within_dash_still_tells_what_it_cost(pipe, dot):
+    calls = []
+
+    def out_of_memory(unet, arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+
+    enable_morse(pipe, dot)
+    pipe.unet.register_forward_pre_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(pipe, plan="DDD")
+    assert pipe.last_run.lsd == 1.0 and "1 Dash, 0 Dot" in pipe.morse_summary()
+
+
+def test_a_run_lets_go_of_models_and_samples(pipe):
+    kept = []
+
+    def own(sample, timestep, jump):
+        kept.append(weakref.ref(jump.sample))
+        return torch.zeros_like(sample)
+
+    enable_morse(pipe, own)
+    sample(pipe, plan="DoDo")
+    run = pipe.last_run
+    assert (run.denoisers, run.controlnet, run.scheduler) == ((), None, None)
+    assert run.read_guidance() == "the run has no pipeline"
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
+
+
+def test_only_a_timed_run_waits_for_the_accelerator(monkeypatch):
+    """ "meta" stands for one."""
+    waited, plan = [], MorsePlan.from_string("D")
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    MorseRun(plan, None)._now(torch.empty(1, device="meta"))
+    MorseRun(plan, None, timings=[])._now(torch.empty(1))
+    assert not waited
+    MorseRun(plan, None, timings=[])._now(torch.empty(1, device="meta"))
+    assert waited == [torch.device("meta")]
+
+
 def test_the_denoiser_outside_the_pipeline_is_plain_dash(pipe, dot):
     x, t = torch.randn(1, 1, 16, 16), torch.tensor(500)
     expected = pipe.unet(x, t).sample
@@ -249,7 +294,21 @@ class TestBudgets:
         assert measured.dash_seconds[0] <= measured.dash_seconds[1] <= measured.dash_seconds[2]
         dot.register_to_config(speed_ratio=7.0, plan_ratio={"default": 3.0, "DDIMScheduler": 1.5})
         enable_morse(pipe, dot)
-        assert (pipe.speed_ratio, pipe.plan_ratio) == (7.0, 1.5)
+        assert (pipe.speed_ratio, pipe.plan_ratio(4)) == (7.0, 1.5)
+
+    def test_the_plan_ratio_may_depend_on_the_budget_and_on_noise(self, pipe, dot):
+        dot.register_to_config(
+            speed_ratio=4.0, plan_ratio={"default": [[4, 2.0], [8, 1.5], [12, 1]]}
+        )
+        enable_morse(pipe, dot)
+        ratios = {lsd: pipe.plan_ratio(lsd) for lsd in (3, 4, 7.9, 8, 11, 12, 40)}
+        assert ratios == {3: 2, 4: 2, 7.9: 2, 8: 1.5, 11: 1.5, 12: 1, 40: 1}
+        assert pipe.plan_for(12).plan == 12 * "D" and "o" in pipe.plan_for(11).plan
+        # With fresh noise at each step nothing was gained: all Dash, unless the config says more.
+        assert pipe.plan_ratio(4, eta=0.5) == 1
+        dot.register_to_config(plan_ratio={"stochastic": 1.25})
+        assert pipe.plan_ratio(4, eta=0.5) == 1.25
+        assert pipe.plan_ratio(4) == 2
 
     def test_n_is_measured_unnoticed_before_the_first_budget(self):
         pipe, steps = text_pipe(), []
@@ -258,6 +317,24 @@ class TestBudgets:
         latents(pipe, lsd=3, callback_on_step_end=lambda *args: steps.append(args[1]) or {})
         assert pipe.measured is not None and len(steps) == len(pipe.last_run.plan)
         assert torch.equal(torch.get_rng_state(), before)
+
+    def test_n_is_the_ratio_of_medians_once_both_are_warm(self, pipe, monkeypatch):
+        now, ticks = [0], {"dash": [100, 100, 9, 5, 6], "dot": [100, 100, 4, 1, 1]}
+
+        def own(sample, timestep, jump):
+            now[0] += ticks["dot"].pop(0)
+            return torch.zeros_like(sample)
+
+        def hook(unet, arguments):
+            now[0] += ticks["dash"].pop(0)
+
+        enable_morse(pipe, own)
+        pipe.unet.register_forward_pre_hook(hook)
+        clock = SimpleNamespace(perf_counter=lambda: now[0])
+        monkeypatch.setattr("morse.switch.time", clock)
+        found = pipe.measure_speed_ratio(repeats=3)
+        assert found == SpeedRatio(6, (5, 6, 9), (1, 1, 4))
+        assert pipe.measured is found and pipe.speed_ratio == 6
 
     def test_chosen_timesteps_are_spent_by_dash_where_it_can_be_afforded(self):
         pipe = text_pipe()
@@ -443,6 +520,45 @@ def test_a_refused_dot_leaves_the_one_in_use(pipe, dot, build_unet):
     with pytest.raises(TypeError, match=r"dot is 'runs/dot', but must be .*from_pipe\."):
         enable_morse(pipe, "runs/dot")
     assert pipe.dot is dot and torch.equal(sample(pipe, plan="DoDo"), expected)
+
+
+def test_a_wrapped_dot_is_refused(pipe, dot):
+    message = r"dot is a OptimizedModule.*pipe\.dot\.compile"
+    with pytest.raises(TypeError, match=message):
+        enable_morse(pipe, torch.compile(dot, backend="eager"))
+    enable_morse(pipe, dot)
+    with pytest.raises(TypeError, match=message):
+        pipe.dot = torch.compile(dot, backend="eager")
+    assert pipe.dot is dot
+
+
+def test_a_quantized_dash_is_refused(pipe, dot):
+    config = SimpleNamespace(quant_method="bitsandbytes_4bit")
+    pipe.unet.hf_quantizer = SimpleNamespace(quantization_config=config)
+    message = r"UNet2DModel is quantized \(bitsandbytes_4bit\), .*without quantization_config"
+    for make in (
+        lambda: enable_morse(pipe, MorseDot.from_config(dot.config)),
+        lambda: MorseDot.from_dash(pipe.unet),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    del pipe.unet.hf_quantizer  # as `dequantize` does
+    pipe.unet.register_to_config(quantization_config={"quant_method": "bitsandbytes_4bit"})
+    with pytest.raises(ValueError, match=message):
+        MorseDot.from_dash(pipe.unet)
+    pipe.unet.is_quantized = False
+    MorseDot.from_dash(pipe.unet)
+
+
+def test_a_replaced_denoiser_is_let_go(make_pipe, pipe, dot):
+    before, other = pipe.unet, make_pipe(unet=pipe.unet)
+    enable_morse(pipe, dot)
+    enable_morse(other, dot)
+    other.unet = copy.deepcopy(before)
+    sample(pipe, plan="Do")
+    assert pipe.last_run.num_dot == 1
+    pipe.unet = copy.deepcopy(before)
+    assert vars(before)["_compiled_call_impl"] is None
 
 
 def test_dot_looks_at_dash_again_where_a_callback_may_change_it(monkeypatch):

@@ -164,7 +164,7 @@ def test_morse_as_planned_is_what_a_call_does(config):
     images = pipe(batch_size=2, lsd=3, generator=generators, output_type="np").images
     assert torch.equal(samples.images, torch.from_numpy(images).permute(0, 3, 1, 2).float())
     slow = bench.sample(method, 3, range(2), 1.5, UNCONDITIONAL)  # it would cost 3.3
-    assert slow.plan == str(MorsePlan.from_budget(3, 1.5, pipe.plan_ratio))
+    assert slow.plan == str(MorsePlan.from_budget(3, 1.5, pipe.plan_ratio(3)))
 
 
 @pytest.mark.slow

@@ -22,11 +22,11 @@ def pipe(request):
 
 def test_plans_come_from_the_config(pipe):
     sample(pipe, count=1, lsd=5)
-    ratio = {"DDIMScheduler": 2.0, "DPMSolverMultistepScheduler": 1.75}[
-        type(pipe.scheduler).__name__
-    ]
+    is_ddim = type(pipe.scheduler).__name__ == "DDIMScheduler"
+    ratio = 2.0 if is_ddim else 1.75
     assert str(pipe.last_run.plan) == f"ggg{MorsePlan.from_budget(5, 6.0, ratio)}"
     assert pipe.last_run.fallbacks == {} and pipe.last_run.lsd <= 5
+    assert pipe.plan_ratio(30) == (1.0 if is_ddim else 1.5)
 
 
 def test_searched_plans_come_with_the_leapfrog_solver():

@@ -78,13 +78,21 @@ def dot_rows(dot: ModelMixin) -> dict[str, object]:
         "what it corrects under guidance (`guidance`)": config.guidance,
         **gate,
         "N (Dash's time over Dot's)": config.speed_ratio,
-        "evaluations per LSD": _pairs(ratios),
+        "evaluations per LSD": _pairs({name: _by_budget(each) for name, each in ratios.items()}),
         **searched,
     }
 
 
 def _pairs(values: dict[str, object]) -> str:
     return "; ".join(f"{key}: {value}" for key, value in values.items())
+
+
+def _by_budget(ratio: object) -> object:
+    """Put into words a plan ratio that depends on the budget."""
+    if not isinstance(ratio, (list, tuple)):
+        return ratio
+    later = (f"{value:g} from {least:g} LSD on" for least, value in ratio[1:])
+    return ", ".join((f"{ratio[0][1]:g}", *later))
 
 
 def _count_zeros(dot: ModelMixin) -> int:

@@ -73,7 +73,9 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         lora_alpha: The LoRA is scaled by lora_alpha / lora_rank; None for 1.
         independent: Estimate from the sample alone, not as a correction: a control for experiments.
         speed_ratio: N on the machine named in the model card; plans for `lsd=` are made with it.
-        plan_ratio: Evaluations per LSD that suit this Dot, by scheduler class name or "default".
+        plan_ratio: Evaluations per LSD that suit this Dot, by scheduler class name, "default" or
+            "stochastic" (for those that add noise; 1, all Dash, if left out). A number, or pairs
+            [budget, ratio] of rising budgets, each from which on a ratio holds.
         output_channels: Channels of Dash's estimate; None for `sample_channels`.
         base_space: What of Dash's latest estimate the residual is added to: "raw", "x0" or "v"; by
             the scheduler if None (`morse.rates.choose_base_space`). After the deterministic step
@@ -116,7 +118,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         lora_alpha: float | None = None,
         independent: bool = False,
         speed_ratio: float | None = None,
-        plan_ratio: dict[str, float] | None = None,
+        plan_ratio: dict[str, float | list[list[float]]] | None = None,
         output_channels: int | None = None,
         base_space: BaseSpace | None = None,
         patch_size: int = 1,
@@ -265,18 +267,21 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         check_sample_size(self.conv_settings, grid.height, grid.width)
         check_resample_size(grid, self.config.sample_size)
         timestep = timestep.reshape(-1).expand(len(sample))
-        times = embed_times(tree, timestep, sample.dtype, dash_kwargs.get("timestep_cond"))
+        scale = dash_kwargs.get("timestep_cond")
+        times, sources = embed_times(tree, timestep, sample.dtype, scale), [timestep, scale]
         inputs = [sample]
         if not self.independent:
             inputs = dot_inputs(sample, jump, self.history)
             since = jump.timestep.reshape(-1).expand(len(sample))
+            sources.append(since)
             shift = self.jump_time(embed_time(tree, since, sample.dtype))
             if self.guidance_embedding is not None:
+                sources.append(jump.guidance_scale)
                 shift = shift + self.guidance_embedding(jump.guidance_scale, shift)
             times = {name: time + shift for name, time in times.items()}
         time_embedding = next(iter(times.values()))
         if not self.training:
-            time_embedding = share_time(self.conv_settings, time_embedding)
+            time_embedding = share_time(self.conv_settings, time_embedding, sources)
         hidden = torch.cat([grid.spread(each) for each in inputs], dim=1)
         hidden = self.conv_in(place_channels_last(hidden) if self._tree_state.is_merged else hidden)
         skips = []
