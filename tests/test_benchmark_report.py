@@ -172,6 +172,11 @@ def test_decimals_fit_the_errors(scores, decimals):
     assert decimals_of(scores) == decimals
 
 
+def test_thousandths_have_their_decimals():
+    scores = [Score(2e-3, 5e-5), Score(1e-4, 3e-5)]
+    assert (decimals_of(scores), decimals_of(scores, 6)) == (4, 5)
+
+
 def test_bad_results_are_named(result, tmp_path):
     with pytest.raises(ValueError, match="schema_version is 1"):
         render(result | {"schema_version": 1}, tmp_path)

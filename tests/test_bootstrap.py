@@ -6,14 +6,11 @@ from morse.evaluation.metrics import feature_statistics, frechet_distance
 from morse.evaluation.scoring import ImageScores
 from morse.evaluation.stats.bootstrap import (
     Estimate,
-    Gaussians,
     SeedBootstrap,
     draw_counts,
-    draw_real,
-    frechet_distances,
     percentile_interval,
-    resample,
 )
+from morse.evaluation.stats.frechet import Gaussians, draw_real, frechet_distances, resample
 
 
 def random_scores(count=60, size=5, seed=0):
@@ -62,6 +59,17 @@ def test_real_statistics_spread_as_those_of_resampled_normal_features():
     expected = (covariance.numpy() ** 2 + np.outer(variances, variances)) / (number - 1)
     np.testing.assert_allclose(covariances.var(axis=0), expected, rtol=0.1)
     assert abs(np.corrcoef(means[:, 0], covariances[:, 0, 0])[0, 1]) < 0.05
+
+
+def test_statistics_of_an_unknown_number_of_images_are_exact():
+    real = torch.tensor([1.0, -2.0]), torch.eye(2)
+    drawn = draw_real(real, None, 30, np.random.default_rng(0))
+    assert drawn.means.tolist() == [[1.0, -2.0]]
+    scores, reference = random_scores(20, 2), random_scores(20, 2, seed=1)
+    bootstrap = SeedBootstrap(20, reference.features, drawn, 30, np.random.default_rng(0))
+    assert bootstrap.draws(scores)["frechet"].shape == (31,)
+    alone = SeedBootstrap(20, reference.features, None, 30, np.random.default_rng(0))
+    assert list(alone.draws(scores)) == ["frechet_to_reference", "psnr", "ssim"]
 
 
 def coverage(truth, simulate, simulations):

@@ -267,7 +267,7 @@ def test_peers_that_raise_are_listed_and_others_measured(config, tmp_path, monke
     assert "it raised IndexError" in (tmp_path / "benchmark.md").read_text()
 
 
-def test_other_images_than_fashion_mnist_have_no_frechet_distance(tmp_path):
+def test_other_images_than_fashion_mnist_need_an_extractor_for_a_distance(tmp_path, capsys):
     """Colour, no text encoder: embeddings are given; N is measured."""
     pipe = stable_diffusion(StableDiffusionPipeline, text_unet())
     folder, embeds = save_with_dot(pipe, tmp_path / "pipeline"), tmp_path / "embeds.safetensors"
@@ -294,6 +294,7 @@ def test_other_images_than_fashion_mnist_have_no_frechet_distance(tmp_path):
     assert part["speed_ratio"]["speed_ratio"] > 0
     assert "Extrapolation-DDIM r2: it is made for unconditional" in part["not_measured"][0]
     assert "Fréchet" not in (tmp_path / "out" / "benchmark.md").read_text()
+    assert "give --extractor" in capsys.readouterr().out
 
 
 def tiny_dit():

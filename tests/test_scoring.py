@@ -1,12 +1,16 @@
+from functools import partial
+
 import pytest
 import torch
 
 from morse.evaluation.features import extract_features, load_features, load_reference
-from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
+from morse.evaluation.fid.feature_sets import FeatureSet
+from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance, psnr
 from morse.evaluation.scoring import (
     AXES,
     REFERENCE_AXES,
     Scorer,
+    axis_names,
     is_fashion_like,
     structural_similarity,
 )
@@ -37,10 +41,12 @@ def test_ssim_has_closed_forms():
 
 
 def test_the_scorer_returns_every_image_for_itself():
-    classifier, real = load_features(), load_reference()
+    classifier, statistics = load_features(), load_reference()
+    extract = partial(extract_features, classifier)
+    real = FeatureSet("real", *statistics, 60_000)
     reference = random_images(5)
     images = (reference + 0.1 * random_images(5, seed=3)).clamp(max=1)
-    scorer = Scorer(classifier, real, reference)
+    scorer = Scorer(extract, real, reference)
     scores = scorer.score(images)
     assert {name: value.dtype for name, value in vars(scores).items()} == dict.fromkeys(
         ("features", "psnr", "ssim"), torch.float32
@@ -48,9 +54,9 @@ def test_the_scorer_returns_every_image_for_itself():
     assert scores.features.shape == (5, 32) and scores.ssim.shape == (5,)
     torch.testing.assert_close(scores.features, extract_features(classifier, images))
     torch.testing.assert_close(scores.psnr, psnr(images, reference).float())
-    alone = Scorer(classifier, real, reference[2:3]).score(images[2:3])
+    alone = Scorer(extract, real, reference[2:3]).score(images[2:3])
     torch.testing.assert_close(alone.ssim, scores.ssim[2:3])
-    distance = frechet_distance(*feature_statistics(scores.features), *real)
+    distance = frechet_distance(*feature_statistics(scores.features), *statistics)
     assert scorer.summary(scores).startswith(f"Fréchet {distance:.3f}, PSNR ")
     torch.testing.assert_close(scorer.reference_features, extract_features(classifier, reference))
 
@@ -67,17 +73,22 @@ def test_images_of_other_shapes_are_scored_without_features():
 
 def test_the_reference_scores_perfectly_against_itself():
     reference = random_images(3)
-    scores = Scorer(load_features(), load_reference(), reference).score(reference)
+    scores = Scorer(None, None, reference).score(reference)
     assert scores.psnr.tolist() == [100.0] * 3
     torch.testing.assert_close(scores.ssim, torch.ones(3))
 
 
 def test_an_axis_turns_its_values_so_that_lower_is_better():
-    assert {name: axis.sign for name, axis in AXES.items()} == {
-        "frechet": 1.0,
-        "frechet_to_reference": 1.0,
-        "psnr": -1.0,
-        "ssim": -1.0,
-    }
-    assert set(AXES) - set(REFERENCE_AXES) == {"frechet"}
+    signs = {name: axis.sign for name, axis in AXES.items()}
+    assert signs.pop("psnr") == signs.pop("ssim") == -1
+    assert set(signs.values()) == {1} and len(signs) == 4
+    assert set(AXES) - set(REFERENCE_AXES) == {"frechet", "kernel"}
     assert "FID" not in "".join(axis.title for axis in AXES.values())
+    assert AXES["frechet"].title == f"{FRECHET_LABEL} to real images"
+
+
+def test_the_distance_depends_on_the_number_of_features():
+    assert axis_names(0, True) == ["psnr", "ssim"]
+    assert axis_names(32, True) == ["frechet", "frechet_to_reference", "psnr", "ssim"]
+    assert axis_names(2048, True) == ["kernel", "kernel_to_reference", "psnr", "ssim"]
+    assert axis_names(2048, False) == ["kernel_to_reference", "psnr", "ssim"]

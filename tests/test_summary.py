@@ -4,12 +4,14 @@ import torch
 
 from morse.evaluation.bench.methods import BEST_TRAINING_FREE, BEST_WITH_MIXTURE, Method
 from morse.evaluation.bench.store import Cell
+from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.metrics import feature_statistics, frechet_distance
-from morse.evaluation.scoring import AXES, ImageScores
+from morse.evaluation.scoring import ImageScores, axes_of
 from morse.evaluation.stats.summary import Statistics, rounded, summarize
 
 NUM_IMAGES, SIZE = 64, 2
-REAL = torch.zeros(SIZE), torch.eye(SIZE)
+REAL = FeatureSet("real", torch.zeros(SIZE), torch.eye(SIZE), 60_000)
+AXES = ("frechet", "frechet_to_reference", "psnr", "ssim")
 STATISTICS = Statistics(num_replicates=60)
 DDIM, SOLVER, FAST = Method("ddim"), Method("dpmsolver++"), Method("ddim", "morse", 2.0)
 RATES = {DDIM: 1.0, SOLVER: 1.5, FAST: 3.0}
@@ -126,7 +128,9 @@ def test_the_row_of_measured_features_is_the_plain_distance():
     (row,) = summarize([cell], REAL, reference, STATISTICS)["rows"]
     statistics = feature_statistics(features)
     expected = frechet_distance(*statistics, *feature_statistics(reference[0]))
-    assert row["scores"]["frechet"]["value"] == pytest.approx(frechet_distance(*statistics, *REAL))
+    assert row["scores"]["frechet"]["value"] == pytest.approx(
+        frechet_distance(*statistics, REAL.mean, REAL.covariance)
+    )
     assert row["scores"]["frechet_to_reference"]["value"] == pytest.approx(expected)
 
 
@@ -292,6 +296,38 @@ def test_figures_are_rounded():
         "a": [1.23457, [2, None]],
         "b": True,
     }
+
+
+def test_without_real_images_there_is_the_distance_to_the_reference():
+    result = summarize(make_cells((4, 8), (4,)), None, references(0), STATISTICS)
+    assert list(result["axes"]) == list(result["rows"][0]["scores"]) == list(AXES[1:])
+    bare = ImageScores(torch.empty(NUM_IMAGES, 0), *torch.rand(2, NUM_IMAGES))
+    cells = [quality_cell(DDIM, 4, 1.0, scores=bare)]
+    for real in (None, REAL):  # images that have no features are not compared with real ones
+        result = summarize(cells, real, {0: torch.empty(NUM_IMAGES, 0)}, STATISTICS)
+        assert list(result["axes"]) == list(AXES[2:])
+
+
+def test_many_features_are_compared_by_their_kernels():
+    """Under the names that the extractor gives."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(4, NUM_IMAGES, 150, generator=generator)
+    real = FeatureSet("real", *feature_statistics(features[0]), NUM_IMAGES, features[0])
+    cells = [
+        quality_cell(DDIM, budget, 1.0, scores=ImageScores(each, *torch.rand(2, NUM_IMAGES)))
+        for budget, each in ((4, features[2] + 0.2), (8, features[3]))
+    ]
+    titles = {"frechet": "FID", "kernel_distance": "KID"}
+    few = Statistics(num_replicates=20)
+    result = summarize(cells, real, {0: features[1]}, few, axes_of(titles))
+    assert list(result["axes"]) == ["kernel", "kernel_to_reference", "psnr", "ssim"]
+    assert result["axes"]["kernel"]["title"] == "KID to real images"
+    assert result["axes"]["kernel_to_reference"]["title"] == "KID to the reference's images"
+    first, second = (row["scores"] for row in result["rows"])
+    for axis in ("kernel", "kernel_to_reference"):
+        assert first[axis]["value"] > second[axis]["value"] and first[axis]["interval"]
+    with pytest.raises(ValueError, match="150 or 151 features, so they, or the real ones"):
+        summarize(cells, real, {0: torch.zeros(NUM_IMAGES, 151)}, few)
 
 
 def test_clear_errors():

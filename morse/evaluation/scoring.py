@@ -1,14 +1,19 @@
 """What is measured of each image, and the axes that the benchmark's figures are given on."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from morse.evaluation.features import FashionFeatures, extract_features
+from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance, psnr
 from morse.evaluation.torch_fidelity_loader import torchmetrics_module
+
+Distance = Literal["frechet", "kernel"]
+# Beyond, Fréchet distances of 1,000 resamples take gigabytes and a minute for each set of images.
+MAX_FRECHET_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,47 @@ class Axis:
         return 1.0 if self.better == "lower" else -1.0
 
 
-AXES = {
-    "frechet": Axis(f"{FRECHET_LABEL} to real images", "", "lower", "distribution"),
-    "frechet_to_reference": Axis(
-        f"{FRECHET_LABEL} to the reference's images", "", "lower", "distribution"
-    ),
-    "psnr": Axis("Same-noise PSNR to the reference", "dB", "higher", "fidelity"),
-    "ssim": Axis("Same-noise SSIM to the reference", "", "higher", "fidelity"),
-}
-FEATURE_AXES = ("frechet", "frechet_to_reference")  # axes that need features
+def axes_of(titles: Mapping[str, str]) -> dict[str, Axis]:
+    """Return every axis there may be, in the order of reports.
+
+    Args:
+        titles: What "frechet" and "kernel_distance" are called (`Extractor.titles`).
+    """
+    found = {}
+    for distance, title in (("frechet", "frechet"), ("kernel", "kernel_distance")):
+        for suffix, target in (("", "real images"), ("_to_reference", "the reference's images")):
+            words = f"{titles[title]} to {target}"
+            found[f"{distance}{suffix}"] = Axis(words, "", "lower", "distribution")
+    return found | {
+        "psnr": Axis("Same-noise PSNR to the reference", "dB", "higher", "fidelity"),
+        "ssim": Axis("Same-noise SSIM to the reference", "", "higher", "fidelity"),
+    }
+
+
+# By the embedded classifier's features; those of another extractor differ in their titles alone.
+AXES = axes_of(
+    {"frechet": FRECHET_LABEL, "kernel_distance": FRECHET_LABEL.replace("Fréchet", "Kernel")}
+)
 # Axes on which the reference is perfect by definition, so that its own point says nothing.
-REFERENCE_AXES = ("frechet_to_reference", "psnr", "ssim")
+REFERENCE_AXES = ("frechet_to_reference", "kernel_to_reference", "psnr", "ssim")
+
+
+def distance_for(num_features: int) -> Distance:
+    """Return the distance between sets of images that is affordable with so many features.
+
+    The kernel distance (Bińkowski et al. 2018) also has no bias where images are few.
+    """
+    return "frechet" if num_features <= MAX_FRECHET_DIM else "kernel"
+
+
+def axis_names(num_features: int, has_real: bool) -> list[str]:
+    """Return the axes that images of so many features, 0 for none, are measured on."""
+    names = ["psnr", "ssim"]
+    if num_features:
+        distance = distance_for(num_features)
+        names = [f"{distance}_to_reference", *names]
+        names = [distance, *names] if has_real else names
+    return names
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +103,19 @@ class Scorer:
 
     def __init__(
         self,
-        classifier: FashionFeatures | None,
-        real: tuple[Tensor, Tensor] | None,
+        extract: Callable[[Tensor], Tensor] | None,
+        real: FeatureSet | None,
         reference: Tensor,
     ):
         """Prepare the reference.
 
         Args:
-            classifier: Gives the features, of grey images of 32x32; None for none.
-            real: Mean (D,) and covariance (D, D) of the real images' features; None without.
+            extract: Gives the features (N, D) of images (N, C, H, W) in [0, 1]; None for none.
+            real: The real images' features, or their statistics; None without.
             reference: The reference sampler's images, (R, C, H, W) in [0, 1]; R may be less than
                 the number of images to score, because each costs as much as many of those.
         """
-        self.classifier, self.real, self.reference = classifier, real, reference
+        self.extract, self.real, self.reference = extract, real, reference
         self.reference_features = self._features(reference)
 
     def score(self, images: Tensor) -> ImageScores:
@@ -93,17 +128,16 @@ class Scorer:
         )
 
     def summary(self, scores: ImageScores) -> str:
-        """Return the scores' means in a line, for progress."""
+        """Return the scores' means in a line, for progress; kernels take too long for that."""
         parts = [f"PSNR {float(scores.psnr.mean()):.2f} dB"]
-        if self.real is not None:
-            distance = frechet_distance(*feature_statistics(scores.features), *self.real)
+        if self.real is not None and distance_for(scores.features.shape[1]) == "frechet":
+            statistics = feature_statistics(scores.features)
+            distance = frechet_distance(*statistics, self.real.mean, self.real.covariance)
             parts.insert(0, f"Fréchet {distance:.3f}")
         return ", ".join(parts)
 
     def _features(self, images: Tensor) -> Tensor:
-        if self.classifier is None:
-            return torch.empty(len(images), 0)
-        return extract_features(self.classifier, images.mean(dim=1, keepdim=True))
+        return torch.empty(len(images), 0) if self.extract is None else self.extract(images)
 
 
 def is_fashion_like(images: Tensor) -> bool:

@@ -8,15 +8,22 @@ import time
 import torch
 
 from morse.evaluation.bench.config import BenchmarkConfig
+from morse.evaluation.bench.feature_space import AUTO, FeatureSpace, choose_extractor
 from morse.evaluation.bench.flops import count_architectures
 from morse.evaluation.bench.latency import LatencySettings
 from morse.evaluation.bench.latency_report import run_architectures
-from morse.evaluation.bench.measuring import Part, conditions_facts, measure_cells
+from morse.evaluation.bench.measuring import (
+    Part,
+    compared_seeds,
+    compile_after_tables,
+    conditions_facts,
+    measure_cells,
+)
 from morse.evaluation.bench.parts import join_parts, part_folders
+from morse.evaluation.bench.real_images import open_real, read_real
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.store import CellStore
 from morse.evaluation.environment import AUTOCAST, command_line, environment, resolve_device
-from morse.evaluation.features import load_reference
 from morse.evaluation.fid.extractors import file_sha256
 from morse.evaluation.report.data import READABLE_SCHEMAS, SCHEMA_VERSION
 from morse.evaluation.report.render import render
@@ -69,6 +76,9 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     Args:
         config: Settings without gaps (`BenchmarkConfig.resolved`).
     """
+    device = resolve_device(config.device)
+    extractor = choose_extractor(config, device)
+    opened = open_real(config.real, extractor)
     bench = Bench(config)
     deadline = time.monotonic() + (config.max_seconds or math.inf)
     scales = bench.guidance_scales()
@@ -77,10 +87,18 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     identity["machine"] = environment(bench.device)  # times of two would not compare
     if config.prompt_embeds is not None:
         identity["prompt_embeds_sha256"] = file_sha256(config.prompt_embeds)
+    identity["extractor"] = None if extractor is None else extractor.identity()
+    identity["real"] = config.real
+    folders = part_folders(config.output_dir, scales)
+    stores = [CellStore(folder, identity, config.resume) for folder in folders]
+    real = read_real(opened, extractor, stores[0])
+    space = FeatureSpace(extractor, real, config.extractor == AUTO, device)
     parts = [
-        Part(config, CellStore(folder, identity, config.resume), bench, wanted, deadline)
-        for folder, wanted in zip(part_folders(config.output_dir, scales), conditions, strict=True)
+        Part(config, store, bench, wanted, space, deadline)
+        for store, wanted in zip(stores, conditions, strict=True)
     ]
+    if config.compile:
+        compile_after_tables(parts)
     facts = [measure_cells(part) for part in parts]
     figures = [_summarize(part) for part in parts]
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -100,12 +118,10 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
 
 def _summarize(part: Part) -> dict[str, object]:
     config, references = part.config, part.references()
-    asked = [(*task, seed) for task in config.tasks() for seed in config.seeds]
+    asked = [(*task, seed) for task in config.tasks() for seed in compared_seeds(part)[0]]
     cells = [part.store.get(*cell) for cell in asked if part.store.has(*cell)]
-    without = any(features.shape[1] == 0 for features in references.values())
-    real = None if without else load_reference()
-    statistics = Statistics(config.num_replicates)
-    return rounded(summarize(cells, real, references, statistics))
+    statistics = Statistics(config.num_replicates, device=part.space.kernel_device)
+    return rounded(summarize(cells, part.space.real, references, statistics, part.space.axes))
 
 
 def measure_architectures(config: BenchmarkConfig) -> dict[str, object]:

@@ -9,31 +9,12 @@ from typing import Literal
 
 from morse.evaluation.bench.architectures import ARCHITECTURES, find_architecture
 from morse.evaluation.bench.methods import Method
+from morse.evaluation.bench.presets import left_out
 from morse.evaluation.bench.solvers import SOLVERS, check_solvers
 from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS, list_tasks
-from morse.evaluation.environment import resolve_device
+from morse.evaluation.fid.extractors import ExtractorOptions
 
 PEER_NAMES = tuple(PEER_SETTINGS)
-# What --quick puts in the place of settings that were left at their defaults.
-QUICK: dict[str, object] = {
-    "num_images": 12,
-    "lsd": (4, 8, 16),
-    "baseline_lsd": (30,),
-    "solvers": ("ddim", "dpmsolver++"),
-    "planned_solvers": (),
-    "kinds": ("baseline", "morse", "reuse"),
-    "peers": ("none",),
-    "ddim_ratios": (2.0,),
-    "dpm_ratios": (1.75,),
-    "latency_batch_sizes": (0,),
-}
-# Likewise without a GPU: all in under an hour on two cores. 39 minutes were measured at the
-# embedded Dash's 13 ms an image; at the 25 ms of a busy host it would take more than an hour.
-WITHOUT_GPU: dict[str, object] = {
-    "num_images": 32,
-    "lsd": (4, 6, 8, 12, 20, 30),
-    "baseline_lsd": (3, 5, 10, 15, 25, 40),
-}
 
 
 @dataclass(frozen=True)
@@ -80,12 +61,30 @@ class BenchmarkConfig:
         default=(),
         metadata={"help": "figures at each; the pipeline's own default if left out"},
     )
-    features: Literal["auto", "fashion-mnist", "none"] = field(
+    extractor: str = field(
         default="auto",
         metadata={
-            "help": "what Fréchet distances are measured in; auto takes the Fashion-MNIST "
-            "classifier's where images are grey, 32x32"
+            "help": "what distances between sets of images are measured in: inception, clip, "
+            "dinov2, fashion-mnist, your own nn.Module by module.path:Name, or none; auto takes "
+            "fashion-mnist where images are grey, 32x32",
+            "alias": "features",
         },
+    )
+    real: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder, IDX file, hub:NAME or statistics .npz to measure distances to; if "
+            "left out to the reference's images alone, with fashion-mnist to its training images"
+        },
+    )
+    inception_weights: Path | None = field(
+        default=None, metadata={"help": "safetensors file of Inception-v3 of 2015"}
+    )
+    clip_model: str = field(
+        default=ExtractorOptions.clip_model, metadata={"help": "folder or hub id"}
+    )
+    dinov2_model: str = field(
+        default=ExtractorOptions.dinov2_model, metadata={"help": "folder or hub id"}
     )
     dot: str | None = field(
         default=None, metadata={"help": "another Dot's folder; the pipeline's own if left out"}
@@ -149,7 +148,7 @@ class BenchmarkConfig:
         default=None,
         metadata={
             "help": "also measure N at these batch sizes, LoRA merged and not; 0 for none; if "
-            "left out 1 16 64, up to --batch_size, with --arch 1 4 16"
+            "left out 1 16 64, up to --batch_size, with --arch 1 4 16 and on CUDA 64"
         },
     )
     compile: bool = field(
@@ -217,6 +216,11 @@ class BenchmarkConfig:
                 )
         if self.speed_ratio is not None and self.speed_ratio <= 0:
             raise ValueError(f"speed_ratio is {self.speed_ratio}, but must be positive")
+        if self.real is not None and self.extractor in ("auto", "none"):
+            raise ValueError(
+                f"real is {self.real}, but extractor is {self.extractor}: name what to compare "
+                "images in, such as --extractor inception"
+            )
         gaps = [later - seed for seed, later in pairwise(sorted(self.seeds))]
         if self.num_images is not None and min(gaps, default=self.num_images) < self.num_images:
             raise ValueError(
@@ -226,20 +230,7 @@ class BenchmarkConfig:
 
     def resolved(self) -> "BenchmarkConfig":
         """Fill in what depends on the device and on --quick."""
-        on_gpu = resolve_device(self.device).type == "cuda"
-        quick = {k: v for k, v in QUICK.items() if k != "latency_batch_sizes" or not self.arch}
-        wanted = quick if self.quick else {"num_images": 5000} if on_gpu else WITHOUT_GPU
-        defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        changes = {
-            name: value for name, value in wanted.items() if getattr(self, name) == defaults[name]
-        }
-        if self.latency_batch_sizes is None and "latency_batch_sizes" not in changes:
-            guided = len(self.guidance_scale) > 0
-            default = (1, 4, 16) if self.arch else (0,) if guided else (1, 16, 64)
-            if not self.arch and not self.latency_only:  # what is sampled with fits, more may not
-                default = tuple(size for size in default if size <= self.batch_size)
-            changes["latency_batch_sizes"] = default
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **left_out(self))
 
     @property
     def chosen_peers(self) -> tuple[str, ...]:
@@ -254,5 +245,7 @@ class BenchmarkConfig:
         """Return the settings that a cell depends on, as JSON; a resumed run may only add cells."""
         names = ("pipeline", "dot", "independent_dot", "num_images", "batch_size", "speed_ratio")
         names += ("num_reference_images", "merge_lora", "mixed_precision", "device", "compile")
-        names += ("prompts", "class_names", "prompt_embeds", "features")
-        return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
+        names += ("prompts", "class_names", "prompt_embeds")
+        # Earlier versions called it so, and their runs go on.
+        settings = {name: getattr(self, name) for name in names} | {"features": self.extractor}
+        return json.loads(json.dumps(settings, default=str))

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
 from torch import Tensor, nn
 
+from morse.capture import CudaCapture
 from morse.evaluation.bench.architectures import (
     Architecture,
     build_architecture,
@@ -124,23 +124,21 @@ def measure_architecture(
     Yields:
         One entry a combination: arch, num_down_blocks, merged, mode, batch_size, flop_ratio,
         speed_ratio (of medians) and the quartiles of seconds, dash_seconds and dot_seconds; or
-        "error" in place of the last three where the device cannot run it.
+        "error" in place of the last three where it can't be run so: out of memory, or without a
+        compiler, say.
     """
     architecture = find_architecture(name)
     try:
         model = build_architecture(architecture, device, settings.dtype, settings.reduced)
-    except torch.OutOfMemoryError:
-        model = None
+    except RuntimeError as error:
+        model = _error(error)
     for num_down_blocks in (1, 2):
         for merged in (True, False):
             flops = count_flops(name, num_down_blocks, merged)
             for batch_size in settings.batch_sizes:
                 for mode in settings.modes:
-                    measured = {"error": "out of memory"}
-                    with suppress(torch.OutOfMemoryError):
-                        if model is not None:
-                            pair = make_pair(name, model, num_down_blocks, batch_size, merged)
-                            measured = measure_pair(pair, mode, device, settings.repeats)
+                    of_dot = (num_down_blocks, batch_size, merged)
+                    measured = _try_pair(name, model, of_dot, mode, device, settings.repeats)
                     yield {
                         "arch": name,
                         "num_down_blocks": num_down_blocks,
@@ -152,6 +150,35 @@ def measure_architecture(
                     }
 
 
+def _try_pair(
+    name: str,
+    model: nn.Module | dict[str, object],
+    of_dot: tuple[int, int, bool],
+    mode: str,
+    device: torch.device,
+    repeats: int,
+) -> dict[str, object]:
+    """Measure one pair, or say what kept it from being measured; `model` may be such an error.
+
+    The pair is gone afterwards: two copies of merged weights are never in memory.
+    """
+    if isinstance(model, dict):
+        return model
+    try:
+        return measure_pair(make_pair(name, model, *of_dot), mode, device, repeats)
+    except (RuntimeError, ValueError) as error:
+        return _error(error)
+
+
+def _error(error: Exception) -> dict[str, object]:
+    # What fails while a graph is captured shows as a failed capture, with its cause behind it.
+    for cause in (error, error.__context__, error.__cause__):
+        if isinstance(cause, torch.OutOfMemoryError):
+            return {"error": "out of memory"}
+    told = str(error).strip().partition("\n")[0]
+    return {"error": f"{type(error).__name__}: {told}"}
+
+
 @torch.no_grad()
 def measure_pair(pair: Pair, mode: str, device: torch.device, repeats: int) -> dict[str, object]:
     """Time Dash and Dot in turn, after one round to warm up.
@@ -161,7 +188,7 @@ def measure_pair(pair: Pair, mode: str, device: torch.device, repeats: int) -> d
     """
     if mode == "compiled":
         torch._dynamo.reset()  # what was compiled for other pairs would count as this one's
-    calls = {"dash": _in_mode(pair.dash, mode), "dot": _in_mode(pair.dot, mode)}
+    calls = {key: _in_mode(getattr(pair, key), mode, device) for key in ("dash", "dot")}
     seconds: dict[str, list[float]] = {"dash": [], "dot": []}
     for index in range(repeats + 1):
         for key, call in calls.items():
@@ -176,27 +203,15 @@ def measure_pair(pair: Pair, mode: str, device: torch.device, repeats: int) -> d
     }
 
 
-def _in_mode(call: Call, mode: str) -> Call:
+def _in_mode(call: Call, mode: str, device: torch.device) -> Call:
     if mode == "eager":
         return call
     if mode == "compiled":
         compiled = torch.compile(call, dynamic=False)
         compiled()
         return compiled
-    return _graphed(call)
-
-
-def _graphed(call: Call) -> Call:
-    """Capture one call as a CUDA graph and return its replay."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    replay, _ = CudaCapture()(call, device)
+    return replay
 
 
 def _now(device: torch.device) -> float:

@@ -44,8 +44,9 @@ def run_architectures(
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
-        entries += measure_architecture(name, device, settings)
-        write_json(file, result)  # a later one may not fit into memory
+        for entry in measure_architecture(name, device, settings):
+            entries.append(entry)
+            write_json(file, result)  # a later one may end the process
     Console(width=100).print(_table(result))
     print(f"wrote {file}")
     return result

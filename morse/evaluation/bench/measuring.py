@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from morse.evaluation.bench.feature_space import FeatureSpace
 from morse.evaluation.bench.grid import COLUMNS, grid_budgets, strip_png
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS, Method
 from morse.evaluation.bench.runs import Samples, reference_images
@@ -16,14 +18,7 @@ from morse.evaluation.bench.store import Cell, CellStore
 from morse.evaluation.bench.tasks import PEER_SETTINGS
 from morse.evaluation.conditions import Conditions
 from morse.evaluation.environment import environment
-from morse.evaluation.features import (
-    features_sha256,
-    load_features,
-    load_reference,
-    read_features_config,
-)
-from morse.evaluation.metrics import FRECHET_LABEL
-from morse.evaluation.scoring import Scorer, is_fashion_like
+from morse.evaluation.scoring import Scorer
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
@@ -40,6 +35,7 @@ class Part:
         store: Where finished cells are kept.
         bench: The loaded pipelines.
         conditions: What images are of.
+        space: What sets of images are compared in.
         deadline: By `time.monotonic`: no measurement begins later.
     """
 
@@ -47,6 +43,7 @@ class Part:
     store: CellStore
     bench: Bench
     conditions: Conditions
+    space: FeatureSpace
     deadline: float = math.inf
 
     @property
@@ -63,21 +60,25 @@ class Part:
         }
 
 
+def _measure_table(part: Part, *merged: bool) -> list[dict[str, object]]:
+    batch_sizes = [size for size in part.config.latency_batch_sizes if size > 0]
+    return part.bench.speed_table(batch_sizes, part.conditions, merged)
+
+
+def compile_after_tables(parts: Sequence[Part]) -> None:
+    """Measure the tables of N of all parts eager, for comparison, and compile the models then."""
+    for part in parts:
+        part.store.once("speed_table", lambda part=part: _measure_table(part, True, False))
+    parts[0].bench.compile()
+
+
 def measure_cells(part: Part) -> dict[str, object]:
     """Measure each method, budget and seed that the store lacks.
 
     Returns:
         "speed_ratio" (N), "speed_ratios", "grid" and "not_measured".
     """
-    config, store, bench = part.config, part.store, part.bench
-    batch_sizes = [size for size in config.latency_batch_sizes if size > 0]
-
-    def table(*merged: bool) -> list[dict[str, object]]:
-        return bench.speed_table(batch_sizes, part.conditions, merged)
-
-    if config.compile and bench.mode == "eager":  # before they are compiled, for comparison
-        store.once("speed_table", lambda: table(True, False))
-        bench.compile()
+    config, store = part.config, part.store
     speed = store.once("speed", lambda: _speed(part))
     for seed in config.seeds if not config.latency_only else ():
         _measure_seed(part, speed["speed_ratio"], seed)
@@ -88,13 +89,31 @@ def measure_cells(part: Part) -> dict[str, object]:
         if part.is_over and not store.knows(name):
             print("max_seconds is over; --resume measures what is missing")
             break
-        speeds += store.once(name, lambda merged=merged: table(*merged))
+        speeds += store.once(name, lambda merged=merged: _measure_table(part, *merged))
     return {
         "speed_ratio": speed,
         "speed_ratios": speeds,
         "grid": _grid(config, store),
         "not_measured": _not_measured(part),
+        "seeds_left_out": compared_seeds(part)[1],
     }
+
+
+def compared_seeds(part: Part) -> tuple[list[int], list[dict[str, int]]]:
+    """Choose the repetitions that figures are made of, as only what all methods have compares.
+
+    Returns:
+        The seeds with every cell that any of them has, or the one that has most; and the others,
+        each as {"seed": ..., "missing": how many cells}.
+    """
+    has, seeds = part.store.has, dict.fromkeys(part.config.seeds)
+    tasks = [task for task in part.config.tasks() if any(has(*task, seed) for seed in seeds)]
+    missing = {seed: sum(not has(*task, seed) for task in tasks) for seed in seeds}
+    chosen = [seed for seed in seeds if missing[seed] == min(missing.values())]
+    chosen = chosen if missing[chosen[0]] == 0 else chosen[:1]
+    return chosen, [
+        {"seed": seed, "missing": missing[seed]} for seed in seeds if seed not in chosen
+    ]
 
 
 def conditions_facts(part: Part) -> dict[str, object]:
@@ -104,15 +123,8 @@ def conditions_facts(part: Part) -> dict[str, object]:
         "pipeline_class": part.bench.pipeline_class,
         "reference": f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps, the same noise",
     }
-    references = part.references()
-    if not references or any(features.shape[1] == 0 for features in references.values()):
-        return facts
-    return facts | {
-        "metric": FRECHET_LABEL,
-        "features_sha256": features_sha256(),
-        "features_test_accuracy": read_features_config().get("test_accuracy"),
-        "real_images": "Fashion-MNIST, 60,000 training images",
-    }
+    num_features = max((each.shape[1] for each in part.references().values()), default=0)
+    return facts | part.space.facts(num_features)
 
 
 def _speed(part: Part) -> dict[str, object]:
@@ -158,7 +170,7 @@ def _measure_seed(part: Part, speed_ratio: float, seed: int) -> None:
         return reference_images(samples)
 
     reference = store.images(reference_name(seed), sample_reference)
-    scorer = _make_scorer(part, reference)
+    scorer = part.space.scorer(reference)
     store.features(reference_name(seed), lambda: scorer.reference_features)
     scale = part.conditions.guidance_scale
     at = "" if scale is None else f", guidance {scale:g}"
@@ -174,13 +186,6 @@ def _measure_seed(part: Part, speed_ratio: float, seed: int) -> None:
                 continue
         samples = bench.sample(method, budget, seeds, speed_ratio, part.conditions, peer)
         _keep(store, scorer, (method, budget), seed, samples, speed_ratio)
-
-
-def _make_scorer(part: Part, reference: Tensor) -> Scorer:
-    wanted = part.config.features
-    if wanted == "none" or (wanted == "auto" and not is_fashion_like(reference)):
-        return Scorer(None, None, reference)
-    return Scorer(load_features().to(part.bench.device), load_reference(), reference)
 
 
 def _peer_name(method: Method) -> str:

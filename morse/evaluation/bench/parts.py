@@ -27,7 +27,10 @@ def join_parts(
         facts: What `measure_cells` returned.
         figures: What `summarize` returned.
     """
-    joined: Part = {"axes": figures[0]["axes"]}
+    # A part that time ran out for may know fewer axes.
+    joined: Part = {
+        "axes": {axis: about for part in figures for axis, about in part["axes"].items()}
+    }
     for key in ("rows", "speedups", "lossless"):
         joined[key] = [
             {**entry, "guidance_scale": scale}
@@ -38,7 +41,7 @@ def join_parts(
         axis: [
             {**entry, "guidance_scale": scale}
             for scale, part in zip(scales, figures, strict=True)
-            for entry in part["baseline_curves"][axis]
+            for entry in part["baseline_curves"].get(axis, ())
         ]
         for axis in joined["axes"]
     }

@@ -84,8 +84,8 @@ def compare(score: Score, other: Score, axis: Axis) -> Verdict:
     return "better" if gain > 0 else "worse"
 
 
-def decimals_of(scores: Iterable[Score | None]) -> int:
-    """Return how many decimals a table needs, 0 to 4.
+def decimals_of(scores: Iterable[Score | None], most: int = 4) -> int:
+    """Return how many decimals a table needs, 0 to `most`.
 
     Its smallest error keeps one digit, or two if the first is 1 or 2; without errors, its smallest
     value keeps three.
@@ -94,4 +94,4 @@ def decimals_of(scores: Iterable[Score | None]) -> int:
     errors = [score.deviation / 3 for score in kept if score.deviation]
     values = [abs(score.value) / 100 for score in kept if score.value]
     last = min(errors or values, default=0.01)
-    return min(max(-math.floor(math.log10(last)), 0), 4)
+    return min(max(-math.floor(math.log10(last)), 0), most)

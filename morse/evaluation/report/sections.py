@@ -93,19 +93,14 @@ def conditions_section(result: Result) -> Section:
         number = settings["num_images"]
         size = f", batch {min(batch, number)}" if batch else ""
         parts.append(f"{number:,} images of each method and budget{each}{size}.")
-        if number < FEW_IMAGES and any(axis.side == "distribution" for axis in read_axes(result)):
+        if number < FEW_IMAGES and any(_is(axis, "frechet") for axis in read_axes(result)):
             parts.append("Fréchet distances of so few are biased upwards, those of all alike.")
     parts += _seeds_words(result)
     parts.append(_speed_words(result))
     for title, key in (("Reference", "reference"), ("Real images", "real_images")):
         if result["rows"] and result.get(key):
             parts.append(f"{title}: {result[key]}.")
-    if result["rows"] and result.get("features_test_accuracy"):
-        digest = str(result.get("features_sha256", ""))[:12]
-        parts.append(
-            f"The features' classifier is right on {100 * result['features_test_accuracy']:.1f} % "
-            f"of the test images (sha256 {digest})."
-        )
+    parts.append(_features_words(result) if result["rows"] else "")
     versions = ("torch", "diffusers", "morse-diffusion", "python")
     parts.append(", ".join(f"{name} {result[name]}" for name in versions if name in result) + ".")
     words = "1 LSD is the time of one evaluation of Dash; one of Dot costs 1/N."
@@ -120,6 +115,27 @@ def conditions_section(result: Result) -> Section:
         )
     texts = (" ".join(filter(None, parts)), words, *_guidance_words(result))
     return Section("Conditions", texts, code=result["command"])
+
+
+def _is(axis: Axis, distance: str) -> bool:
+    return axis.name in (distance, f"{distance}_to_reference")
+
+
+def _features_words(result: Result) -> str:
+    """Say what gives the features that sets of images are compared in; "" where nothing does."""
+    digest = str(result.get("features_sha256", ""))[:12]
+    if result.get("features_test_accuracy"):
+        return (
+            f"The features' classifier is right on {100 * result['features_test_accuracy']:.1f} % "
+            f"of the test images (sha256 {digest})."
+        )
+    about = result.get("extractor")
+    if not about:
+        return ""
+    return (
+        f"Sets of images are compared in {about['words']}, {about['feature_dim']:,} numbers an "
+        f"image (sha256 {digest}; resize: {about['resize']})."
+    )
 
 
 def _seeds_words(result: Result) -> list[str]:
@@ -198,7 +214,8 @@ def quality_table(result: Result, axis: Axis, budgets: list[float]) -> Table:
     best = {budget: best_training_free_row(result, axis, budget) for budget in budgets}
     solvers = list(dict.fromkeys(row["label"] for row in best.values() if row))
     best_name = f"{BEST_TRAINING_FREE}: {solvers[0]}" if len(solvers) == 1 else BEST_TRAINING_FREE
-    decimals = decimals_of(read_score(row, axis) for row in rows.values())
+    most = 6 if _is(axis, "kernel") else 4  # KID's values are thousandths
+    decimals = decimals_of((read_score(row, axis) for row in rows.values()), most)
     marks = footnotes(result)
 
     def cell(name: str, budget: float) -> str:

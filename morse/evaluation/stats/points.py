@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
 from torch import Tensor
 
 from morse.evaluation.bench.methods import Kind, Method
 from morse.evaluation.bench.store import Cell
+from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.scoring import AXES, REFERENCE_AXES
-from morse.evaluation.stats.bootstrap import NUM_REAL, Estimate, SeedBootstrap, draw_real
+from morse.evaluation.stats.bootstrap import Estimate, SeedBootstrap, resample_real
 from morse.evaluation.stats.curves import Curve
 from morse.evaluation.stats.lossless import FACTORS
 
@@ -23,16 +25,16 @@ class Statistics:
     Attributes:
         num_replicates: Bootstrap replicates; 0 leaves out errors and intervals.
         seed: Seed of the draws, combined with each repetition's first image seed.
-        num_real: How many real images are behind the real mean and covariance.
         factors: At which factors to test for lossless speed-up.
         deltas: Axis -> the lossless test's margin, where it is not the baseline's own deviation.
+        device: Where kernels are computed, in float64.
     """
 
     num_replicates: int = 1000
     seed: int = 0
-    num_real: int = NUM_REAL
     factors: tuple[float, ...] = FACTORS
     deltas: Mapping[str, float] = field(default_factory=dict)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -58,8 +60,8 @@ class Point:
 
     @property
     def lsd(self) -> float:
-        """LSD spent an image."""
-        return self.cells[0].lsd
+        """LSD spent an image, the mean of the repetitions, of which an adaptive peer's differ."""
+        return fmean(cell.lsd for cell in self.cells)
 
     @property
     def seconds(self) -> float:
@@ -73,7 +75,7 @@ class Point:
 
 def make_points(
     cells: Sequence[Cell],
-    real: tuple[Tensor, Tensor] | None,
+    real: FeatureSet | None,
     references: Mapping[int, Tensor],
     statistics: Statistics,
 ) -> list[Point]:
@@ -81,12 +83,13 @@ def make_points(
 
     Args:
         cells: What was measured.
-        real: Mean (D,) and covariance (D, D) of the real images' features; None without features.
+        real: The real images' features; None without them, and unused where images have none.
         references: Features of the reference's images, (R, D), of each repetition's seed.
         statistics: How to resample.
 
     Raises:
-        ValueError: If a seed has no reference, or another number of images than it.
+        ValueError: If a seed has no reference, or another number of images than it, or if not all
+            images have as many features.
     """
     draws = _draw(cells, real, references, statistics)
     groups: dict[tuple[Method, int], list[Cell]] = {}
@@ -100,7 +103,7 @@ def make_points(
 
 def _draw(
     cells: Sequence[Cell],
-    real: tuple[Tensor, Tensor] | None,
+    real: FeatureSet | None,
     references: Mapping[int, Tensor],
     statistics: Statistics,
 ) -> dict[Cell, Draws]:
@@ -111,16 +114,36 @@ def _draw(
             f"references lacks seed {min(missing)}, but cells were measured from it: give the "
             "features of the reference's images from the same seeds"
         )
-    rng = np.random.default_rng([statistics.seed])
-    reals = None if real is None else draw_real(real, statistics.num_real, number, rng)
+    num_features = _num_features(cells, real, references)
+    rng, reals = np.random.default_rng([statistics.seed]), None
+    if real is not None and num_features:
+        reals = resample_real(real, number, rng, statistics.device)
     for seed in dict.fromkeys(cell.seed for cell in cells):
         # numpy pads seeds with zeros, so that [s, 0] would repeat the stream of [s]: hence + 1.
         rng = np.random.default_rng([statistics.seed, seed + 1])
         own = [cell for cell in cells if cell.seed == seed]
         num_images = len(own[0].scores.features)
-        bootstrap = SeedBootstrap(num_images, references[seed], reals, number, rng)
+        bootstrap = SeedBootstrap(
+            num_images, references[seed], reals, number, rng, statistics.device
+        )
         draws |= {cell: bootstrap.draws(cell.scores) for cell in own}
     return draws
+
+
+def _num_features(
+    cells: Sequence[Cell], real: FeatureSet | None, references: Mapping[int, Tensor]
+) -> int:
+    """Return how many features an image has, which must be as many everywhere."""
+    found = {features.shape[1] for features in references.values()}
+    found |= {cell.scores.features.shape[1] for cell in cells}
+    if real is not None and found - {0}:
+        found.add(len(real.mean))
+    if len(found) > 1:
+        raise ValueError(
+            f"images have {' or '.join(map(str, sorted(found)))} features, so they, or the real "
+            "ones, were measured by different extractors; measure again in another output_dir"
+        )
+    return max(found, default=0)
 
 
 def _estimates(

@@ -14,7 +14,8 @@ from morse.evaluation.bench.methods import (
     WITH_MIXTURE,
 )
 from morse.evaluation.bench.store import Cell
-from morse.evaluation.scoring import AXES, FEATURE_AXES
+from morse.evaluation.fid.feature_sets import FeatureSet
+from morse.evaluation.scoring import AXES, Axis, axis_names
 from morse.evaluation.stats.bootstrap import Estimate, percentile_interval
 from morse.evaluation.stats.curves import UNKNOWN, Curve, matched_quality_speedup
 from morse.evaluation.stats.lossless import lossless_test
@@ -34,9 +35,10 @@ COSTS = ("lsd", "seconds")
 
 def summarize(
     cells: Sequence[Cell],
-    real: tuple[Tensor, Tensor] | None,
+    real: FeatureSet | None,
     references: Mapping[int, Tensor],
     statistics: Statistics | None = None,
+    titled: Mapping[str, Axis] = AXES,
 ) -> dict[str, object]:
     """Return "axes", "rows", "baseline_curves", "speedups" and "lossless".
 
@@ -44,18 +46,20 @@ def summarize(
 
     Args:
         cells: What was measured. Repetitions of a method at a budget are averaged.
-        real: Mean (D,) and covariance (D, D) of the real images' features; None where images have
-            no features, and then there are only the axes that need none.
-        references: Features of the reference's images, (R, D), of each repetition's seed.
+        real: The real images' features; None without, and then there is no distance to them.
+        references: Features of the reference's images, (R, D), of each repetition's seed. Where D
+            is 0 there are only the axes that need no features.
         statistics: How; the defaults if left out.
+        titled: What axes are called (`axes_of` the extractor's titles).
     """
     statistics = statistics or Statistics()
     everything = make_points(cells, real, references, statistics)
     points = [point for point in everything if all(cell.engaged for cell in point.cells)]
-    axes = [name for name in AXES if real is not None or name not in FEATURE_AXES]
+    num_features = max((features.shape[1] for features in references.values()), default=0)
+    axes = axis_names(num_features, real is not None)
     best = {axis: best_so_far(of_kinds(points, axis, TRAINING_FREE), axis) for axis in axes}
     return {
-        "axes": {name: dataclasses.asdict(AXES[name]) for name in axes},
+        "axes": {name: dataclasses.asdict(titled[name]) for name in axes},
         "rows": [
             _row(point, axes) | {"against_best": _against_best(point, best)} for point in everything
         ],

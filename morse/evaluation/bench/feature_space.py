@@ -1,0 +1,152 @@
+"""What the benchmark compares sets of images in: an extractor's features, and real images'."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from morse.evaluation.bench.real_images import real_words
+from morse.evaluation.features import extract_features, load_features, read_features_config
+from morse.evaluation.fid.extractors import (
+    FASHION_MNIST,
+    Extractor,
+    ExtractorOptions,
+    load_extractor,
+)
+from morse.evaluation.fid.feature_sets import FeatureSet, read_features
+from morse.evaluation.fid.image_sets import ImageSet, describe_sizes
+from morse.evaluation.scoring import AXES, Axis, Scorer, axes_of, distance_for, is_fashion_like
+
+if TYPE_CHECKING:
+    from morse.evaluation.bench.config import BenchmarkConfig
+
+AUTO, NO_EXTRACTOR = "auto", "none"  # beside the names of `load_extractor`
+
+
+def choose_extractor(config: "BenchmarkConfig", device: torch.device) -> Extractor | None:
+    """Load the extractor that was asked for; None for none.
+
+    Raises:
+        FileNotFoundError: If its weights are not where they should be.
+        ValueError: If it is unknown, or weights or a package are missing.
+    """
+    if config.extractor == NO_EXTRACTOR:
+        return None
+    options = ExtractorOptions(config.inception_weights, config.clip_model, config.dinov2_model)
+    name = FASHION_MNIST if config.extractor == AUTO else config.extractor
+    return load_extractor(name, device, options)
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSpace:
+    """What is measured in feature space.
+
+    Attributes:
+        extractor: Makes the features; None for none.
+        real: What is known of real images; None without any.
+        is_optional: Whether images of another shape than Fashion-MNIST's have no features.
+        device: Where the extractor is.
+    """
+
+    extractor: Extractor | None
+    real: FeatureSet | None
+    is_optional: bool
+    device: torch.device
+
+    @property
+    def axes(self) -> dict[str, Axis]:
+        """Every axis there may be, with titles that name the extractor."""
+        return AXES if self.extractor is None else axes_of(self.extractor.titles)
+
+    @property
+    def kernel_device(self) -> str:
+        """Where distances between all pairs of images are computed, in float64."""
+        return str(self.device) if self.device.type == "cuda" else "cpu"
+
+    def scorer(self, reference: Tensor) -> Scorer:
+        """Make the scorer of a repetition.
+
+        Args:
+            reference: The reference sampler's images, (R, C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: If the extractor cannot take images of this size, or real images have other
+                sizes and it does not resize.
+        """
+        if self.is_optional and not is_fashion_like(reference):
+            print("fidelity alone is measured: give --extractor, and --real, for distances of sets")
+            return Scorer(None, None, reference)
+        if self.extractor is None:
+            return Scorer(None, None, reference)
+        self._check_size(f"{reference.shape[3]}x{reference.shape[2]}")
+        return Scorer(self.extract, self.real, reference)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Return the features of images (N, C, H, W) in [0, 1], (N, D), float32, on the CPU.
+
+        The extractor gets them as if from files, 8 bits each; only Fashion-MNIST's gets the pixels
+        as they were sampled, a mean of colours, which all figures with it were measured of.
+        """
+        if self.extractor.name == FASHION_MNIST:
+            grey = images.mean(dim=1, keepdim=True)
+            return extract_features(load_features().to(self.device), grey)
+        try:
+            return read_features(as_image_set(images), self.extractor, strict=True)[0]
+        except RuntimeError as error:
+            if self.extractor.resizes:
+                raise
+            height, width = images.shape[2:]
+            raise ValueError(
+                f"extractor {self.extractor.name} does not resize, and fails on sampled images of "
+                f"{width}x{height} ({error}); choose one for this size, or inception, clip, dinov2"
+            ) from error
+
+    def facts(self, num_features: int) -> dict[str, object]:
+        """Return what must be told with every figure, ready for JSON; {} without features."""
+        if self.extractor is None or num_features == 0:
+            return {}
+        distance = {"frechet": "frechet", "kernel": "kernel_distance"}[distance_for(num_features)]
+        about = {"words": self.extractor.words, "feature_dim": num_features}
+        facts = {
+            "metric": self.extractor.titles[distance],
+            "features_sha256": self.extractor.sha256,
+            "extractor": {**self.extractor.identity(), **about},
+        }
+        if self.extractor.name == FASHION_MNIST:
+            facts["features_test_accuracy"] = read_features_config().get("test_accuracy")
+        if self.real is not None:
+            facts["real_images"] = real_words(self.real)
+            facts["real"] = {
+                "name": self.real.name,
+                "num_images": self.real.num_images,
+                "reading": self.real.facts,
+                "notes": self.real.notes,
+            }
+        return facts
+
+    def _check_size(self, size: str) -> None:
+        """Refuse other sizes than real images have, or say that resizing tells them apart."""
+        sizes = Counter({} if self.real is None else self.real.facts.get("sizes", {}))
+        own = self.extractor.name == FASHION_MNIST  # it takes two sizes, and refuses others itself
+        if own or not sizes or size in sizes:
+            return
+        found = f"real images are {describe_sizes(sizes)} and sampled ones {size}"
+        if not self.extractor.resizes:
+            raise ValueError(
+                f"{found}, but extractor {self.extractor.name} does not resize; give --real images "
+                "of that size, or choose inception, clip or dinov2"
+            )
+        print(f"{found}: how they were resized tells them apart")
+
+
+def as_image_set(images: Tensor) -> ImageSet:
+    """Give sampled images (N, C, H, W) in [0, 1] as files would have them, rounded to 8 bits."""
+
+    def open_image(index: int) -> Image.Image:
+        pixels = (images[index].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+    return ImageSet("sampled images", [f"image {i}" for i in range(len(images))], open_image)
