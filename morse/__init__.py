@@ -11,6 +11,8 @@ _HOMES = {
     "MorseDot": "morse.dot",
     "enable_morse": "morse.attach",
     "disable_morse": "morse.attach",
+    "enable_cuda_graphs": "morse.graphs",
+    "disable_cuda_graphs": "morse.graphs",
     "MorsePipeline": "morse.pipeline",
     "LeapfrogScheduler": "morse.leapfrog",
 }

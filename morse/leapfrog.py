@@ -204,6 +204,8 @@ class LeapfrogScheduler(SchedulerMixin, ConfigMixin):
         )
         rates = self._rates(here)
         clean = to_clean(model_output, sample, rates, self.config.prediction_type)
+        if clean is model_output:
+            clean = clean.clone()  # kept, and graphs write their next output into the same memory
         is_clean = bool(rates[1] > self.config.clean_above * rates[0])
         now, ahead = self._weigh(clean, sample, rates, is_clean)
         start, anchor = (here, sample) if self._anchor is None else (here - 1, self._anchor)

@@ -56,18 +56,25 @@ def read_guidance(pipe: DiffusionPipeline) -> float | str:
 
 
 @dataclass(frozen=True, eq=False)
+class _GuidedEstimate(LatestEstimate):
+    """With the guidance scale as a number too, to compare without waiting for a device."""
+
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class DotView:
     """What Dot is given of a call of the denoiser.
 
     Attributes:
         call: The rows that Dot is evaluated on.
-        scale: With a Dot of guided estimates the guidance scale, (), on the CPU; else None.
+        scale: With a Dot of guided estimates the guidance scale; else None.
         doubled: Whether `call` is half of the denoiser's rows.
         problem: Why Dot can't be evaluated; None if it can.
     """
 
     call: Call
-    scale: Tensor | None = None
+    scale: float | None = None
     doubled: bool = False
     problem: str | None = None
 
@@ -82,7 +89,10 @@ class DotView:
         kept = keep_estimate(output, self.call.sample, timestep, rates, earlier)
         if self.scale is None or isinstance(kept, str):
             return kept
-        return replace(kept, jump=replace(kept.jump, guidance_scale=self.scale))
+        # Once for all Dot evaluations, of which each would copy it from the CPU.
+        scale = torch.full((), self.scale, dtype=torch.float32, device=self.call.sample.device)
+        told = vars(kept) | {"jump": replace(kept.jump, guidance_scale=scale)}
+        return _GuidedEstimate(**told, scale=self.scale)
 
     def _guided(self, output: object) -> object:
         found = result_of(output)
@@ -90,15 +100,14 @@ class DotView:
             return output
         negative, positive = found[0].chunk(2)
         # As the pipelines compute it, in their precision.
-        return found[1](negative + self.scale.item() * (positive - negative))
+        return found[1](negative + self.scale * (positive - negative))
 
     def why_not(self, kept: LatestEstimate) -> str | None:
         """Say why Dot can't correct what was kept; None if it can."""
         if self.problem is not None or self.scale is None:
             return self.problem
-        if torch.equal(kept.jump.guidance_scale, self.scale):
-            return None
-        return "the guidance scale changed"
+        same = isinstance(kept, _GuidedEstimate) and kept.scale == self.scale
+        return None if same else "the guidance scale changed"
 
     def answer(self, output: object) -> object:
         """Turn Dot's output into one with all of the denoiser's rows."""
@@ -125,11 +134,11 @@ def view_call(dot: Dot | None, call: Call, read_scale: Callable[[], float | str]
     positive = _second_half(call) if doubled else call
     if isinstance(positive, str):
         return DotView(call, problem=positive)
-    return DotView(positive, torch.tensor(scale), doubled)
+    return DotView(positive, scale, doubled)
 
 
 def needs_dash(
-    dot: Dot | None, read_scale: Callable[[], float | str], latest: Tensor | None
+    dot: Dot | None, read_scale: Callable[[], float | str], latest: float | None
 ) -> bool:
     """Tell, before a call, whether guidance makes Dash run in Dot's place.
 
@@ -141,7 +150,7 @@ def needs_dash(
     if getattr(dot, "guidance", "branches") != "guided":
         return False
     scale = read_scale()
-    return isinstance(scale, str) or latest is None or not torch.equal(torch.tensor(scale), latest)
+    return isinstance(scale, str) or scale != latest
 
 
 def _second_half(call: Call) -> Call | str:

@@ -2,8 +2,9 @@
 
 The switch sits in `nn.Module`'s private slot `_compiled_call_impl`, which a call consults first and
 which copies and saved files leave out. Unlike a replaced forward method, a proxy module or a hook,
-it survives saving, loading, offloading and `from_pipe`. The name is used in this file and for
-shells (`morse.dot.shell`) only; the switch is looked after at every pipeline call (`morse.calls`).
+it survives saving, loading, offloading and `from_pipe`. The name is used in this file, for shells
+(`morse.dot.shell`) and for what the switch calls (`morse.graphs`) only; the switch is looked after
+at every pipeline call (`morse.calls`).
 """
 
 import weakref
@@ -62,7 +63,8 @@ class _Switch:
             CURRENT_RUN.reset(token)
 
 
-def _switch_of(module: nn.Module) -> _Switch | None:
+def switch_of(module: nn.Module) -> _Switch | None:
+    """Give the switch in place; None where there is none."""
     # By way of the dictionary: what `torch.compile` returns hands attributes on to its inside.
     switch = vars(module).get("_compiled_call_impl")
     return switch if isinstance(switch, _Switch) else None
@@ -75,7 +77,7 @@ def install_switch(module: nn.Module, owner: Owner) -> None:
         module: A denoiser or ControlNet; the module that `torch.compile` returns has its own.
         owner: Whom it serves from now on, besides other pipelines.
     """
-    switch = _switch_of(module)
+    switch = switch_of(module)
     if switch is None:
         if unwrap(module) is not module:
             release_switch(unwrap(module), owner.pipe())  # it would be compiled along
@@ -85,7 +87,7 @@ def install_switch(module: nn.Module, owner: Owner) -> None:
 
 def switch_owner(module: nn.Module) -> Owner | None:
     """Tell whom the switch serves last, be it inside a compiled wrapper; None for nobody."""
-    switch = _switch_of(module) or _switch_of(unwrap(module))
+    switch = switch_of(module) or switch_of(unwrap(module))
     return None if switch is None else switch.owners[-1]
 
 
@@ -95,7 +97,7 @@ def release_switch(module: nn.Module, pipe: object) -> bool:
     Returns:
         Whether it served that pipeline.
     """
-    switch = _switch_of(module)
+    switch = switch_of(module)
     if switch is None:
         return False
     served = any(owner.pipe() is pipe for owner in switch.owners)

@@ -66,7 +66,7 @@ class MorseRun:
     _features: LatestFeatures = field(default_factory=LatestFeatures, repr=False)
     _steps: list[Counter[ModelName]] = field(default_factory=list, repr=False)
     _bound: set[str] = field(default_factory=set, repr=False)
-    _scale: Tensor | None = field(default=None, repr=False)
+    _scale: float | None = field(default=None, repr=False)
     _index: int = field(default=-1, repr=False)
     _step: int = field(default=-1, repr=False)
 

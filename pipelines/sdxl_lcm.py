@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     unet = UNet2DConditionModel.from_pretrained(args.unet, use_safetensors=True)
     pipe = MorsePipeline.from_pretrained(args.model, unet=unet, dot=args.dot, scheduler="lcm")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    # LCM adds noise at each step, where lsd= is all Dash unless Dot's config says otherwise.
+    ratios = {"stochastic": 2.0, **(pipe.dot.config.plan_ratio or {})}
+    pipe.dot.register_to_config(plan_ratio=ratios)
     image = pipe(
         args.prompt,
         lsd=args.lsd,

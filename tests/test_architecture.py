@@ -32,6 +32,9 @@ GROUPS = [
         "calls",
         "attach",
         "pipeline",
+        "capture",
+        "graphed",
+        "graphs",
     ),
     ("training",),
     ("evaluation",),
@@ -85,7 +88,7 @@ def test_import_is_light():
 def test_public_names():
     expected = {
         "MorsePipeline", "MorseDot", "MorsePlan", "enable_morse", "disable_morse", "morse_sample",
-        "dot_loss", "LeapfrogScheduler",
+        "dot_loss", "LeapfrogScheduler", "enable_cuda_graphs", "disable_cuda_graphs",
     }  # fmt: skip
     assert set(morse.__all__) == expected
     assert all(getattr(morse, name).__name__ == name for name in expected)

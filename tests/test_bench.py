@@ -13,6 +13,7 @@ from morse.evaluation.bench.methods import AS_PLANNED, KINDS, Method
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.tasks import CHOOSABLE
 from morse.evaluation.conditions import UNCONDITIONAL
+from morse.graphs import graphed_call
 from morse.plan import MorsePlan
 
 
@@ -165,6 +166,18 @@ def test_morse_as_planned_is_what_a_call_does(config):
     assert torch.equal(samples.images, torch.from_numpy(images).permute(0, 3, 1, 2).float())
     slow = bench.sample(method, 3, range(2), 1.5, UNCONDITIONAL)  # it would cost 3.3
     assert slow.plan == str(MorsePlan.from_budget(3, 1.5, pipe.plan_ratio(3)))
+
+
+def test_graphs_are_made_of_dash_and_dot_and_not_of_peers(config):
+    bench = Bench(dataclasses.replace(config, cuda_graphs=True))
+    bench.hasten()
+    pipe = bench._by_solver["ddim"]
+    assert bench.mode == "cuda_graph" and graphed_call(pipe.unet) and graphed_call(pipe.dot)
+    assert "have recorded" in bench.obstacle(Method("ddim", "deepcache", setting="interval 2"))
+    with pytest.raises(ValueError, match="cuda_graphs needs a CUDA device, and device is cpu"):
+        measure_benchmark(dataclasses.replace(config, cuda_graphs=True))
+    with pytest.raises(ValueError, match="choose one"):
+        dataclasses.replace(config, cuda_graphs=True, compile=True)
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ import torch
 from morse import MorsePipeline
 from morse.evaluation.features import load_features
 from morse.evaluation.metrics import psnr
+from morse.plan import MorsePlan
 
 PROMPTS = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
     "ankle boot",
 )  # fmt: skip
+WITH_DOT = MorsePlan.from_budget(8, 4.0, ratio=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,13 @@ def sample(pipe, count=1, guidance_scale=3.0, **kwargs):
     return pipe(prompts, generator=generators, **options).images
 
 
+def test_a_budget_is_spent_on_dash_alone_where_dot_does_harm(pipe):
+    plans = {lsd: pipe.plan_for(lsd).plan for lsd in (5, 9, 12)}
+    assert plans[5] == 5 * "D" and plans[9] == 9 * "D" and "o" in plans[12]
+
+
 def test_prompts_draw_their_classes(pipe):
-    images = sample(pipe, count=3, lsd=8)
+    images = sample(pipe, count=3, plan=WITH_DOT)
     assert pipe.last_run.num_dot > 0 and pipe.last_run.fallbacks == {}
     found = load_features()(images).argmax(1)
     expected = torch.arange(len(PROMPTS)).repeat(3)
@@ -56,9 +63,8 @@ def test_dot_corrects_what_reuse_leaves(pipe, guidance_scale):
     """The same plan with a Dot that says nothing is reuse of Dash's latest estimate."""
     options = {"guidance_scale": guidance_scale}
     reference = sample(pipe, num_inference_steps=50, **options)
-    with_dot = sample(pipe, lsd=8, **options)
-    plan, dot = pipe.last_run.plan, pipe.dot
+    with_dot, dot = sample(pipe, plan=WITH_DOT, **options), pipe.dot
     silent = MorsePipeline.from_pipe(pipe, lambda sample, *_, **__: torch.zeros_like(sample))
-    reuse = sample(silent, plan=plan, **options)
+    reuse = sample(silent, plan=WITH_DOT, **options)
     MorsePipeline.from_pipe(pipe, dot)
     assert psnr(with_dot, reference).mean() > psnr(reuse, reference).mean() + 0.5

@@ -1,14 +1,20 @@
+import inspect
 import json
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from morse.capture import CudaCapture
 from morse.evaluation.bench import architectures, latency
 from morse.evaluation.bench.architectures import Architecture, find_architecture
 from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
 from morse.evaluation.bench.latency import LatencySettings, count_flops, measure_architecture
 from morse.evaluation.bench.latency_report import run_architectures
+from morse.evaluation.bench.measuring import hasten_after_tables
 
 
 def test_flops_of_stable_diffusion_are_those_counted_by_hand():
@@ -153,7 +159,13 @@ def test_the_benchmark_command_measures_architectures(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["latency.json"]
     with pytest.raises(ValueError, match="arch 'sd99' is unknown"):
         BenchmarkConfig(arch=("sd99",))
-    assert BenchmarkConfig(arch=("dit",)).resolved().latency_batch_sizes == (1, 4, 16)
+
+
+def test_batch_64_is_measured_where_there_is_a_gpu(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, sizes in (("cuda", (1, 4, 16, 64)), ("cpu", (1, 4, 16))):
+        config = BenchmarkConfig(arch=("dit",), device=device)
+        assert config.resolved().latency_batch_sizes == sizes
 
 
 def test_flops_are_counted_without_timing_anything(tiny, tmp_path, monkeypatch):
@@ -185,6 +197,116 @@ def test_what_does_not_fit_leaves_the_others(tiny, tmp_path, monkeypatch):
     run_architectures(("dit", "unet"), device, settings, file)
     entries = json.loads(file.read_text())["entries"]
     assert ["error" in entry for entry in entries] == 4 * [False] + 4 * [True]
+
+
+def test_a_mode_that_fails_leaves_the_others(tiny, tmp_path, monkeypatch):
+    """Without a compiler, say; what was measured before is in the file."""
+    file, seen, in_mode = tmp_path / "latency.json", [], latency._in_mode
+
+    def fail(call, mode, device):
+        seen.append(len(json.loads(file.read_text())["entries"]) if file.exists() else 0)
+        if mode == "compiled":
+            raise RuntimeError("no C++ compiler\nis there")
+        return in_mode(call, mode, device)
+
+    monkeypatch.setattr(latency, "_in_mode", fail)
+    settings = LatencySettings(batch_sizes=(1,), modes=("compiled", "eager"), repeats=2)
+    entries = run_architectures(("dit",), torch.device("cpu"), settings, file)["entries"]
+    assert [entry.get("error") for entry in entries] == 4 * [
+        "RuntimeError: no C++ compiler",
+        None,
+    ]
+    assert seen == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]  # one call fails, two are timed
+
+
+def test_a_failed_capture_tells_of_the_memory_it_lacked():
+    try:
+        try:
+            raise torch.OutOfMemoryError
+        finally:
+            raise RuntimeError("capture was invalidated")
+    except RuntimeError as error:
+        assert latency._error(error) == {"error": "out of memory"}
+
+
+def test_two_merged_dots_are_never_in_memory(tiny, monkeypatch):
+    made, alive, make_pair = [], [], latency.make_pair
+
+    def count(*args):
+        alive.append(sum(dot() is not None for dot in made))
+        pair = make_pair(*args)
+        made.append(weakref.ref(inspect.getclosurevars(pair.dot).nonlocals["dot"]))
+        return pair
+
+    monkeypatch.setattr(latency, "make_pair", count)
+    device = torch.device("cpu")
+    model = architectures.build_architecture(
+        find_architecture("unet"), device, torch.float32, False
+    )
+    for _ in range(3):
+        found = latency._try_pair("unet", model, (1, 1, True), "eager", device, 2)
+        assert found["speed_ratio"] > 0
+    assert alive == [0] * 3
+
+
+def test_a_graph_is_captured_on_its_own_device_after_what_went_before(monkeypatch):
+    """With CUDA's parts replaced by some that note what is done."""
+    done = []
+
+    def noting(name):
+        def part(*args, **kwargs):
+            done.append((name, *args, *kwargs.values()))
+            return nullcontext()
+
+        return part
+
+    def stream(name):
+        return SimpleNamespace(wait_stream=lambda other: done.append((name, "waits")))
+
+    cuda = {
+        "device": noting("device"),
+        "stream": lambda stream: nullcontext(),
+        "graph": noting("graph"),
+        "Stream": lambda: stream("side"),
+        "current_stream": lambda: stream("current"),
+        "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": lambda: SimpleNamespace(replay="replay"),
+    }
+    for name, part in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    device = torch.device("cuda:1")
+    call = latency._in_mode(lambda: done.append("call"), "cuda_graph", device)
+    assert call == "replay"
+    kinds = [each if isinstance(each, str) else each[:2] for each in done]
+    assert kinds[:2] == [("device", device), ("side", "waits")]
+    assert kinds[2:5] == ["call"] * 3 and done[5][0] == "graph"
+    assert kinds[6:] == ["call", ("current", "waits")]
+
+    def fail():
+        raise RuntimeError
+
+    capture = CudaCapture()
+    capture(lambda: None, device)
+    (place,) = capture._places.values()
+    capture(lambda: None, device)
+    assert list(capture._places.values()) == [place]  # graphs of a device share their memory
+    with pytest.raises(RuntimeError):
+        capture(fail, device)
+    assert capture._places == {}
+
+
+def test_tables_of_all_scales_are_eager_though_models_are_compiled_then():
+    order = []
+    bench = SimpleNamespace(
+        speed_table=lambda *given: order.append(given), hasten=lambda: order.append("compiled")
+    )
+    part = {
+        "config": SimpleNamespace(latency_batch_sizes=(0, 2)),
+        "store": SimpleNamespace(once=lambda name, make: make()),
+        "bench": bench,
+    }
+    hasten_after_tables([SimpleNamespace(**part, conditions=scale) for scale in (1, 3)])
+    assert order == [([2], 1, (True, False)), ([2], 3, (True, False)), "compiled"]
 
 
 def test_no_batch_of_none_is_timed(tiny, tmp_path):

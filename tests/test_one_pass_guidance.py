@@ -19,7 +19,7 @@ from morse import MorseDot, MorsePipeline, enable_morse, morse_sample
 from morse.cli import parse_config
 from morse.denoisers import Call
 from morse.dot.guidance import GuidanceEmbedding
-from morse.one_pass import view_call
+from morse.one_pass import needs_dash, view_call
 from morse.plan import MorsePlan
 from morse.sampling import JumpPoint
 from morse.spaces import ddim_step, signal_and_noise
@@ -96,7 +96,7 @@ class TestExactness:
         for sample, jump, text, _ in dot.calls:
             assert len(sample) == len(jump.sample) == len(jump.model_output) == 2
             assert torch.equal(text, inputs["prompt_embeds"])
-            assert jump.guidance_scale.item() == scale and jump.guidance_scale.device.type == "cpu"
+            assert jump.guidance_scale.item() == scale
 
     def test_with_xl(self):
         inputs = text_inputs(pooled=True)
@@ -373,6 +373,31 @@ class TestFallbacks:
     def test_an_odd_number_of_rows(self):
         view = view_call(ExactDot(None), Call(torch.ones(3), 5, {}), lambda: SCALE)
         assert view.problem == "the rows of guidance's branches can't be told apart"
+
+
+class TestWhereTheScaleIs:
+    """On the sample's device, once for all Dot calls; "meta" stands for an accelerator."""
+
+    def kept(self, scale):
+        call = Call(torch.empty(4, 1, device="meta"), torch.tensor(5), {})
+        view = view_call(ExactDot(None), call, lambda: scale)
+        return view, view.keep((torch.empty(4, 1, device="meta"),), call.timestep, None, None)
+
+    def test_there_and_compared_without_a_look_at_it(self):
+        view, kept = self.kept(SCALE)
+        assert kept.jump.guidance_scale.device.type == "meta"
+        assert kept.jump.guidance_scale.dtype == torch.float32
+        assert view.why_not(kept) is None and view.scale == SCALE
+        other, _ = self.kept(SCALE + 0.1)
+        assert other.why_not(kept) == "the guidance scale changed"
+
+    def test_without_one_it_is_not_copied_there(self):
+        embedding = GuidanceEmbedding(4).to("meta")
+        assert embedding(None, torch.ones(2, 4, device="meta")).device.type == "meta"
+
+    def test_a_controlnet_is_told_too(self):
+        for latest, expected in ((None, True), (SCALE, False), (1.0, True)):
+            assert needs_dash(ExactDot(None), lambda: SCALE, latest) == expected
 
 
 class TestSettings:

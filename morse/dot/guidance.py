@@ -50,13 +50,14 @@ class GuidanceEmbedding(nn.Module):
         """Embed scales.
 
         Args:
-            scale: () or (B,), on any device; None for 1, which is the branch with the prompt.
+            scale: () or (B,), best on the device of `like`, as a copy from the CPU keeps a graph
+                from being captured; None for 1, which is the branch with the prompt.
             like: Time embedding, (B, dim), whose device and dtype to take.
 
         Returns:
             (B, dim).
         """
-        scale = torch.ones(()) if scale is None else scale
+        scale = torch.ones((), device=like.device) if scale is None else scale
         scale = scale.to(like.device, torch.float32).reshape(-1).expand(len(like))
         exponents = torch.linspace(0, 1, self.dim // 2, device=like.device)
         angles = scale[:, None] * torch.exp(-math.log(_SLOWEST) * exponents)

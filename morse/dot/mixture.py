@@ -23,7 +23,8 @@ class GaussianMixture(nn.Module):
     """Knows E[x_0 | x_t] in closed form for x_0 from a mixture of Gaussians.
 
     Component k has the covariance directions_k^T diag(variances_k) directions_k, and rest_k in
-    every other direction (probabilistic PCA; Tipping and Bishop 1999). Computes in float32.
+    every other direction (probabilistic PCA; Tipping and Bishop 1999). Computes in float32, on CUDA
+    in float64.
 
     Args:
         num_components: K.
@@ -105,7 +106,7 @@ class GaussianMixture(nn.Module):
         Returns:
             Like `sample`.
         """
-        noisy = sample.flatten(1).float()
+        noisy = sample.flatten(1).to(_precision(sample.device))
         alpha, sigma = (rate.to(noisy).reshape(-1, 1) for rate in rates)  # (B, 1) or (1, 1)
         # Model offloading brings a whole Dot to where it runs, but only when Dot itself is called.
         means = self.means.to(noisy).flatten(1)  # (K, D)
@@ -135,6 +136,15 @@ class GaussianMixture(nn.Module):
         clean = clean + (shares * (1 - alpha * gain)) @ means
         clean = clean + torch.einsum("bkr,krd->bd", shares[..., None] * further * along, directions)
         return clean.reshape(sample.shape).to(sample.dtype)
+
+
+def _precision(device: torch.device) -> torch.dtype:
+    """Choose one whose products CUDA does not round to TF32, as training lets it.
+
+    Large numbers are subtracted from each other. The products are few, so that GPUs which are slow
+    in float64 hardly take longer.
+    """
+    return torch.float64 if device.type == "cuda" else torch.float32
 
 
 def _cluster(flat: Tensor, count: int, seed: int) -> Tensor:

@@ -59,13 +59,13 @@ class GraphedDot:
 
     def __init__(self, dot: MorseDot) -> None:
         """Remember the network."""
-        if dot.device.type != "cuda":
-            raise ValueError(f"cuda_graphs needs a CUDA device, and training runs on {dot.device}")
         if not isinstance(dot, MorseDot):
             raise ValueError(
                 f"cuda_graphs takes a Dot as it is, but this one is in a {type(dot).__name__}; "
                 "train in one process"
             )
+        if dot.device.type != "cuda":
+            raise ValueError(f"cuda_graphs needs a CUDA device, and training runs on {dot.device}")
         self.dot = dot
         self._graphed: nn.Module | None = None
 

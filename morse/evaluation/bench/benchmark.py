@@ -15,8 +15,8 @@ from morse.evaluation.bench.latency_report import run_architectures
 from morse.evaluation.bench.measuring import (
     Part,
     compared_seeds,
-    compile_after_tables,
     conditions_facts,
+    hasten_after_tables,
     measure_cells,
 )
 from morse.evaluation.bench.parts import join_parts, part_folders
@@ -77,6 +77,8 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
         config: Settings without gaps (`BenchmarkConfig.resolved`).
     """
     device = resolve_device(config.device)
+    if config.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a CUDA device, and device is {device}")
     extractor = choose_extractor(config, device)
     opened = open_real(config.real, extractor)
     bench = Bench(config)
@@ -97,8 +99,8 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
         Part(config, store, bench, wanted, space, deadline)
         for store, wanted in zip(stores, conditions, strict=True)
     ]
-    if config.compile:
-        compile_after_tables(parts)
+    if config.compile or config.cuda_graphs:
+        hasten_after_tables(parts)
     facts = [measure_cells(part) for part in parts]
     figures = [_summarize(part) for part in parts]
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))

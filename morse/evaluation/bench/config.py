@@ -155,6 +155,10 @@ class BenchmarkConfig:
         default=False,
         metadata={"help": "sample with torch.compile'd Dash and Dot; N is measured eager too"},
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "replay Dash's and Dot's kernels as CUDA graphs instead; N likewise"},
+    )
     merge_lora: bool = field(
         default=True, metadata={"help": "sample with Dot's LoRA merged into a copy of the weights"}
     )
@@ -193,6 +197,8 @@ class BenchmarkConfig:
         check_solvers((*self.solvers, *self.control_solvers, *self.planned_solvers))
         for name in self.arch:
             find_architecture(name)
+        if self.compile and self.cuda_graphs:
+            raise ValueError("compile is True and so is cuda_graphs; choose one")
         if self.flops_only and not self.arch:
             raise ValueError("flops_only counts architectures; name some with --arch")
         for name, known in (("kinds", CHOOSABLE), ("peers", (*PEER_NAMES, "none"))):
@@ -245,7 +251,7 @@ class BenchmarkConfig:
         """Return the settings that a cell depends on, as JSON; a resumed run may only add cells."""
         names = ("pipeline", "dot", "independent_dot", "num_images", "batch_size", "speed_ratio")
         names += ("num_reference_images", "merge_lora", "mixed_precision", "device", "compile")
-        names += ("prompts", "class_names", "prompt_embeds")
+        names += ("cuda_graphs", "prompts", "class_names", "prompt_embeds")
         # Earlier versions called it so, and their runs go on.
         settings = {name: getattr(self, name) for name in names} | {"features": self.extractor}
         return json.loads(json.dumps(settings, default=str))

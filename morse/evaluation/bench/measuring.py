@@ -65,11 +65,11 @@ def _measure_table(part: Part, *merged: bool) -> list[dict[str, object]]:
     return part.bench.speed_table(batch_sizes, part.conditions, merged)
 
 
-def compile_after_tables(parts: Sequence[Part]) -> None:
-    """Measure the tables of N of all parts eager, for comparison, and compile the models then."""
+def hasten_after_tables(parts: Sequence[Part]) -> None:
+    """Measure the tables of N of all parts eager, for comparison, and hasten the models then."""
     for part in parts:
         part.store.once("speed_table", lambda part=part: _measure_table(part, True, False))
-    parts[0].bench.compile()
+    parts[0].bench.hasten()
 
 
 def measure_cells(part: Part) -> dict[str, object]:
@@ -78,13 +78,13 @@ def measure_cells(part: Part) -> dict[str, object]:
     Returns:
         "speed_ratio" (N), "speed_ratios", "grid" and "not_measured".
     """
-    config, store = part.config, part.store
+    config, store, mode = part.config, part.store, part.bench.mode
     speed = store.once("speed", lambda: _speed(part))
     for seed in config.seeds if not config.latency_only else ():
         _measure_seed(part, speed["speed_ratio"], seed)
     speeds, tables = [], {"speed_table": (True, False)}
-    if config.compile:
-        tables["speed_table_compiled"] = (True,)
+    if mode != "eager":
+        tables[f"speed_table_{mode}"] = (True,)
     for name, merged in tables.items():
         if part.is_over and not store.knows(name):
             print("max_seconds is over; --resume measures what is missing")

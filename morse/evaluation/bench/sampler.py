@@ -58,7 +58,7 @@ class Bench:
 
     Attributes:
         device: Where the models are.
-        mode: Whether they are compiled.
+        mode: Whether they are compiled, or replayed as CUDA graphs.
         models: What tells Dash, Dot, with its saved plans, and the independent one from others;
             JSON types.
     """
@@ -122,8 +122,14 @@ class Bench:
             dot.merge_lora()
         return ShrunkDash(dot, find_denoiser(self._main))
 
-    def compile(self) -> None:
-        """Compile Dash and Dot from now on."""
+    def hasten(self) -> None:
+        """Compile Dash and Dot, or replay their kernels as CUDA graphs, from now on."""
+        from morse.graphs import enable_cuda_graphs
+
+        if self.config.cuda_graphs:
+            enable_cuda_graphs(self._main)
+            self.mode = "cuda_graph"
+            return
         compile_models(self._main)
         if self._shrunk is not None:
             self._shrunk.dot.compile(dynamic=False)
@@ -159,8 +165,8 @@ class Bench:
             return "not applicable: there are timesteps for Stable Diffusion 1.5 and XL alone"
         if kind == "mixture" and pipe.dot.mixture is None:
             return "its Dot has no Gaussian mixture (`morse plan --mixture_images`)"
-        if kind in PEERS and self.mode == "compiled":
-            return "it replaces forward methods, which --compile has compiled"
+        if kind in PEERS and self.mode != "eager":
+            return "it replaces forward methods, which --compile and --cuda_graphs have recorded"
         return PEERS[kind].obstacle(pipe) if kind in PEERS else None
 
     def measure_peer(self, method: Method, conditions: Conditions) -> dict[str, object]:
