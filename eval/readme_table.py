@@ -31,6 +31,7 @@ from morse.evaluation.report.data import (
 )
 from morse.evaluation.stats.curves import STATUS, Place
 
+SURE = 0.975  # share of the bootstrap's replicates, as for "surely" in reports
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "eval/results/README.md")
 RESULTS = ROOT / "eval/results/fashion_mnist"
@@ -163,7 +164,10 @@ def _factor(result: Result, entry: Measured) -> str:
         return f"{entry['value']:.2f}{interval}"
     if entry["status"] != "saturated" or entry["note"] == STATUS[Place.FLAT][1]:
         return entry["status"]  # a level stretch bounds nothing
-    return f"over {_largest_cost(result, entry) / entry['spent']:.2f}"
+    number = result["settings"]["num_replicates"]
+    sure = entry["replicates_outside"] / number if number else 1.0
+    told = "" if sure >= SURE else f" ({sure:.0%})"
+    return f"over {_largest_cost(result, entry) / entry['spent']:.2f}{told}"
 
 
 def _largest_cost(result: Result, entry: Measured) -> float:

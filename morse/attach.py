@@ -16,18 +16,13 @@ from diffusers.configuration_utils import FrozenDict
 from morse.calls import MorseCalls
 from morse.denoisers import find_denoiser
 from morse.dot import MorseDot
-from morse.prepare import check_dot, forget, prepare_dot, recall, remember
+from morse.prepare import DOT_IN_CONFIG, check_dot, forget, prepare_dot, recall, remember
 from morse.sampling import Dot
-
-# Library and class. diffusers itself never imports this library, and finds it if it is imported.
-_IN_CONFIG = ("morse", "MorseDot")
 
 
 def _register_dot(pipe: DiffusionPipeline, dot: Dot | None) -> None:
     pipe.register_modules(dot=dot)
     pipe.speed_ratio = dot.config.speed_ratio if isinstance(dot, MorseDot) else None
-    if isinstance(dot, MorseDot):
-        pipe.register_to_config(dot=_IN_CONFIG)  # diffusers would take the inner module's name
 
 
 class _Attached(MorseCalls):
@@ -51,15 +46,16 @@ class _KeepsDot:
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the config, for `save_pretrained`."""
         index = json.loads(self.to_json_string())
-        index["dot"][0] = None
+        if index["dot"] == list(DOT_IN_CONFIG):
+            index["dot"][0] = None
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         Path(json_file_path).write_text(text, encoding="utf-8")
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, object], **kwargs: object) -> tuple:
         """Tell diffusers which components to load, when it loads a pipeline of this class."""
-        if (config_dict.get("dot") or (None, None))[1] == _IN_CONFIG[1]:
-            config_dict = {**config_dict, "dot": _IN_CONFIG}
+        if (config_dict.get("dot") or (None, None))[1] == DOT_IN_CONFIG[1]:
+            config_dict = {**config_dict, "dot": DOT_IN_CONFIG}
         return super().extract_init_dict(config_dict, **kwargs)
 
 

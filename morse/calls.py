@@ -16,7 +16,7 @@ from morse.dot.hub import Publishable
 from morse.one_pass import read_guidance
 from morse.plan import MorsePlan
 from morse.plan_choice import PlanChoice
-from morse.prepare import check_dot, prepare_dot, remember, replace_module
+from morse.prepare import DOT_IN_CONFIG, check_dot, prepare_dot, remember, replace_module
 from morse.rates import choose_base_space
 from morse.saved_plans import scheduler_options
 from morse.slot import CURRENT_RUN
@@ -91,6 +91,9 @@ class MorseCalls(PlanChoice, Publishable):
             check_dot(value)
         before = vars(self).get(name)
         super().__setattr__(name, value)
+        if name == "dot" and isinstance(value, MorseDot):
+            # diffusers would take the inner module's name, or leave it at None.
+            self.register_to_config(dot=DOT_IN_CONFIG)
         if isinstance(before, nn.Module) and before is not value:
             replace_module(self, before, value)
 

@@ -84,7 +84,14 @@ class PlanChoice:
         if lsd is not None:
             if self.dot is None:
                 warnings.warn("lsd was given but the pipeline has no dot: all Dash.", stacklevel=3)
-            ratio = self.plan_ratio(lsd, self._with_defaults(arguments).get("eta"))
+            ratio = self.plan_ratio(lsd, eta := self._with_defaults(arguments).get("eta"))
+            if ratio == 1 and isinstance(self.dot, MorseDot) and adds_noise(self.scheduler, eta):
+                name = type(self.scheduler).__name__
+                warnings.warn(
+                    f"{name} adds noise at each step, where Dot has gained nothing so far: lsd= is "
+                    "spent on Dash alone. Give another scheduler, or plan=.",
+                    stacklevel=3,
+                )
             return MorsePlan.from_budget(lsd, self._known_speed_ratio(arguments), ratio)
         if counts:
             steps = arguments.get("num_inference_steps")

@@ -12,6 +12,9 @@ from morse.dot.wrapped import unwrap
 from morse.sampling import Dot
 from morse.slot import Owner, install_switch, release_switch, switch_owner
 
+# Library and class. diffusers itself never imports this library, and finds it if it is imported.
+DOT_IN_CONFIG = ("morse", "MorseDot")
+
 
 def check_dot(dot: object) -> None:
     """Refuse what is no Dot.

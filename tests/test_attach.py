@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attached import in_two_threads, latents, planned, text_pipe, trained_dot
-from diffusers import EulerDiscreteScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 from morse import MorseDot, disable_morse, enable_morse
 from morse.plan import MorsePlan
@@ -307,8 +307,11 @@ class TestBudgets:
         # With fresh noise at each step nothing was gained: all Dash, unless the config says more.
         assert pipe.plan_ratio(4, eta=0.5) == 1
         dot.register_to_config(plan_ratio={"stochastic": 1.25})
-        assert pipe.plan_ratio(4, eta=0.5) == 1.25
-        assert pipe.plan_ratio(4) == 2
+        assert (pipe.plan_ratio(4, eta=0.5), pipe.plan_ratio(4)) == (1.25, 2)
+        dot.register_to_config(plan_ratio=None)
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        with pytest.warns(UserWarning, match="DDPMScheduler adds noise at each step"):
+            assert pipe.plan_for(4).plan == "DDDD"
 
     def test_n_is_measured_unnoticed_before_the_first_budget(self):
         pipe, steps = text_pipe(), []

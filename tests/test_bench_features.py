@@ -128,16 +128,21 @@ def test_any_pipeline_has_a_distribution_axis(config, result):
     assert "Fréchet" not in text and f"compared in features of {PIXELS}, 150 numbers" in text
 
 
-def test_a_run_goes_on_with_the_same_extractor_and_real_images_alone(
-    config, result, monkeypatch, tmp_path
-):
+def test_a_run_goes_on_with_the_same_extractor_alone(config, result, monkeypatch, tmp_path):
     again = dataclasses.replace(config, resume=True, json=tmp_path / "again.json")
     with monkeypatch.context() as patched:
         patched.setattr("morse.evaluation.bench.sampler.sample_images", None)
         patched.setattr(real_images, "extract_feature_set", None)
         assert measure_benchmark(again)["rows"] == result["rows"]
-    with pytest.raises(ValueError, match=r"real is '.*', but the run in"):
-        measure_benchmark(dataclasses.replace(again, real=str(write_images(tmp_path / "b", 2))))
+    # No cell depends on real images, so that others may be compared with, and nothing is sampled.
+    with monkeypatch.context() as patched:
+        patched.setattr("morse.evaluation.bench.sampler.sample_images", None)
+        others = dataclasses.replace(again, real=str(write_images(tmp_path / "others", 7)))
+        found = measure_benchmark(others)
+    assert found["real"]["num_images"] == 7
+    for row, before in zip(found["rows"], result["rows"], strict=True):
+        assert row["scores"]["psnr"] == before["scores"]["psnr"]
+        assert row["scores"]["kernel"] != before["scores"]["kernel"]
     with pytest.raises(ValueError, match=r"features is '.*', but the run in"):
         measure_benchmark(dataclasses.replace(again, extractor=FEW))
     settings = config.output_dir / "settings.json"
@@ -224,10 +229,10 @@ def test_sampled_images_are_seen_as_files_of_them_would_be(channels, name, tmp_p
 def test_what_makes_sets_of_images_differ_is_told(real_folder, capsys):
     resizing = dataclasses.replace(load_extractor(FEW, CPU), resizes=True)
     real = load_feature_set(str(real_folder), resizing)
-    FeatureSpace(resizing, real, False, CPU).scorer(random_images(2, size=20))
+    FeatureSpace(resizing, real, False, CPU).check(random_images(2, size=20))
     assert "real images are 16x16 (6) and sampled ones 20x20" in capsys.readouterr().out
     auto = choose_extractor(BenchmarkConfig(), CPU)
-    FeatureSpace(auto, None, True, CPU).scorer(random_images(2))
+    FeatureSpace(auto, None, True, CPU).check(random_images(2))
     assert "fidelity alone is measured: give --extractor" in capsys.readouterr().out
 
 
@@ -240,7 +245,7 @@ def test_the_embedded_classifier_sees_the_pixels_as_sampled():
     assert space.scorer(random_images(3)).reference_features.shape == (3, 0)
     asked = dataclasses.replace(space, is_optional=False)
     with pytest.raises(ValueError, match="pad 28x28"):
-        asked.scorer(random_images(3))
+        asked.check(random_images(3))
     facts = asked.facts(32)
     assert facts["metric"] == "Fréchet distance (Fashion-MNIST classifier features)"
     assert facts["features_sha256"] == features_sha256() and facts["features_test_accuracy"] > 0.9
@@ -254,9 +259,9 @@ def test_sizes_that_an_extractor_does_not_take_are_refused(tmp_path, real_folder
     extractor = load_extractor(PIXELS, CPU)
     real = load_feature_set(str(real_folder), extractor)
     with pytest.raises(ValueError, match=r"images are 16x16 \(6\) and sampled ones 20x20, but"):
-        FeatureSpace(extractor, real, False, CPU).scorer(random_images(2, size=20))
+        FeatureSpace(extractor, real, False, CPU).check(random_images(2, size=20))
     with pytest.raises(ValueError, match=r"does not resize, and fails on sampled images of 20x20"):
-        FeatureSpace(extractor, None, False, CPU).scorer(random_images(2, size=20))
+        FeatureSpace(extractor, None, False, CPU).check(random_images(2, size=20))
 
 
 def test_parts_may_know_different_axes():

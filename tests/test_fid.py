@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +92,10 @@ def test_generation_and_metrics_in_one_go(tiny_folder, tmp_path, capsys):  # noq
     assert FRECHET_LABEL in printed and "FID" not in printed
     assert result["extractor"]["sha256"] in printed and "singular" in printed
     assert run_fid(config)["rows"] == result["rows"]  # from the images that are there
+    # That a folder holds others is told before anything is sampled.
+    with pytest.raises(ValueError, match="holds images of other settings"):
+        run_fid(replace(config, num_inference_steps=(), reference_steps=7, seed=4))
+    assert not (tmp_path / "out" / "reference_7_steps").exists()
 
 
 def test_a_budget_is_spent_as_a_call_spends_it(tiny_folder, tmp_path):  # noqa: F811

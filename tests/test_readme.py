@@ -88,9 +88,10 @@ def test_guidance_has_a_column_and_its_rows_together():
 def test_factors_have_an_interval_or_a_bound():
     entry = {"method": PLANNED, "baseline": "DPM++ 2M", "axis": "psnr", "cost": "lsd", "budget": 8}
     entry |= {"status": "measured", "value": 2.0, "interval": [1.5, 2.25], "spent": 8.0}
-    entry |= {"note": ""}
+    entry |= {"note": "", "replicates_outside": 79}
     bare = {"kind": "baseline", "label": "DPM++ 2M", "lsd": 30.0, "scores": {"psnr": {"value": 9}}}
     result = {
+        "settings": {"num_replicates": 80},
         "axes": full_result()["axes"],
         "rows": [
             bare,
@@ -111,9 +112,9 @@ def test_factors_have_an_interval_or_a_bound():
     ]
     result["rows"].append(bare | {"kind": "mixture", "lsd": 36.0})
     saturated = entry | {"baseline": BEST_WITH_MIXTURE, "spent": 12.0, "status": "saturated"}
-    result["speedups"] = [saturated]
+    result["speedups"] = [saturated, saturated | {"budget": 14, "replicates_outside": 60}]
     assert make_factors({"pixels": result}, (BEST_WITH_MIXTURE,)).splitlines()[2] == (
-        f"| {BEST_WITH_MIXTURE} | pixels | over 3.00 |"
+        f"| {BEST_WITH_MIXTURE} | pixels | over 3.00 | over 3.00 (75%) |"
     )
 
 
@@ -130,7 +131,7 @@ def test_a_bound_is_of_the_baseline_itself():
     ]
 
     def find(baseline, **changes):
-        result = {"axes": full_result()["axes"], "rows": rows}
+        result = {"axes": full_result()["axes"], "rows": rows, "settings": {"num_replicates": 0}}
         result["speedups"] = [entry | {"baseline": baseline} | changes]
         return make_factors({"text": result}, (baseline,)).splitlines()[2].split(" | ")[2]
 

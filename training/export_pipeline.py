@@ -23,29 +23,38 @@ class ExportConfig:
         default="dpmsolver++",
         metadata={"help": "what calls use unless told otherwise; see morse.pipeline.SCHEDULERS"},
     )
-    ddim_ratio: float = field(default=2.0, metadata={"help": "evaluations per LSD with DDIM"})
-    dpm_ratio: float = field(
-        default=1.75, metadata={"help": "evaluations per LSD with DPM-Solver++ 2M"}
+    plan_ratio: str = field(
+        default='{"default": 2.0}',
+        metadata={
+            "help": "evaluations per LSD by the scheduler's class name or default, as JSON: a "
+            "number, or pairs [budget from which on, ratio]"
+        },
     )
+
+    @property
+    def plan_ratios(self) -> dict[str, object]:
+        """What `plan_ratio` holds."""
+        try:
+            ratios = json.loads(self.plan_ratio)
+        except ValueError as error:
+            raise ValueError(f"plan_ratio is {self.plan_ratio!r}, no JSON ({error})") from error
+        if not isinstance(ratios, dict):
+            raise ValueError(f'plan_ratio is {self.plan_ratio!r}; write {{"default": 2.0}}, say')
+        return ratios
 
 
 def export(config: ExportConfig) -> None:
     """Load both, note the plans that suit them, and save them in float16."""
     from morse import MorsePipeline
 
+    ratios = config.plan_ratios
     pipe = MorsePipeline.from_pretrained(
         config.pretrained_model_name_or_path,
         dot=config.dot,
         scheduler=config.scheduler,
         dtype=torch.float16,
     )
-    pipe.dot.register_to_config(
-        speed_ratio=config.speed_ratio,
-        plan_ratio={
-            "default": config.ddim_ratio,
-            "DPMSolverMultistepScheduler": config.dpm_ratio,
-        },
-    )
+    pipe.dot.register_to_config(speed_ratio=config.speed_ratio, plan_ratio=ratios)
     pipe.save_pretrained(config.output_dir)
     for path in config.output_dir.rglob("*.json"):  # where they were loaded from says nothing here
         settings = json.loads(path.read_text(encoding="utf-8"))

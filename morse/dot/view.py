@@ -148,7 +148,13 @@ def fingerprint(dash: nn.Module) -> dict[str, object]:
     Raises:
         ValueError: If its weights are quantized.
     """
-    _check_unquantized(dash)
+    method = quantization_of(dash)
+    if method is not None:
+        raise ValueError(
+            f"{type(dash).__name__} is quantized ({method}), but Dot shares and adapts its weights "
+            "as they were trained: load it without quantization_config, in torch.bfloat16, say; "
+            "where memory is short, offload it (pipe.enable_model_cpu_offload())."
+        )
     parameters = [place for place in named_weights(dash) if not is_ip_adapter(place[0])]
     shapes = [(name, tuple(value.shape)) for name, value, *_ in parameters]
     digest = hashlib.sha256(f"{type(dash).__name__} {shapes}".encode()).hexdigest()[:12]
@@ -163,19 +169,16 @@ def fingerprint(dash: nn.Module) -> dict[str, object]:
     }
 
 
-def _check_unquantized(model: nn.Module) -> None:
+def quantization_of(model: nn.Module) -> str | None:
+    """Name the method that a model's weights are quantized by; None for none."""
     quantizer = getattr(model, "hf_quantizer", None)
     config = getattr(quantizer or getattr(model, "config", None), "quantization_config", None)
     # The config still tells of a quantization that `dequantize` undid.
     if config is None or not getattr(model, "is_quantized", True):
-        return
+        return None
     is_dict = isinstance(config, dict)
     method = config.get("quant_method") if is_dict else getattr(config, "quant_method", None)
-    raise ValueError(
-        f"{type(model).__name__} is quantized ({getattr(method, 'value', method)}), but Dot shares "
-        "and adapts its weights as they were trained: load it without quantization_config, in "
-        "torch.bfloat16, say; where memory is short, offload it (pipe.enable_model_cpu_offload())."
-    )
+    return str(getattr(method, "value", method))
 
 
 def _project(weight: Tensor) -> float:

@@ -1,7 +1,9 @@
 """What is measured of each image, and the axes that the benchmark's figures are given on."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -14,6 +16,7 @@ from morse.evaluation.torch_fidelity_loader import torchmetrics_module
 Distance = Literal["frechet", "kernel"]
 # Beyond, Fréchet distances of 1,000 resamples take gigabytes and a minute for each set of images.
 MAX_FRECHET_DIM = 128
+SSIM_PIXELS = 2**20  # values of images at a time, of which torchmetrics makes some twenty copies
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,11 @@ class Scorer:
                 the number of images to score, because each costs as much as many of those.
         """
         self.extract, self.real, self.reference = extract, real, reference
-        self.reference_features = self._features(reference)
+
+    @cached_property
+    def reference_features(self) -> Tensor:
+        """Features of the reference's images, (R, D)."""
+        return self._features(self.reference)
 
     def score(self, images: Tensor) -> ImageScores:
         """Score images (N, C, H, W), the first of which start from the reference's noise."""
@@ -145,17 +152,17 @@ def is_fashion_like(images: Tensor) -> bool:
     return images.shape[1:] == (1, 32, 32)
 
 
-def structural_similarity(images: Tensor, reference: Tensor, batch_size: int = 500) -> Tensor:
+def structural_similarity(images: Tensor, reference: Tensor) -> Tensor:
     """Return each image's mean structural similarity (Wang et al. 2004, Equation 13).
 
     Args:
         images: (N, C, H, W) in [0, 1], H and W at least 6.
         reference: What they should be; the same shape.
-        batch_size: Images at a time.
 
     Returns:
         One value an image, (N,), float32; 1 for equal images.
     """
+    batch_size = max(1, SSIM_PIXELS // math.prod(images.shape[1:]))
     measure = torchmetrics_module("functional.image").structural_similarity_index_measure
     parts = [
         measure(*pair, data_range=1.0, reduction="none").reshape(-1)

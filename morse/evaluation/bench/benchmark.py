@@ -90,7 +90,6 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     if config.prompt_embeds is not None:
         identity["prompt_embeds_sha256"] = file_sha256(config.prompt_embeds)
     identity["extractor"] = None if extractor is None else extractor.identity()
-    identity["real"] = config.real
     folders = part_folders(config.output_dir, scales)
     stores = [CellStore(folder, identity, config.resume) for folder in folders]
     real = read_real(opened, extractor, stores[0])

@@ -66,23 +66,33 @@ class FeatureSpace:
         """Where distances between all pairs of images are computed, in float64."""
         return str(self.device) if self.device.type == "cuda" else "cpu"
 
-    def scorer(self, reference: Tensor) -> Scorer:
-        """Make the scorer of a repetition.
-
-        Args:
-            reference: The reference sampler's images, (R, C, H, W) in [0, 1].
+    def check(self, images: Tensor) -> None:
+        """Try out some images (N, C, H, W) like those to come, before all are sampled.
 
         Raises:
             ValueError: If the extractor cannot take images of this size, or real images have other
                 sizes and it does not resize.
         """
-        if self.is_optional and not is_fashion_like(reference):
-            print("fidelity alone is measured: give --extractor, and --real, for distances of sets")
+        if not self._has_features(images):
+            if self.is_optional:
+                print("fidelity alone is measured: give --extractor, and --real, for distances")
+            return
+        self._check_size(f"{images.shape[3]}x{images.shape[2]}")
+        self.extract(images)
+
+    def scorer(self, reference: Tensor) -> Scorer:
+        """Make the scorer of a repetition.
+
+        Args:
+            reference: The reference sampler's images, (R, C, H, W) in [0, 1].
+        """
+        if not self._has_features(reference):
             return Scorer(None, None, reference)
-        if self.extractor is None:
-            return Scorer(None, None, reference)
-        self._check_size(f"{reference.shape[3]}x{reference.shape[2]}")
         return Scorer(self.extract, self.real, reference)
+
+    def _has_features(self, images: Tensor) -> bool:
+        fits = not self.is_optional or is_fashion_like(images)
+        return self.extractor is not None and fits
 
     def extract(self, images: Tensor) -> Tensor:
         """Return the features of images (N, C, H, W) in [0, 1], (N, D), float32, on the CPU.

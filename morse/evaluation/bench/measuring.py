@@ -12,7 +12,7 @@ from morse.evaluation.bench.feature_space import FeatureSpace
 from morse.evaluation.bench.grid import COLUMNS, grid_budgets, strip_png
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS, Method
 from morse.evaluation.bench.runs import Samples, reference_images
-from morse.evaluation.bench.sampler import Bench
+from morse.evaluation.bench.sampler import WARM_UP, Bench
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.store import Cell, CellStore
 from morse.evaluation.bench.tasks import PEER_SETTINGS
@@ -166,6 +166,8 @@ def _measure_seed(part: Part, speed_ratio: float, seed: int) -> None:
 
     def sample_reference() -> Tensor:
         few, method = seeds[: config.num_reference_images], Method(REFERENCE_SOLVER)
+        tried = bench.sample(method, WARM_UP, few[:1], speed_ratio, part.conditions)
+        part.space.check(tried.images)
         samples = bench.sample(method, REFERENCE_STEPS, few, speed_ratio, part.conditions)
         return reference_images(samples)
 

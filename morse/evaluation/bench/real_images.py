@@ -1,5 +1,8 @@
 """The real images that the benchmark compares sampled ones with."""
 
+import hashlib
+import json
+
 import numpy as np
 from torch import Tensor
 
@@ -16,7 +19,6 @@ from morse.evaluation.metrics import feature_statistics
 from morse.evaluation.scoring import distance_for
 
 MAX_REAL = 5000  # images that are read; kernels of all pairs are computed with those sampled
-STORED = "real"  # their name in the store
 
 
 def open_real(source: str | None, extractor: Extractor | None) -> ImageSet | FeatureSet | None:
@@ -69,17 +71,21 @@ def read_real(
         names = [opened.names[i] for i in chosen]
         images = ImageSet(opened.name, names, lambda i: opened.open(chosen[i]))
 
+    # Cells do not depend on them, so that a run may go on with others.
+    named = json.dumps([opened.name, opened.names, extractor.identity()])
+    stored = f"real-{hashlib.sha256(named.encode()).hexdigest()[:12]}"
+
     def extract() -> Tensor:
         from morse.evaluation.fid.budgets import progress_bar
 
         with progress_bar(f"features of {images.name}", shown=True) as on_images:
             found = extract_feature_set(images, extractor, on_images=on_images)
         facts = found.facts | {"num_available": len(opened)}
-        store.once(STORED, lambda: {"facts": facts, "notes": found.notes})
+        store.once(stored, lambda: {"facts": facts, "notes": found.notes})
         return found.features
 
-    features = store.features(STORED, extract)
-    told = store.once(STORED, dict)
+    features = store.features(stored, extract)
+    told = store.once(stored, dict)
     for note in told["notes"]:
         print(note)
     statistics = feature_statistics(features)

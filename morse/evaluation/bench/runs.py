@@ -110,7 +110,7 @@ def sample_images(
         settings = {"plan": steps}
     else:
         settings = {"num_inference_steps": find_exact_steps(pipe, {}, steps)}
-    images, batch_seconds, runs = None, [], []
+    images, num_broken, batch_seconds, runs = None, 0, [], []
     on_cuda = pipe.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(pipe.device)
@@ -127,10 +127,10 @@ def sample_images(
             found = torch.from_numpy(output.images).permute(0, 3, 1, 2)
             if images is None:  # at once, for 5,000 large ones fill much of a machine's memory
                 images = torch.empty(len(seeds), *found.shape[1:])
-            images[first : first + len(chunk)] = found
+            images[first : first + len(chunk)], broken = _finite(found.float())
+            num_broken += broken
             if planned:
                 runs.append(pipe.last_run)
-    images, num_broken = _finite(images)
     broken = (
         f"{num_broken} images are not finite and are scored as black ones" if num_broken else ""
     )

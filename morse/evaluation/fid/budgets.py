@@ -10,7 +10,7 @@ import torch
 
 from morse.evaluation.conditions import make_conditions, read_prompts
 from morse.evaluation.fid.extractors import state_sha256
-from morse.evaluation.fid.generation import Method, Request, generate
+from morse.evaluation.fid.generation import Method, Request, check_folder, generate
 from morse.plan import MorsePlan
 from morse.rates import adds_noise
 from morse.steps import count_evaluations
@@ -46,8 +46,10 @@ def generate_all(
         conditions=conditions,
         settings=_settings(config, pipe, device),
     )
-    rows = []
-    for method in _methods(config, pipe):
+    rows, methods = [], list(_methods(config, pipe))
+    for method in methods:  # before any is sampled
+        check_folder(method, request, config.output_dir)
+    for method in methods:
         with progress_bar(method.label, state.is_main_process) as on_images:
             folder, changed = generate(pipe, method, request, config.output_dir, state, on_images)
         fallbacks = dict(sum((Counter(batch["fallbacks"]) for batch in changed), Counter()))

@@ -201,7 +201,9 @@ def run_fid(config: FidConfig) -> dict[str, object] | None:
         check_real(config, extractor)
         if config.lpips:
             check_lpips_weights(config.lpips_weights)
-        if config.real is None and config.reference_steps is None and config.prompts is None:
+        has_words = config.prompts is not None or config.class_names
+        is_scored = extractor is not None and extractor.embed_text is not None and has_words
+        if config.real is None and config.reference_steps is None and not is_scored:
             print("nothing will be measured: give --real for distances, --reference_steps for PSNR")
     rows = generate_all(config, state, device) if config.pipeline is not None else None
     is_main = state.is_main_process

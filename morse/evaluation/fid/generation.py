@@ -106,8 +106,7 @@ def generate(
         ValueError: If the folder holds images of other settings, or an image is not finite.
     """
     folder = output_dir / method.folder
-    content = _settings(method, request)
-    _check_settings(folder, content)
+    content = check_folder(method, request, output_dir)
     state.wait_for_everyone()  # all have read before the first one writes
     if state.is_main_process and not (folder / SETTINGS_FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +155,17 @@ def _settings(method: Method, request: Request) -> dict[str, object]:
         **request.settings,
     }
     return json.loads(json.dumps(content))
+
+
+def check_folder(method: Method, request: Request, output_dir: Path) -> dict[str, object]:
+    """Check that a method's folder is free, or holds such images; returns its settings.
+
+    Raises:
+        ValueError: If it holds images of other settings.
+    """
+    content = _settings(method, request)
+    _check_settings(output_dir / method.folder, content)
+    return content
 
 
 def _check_settings(folder: Path, content: dict[str, object]) -> None:

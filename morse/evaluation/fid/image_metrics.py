@@ -13,6 +13,7 @@ from morse.evaluation.fid.image_sets import ImageSet, ReadingFacts, read_batches
 from morse.evaluation.fid.lpips import Lpips
 from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
 from morse.evaluation.scoring import structural_similarity
+from morse.evaluation.stats.frechet import Gaussians, frechet_distances
 from morse.evaluation.torch_fidelity_loader import fidelity_module
 
 KID_SUBSETS, PRC_NEIGHBOURS, IS_SPLITS = 100, 3, 10  # the values of published figures
@@ -96,8 +97,8 @@ def feature_scores(
 def frechet_error(real: FeatureSet, fake: FeatureSet) -> float | None:
     """Return the Fréchet distance's standard error over the images measured, by a jackknife.
 
-    Each of `JACKKNIFE_GROUPS` groups of images is left out in turn (Efron 1982, chapter 3). The
-    real images are held fixed, and the bias of few images is not in it.
+    Each of `JACKKNIFE_GROUPS` equal groups of images is left out in turn (Efron 1982, chapter 3).
+    The real images are held fixed, and the bias of few images is not in it.
 
     Returns:
         None where `fake` is statistics alone, or too few images for a covariance without a group.
@@ -105,8 +106,10 @@ def frechet_error(real: FeatureSet, fake: FeatureSet) -> float | None:
     if fake.features is None or len(fake.features) < 2 * JACKKNIFE_GROUPS:
         return None
     groups = torch.arange(len(fake.features)) % JACKKNIFE_GROUPS
+    groups[len(groups) // JACKKNIFE_GROUPS * JACKKNIFE_GROUPS :] = -1  # the rest is always in
+    reals = Gaussians.of(real.mean, real.covariance)
     left = (feature_statistics(fake.features[groups != g]) for g in range(JACKKNIFE_GROUPS))
-    return jackknife_error([frechet_distance(real.mean, real.covariance, *each) for each in left])
+    return jackknife_error([frechet_distances(Gaussians.of(*each), reals).item() for each in left])
 
 
 def jackknife_error(values: list[float]) -> float:
@@ -142,8 +145,8 @@ def kernel_distance(real: Tensor, fake: Tensor, subset_size: int = 1000) -> Scor
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[Score, Score]:
     """Return improved precision and recall (Kynkäänniemi et al. 2019) with 3 neighbours.
 
-    Both are shares of images, and have the standard error of a share: the other set, in whose
-    neighbourhoods they are looked for, is held fixed.
+    Precision is a share of the images measured, and has the standard error of a share, the real
+    ones held fixed. Recall is one of the real images: what other images would give is not known.
 
     Args:
         real: (N, D), N > 3.
@@ -157,11 +160,8 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[Score, Score]:
         save_cpu_ram=True,
         verbose=False,
     )
-    return _share(found["precision"], len(fake)), _share(found["recall"], len(real))
-
-
-def _share(value: float, count: int) -> Score:
-    return Score(value, math.sqrt(value * (1 - value) / count))
+    share = found["precision"]
+    return Score(share, math.sqrt(share * (1 - share) / len(fake))), Score(found["recall"])
 
 
 def inception_score(logits: Tensor) -> Score:

@@ -19,6 +19,11 @@ class Gaussians:
     means: np.ndarray
     covariances: np.ndarray
 
+    @classmethod
+    def of(cls, mean: Tensor, covariance: Tensor) -> "Gaussians":
+        """Make one, of (D,) and (D, D)."""
+        return cls(mean.double().numpy()[None], covariance.double().numpy()[None])
+
     @cached_property
     def roots(self) -> np.ndarray:
         """The covariances' symmetric square roots, (R, D, D)."""
@@ -71,9 +76,10 @@ def draw_real(
 ) -> Gaussians:
     """Return the real images' statistics, and what they may be for other real images as many.
 
-    Only their mean and covariance S are at hand, so replicates are drawn as if the features were
-    normal: the mean from N(mean, S / n), the covariance from Wishart(S, n - 1) / (n - 1), which are
-    independent then (Anderson 2003, Theorem 3.3.2); the Wishart by Bartlett's decomposition.
+    Often only their mean and covariance S are at hand, so replicates are drawn as if the features
+    were normal: the mean from N(mean, S / n), the covariance from Wishart(S, n - 1) / (n - 1),
+    which are independent then (Anderson 2003, Theorem 3.3.2); the Wishart by Bartlett's
+    decomposition.
 
     Args:
         real: Mean (D,) and covariance (D, D).
@@ -82,11 +88,11 @@ def draw_real(
         num_replicates: How many to draw; row 0 of the result is `real` itself.
         rng: Makes the draws.
     """
-    mean, covariance = (part.double().numpy() for part in real)
+    own = Gaussians.of(*real)
     if num_real is None:
-        return Gaussians(mean[None], covariance[None])
+        return own
+    mean, covariance, root = own.means[0], own.covariances[0], own.roots[0]
     size, freedom = len(mean), num_real - 1
-    root = Gaussians(mean[None], covariance[None]).roots[0]
     means = mean + rng.standard_normal((num_replicates, size)) @ root / np.sqrt(num_real)
     factors = np.tril(rng.standard_normal((num_replicates, size, size)), k=-1)
     diagonal = np.sqrt(rng.chisquare(freedom - np.arange(size), size=(num_replicates, size)))
