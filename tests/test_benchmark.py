@@ -164,5 +164,5 @@ def test_bad_settings_are_named(tmp_path):
         BenchmarkConfig(ddim_ratios=(0.5,))
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"schema_version": 99}))
-    with pytest.raises(ValueError, match="schema_version 99"):
+    with pytest.raises(ValueError, match="schema_version is 99"):
         run_benchmark(BenchmarkConfig(from_json=other, output_dir=tmp_path))

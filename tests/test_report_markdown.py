@@ -1,6 +1,5 @@
 """The report's Markdown shows any text as it is; the committed reports are what is drawn now."""
 
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 from report_fixtures import paired_result
 
 from morse.evaluation.report.blocks import Section, Table
+from morse.evaluation.report.data import read_result
 from morse.evaluation.report.markdown import to_markdown
 from morse.evaluation.report.render import markdown_report, render
 
@@ -91,10 +91,10 @@ def test_what_is_written_is_what_is_drawn_without_figures(tmp_path):
 def test_committed_reports_are_those_of_the_committed_results():
     """For the others, `morse bench --from JSON --output_dir ITS_FOLDER` draws them anew."""
     different, number = [], 0
-    for file in sorted((ROOT / "eval/results").rglob("benchmark.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
+    for file in sorted((ROOT / "eval/results").rglob("benchmark.json*")):
+        result = read_result(file)
         if result["schema_version"] == 4:
             number += 1
-            committed = file.with_suffix(".md").read_text(encoding="utf-8")
+            committed = (file.parent / "benchmark.md").read_text(encoding="utf-8")
             different += [file.parent.name] * (committed != markdown_report(result))
     assert number > 2 and different == []

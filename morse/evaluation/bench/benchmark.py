@@ -25,7 +25,7 @@ from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.store import CellStore
 from morse.evaluation.environment import AUTOCAST, command_line, environment, resolve_device
 from morse.evaluation.fid.extractors import file_sha256
-from morse.evaluation.report.data import READABLE_SCHEMAS, SCHEMA_VERSION
+from morse.evaluation.report.data import SCHEMA_VERSION, read_result
 from morse.evaluation.report.render import render
 from morse.evaluation.stats.points import Statistics
 from morse.evaluation.stats.summary import rounded, summarize
@@ -52,17 +52,13 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, object]:
 
     Raises:
         FileExistsError: If `output_dir` holds a run and `resume` is off.
-        ValueError: If a resumed run was started with other settings.
+        ValueError: If a resumed run was started with other settings, or a result to be drawn again
+            has a schema that is not known.
     """
     if config.arch:
         return measure_architectures(config.resolved())
     if config.from_json is not None:
-        result = json.loads(config.from_json.read_text())
-        if result.get("schema_version") not in READABLE_SCHEMAS:
-            raise ValueError(
-                f"{config.from_json} has schema_version {result.get('schema_version')}, but this "
-                f"version draws {READABLE_SCHEMAS}; measure again"
-            )
+        result = read_result(config.from_json)
     else:
         result = measure_benchmark(config.resolved())
     for file in render(result, config.output_dir):

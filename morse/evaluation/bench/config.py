@@ -29,7 +29,10 @@ class BenchmarkConfig:
     )
     from_json: Path | None = field(
         default=None,
-        metadata={"help": "redraw this result's report; no sampling", "alias": "from"},
+        metadata={
+            "help": "redraw the report of this result (.json or .json.gz); no sampling",
+            "alias": "from",
+        },
     )
     resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
     quick: bool = field(

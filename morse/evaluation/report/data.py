@@ -6,8 +6,11 @@ as a whole. Schema 2 knew no guidance, and reads as one part of it.
 Seeds from which not all was measured are in "seeds_left_out", of the whole or of a guidance scale.
 """
 
+import gzip
+import json
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from morse.evaluation.bench.methods import TRAINING_FREE
@@ -22,6 +25,12 @@ CONTROLS = ("mixture", "reuse", "extrapolation", "independent", "shrunk")
 KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, *PEER_SETTINGS)
 FOOTNOTE_MARKS = "†‡§¶"
 NONE = "–"
+
+
+def read_result(file: Path) -> Result:
+    """Read a benchmark's JSON, packed by gzip if its name ends in ".gz"."""
+    content = file.read_bytes()
+    return json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
 
 
 def guidance_parts(result: Result) -> list[Result]:
