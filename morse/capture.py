@@ -5,8 +5,8 @@ tensors are copied to where its recorded arguments lie, and nothing that Python 
 as the look at a flag, is done again.
 """
 
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, is_dataclass
 from types import MethodType, NoneType
 from typing import Protocol
@@ -33,7 +33,8 @@ class CudaCapture:
     """Records calls as CUDA graphs, those of a device in one pool of memory.
 
     Graphs of a pool may overwrite each other's outputs, so these must be copied after each replay,
-    and replays must not overlap.
+    and replays must not overlap. Other threads may go on with what they do meanwhile, but not draw
+    from the device's default generator: before torch 2.13 that raises while a call is recorded.
     """
 
     device_type = "cuda"
@@ -60,16 +61,31 @@ class CudaCapture:
             stream.wait_stream(torch.cuda.current_stream())
             graph = torch.cuda.CUDAGraph()
             # `torch.cuda.graph` alone would leave its stream the current one where it fails.
-            with torch.cuda.stream(stream), _uncached_autocast():
+            with _mended_generator(), torch.cuda.stream(stream), _uncached_autocast():
                 for _ in range(_WARM_UPS):
                     call()
-                # Other threads may go on with what they do.
                 options = {"stream": stream, "capture_error_mode": "thread_local"}
                 with torch.cuda.graph(graph, pool=pool, **options):
                     output = call()
             torch.cuda.current_stream().wait_stream(stream)
             self._places[device] = stream, pool
         return graph.replay, output
+
+
+@contextmanager
+def _mended_generator() -> Iterator[None]:
+    """Let the current device's default generator draw on where a capture fails in this context.
+
+    Before torch 2.13 its state would count as being captured, and refuse, for the rest of the
+    process. A copy, which goes on where it stopped, does not.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # of a broken device; what broke it is what to raise
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
 
 
 def _uncached_autocast() -> object:
@@ -100,6 +116,21 @@ def describe(value: object, tensors: list[Tensor]) -> Hashable:
         return type(value), value
     parts = _parts(value)
     return type(value), tuple((name, describe(part, tensors)) for name, part in parts)
+
+
+def identify(value: object) -> Hashable:
+    """Describe such a value and which tensors it has; unequal once it was given something else."""
+    tensors: list[Tensor] = []
+    try:
+        return describe(value, tensors), *map(id, tensors)
+    except UnknownKindError as error:
+        return error
+
+
+def describe_modes(device_type: str) -> tuple[object, ...]:
+    """Describe what of torch's state a call depends on."""
+    autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
+    return autocast, torch.is_inference_mode_enabled()
 
 
 def map_tensors(value: object, function: Callable[[Tensor], Tensor]) -> object:
@@ -149,12 +180,12 @@ class ModelState:
         return [*map(_address, self._weights)] != self._addresses
 
     def has_changed(self) -> bool:
-        """Tell whether layers, weights or settings were replaced since.
+        """Tell whether layers, weights or settings were replaced since, or weights moved.
 
         That takes about a millisecond for Stable Diffusion's UNet.
         """
         try:
-            return self._read_settings() != self._settings
+            return self.has_moved() or self._read_settings() != self._settings
         except (RuntimeError, ValueError):  # tensors, which are not compared unless replaced
             return True
 

@@ -5,14 +5,26 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from threading import RLock
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from morse.capture import Capture, ModelState, UnknownKindError, describe, find_hook, map_tensors
+from morse.capture import (
+    Capture,
+    ModelState,
+    UnknownKindError,
+    describe,
+    describe_modes,
+    find_hook,
+    identify,
+    map_tensors,
+)
 from morse.dot import MorseDot
 from morse.dot.ports import find_ports
 from morse.sampling import JumpPoint
+
+_MAX_FAILURES = 8  # kinds of calls that can't be captured, before no other is tried
 
 
 @dataclass
@@ -22,6 +34,7 @@ class Shared:
     capture: Capture
     lock: object = field(default_factory=RLock)
     is_capturing: bool = False
+    modules: WeakSet[nn.Module] = field(default_factory=WeakSet)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +50,25 @@ class _Graph:
         return map_tensors(self.output, torch.clone)
 
 
+@dataclass(frozen=True)
+class _Without:
+    """Why a call has no graph, and its kind where capturing failed and is not to be tried again."""
+
+    reason: str
+    failed: Hashable = None
+
+
+class _StatefulError(Exception):
+    pass
+
+
 class GraphedCall:
     """Stands for a model's call and replays graphs of it; see `morse.graphs.enable_cuda_graphs`.
 
     Attributes:
         module: The model.
         compiled: What its `compile()` left, which is captured instead; None where it did not.
+        companions: The models whose graphs share memory, this one among them.
         num_captures: Graphs made.
         num_replays: Calls answered by graphs.
         reasons: Why calls were made without.
@@ -60,9 +86,12 @@ class GraphedCall:
         self.num_captures = self.num_replays = 0
         self.reasons: set[str] = set()
         self._shared, self._max_graphs = shared, max_graphs
+        self.companions = shared.modules
+        self.companions.add(module)
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._state: ModelState | None = None
-        self._failure: str | None = None
+        self._failures: dict[Hashable, str] = {}
+        self._never: str | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the model, with the output in the usual container and in memory of its own."""
@@ -70,47 +99,59 @@ class GraphedCall:
             return self._plain(*args, **kwargs)
         with self._shared.lock:
             answered = self._answer(args, kwargs)
-        if isinstance(answered, str):
+        if isinstance(answered, tuple):
+            return answered[0]
+        output = self._plain(*args, **kwargs)
+        # Not before: a caller's own mistake is raised, and says nothing of later calls.
+        if answered is not None:
             self._note(answered)
-        if not isinstance(answered, tuple):
-            return self._plain(*args, **kwargs)
-        return answered[0]
+        return output
+
+    def forget(self) -> None:
+        """Free the graphs and let go of the weights that they were made of."""
+        with self._shared.lock:
+            self._graphs, self._state = OrderedDict(), None
 
     def _plain(self, *args: object, **kwargs: object) -> object:
         return (self.compiled or self.module._call_impl)(*args, **kwargs)
 
-    def _note(self, reason: str) -> None:
-        if reason not in self.reasons:
-            self.reasons.add(reason)
+    def _note(self, without: _Without) -> None:
+        if without.failed is not None:
+            self._failures[without.failed] = without.reason
+        if without.reason not in self.reasons:
+            self.reasons.add(without.reason)
             name = type(self.module).__name__
-            warnings.warn(f"{name} is called without a CUDA graph: {reason}.", stacklevel=4)
+            warnings.warn(f"{name} is called without a CUDA graph: {without.reason}.", stacklevel=4)
 
-    def _answer(self, args: tuple, kwargs: dict) -> tuple[object] | str | None:
+    def _answer(self, args: tuple, kwargs: dict) -> tuple[object] | _Without | None:
         """Give (output,), or why there is no graph; None inside of another model's capture."""
         if self._shared.is_capturing:
             return None
-        if self._failure is not None:
-            return self._failure
         if torch.is_grad_enabled():
-            return "gradients are enabled; call it under torch.no_grad()"
-        problem = _why_never(self.module)
+            return _Without("gradients are enabled; call it under torch.no_grad()")
+        problem = self._never or _why_never(self.module)
         if problem is not None:
-            return problem
+            return _Without(problem)
         tensors: list[Tensor] = []
         arguments = self._without_earlier((args, kwargs))
         try:
             kind = describe(arguments, tensors)
         except UnknownKindError as error:
-            return str(error)
+            return _Without(str(error))
         device_type = self._shared.capture.device_type
         device = next((each.device for each in tensors if each.device.type == device_type), None)
         if device is None:
-            return f"it is not given tensors on {device_type}"
-        return self._replay((kind, *_modes(device_type)), tensors, arguments, device)
+            if self._state is not None and self._state.has_changed():  # to have the memory
+                self.forget()
+            return _Without(f"it is not given tensors on {device_type}")
+        key = (kind, *describe_modes(device_type))
+        if key in self._failures:
+            return _Without(self._failures[key])
+        return self._replay(key, tensors, arguments, device)
 
     def _replay(
         self, key: Hashable, tensors: list[Tensor], arguments: tuple, device: torch.device
-    ) -> tuple[object] | str:
+    ) -> tuple[object] | _Without:
         graph, state = self._graphs.get(key), self._state
         stale = state is None or state.has_moved()
         if graph is not None and not stale:
@@ -120,10 +161,10 @@ class GraphedCall:
         # The rest is looked at while the device works.
         if stale or state.has_changed():
             replaced, graph = self._graphs, None
-            self._graphs, self._state = OrderedDict(), None
+            self.forget()
         if graph is None:
-            graph = self._make(tensors, arguments, device)
-            if isinstance(graph, str):
+            graph = self._make(key, arguments, device)
+            if isinstance(graph, _Without):
                 return graph
             self._keep(key, graph)
             output = graph.run(tensors)
@@ -131,10 +172,12 @@ class GraphedCall:
         self.num_replays += 1
         return (output,)
 
-    def _make(self, tensors: list[Tensor], arguments: tuple, device: torch.device) -> _Graph | str:
+    def _make(self, key: Hashable, arguments: tuple, device: torch.device) -> _Graph | _Without:
         hooked = find_hook((*_roots(self.module), *getattr(self.module, "_dash", ())))
         if hooked is not None:
-            return f"its {hooked} has a hook or another forward method"
+            return _Without(f"its {hooked} has a hook or another forward method")
+        if len(self._failures) >= _MAX_FAILURES:
+            return _Without("capturing others of its calls failed")
         inputs: list[Tensor] = []
 
         def hold(tensor: Tensor) -> Tensor:
@@ -142,20 +185,36 @@ class GraphedCall:
             inputs.append(torch.empty_like(tensor, device=device).copy_(tensor))
             return inputs[-1]
 
-        args, kwargs = map_tensors(arguments, hold)
+        held = map_tensors(arguments, hold)
         self._shared.is_capturing = True
         try:
-            replay, output = self._shared.capture(lambda: self._plain(*args, **kwargs), device)
+            replay, output = self._shared.capture(lambda: self._call_held(held), device)
             describe(output, [])
+        except _StatefulError:
+            self._never = "it writes to its jump point's memory"
+            return _Without(self._never)
         except (RuntimeError, UnknownKindError) as error:
-            self._failure = f"capturing it failed ({str(error).strip().partition(chr(10))[0]})"
-            return self._failure
+            told = str(error).strip().partition("\n")[0]
+            return _Without(f"capturing it failed ({told})", failed=key)
         finally:
             self._shared.is_capturing = False
         return _Graph(inputs, replay, output)
 
+    def _call_held(self, held: tuple[tuple, dict]) -> object:
+        # In new containers each time: diffusers' UNet empties its list of an adapter's features.
+        args, kwargs = map_tensors(held, lambda tensor: tensor)
+        given = (*args, *kwargs.values())
+        memories = [each.memory for each in given if isinstance(each, JumpPoint)]
+        before = identify(memories)
+        output = self._plain(*args, **kwargs)
+        if identify(memories) != before:
+            raise _StatefulError
+        return output
+
     def _keep(self, key: Hashable, graph: _Graph) -> None:
         self.num_captures += 1
+        if self._state is not None and self._state.has_changed():
+            self._graphs.clear()  # they were made of what it was before this capture
         self._graphs[key] = graph
         if len(self._graphs) > self._max_graphs:
             self._graphs.popitem(last=False)
@@ -173,12 +232,6 @@ class GraphedCall:
         return tuple(map(shorten, args)), {name: shorten(each) for name, each in kwargs.items()}
 
 
-def _modes(device_type: str) -> tuple[object, ...]:
-    """Give what of torch's state a call depends on."""
-    autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
-    return autocast, torch.is_inference_mode_enabled()
-
-
 def _roots(module: nn.Module) -> tuple[nn.Module, ...]:
     """Give a model with the layers of Dash that it runs, which are no part of a Dot."""
     return (module, *module._tree) if isinstance(module, MorseDot) else (module,)
@@ -188,8 +241,6 @@ def _why_never(module: nn.Module) -> str | None:
     """Say what a graph would get wrong of a Dot, whatever it is called with; None for nothing."""
     if not isinstance(module, MorseDot):
         return None
-    if module.relay:
-        return 'with norm="dnr" each call moves a state on'
     if module.conv_settings is not None and module.conv_settings.condition == "time":
         return "its convolutions look at the values of the time"
     if module._dash and find_ports(module._dash[0]).features == "packed":

@@ -27,12 +27,14 @@ def enable_cuda_graphs(
     attention processor's inner objects, torch's global settings) goes unseen: enable again, which
     is safe, and captures anew. A model is called as it is, with a warning that says why, where its
     call can't be captured: on other devices, with gradients, with hooks (offloading) or replaced
-    forward methods (caches), with objects among its arguments; so is a Dot of `norm="dnr"`, one
-    whose convolutions hear the time, and one of a transformer with packed samples (Flux).
+    forward methods (caches), with objects among its arguments; so is a Dot that writes to its jump
+    point's memory (`norm="dnr"`), one whose convolutions hear the time, and one of a transformer
+    with packed samples (Flux). A capture that failed is not tried again with such arguments.
 
     Call it after `enable_morse`: a Dot attached later is not replayed. A model's own `compile()`
     before it is captured along; after it, it takes the graphs' place. Graphs of one pipeline share
-    memory, and the calls of all its threads must be on one CUDA stream.
+    memory, and the calls of all its threads must be on one CUDA stream. Before torch 2.13 no thread
+    may draw from CUDA's default generator while another's call is captured.
 
     Args:
         pipe: A diffusers pipeline, with Morse or without.
@@ -56,10 +58,16 @@ def enable_cuda_graphs(
 
 
 def disable_cuda_graphs(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Undo `enable_cuda_graphs` and free the graphs; returns the same pipeline, twice is safe."""
-    for module in _models(pipe):
+    """Undo `enable_cuda_graphs` and free the graphs; returns the same pipeline, twice is safe.
+
+    So it does for a Dot that the pipeline had then and has no more.
+    """
+    calls = map(graphed_call, find_denoisers(pipe).values())
+    earlier = [module for call in calls if call is not None for module in call.companions]
+    for module in {*_models(pipe), *earlier}:
         call = graphed_call(module)
         if call is not None:
+            call.companions.discard(module)
             _set_plain_call(module, call.compiled)
     return pipe
 

@@ -3,8 +3,8 @@
 The switch sits in `nn.Module`'s private slot `_compiled_call_impl`, which a call consults first and
 which copies and saved files leave out. Unlike a replaced forward method, a proxy module or a hook,
 it survives saving, loading, offloading and `from_pipe`. The name is used in this file, for shells
-(`morse.dot.shell`) and for what the switch calls (`morse.graphs`) only; the switch is looked after
-at every pipeline call (`morse.calls`).
+(`morse.dot.shell`) and for graphs (`morse.graphs`, `morse.dot.sharing`) only; the switch is looked
+after at every pipeline call (`morse.calls`).
 """
 
 import weakref

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import time
 import warnings
+import weakref
 from collections import deque
 
 import pytest
@@ -21,7 +23,14 @@ from morse import (
     enable_cuda_graphs,
     enable_morse,
 )
-from morse.capture import ModelState, UnknownKindError, describe, map_tensors
+from morse.capture import (
+    ModelState,
+    UnknownKindError,
+    _mended_generator,
+    describe,
+    identify,
+    map_tensors,
+)
 from morse.dot.mixture import _precision
 from morse.evaluation.bench.architectures import build_architecture, find_architecture
 from morse.graphed import GraphedCall, Shared
@@ -44,8 +53,10 @@ class Rerun:
         if self.error is not None:
             raise self.error
         self.is_busy = True
-        output = call()
-        self.is_busy = False
+        try:
+            output = call()
+        finally:
+            self.is_busy = False
 
         def replay():
             held, fresh = [], []
@@ -127,6 +138,27 @@ class TestPipelines:
         assert torch.equal(planned(pipe), expected)
         disable_morse(pipe)
         assert vars(pipe.unet)["_compiled_call_impl"] is None
+
+    @pytest.mark.parametrize("enable_again", [False, True])
+    def test_taken_off_an_earlier_dot(self, pipe, enable_again):
+        dots = trained_dot(pipe.unet), trained_dot(pipe.unet)
+        with_graphs(pipe, dots[0])
+        disable_morse(pipe)
+        if enable_again:
+            with_graphs(pipe, dots[1])
+            assert graphed_call(dots[1]) is not None
+        else:
+            disable_cuda_graphs(pipe)
+        assert graphed_call(dots[0]) is None
+
+    def test_pipelines_with_a_dot_of_one_another_keep_their_graphs(self, pipe):
+        with_graphs(pipe, trained_dot(pipe.unet))
+        other, dot = with_graphs(text_pipe(), pipe.dot), pipe.dot
+        assert graphed_call(pipe.unet) is not None
+        disable_cuda_graphs(pipe)
+        assert graphed_call(pipe.unet) is None
+        disable_cuda_graphs(disable_morse(other))
+        assert graphed_call(other.unet) is graphed_call(dot) is None
 
     def test_history_has_a_graph_with_and_one_without_a_line(self, pipe):
         torch.manual_seed(1)
@@ -247,11 +279,31 @@ class TestReplays:
     def test_timesteps_on_the_cpu_are_moved(self, graphed, monkeypatch):
         """ "meta" stands for the accelerator."""
         module, call = graphed
-        monkeypatch.setattr("morse.graphed._modes", lambda device_type: ())
+        monkeypatch.setattr("morse.graphed.describe_modes", lambda device_type: ())
         call._shared.capture.device_type = "meta"
         module.to("meta")(torch.empty(2, device="meta"), torch.tensor(1.0))
         assert module.seen[-1][1:] == (torch.device("meta"),) * 2
         assert call._shared.capture.devices == [torch.device("meta")]
+
+    def test_containers_are_new_in_each_call(self):
+        """As diffusers' UNet empties its list of an adapter's features."""
+
+        class Pops(nn.Module):
+            def forward(self, sample, more):
+                return (sample + more.pop(0) if more else sample,)
+
+        module = Pops()
+        vars(module)["_compiled_call_impl"] = GraphedCall(module, None, Shared(Rerun()), 2)
+        with torch.no_grad():
+            for number in (2.0, 3.0):
+                found = module(torch.ones(1), [torch.full((1,), number)])
+                assert found[0].tolist() == [1 + number]
+
+    def test_identities(self):
+        state = torch.zeros(1)
+        assert identify([{"a": state}]) == identify([{"a": state}])
+        for other in ({}, {"a": state.clone()}, {"a": state, "b": 1}, {"a": object()}):
+            assert identify([{"a": state}]) != identify([other])
 
     def test_containers(self):
         point = JumpPoint(torch.zeros(1), torch.ones(1), torch.ones(2), memory={"a": None})
@@ -304,6 +356,81 @@ def test_weights_changed_in_place_are_read_where_they_are(graphed):
     module.weight.mul_(3)
     assert module(torch.ones(2), torch.tensor(0.0))[0].tolist() == [3, 3]
     assert call.num_captures == 1
+
+
+def test_older_graphs_go_where_a_capture_changed_the_model(graphed):
+    module, call = graphed
+    plain = module.forward
+
+    class Sets(type(module)):
+        def forward(self, sample, timestep):
+            if len(sample) == 2:
+                self.setting = 5
+            return plain(sample, timestep)
+
+    module.__class__ = Sets
+    for size in (1, 2, 1, 2):
+        module(torch.zeros(size, 2), torch.tensor(1.0))
+    assert call.num_captures == 3
+
+
+DROPS = {
+    "unmerged": lambda pipe: pipe.dot.unmerge_lora(),
+    "merged anew": lambda pipe: pipe.dot.merge_lora(),
+    "another precision": lambda pipe: pipe.to(torch.float64),
+    "fused": lambda pipe: [
+        weight.data.mul_(1.01) for weight in pipe.unet.parameters() if weight.ndim > 1
+    ],
+}
+
+
+@pytest.mark.parametrize("change", DROPS)
+def test_merged_weights_are_let_go_of_before_there_are_others(pipe, change):
+    with_graphs(pipe, trained_dot(pipe.unet))
+    planned(pipe)
+    shared = {*pipe.unet.parameters(), *pipe.dot.parameters()}
+    merged = next(each for each in pipe.dot._tree[0].parameters() if each not in shared)
+    merged = weakref.ref(merged)
+    DROPS[change](pipe)
+    if change == "fused":
+        pipe.dot.bind(pipe.unet)
+    assert graphed_call(pipe.dot)._state is None and not graphed_call(pipe.dot)._graphs
+    gc.collect()
+    assert merged() is None
+
+
+def test_graphs_go_with_weights_moved_to_another_device(graphed):
+    """ "meta" stands for the CPU."""
+    module, call = graphed
+    module(torch.ones(2), torch.tensor(1.0))
+    with pytest.warns(UserWarning, match="not given tensors on cpu"):
+        module.to("meta")(torch.ones(2, device="meta"), torch.tensor(1.0, device="meta"))
+    assert not call._graphs and call._state is None
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_the_default_generator_goes_on_after_a_failed_capture(monkeypatch, is_broken):
+    class Generator:
+        state = "captured"
+
+        def clone_state(self):
+            if is_broken:
+                raise RuntimeError("device-side assert")
+            return "free"
+
+        def graphsafe_set_state(self, state):
+            self.state = state
+
+    generators = Generator(), Generator()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    with _mended_generator():
+        pass
+    assert generators[1].state == "captured"
+    with pytest.raises(ValueError, match="of the call"), _mended_generator():
+        raise ValueError("of the call")
+    expected = ["captured", "captured" if is_broken else "free"]
+    assert [each.state for each in generators] == expected
 
 
 def test_a_replay_never_reads_what_was_freed(graphed):
@@ -378,16 +505,55 @@ class TestFallbacks:
         self.check(*graphed, "operation not permitted when stream is capturing")
         assert len(graphed[1]._shared.capture.devices) == 1
 
+    def test_failed_captures_leave_other_calls_theirs(self, graphed):
+        module, call = graphed
+        capture = call._shared.capture
+        capture.error = torch.OutOfMemoryError("out of memory")
+        with pytest.warns(UserWarning, match="capturing it failed .out of memory"):
+            module(torch.ones(9, 2), torch.tensor(1.0))
+        capture.error = None
+        for size in (1, 9, 1):
+            assert module(torch.ones(size, 2), torch.tensor(1.0))[0].shape == (size, 2)
+        assert (call.num_captures, call.num_replays, len(capture.devices)) == (1, 2, 2)
+
+    def test_after_many_failed_captures_no_other_is_tried(self, graphed):
+        module, call = graphed
+        module(torch.ones(2), torch.tensor(1.0))
+        call._shared.capture.error = RuntimeError("it looks at values")
+        with pytest.warns(UserWarning, match="without a CUDA graph: capturing"):
+            for number in range(20):
+                module(torch.ones(2), torch.tensor(1.0), by=float(2 + number))
+        assert "capturing others of its calls failed" in call.reasons
+        assert len(call._shared.capture.devices) == 1 + 8
+        module(torch.ones(2), torch.tensor(1.0))
+        assert call.num_replays == 2
+
     def test_errors_of_the_caller_stay(self, graphed):
-        module, _ = graphed
+        module, call = graphed
         with pytest.raises(RuntimeError, match="size of tensor"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("error")
             module(torch.ones(3), torch.tensor(1.0))
+        assert not call.reasons and not call._failures
+        module(torch.ones(2), torch.tensor(1.0))
+        assert call.num_replays == 1
+
+    def test_a_dot_that_keeps_a_state(self, pipe):
+        class Sums(nn.Module):
+            def forward(self, sample, timestep, jump, **conditions):
+                return 0.1 * jump.memory.setdefault("sum", torch.zeros_like(sample)).add_(sample)
+
+        enable_morse(pipe, Sums())
+        expected = planned(pipe, "DoooDo")
+        with_graphs(pipe)
+        with pytest.warns(UserWarning, match="Sums .* writes to its jump point's memory"):
+            found = planned(pipe, "DoooDo")
+        assert torch.equal(found, expected) and counts(pipe.dot) == (0, 0)
+        assert len(graphed_call(pipe.dot).reasons) == 1
 
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"norm": "dnr"}, "each call moves a state on"),
+            ({"norm": "dnr"}, "writes to its jump point's memory"),
             (
                 {"conv": "odconv", "conv_options": {"condition": "time"}},
                 "look at the values of the time",
@@ -513,4 +679,5 @@ class TestOnAnAccelerator:
         with pytest.warns(UserWarning, match="capturing it failed"):
             planned(pipe)
         assert torch.cuda.current_stream() == stream
+        assert torch.randn(1, device="cuda").isfinite()
         assert planned(pipe).isfinite().all()

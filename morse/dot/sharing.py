@@ -29,8 +29,18 @@ class SharesDash(nn.Module):
     def _unbind(self) -> None:
         # In tuples, so that neither becomes a child of Dot.
         self._dash: tuple[nn.Module, ...] = ()
-        self._tree: tuple[nn.Module, ...] = ()
+        self._drop_tree()
         self._tree_state: TreeState | None = None
+
+    def _drop_tree(self) -> None:
+        """Let go of the layers, as merged weights are as large as Dash: not two copies at a time.
+
+        Graphs recorded of them (`morse.graphed`), which stand in a call's place, hold them too.
+        """
+        self._tree: tuple[nn.Module, ...] = ()
+        forget = getattr(vars(self).get("_compiled_call_impl"), "forget", None)
+        if forget is not None:
+            forget()
 
     def bind(self, dash: nn.Module) -> Self:
         """Share the layers of `dash` from now on.
@@ -50,7 +60,7 @@ class SharesDash(nn.Module):
             update_tree(self._tree[0], dash)
         else:
             build = merge_shared_tree if self.is_merged else make_shared_tree
-            self._tree = ()  # merged weights are as large as Dash: not two copies at a time
+            self._drop_tree()
             self._tree, self._tree_state = (build(dash, self.adapters),), state
         return self
 
@@ -65,19 +75,19 @@ class SharesDash(nn.Module):
         Call it again after changing the LoRA's weights. An offloaded Dash is not copied.
         """
         self._merged = bool(self.adapters)
-        self._tree = ()
+        self._drop_tree()
         return self
 
     def unmerge_lora(self) -> Self:
         """Run with the LoRA beside Dash's own weights again: slower, least memory, trainable."""
         self._merged = False
-        self._tree = ()
+        self._drop_tree()
         return self
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Merged weights, which are no parameters, would stay where they are until the next run.
         if self._tree_state is not None and self._tree_state.is_merged:
-            self._tree = ()
+            self._drop_tree()
         return super()._apply(function, recurse)
 
     def _bound_dash(self) -> nn.Module:
