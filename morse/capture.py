@@ -82,7 +82,7 @@ def _mended_generator() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(RuntimeError):  # of a broken device; what broke it is what to raise
+        with suppress(Exception):  # of a broken device; what broke it is what to raise
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
         raise
