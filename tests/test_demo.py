@@ -67,18 +67,20 @@ def test_bad_settings_are_named():
         DemoConfig(lsd=(1, 5))
 
 
-def test_other_images_have_no_distances(build_unet, tmp_path):
+def test_other_images_have_no_distances(build_unet, tmp_path, monkeypatch):
+    for module in ("demo_sampling", "bench.methods"):
+        monkeypatch.setattr(f"morse.evaluation.{module}.REFERENCE_STEPS", 20)
     unet = build_unet(in_channels=3)
     dot = MorseDot.from_dash(unet, num_down_blocks=1, block_out_channels=(4,), lora_rank=1)
     MorsePipeline.from_pipe(DDPMPipeline(unet, DDPMScheduler()), dot).save_pretrained(tmp_path)
     config = DemoConfig(
-        pipeline=str(tmp_path), output_dir=tmp_path / "out", lsd=(4, 100), num_images=2,
+        pipeline=str(tmp_path), output_dir=tmp_path / "out", lsd=(4, 20), num_images=2,
         speed_ratio=4.0, device="cpu", json=tmp_path / "demo.json",
     )  # fmt: skip
     rows = run_demo(config)
     assert {row.frechet for row in rows} == {row.frechet_to_reference for row in rows} == {None}
     without = [(row.label, row.budget) for row in rows if row.psnr is None]
-    assert without == [("DPM++ 2M", 100)]
+    assert without == [("DPM++ 2M", 20)]
     assert (config.output_dir / "grid.png").exists()
 
 

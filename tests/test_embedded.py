@@ -40,12 +40,16 @@ def test_searched_plans_come_with_the_leapfrog_solver():
     assert pipe.last_run.plan == MorsePlan.from_budget(5, 6.0, 1.5)
 
 
-@pytest.mark.slow
-def test_morse_is_nearer_to_many_steps_than_the_bare_solver(pipe):
+@pytest.fixture(scope="module")
+def reference():
+    """Several images of many steps, for a single one may end in another mode."""
     many = MorsePipeline.from_pretrained("fashion-mnist", scheduler="dpmsolver++")
     many.set_progress_bar_config(disable=True)
-    # Several, for a single image may end in another mode.
-    reference = sample(many, count=4, num_inference_steps=50)
+    return sample(many, count=4, num_inference_steps=50)
+
+
+@pytest.mark.slow
+def test_morse_is_nearer_to_many_steps_than_the_bare_solver(pipe, reference):
     bare, with_dot = (
         psnr(sample(pipe, count=4, **budget), reference).mean()
         for budget in ({"num_inference_steps": 8}, {"lsd": 8})
