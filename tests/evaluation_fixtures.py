@@ -19,13 +19,11 @@ def short_reference():
         yield
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
+def save_tiny_pipeline(folder, **sizes):
+    """Save a pipeline of random weights with its Dot; `sizes` are more of the UNet's arguments."""
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=32,
-        in_channels=1,
-        out_channels=1,
+        **sizes,
         layers_per_block=1,
         block_out_channels=(8, 8),
         norm_num_groups=4,
@@ -34,9 +32,14 @@ def tiny_folder(tmp_path_factory):
     )
     pipe = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(clip_sample=False))
     dot = MorseDot.from_dash(unet, num_down_blocks=1, block_out_channels=(8,), lora_rank=2)
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     MorsePipeline.from_pipe(pipe, dot).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    return save_tiny_pipeline(folder, sample_size=32, in_channels=1, out_channels=1)
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from evaluation_fixtures import short_reference, tiny_folder  # noqa: F401
+from evaluation_fixtures import save_tiny_pipeline, short_reference, tiny_folder  # noqa: F401
 from PIL import Image
 from torch import nn
 
 from morse.cli import parse_config
-from morse.dot import MorseDot
 from morse.evaluation.bench import real_images
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark, run_benchmark
 from morse.evaluation.bench.feature_space import FeatureSpace, as_image_set, choose_extractor
@@ -22,7 +20,6 @@ from morse.evaluation.bench.store import CellStore
 from morse.evaluation.features import extract_features, features_sha256, load_features
 from morse.evaluation.fid.extractors import load_extractor
 from morse.evaluation.fid.feature_sets import extract_feature_set, load_feature_set, save_statistics
-from morse.pipeline import MorsePipeline
 
 CPU = torch.device("cpu")
 
@@ -65,20 +62,7 @@ def real_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def colour_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    pipe = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(clip_sample=False))
-    dot = MorseDot.from_dash(unet, num_down_blocks=1, block_out_channels=(8,), lora_rank=2)
-    folder = tmp_path_factory.mktemp("colour") / "pipeline"
-    MorsePipeline.from_pipe(pipe, dot).save_pretrained(folder)
-    return folder
+    return save_tiny_pipeline(tmp_path_factory.mktemp("colour") / "pipeline", sample_size=16)
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,8 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
 
 def _summarize(part: Part) -> dict[str, object]:
     config, references = part.config, part.references()
-    asked = [(*task, seed) for task in config.tasks() for seed in compared_seeds(part)[0]]
+    seeds, _ = compared_seeds(part)
+    asked = [(*task, seed) for task in config.tasks() for seed in seeds]
     cells = [part.store.get(*cell) for cell in asked if part.store.has(*cell)]
     statistics = Statistics(config.num_replicates, device=part.space.kernel_device)
     return rounded(summarize(cells, part.space.real, references, statistics, part.space.axes))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from morse.evaluation.bench.real_images import real_words
-from morse.evaluation.features import extract_features, load_features, read_features_config
+from morse.evaluation.features import (
+    FashionFeatures,
+    extract_features,
+    load_features,
+    read_features_config,
+)
 from morse.evaluation.fid.extractors import (
     FASHION_MNIST,
     Extractor,
@@ -101,8 +107,7 @@ class FeatureSpace:
         as they were sampled, a mean of colours, which all figures with it were measured of.
         """
         if self.extractor.name == FASHION_MNIST:
-            grey = images.mean(dim=1, keepdim=True)
-            return extract_features(load_features().to(self.device), grey)
+            return extract_features(self._classifier, images.mean(dim=1, keepdim=True))
         try:
             return read_features(as_image_set(images), self.extractor, strict=True)[0]
         except RuntimeError as error:
@@ -136,6 +141,10 @@ class FeatureSpace:
                 "notes": self.real.notes,
             }
         return facts
+
+    @cached_property
+    def _classifier(self) -> FashionFeatures:
+        return load_features().to(self.device)
 
     def _check_size(self, size: str) -> None:
         """Refuse other sizes than real images have, or say that resizing tells them apart."""

@@ -109,8 +109,8 @@ def compared_seeds(part: Part) -> tuple[list[int], list[dict[str, int]]]:
     has, seeds = part.store.has, dict.fromkeys(part.config.seeds)
     tasks = [task for task in part.config.tasks() if any(has(*task, seed) for seed in seeds)]
     missing = {seed: sum(not has(*task, seed) for task in tasks) for seed in seeds}
-    chosen = [seed for seed in seeds if missing[seed] == min(missing.values())]
-    chosen = chosen if missing[chosen[0]] == 0 else chosen[:1]
+    complete = [seed for seed in seeds if not missing[seed]]
+    chosen = complete or [min(seeds, key=missing.get)]
     return chosen, [
         {"seed": seed, "missing": missing[seed]} for seed in seeds if seed not in chosen
     ]
