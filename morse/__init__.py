@@ -15,6 +15,7 @@ _HOMES = {
     "disable_cuda_graphs": "morse.graphs",
     "MorsePipeline": "morse.pipeline",
     "LeapfrogScheduler": "morse.leapfrog",
+    "FlowMatchLeapfrogScheduler": "morse.flow_leapfrog",
 }
 __all__ = list(_HOMES)
 # diffusers loads a pipeline's component if its library has a base class of it under this name.

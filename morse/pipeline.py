@@ -1,77 +1,20 @@
 """MorsePipeline: any diffusers pipeline together with its Dot, loaded and saved as one."""
 
-import inspect
 import os
 from importlib.resources import files
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from morse.attach import enable_morse, inherit_dot, morse_class
 from morse.dot import MorseDot
 from morse.dot.loading import safetensors_only
-from morse.leapfrog import LeapfrogScheduler
-from morse.rates import own_parameters
 from morse.sampling import Dot
+from morse.schedulers import check_scheduler, make_scheduler
 
 EMBEDDED = {"fashion-mnist": "fashion_mnist", "fashion-mnist-text": "fashion_mnist_text"}
-
-_LEAPFROG = {"timestep_power": 1.0, "clean_above": 4.0, "fitted_steps": None}
-# Short names for `scheduler=`, with the settings that make a class the method of that name, also
-# those at its defaults: the config may come from a scheduler of the same class with others.
-SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "dpmsolver++": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2},
-    ),
-    # First order is DDIM, without DDIMScheduler's guess of where a trailing step lands.
-    "dpmsolver++1": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 1},
-    ),
-    "sde-dpmsolver++": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
-    ),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
-    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_order": 2}),
-    "pndm": ("PNDMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "leapfrog": ("LeapfrogScheduler", _LEAPFROG),
-    "leapfrog-dense": ("LeapfrogScheduler", {**_LEAPFROG, "timestep_power": 1.5}),
-    "pfdiff": ("LeapfrogScheduler", {**_LEAPFROG, "clean_above": 1e9}),
-}
-_OF_CLASS = {"timestep_spacing"}  # options whose default is the class's own
-
-
-def make_scheduler(name: str, config: dict[str, object]) -> object:
-    """Make a scheduler from its short name or diffusers class name and a scheduler's config.
-
-    Raises:
-        ValueError: If the name is unknown; the message lists the known ones.
-    """
-    class_name, options = SCHEDULERS.get(name.lower(), (name, {}))
-    known = LeapfrogScheduler if class_name == LeapfrogScheduler.__name__ else None
-    known = known or getattr(diffusers, class_name, None)
-    if not class_name.endswith("Scheduler") or known is None:
-        raise ValueError(
-            f"scheduler={name!r} is unknown; use one of {sorted(SCHEDULERS)} or the name of a "
-            "diffusers scheduler class."
-        )
-    # Of settings left at a class's defaults diffusers would take the new class's defaults instead:
-    # Heun would get Stable Diffusion's noise schedule in place of DDPM's. Only where timesteps lie
-    # is for the new class to say, unless the pipeline's author did.
-    unset = {"_use_default_values", *_OF_CLASS.intersection(config.get("_use_default_values", ()))}
-    config = {key: value for key, value in config.items() if key not in unset}
-    return known.from_config(config, **options)
-
 
 _HUB_OPTIONS = (
     "cache_dir",
@@ -114,7 +57,7 @@ class MorsePipeline:
                 the package), a folder, or the id of a pipeline on the hub.
             dot: A Dot, or where one is saved (see `load_dot`); None for the one saved with the
                 pipeline, if any.
-            scheduler: A scheduler, or the name of one (`morse.pipeline.SCHEDULERS`), made with
+            scheduler: A scheduler, or the name of one (`morse.schedulers.SCHEDULERS`), made with
                 the pipeline's own scheduler's config, but for a `timestep_spacing` left at its
                 default.
             merge_lora: See `enable_morse`.
@@ -178,45 +121,12 @@ class MorsePipeline:
         if isinstance(scheduler, str):
             scheduler = make_scheduler(scheduler, pipe.scheduler.config)
         if scheduler is not None:
-            _check_scheduler(pipe, scheduler)
+            check_scheduler(pipe, scheduler)
         if dot is not None or getattr(inherit_dot(pipe), "dot", None) is None:
             enable_morse(pipe, dot, merge_lora)
         if scheduler is not None:
             pipe.scheduler = scheduler
         return pipe
-
-
-def _check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
-    """Refuse what draws wrong: a scheduler of another noise path, or of another loop.
-
-    Diffusers' `DDPMPipeline` neither scales its input nor takes steps without a generator.
-    """
-    if (
-        _is_flow(pipe.scheduler)
-        and hasattr(scheduler, "alphas_cumprod")
-        and not _is_flow(scheduler)
-    ):
-        raise ValueError(
-            f"scheduler {type(scheduler).__name__} is not for {type(pipe).__name__}, whose model "
-            f"was trained by flow matching ({type(pipe.scheduler).__name__}); use a FlowMatch... "
-            "scheduler, or one made with use_flow_sigmas=True."
-        )
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    if isinstance(pipe, DDPMPipeline) and not (takes_generator and scheduler.init_noise_sigma == 1):
-        raise ValueError(
-            f"scheduler {type(scheduler).__name__} does not work in diffusers' "
-            f"{type(pipe).__name__}, which neither scales its input nor calls a step without a "
-            "generator; use leapfrog, ddim, ddpm, dpmsolver++, dpmsolver++1, sde-dpmsolver++ or "
-            "lcm."
-        )
-
-
-def _is_flow(scheduler: object) -> bool:
-    names = own_parameters(scheduler)  # the config also holds what others took before it
-    config = {name: value for name, value in scheduler.config.items() if name in names}
-    flow_prediction = config.get("prediction_type") == "flow_prediction"
-    by_name = type(scheduler).__name__.startswith("FlowMatch")
-    return by_name or bool(config.get("use_flow_sigmas")) or flow_prediction
 
 
 def load_dot(path: str | os.PathLike, **kwargs: object) -> MorseDot:

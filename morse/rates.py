@@ -35,7 +35,12 @@ _FAMILIES: dict[Family, tuple[str, ...]] = {
         "UniPCMultistep",
         "SASolver",
     ),
-    "flow": ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM"),
+    "flow": (
+        "FlowMatchEulerDiscrete",
+        "FlowMatchHeunDiscrete",
+        "FlowMatchLCM",
+        "FlowMatchLeapfrog",
+    ),
 }
 _ALWAYS_STOCHASTIC = (
     "DDPM",
@@ -63,6 +68,20 @@ def find_family(scheduler: object) -> Family | None:
 def own_parameters(scheduler: object) -> Mapping[str, inspect.Parameter]:
     """Give what a scheduler's class takes: its config also holds what others took before it."""
     return inspect.signature(type(scheduler)).parameters
+
+
+def is_flow(scheduler: object) -> bool:
+    """Tell whether a scheduler is for models trained by flow matching."""
+    names = own_parameters(scheduler)  # the config also holds what others took before it
+    config = {name: value for name, value in scheduler.config.items() if name in names}
+    return type(scheduler).__name__.startswith("FlowMatch") or is_flow_config(config)
+
+
+def is_flow_config(config: Mapping[str, object]) -> bool:
+    """Tell whether a config is of such a scheduler."""
+    flow_matching = "shift" in config and "beta_schedule" not in config  # FlowMatch...Scheduler's
+    flow_prediction = config.get("prediction_type") == "flow_prediction"
+    return flow_matching or flow_prediction or bool(config.get("use_flow_sigmas"))
 
 
 def adds_noise(scheduler: object, eta: float | None = None) -> bool:

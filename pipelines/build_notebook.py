@@ -73,7 +73,7 @@ print(f"one evaluation: Dash {1000 * dash:.0f} ms, Dot {1000 * dot:.0f} ms")""",
     ),
     (
         "code",
-        """from morse.pipeline import make_scheduler
+        """from morse.schedulers import make_scheduler
 
 pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler.config)
 show(pipe(batch_size=16, num_dash_steps=7, num_dot_steps=3, generator=noise()).images)""",

@@ -70,7 +70,7 @@ def make_pipe(build_unet):
     """A function that builds a small DDPMPipeline with a named scheduler."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
-    from morse.pipeline import make_scheduler
+    from morse.schedulers import make_scheduler
 
     def make(scheduler="ddim", unet=None):
         config = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config

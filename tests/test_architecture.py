@@ -14,7 +14,9 @@ GROUPS = [
     ("dot",),
     (
         "clock",
+        "leapfrog_moves",
         "leapfrog",
+        "flow_leapfrog",
         "saved_plans",
         "steps",
         "rates",
@@ -31,6 +33,7 @@ GROUPS = [
         "plan_choice",
         "calls",
         "attach",
+        "schedulers",
         "pipeline",
         "capture",
         "graphed",
@@ -88,7 +91,8 @@ def test_import_is_light():
 def test_public_names():
     expected = {
         "MorsePipeline", "MorseDot", "MorsePlan", "enable_morse", "disable_morse", "morse_sample",
-        "dot_loss", "LeapfrogScheduler", "enable_cuda_graphs", "disable_cuda_graphs",
+        "dot_loss", "LeapfrogScheduler", "FlowMatchLeapfrogScheduler", "enable_cuda_graphs",
+        "disable_cuda_graphs",
     }  # fmt: skip
     assert set(morse.__all__) == expected
     assert all(getattr(morse, name).__name__ == name for name in expected)

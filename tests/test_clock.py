@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from morse.clock import scheduler_index
-from morse.pipeline import SCHEDULERS, make_scheduler
+from morse.schedulers import SCHEDULERS, make_scheduler
 
 CONFIG = diffusers.DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
 

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from tiny_pipelines import loop_pipeline
 
 from morse import LeapfrogScheduler, MorsePipeline
-from morse.pipeline import make_scheduler
+from morse.schedulers import make_scheduler
 
 SPREAD = 0.5  # standard deviation of Gaussian data, whose exact denoiser is known
 

@@ -16,9 +16,9 @@ from morse import LeapfrogScheduler, MorseDot, enable_morse
 from morse.denoisers import Call, Denoiser
 from morse.dot.mixture import GaussianMixture
 from morse.guess import guess_estimate
-from morse.pipeline import make_scheduler
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, find_saved_plan
+from morse.schedulers import make_scheduler
 from morse.training.config import TrainDotConfig
 from morse.training.loop import build_dot
 

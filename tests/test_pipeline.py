@@ -7,8 +7,8 @@ import torch
 from diffusers import ConfigMixin, DDPMPipeline, DiffusionPipeline, ModelMixin, PNDMScheduler
 
 from morse import MorseDot, MorsePipeline, enable_morse
-from morse.pipeline import SCHEDULERS, make_scheduler
 from morse.rates import adds_noise
+from morse.schedulers import SCHEDULERS, make_scheduler
 
 
 def sample(pipe, **kwargs):

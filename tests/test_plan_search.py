@@ -25,9 +25,9 @@ from morse.evaluation.planning.search import (
     search_plan,
     uniform_candidates,
 )
-from morse.pipeline import make_scheduler
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, find_saved_plan, scheduler_options
+from morse.schedulers import make_scheduler
 
 
 def worth(plan, wanted):
@@ -487,7 +487,7 @@ def test_the_solver_shortens_plans(make_pipe):
 def test_a_search_runs_in_the_precision_asked_for(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     seen = []
 
-    def search(config, pipes):
+    def search(config, pipes, reference):
         enabled = torch.is_autocast_enabled("cpu")
         seen.append(torch.get_autocast_dtype("cpu") if enabled else None)
 

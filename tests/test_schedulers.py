@@ -51,6 +51,7 @@ CASES = [
     ("FlowMatchEulerDiscrete", {"stochastic_sampling": True}, (None,), 5),
     ("FlowMatchHeunDiscrete", {}, (None,), 5),
     ("Leapfrog", {}, EPSILON_X0_V, 5),
+    ("FlowMatchLeapfrog", {"shift": 3.0}, (None,), 5),
 ]
 PARAMETERS = [
     pytest.param(name, {**options, "prediction_type": kind} if kind else options, length,
@@ -66,7 +67,7 @@ def make(name, **options):
     package = NEEDS.get(name)
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"{name}Scheduler needs {package}, which is not installed")
-    library = morse if name == "Leapfrog" else diffusers
+    library = morse if "Leapfrog" in name else diffusers
     return getattr(library, f"{name}Scheduler")(**options)
 
 

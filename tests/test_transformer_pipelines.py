@@ -7,7 +7,14 @@ from tiny_pipelines import text_inputs, tiny_vae
 from tiny_text import sd3_pipeline
 from tiny_transformers import tiny_dit, tiny_flux, tiny_pixart, tiny_sd3
 
-from morse import MorseDot, MorsePipeline, disable_morse, enable_morse
+from morse import (
+    FlowMatchLeapfrogScheduler,
+    LeapfrogScheduler,
+    MorseDot,
+    MorsePipeline,
+    disable_morse,
+    enable_morse,
+)
 from morse.dot.view import fingerprint
 
 
@@ -34,11 +41,13 @@ def pictures(pipe, **kwargs):
     return torch.as_tensor(found.images)
 
 
-@pytest.mark.parametrize("scheduler", ["leapfrog", "ddim", "dpmsolver++"])
-def test_schedulers_of_another_noise_path_are_refused(scheduler):
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline, whose model was"):
-        MorsePipeline.from_pipe(sd3_pipeline(), scheduler=scheduler)
+def test_schedulers_of_another_noise_path_are_refused():
     pipe = sd3_pipeline()
+    for scheduler in (LeapfrogScheduler(), diffusers.DDIMScheduler()):
+        with pytest.raises(ValueError, match="StableDiffusion3Pipeline, whose model was"):
+            MorsePipeline.from_pipe(pipe, scheduler=scheduler)
+    with pytest.raises(ValueError, match="'pndm' is not for a model trained by flow matching"):
+        MorsePipeline.from_pipe(pipe, scheduler="pndm")
     config = pipe.scheduler.config
     for flow in (
         diffusers.FlowMatchHeunDiscreteScheduler.from_config(config),
@@ -238,6 +247,20 @@ class TestFlux:
             for space in ("raw", "x0")
         ]
         assert not torch.equal(*found)
+
+    @pytest.mark.parametrize("dynamic", [True, False])
+    def test_leapfrog(self, inputs, dynamic):
+        """Its pipelines give sigmas of their own, and a dynamic shift."""
+        pipe = self.build(use_dynamic_shifting=dynamic)
+        MorsePipeline.from_pipe(pipe, scheduler="leapfrog")
+        check(disable_morse(pipe), make_dot(pipe.transformer), **inputs)
+        rows = [[999, 0.4, 0, 0], [500, 0.5, 0, 0.3], [99.5, 1, 0.2, 0]]
+        enable_morse(pipe, make_dot(pipe.transformer))
+        plain = pictures(pipe, plan="DoD", **inputs)
+        pipe.scheduler = FlowMatchLeapfrogScheduler.from_config(
+            pipe.scheduler.config, fitted_steps=rows
+        )
+        assert not torch.equal(pictures(pipe, plan="DoD", **inputs), plain)
 
     def test_a_budget(self, inputs):
         pipe = self.build()

@@ -21,7 +21,7 @@ class ExportConfig:
     )
     scheduler: str = field(
         default="dpmsolver++",
-        metadata={"help": "what calls use unless told otherwise; see morse.pipeline.SCHEDULERS"},
+        metadata={"help": "what calls use unless told otherwise; see morse.schedulers.SCHEDULERS"},
     )
     plan_ratio: str = field(
         default='{"default": 2.0}',

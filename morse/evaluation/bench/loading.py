@@ -13,6 +13,7 @@ from morse.denoisers import find_denoiser
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import call_parameters
 from morse.evaluation.environment import resolve_device
+from morse.rates import is_flow
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -106,10 +107,10 @@ def _absent_components(pipeline: str) -> dict[str, None]:
 
 def _bare_pipeline(bare: "DiffusionPipeline", name: str) -> "DiffusionPipeline":
     scheduler = bare.scheduler
-    if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
+    if not (hasattr(scheduler, "alphas_cumprod") or is_flow(scheduler)):
         raise ValueError(
-            f"pipeline {name!r} has a {type(scheduler).__name__}, but the benchmark's solvers "
-            "are for models that were trained with a noise schedule of alphas"
+            f"pipeline {name!r} has a {type(scheduler).__name__}, but the benchmark's solvers are "
+            "for models that were trained with a noise schedule of alphas or by flow matching"
         )
     if set(bare.components) == {"unet", "scheduler"}:
         return make_pipeline(bare.unet, "ddim", scheduler.config)

@@ -21,7 +21,7 @@ from morse.evaluation.bench.loading import (
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, Method
 from morse.evaluation.bench.peers import PEERS, apply_peer, measure_peer, peer_facts
 from morse.evaluation.bench.runs import Samples, sample_images
-from morse.evaluation.bench.solvers import SOLVERS
+from morse.evaluation.bench.solvers import NOT_FOR_FLOWS, SOLVERS
 from morse.evaluation.bench.speed import (
     Mode,
     compile_models,
@@ -35,6 +35,7 @@ from morse.evaluation.conditions import Conditions, call_parameters, make_condit
 from morse.evaluation.environment import autocast
 from morse.evaluation.fid.extractors import state_sha256
 from morse.plan import MorsePlan
+from morse.rates import is_flow
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -73,9 +74,11 @@ class Bench:
         self._bare, dot = load_bare(config.pipeline, config.dot, config.device)
         self.models = {"dash": fingerprint(find_denoiser(self._bare)), "dot_sha256": _sha256(dot)}
         self._is_conditional = not isinstance(self._bare, SolverPipeline)
+        flow = is_flow(self._bare.scheduler)
         self._by_solver: dict[str, MorsePipeline] = {
             solver: MorsePipeline.from_pipe(with_solver(self._bare, solver), dot)
             for solver in dict.fromkeys((*all_solvers(config), REFERENCE_SOLVER))
+            if not (flow and solver in NOT_FOR_FLOWS)
         }
         self._main = self._by_solver[REFERENCE_SOLVER]
         self.device = self._main.device
@@ -154,8 +157,13 @@ class Bench:
         """Tell why a method can't be measured; None if it can."""
         from morse.evaluation.bench.ays import ays_name
 
+        if method.solver not in self._by_solver:
+            return f"{SOLVERS[method.solver]} is not for models trained by flow matching"
         pipe, kind = self._by_solver[method.solver], method.kind
-        if type(pipe).__name__ == "DiTPipeline" and pipe.scheduler.init_noise_sigma != 1:
+        if (
+            type(pipe).__name__ == "DiTPipeline"
+            and getattr(pipe.scheduler, "init_noise_sigma", 1) != 1
+        ):
             return f"DiTPipeline does not do the scaling that {SOLVERS[method.solver]} needs"
         if kind in ("independent", "shrunk") and self._shrunk is None:
             return "no --independent_dot was given"
@@ -232,7 +240,7 @@ class Bench:
         from morse.attach import enable_morse
         from morse.evaluation.bench.ays import AysScheduler, ays_name
         from morse.evaluation.bench.controls import ExtrapolationDot, reuse_dot
-        from morse.pipeline import make_scheduler
+        from morse.schedulers import make_scheduler
 
         scheduler = self._by_solver[method.solver].scheduler
         if method.kind == "shrunk":

@@ -44,9 +44,11 @@ class SolverPipeline(DDPMPipeline):
         noise = randn_tensor(shape, generator, device=device, dtype=self.unet.dtype)
         # On the CPU: looking them up must not wait for a GPU.
         self.scheduler.set_timesteps(num_inference_steps)
-        sample = noise * self.scheduler.init_noise_sigma
+        # Flow matching's schedulers scale nothing and have no words for it.
+        sample = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            model_input = self.scheduler.scale_model_input(sample, timestep)
+            model_input = scale(sample, timestep)
             model_output = self.unet(model_input, timestep).sample
             if self.observer is not None:
                 self.observer(timestep, model_output)

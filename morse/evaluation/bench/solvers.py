@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-# Keys as in `morse.pipeline.SCHEDULERS`; all of them deterministic.
+# Keys as in `morse.schedulers.SCHEDULERS`; all of them deterministic.
 SOLVERS = {
     "ddim": "DDIM",
     "dpmsolver++1": "DPM++ 1",
@@ -22,6 +22,8 @@ SPACING = {"timestep_spacing": "trailing"}
 # steps all have one length, which only a "leading" grid has (on a trailing one they miss).
 OPTIONS = {"pndm": {"skip_prk_steps": True, "timestep_spacing": "leading", "steps_offset": 1}}
 
+NOT_FOR_FLOWS = ("pndm",)
+
 
 def check_solvers(solvers: tuple[str, ...]) -> None:
     """Raise ValueError for a solver that is not in `SOLVERS`."""
@@ -36,7 +38,7 @@ def make_solver(solver: str, config: dict[str, object]) -> "SchedulerMixin":
     All but PNDM begin at the last timestep, on a "trailing" grid, whatever the pipeline's own: only
     so do they start from the same noise as the reference.
     """
-    from morse.pipeline import make_scheduler
+    from morse.schedulers import make_scheduler
 
     # Chosen, not left at a default, which would be the new class's own.
     chosen = {**SPACING, **OPTIONS.get(solver, {}), "_use_default_values": ()}

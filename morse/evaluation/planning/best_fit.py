@@ -20,7 +20,7 @@ from morse.evaluation.planning.fit import (
     refine_rows,
 )
 from morse.evaluation.planning.search import Candidate, Evaluate, Found
-from morse.leapfrog import resample_steps
+from morse.leapfrog_moves import resample_steps
 from morse.saved_plans import SavedPlan
 
 if TYPE_CHECKING:

@@ -108,7 +108,7 @@ class PlanConfig:
 
     def grids(self, solver: str) -> list[tuple[tuple[str, object], ...]]:
         """List the scheduler options to choose from, which a saved plan brings with it."""
-        from morse.pipeline import SCHEDULERS
+        from morse.schedulers import SCHEDULERS
 
         if solver == "leapfrog":
             return [(("timestep_power", power),) for power in self.timestep_power]

@@ -1,0 +1,157 @@
+"""`morse plan`, `bench` and `tune-dot` on models trained by flow matching."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from evaluation_fixtures import REFERENCE_STEPS, short_reference  # noqa: F401
+from tiny_pipelines import text_inputs, tiny_vae
+from tiny_text import sd3_pipeline
+from tiny_transformers import tiny_flux
+
+from morse import FlowMatchLeapfrogScheduler, MorseDot, MorsePipeline
+from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
+from morse.evaluation.bench.loading import with_solver
+from morse.evaluation.bench.methods import FLOW_REFERENCE_SOLVER
+from morse.evaluation.planning import best_fit
+from morse.evaluation.planning.command import PlanConfig, run_plan
+from morse.tuning.command import TuneDotConfig, tune_dot
+
+PLAN = {
+    "speed_ratio": 4.0,
+    "lsd": (3,),
+    "num_images": 2,
+    "num_quick_images": 1,
+    "num_fit_images": 2,
+    "fit_rounds": 1,
+    "refine_rounds": 1,
+    "max_rounds": 1,
+    "fit_margin": 99.0,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(build_unet, tmp_path_factory):
+    """An unconditional pipeline of pixels with a Dot."""
+    unet = build_unet(channels=(8, 8), sample_size=8)
+    pipe = DDPMPipeline(unet, FlowMatchEulerDiscreteScheduler(shift=2.0))
+    torch.manual_seed(1)
+    dot = MorseDot.from_dash(unet, num_down_blocks=1, block_out_channels=(8,), lora_rank=2)
+    torch.nn.init.normal_(dot.conv_out.weight, std=0.05)
+    path = tmp_path_factory.mktemp("flow") / "pipeline"
+    MorsePipeline.from_pipe(pipe, dot).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def planned(folder, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("planned")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(best_fit, "REFERENCE_STEPS", 10)
+        run_plan(PlanConfig(pipeline=str(folder), output_dir=output_dir, **PLAN))
+    return output_dir
+
+
+@pytest.mark.slow
+def test_plans_are_saved_for_the_flow_s_scheduler(folder, planned):
+    report = json.loads((planned / "plan_search.json").read_text())
+    (search,) = report["searches"]
+    assert report["reference"] == "unipc, 100 steps" and search["psnr"] >= search["uniform_psnr"]
+    assert any("fitted_steps" in fit["scheduler"] for fit in search["fits"])
+    pipe = MorsePipeline.from_pretrained(folder, dot=planned, scheduler="leapfrog")
+    assert list(pipe.dot.config.plans) == ["FlowMatchLeapfrogScheduler"]
+    pipe.speed_ratio = 4.0
+    assert pipe.plan_for(3).plan == search["plan"]
+    scheduler = FlowMatchLeapfrogScheduler.from_pretrained(planned / "leapfrog-3")
+    assert scheduler.config.shift == 2.0
+    assert scheduler.config.fitted_steps or scheduler.config.timestep_power
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_what_there_is_for_flows(folder, planned, tmp_path):
+    solvers = ("ddim", "dpmsolver++", "unipc", "deis", "pndm", "heun", "leapfrog")
+    config = BenchmarkConfig(
+        output_dir=tmp_path,
+        pipeline=str(folder),
+        dot=str(planned),
+        num_images=2,
+        batch_size=2,
+        lsd=(3,),
+        baseline_lsd=(5,),
+        solvers=solvers,
+        planned_solvers=("leapfrog",),
+        kinds=("baseline", "morse", "extrapolation", "pfdiff"),
+        control_solvers=("ddim",),
+        peers=("none",),
+        dpm_ratios=(1.5,),
+        speed_ratio=4.0,
+        latency_batch_sizes=(0,),
+        num_replicates=2,
+        device="cpu",
+    )
+    result = run_benchmark(config)
+    measured = {(row["kind"], row["solver"]) for row in result["rows"]}
+    assert {solver for kind, solver in measured if kind == "baseline"} == {*solvers} - {"pndm"}
+    assert {("pfdiff", "ddim"), ("extrapolation", "ddim"), ("morse", "leapfrog")} < measured
+    markdown = (tmp_path / "benchmark.md").read_text("utf-8")
+    assert "PNDM is not for models trained by flow matching" in markdown
+
+
+@pytest.mark.slow
+def test_a_dot_is_tuned_on_its_plans(folder, planned, tmp_path):
+    settings = {
+        "pretrained_model_name_or_path": str(folder),
+        "dot": str(planned),
+        "output_dir": tmp_path / "tuned",
+        "solver": ("dpmsolver++",),  # whose plans have Dot, whatever the search has found
+        "lsd": (3,),
+        "target_lsd": 5,
+        "num_images": 4,
+        "validation_images": 2,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "speed_ratio": 4.0,
+    }
+    found = tune_dot(TuneDotConfig(**settings))
+    report = json.loads((found / "tuning.json").read_text())
+    assert report["decibels_by_step"]["0"] != report["decibels_as_saved"]
+    assert MorseDot.from_pretrained(found).config.plans
+
+
+@pytest.mark.slow
+def test_steps_are_fitted_to_stable_diffusion_3(tmp_path, monkeypatch):
+    monkeypatch.setattr(best_fit, "REFERENCE_STEPS", 10)
+    sd3_pipeline().save_pretrained(tmp_path / "sd3")
+    prompts = {"prompts": ("cat", "dog"), "guidance_scale": 4.0}
+    settings = PlanConfig(
+        pipeline=str(tmp_path / "sd3"), output_dir=tmp_path / "steps", **prompts, **PLAN
+    )
+    run_plan(settings)
+    pipe = sd3_pipeline()
+    pipe.scheduler = FlowMatchLeapfrogScheduler.from_pretrained(tmp_path / "steps/leapfrog-3")
+    assert pipe.scheduler.config.shift == 3.0
+    images = pipe("cat", num_inference_steps=3, output_type="np").images
+    assert images.shape[0] == 1
+
+
+def test_what_a_plan_is_held_to_runs_with_flux_s_own_noise_levels():
+    missing = dict.fromkeys(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = FluxPipeline(transformer=tiny_flux(), scheduler=scheduler, vae=tiny_vae(), **missing)
+    pipe.set_progress_bar_config(disable=True)
+    given = text_inputs(pooled=True)
+    given = {name: given[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+
+    def latents(solver, steps):
+        other = with_solver(pipe, solver)
+        generator = torch.Generator().manual_seed(0)
+        return other(
+            **given, height=32, width=32, num_inference_steps=steps, generator=generator,
+            output_type="latent",
+        ).images  # fmt: skip
+
+    exact = latents(FLOW_REFERENCE_SOLVER, 60)
+    errors = [(latents(solver, 6) - exact).square().mean() for solver in ("leapfrog", "ddim")]
+    assert errors[0] < errors[1] / 4
