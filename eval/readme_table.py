@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "eval/results/README.md")
 RESULTS = ROOT / "eval/results/fashion_mnist"
 ABLATION = ROOT / "eval/results/ablation/ablation.json"
+FLOW = ROOT / "eval/results/flow_matching.json"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
 MAX_BUDGETS = 6
 PLANNED = "Morse-Leapfrog as planned"
@@ -208,6 +209,21 @@ def make_speeds(entries: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def make_flow_table(result: dict[str, object]) -> str:
+    """Return PSNR of each solver and number of evaluations, as Markdown, of `eval.flow_solvers`."""
+    cells = {
+        (row["solver"], row["steps"]): f"{row['psnr']:.1f} ± {row['error']:.1f}"
+        for row in result["rows"]
+    }
+    counts = sorted({count for _, count in cells})
+    lines = [f"| PSNR in dB, at evaluations | {' | '.join(map(str, counts))} |"]
+    lines.append("|---" * (len(counts) + 1) + "|")
+    for solver in dict.fromkeys(solver for solver, _ in cells):
+        shown = [cells.get((solver, count), "not measured") for count in counts]
+        lines.append(f"| {solver} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 # By the names in the pages' marks.
 TABLES: dict[str, Callable[[], str]] = {
     "factors": lambda: make_factors(
@@ -222,6 +238,7 @@ TABLES: dict[str, Callable[[], str]] = {
         json.loads((RESULTS / "latency.json").read_text("utf-8"))["speed_ratios"]
     ),
     "guided": lambda: make_table(load_result("fashion_mnist_text"), names=GUIDED_ROWS),
+    "flow": lambda: make_flow_table(json.loads(FLOW.read_text("utf-8"))),
     "ablation": lambda: compact_table(json.loads(ABLATION.read_text("utf-8"))),
 }
 

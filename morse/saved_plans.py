@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from morse.plan import MorsePlan
-from morse.rates import own_parameters
+from morse.rates import is_flow, own_parameters
+from morse.schedulers import remake
 
 # N differs by a tenth between measurements and by a fifth between processors, so a plan's cost by
 # some per cent: that must not decide between this plan and one for three quarters of the budget.
@@ -164,4 +165,6 @@ def _with_options(before: SchedulerMixin, options: Mapping[str, object]) -> Sche
             f"scheduler options {unknown} are not {type(before).__name__}'s; it has "
             f"{sorted(name for name in before.config if name[0] != '_')}."
         )
+    if is_flow(before):
+        return remake(type(before), {**before.config, **options})
     return type(before).from_config(before.config, **options)

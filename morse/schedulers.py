@@ -1,6 +1,7 @@
 """Schedulers by short names, made from a pipeline's own scheduler's config."""
 
 import inspect
+from collections.abc import Mapping
 
 import diffusers
 from diffusers import DDPMPipeline, DiffusionPipeline, SchedulerMixin
@@ -93,23 +94,30 @@ def _make_for_flow(
     known: type, config: dict[str, object], options: dict[str, object]
 ) -> SchedulerMixin:
     """Make a scheduler, saying in its class's own words that it is for a flow, and the shift."""
-    taken = inspect.signature(known).parameters
     shift = config.get("shift", config.get("flow_shift", 1.0))
     settings = {**config, "shift": shift, **options}
-    if "use_flow_sigmas" in taken:
+    if "use_flow_sigmas" in inspect.signature(known).parameters:
         settings |= {
             "use_flow_sigmas": True,
             "prediction_type": "flow_prediction",
             "flow_shift": shift,
         }
-    scheduler = known(**{name: value for name, value in settings.items() if name in taken})
-    # Kept beside: pipelines compute a dynamic shift from some.
-    others = {
-        name: value
-        for name, value in config.items()
-        if not (name in taken or name in _OF_CLASS or name[0] == "_")
-    }
-    scheduler.register_to_config(**others)
+    return remake(known, settings)
+
+
+def remake(kind: type, config: Mapping[str, object]) -> SchedulerMixin:
+    """Make a scheduler of what its class takes of a config.
+
+    The rest is kept beside, without the warning of `from_config`: pipelines compute flow matching's
+    dynamic shift from it.
+    """
+    config = {name: value for name, value in config.items() if name[0] != "_"}
+    taken = inspect.signature(kind).parameters
+    scheduler = kind(**{name: value for name, value in config.items() if name in taken})
+    others = {name: value for name, value in config.items() if name not in taken}
+    scheduler.register_to_config(
+        **{name: value for name, value in others.items() if name not in _OF_CLASS}
+    )
     return scheduler
 
 

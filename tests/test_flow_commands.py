@@ -1,15 +1,23 @@
 """`morse plan`, `bench` and `tune-dot` on models trained by flow matching."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+)
 from evaluation_fixtures import REFERENCE_STEPS, short_reference  # noqa: F401
 from tiny_pipelines import text_inputs, tiny_vae
 from tiny_text import sd3_pipeline
 from tiny_transformers import tiny_flux
 
+from eval.flow_solvers import FlowDash
 from morse import FlowMatchLeapfrogScheduler, MorseDot, MorsePipeline
 from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
 from morse.evaluation.bench.loading import with_solver
@@ -134,6 +142,34 @@ def test_steps_are_fitted_to_stable_diffusion_3(tmp_path, monkeypatch):
     assert pipe.scheduler.config.shift == 3.0
     images = pipe("cat", num_inference_steps=3, output_type="np").images
     assert images.shape[0] == 1
+
+
+class ExactNoise(torch.nn.Module):
+    """The exact estimate of epsilon for data of N(0, 1/4), told a fractional timestep."""
+
+    config = {"sample_size": 4, "in_channels": 1}  # noqa: RUF012
+    dtype, device = torch.float64, torch.device("cpu")
+
+    def __init__(self, alphas_cumprod):
+        super().__init__()
+        self.log_ratios = ((1 - alphas_cumprod) / alphas_cumprod).log().double().numpy() / 2
+
+    def forward(self, sample, timestep):
+        ratio = np.exp(np.interp(float(timestep), np.arange(1000), self.log_ratios))
+        alpha = 1 / np.hypot(1, ratio)
+        noise = sample * alpha * ratio / (alpha**2 / 4 + (alpha * ratio) ** 2)
+        return SimpleNamespace(sample=noise)
+
+
+@pytest.mark.parametrize("level", [0.02, 0.3, 0.9, 1.0])
+def test_the_embedded_dash_as_a_flow_estimates_the_same(level):
+    alphas_cumprod = DDPMScheduler().alphas_cumprod
+    dash = FlowDash(ExactNoise(alphas_cumprod), alphas_cumprod)
+    sample = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    found = dash(sample, torch.tensor(1000 * level, dtype=torch.float64)).sample
+    clean, noise = (1 - level) / 4, level  # times the sample over its variance
+    expected = sample * (noise - clean) / ((1 - level) ** 2 / 4 + level**2)
+    torch.testing.assert_close(found, expected, rtol=1e-3 if level < 1 else 2e-2, atol=1e-4)
 
 
 def test_what_a_plan_is_held_to_runs_with_flux_s_own_noise_levels():
