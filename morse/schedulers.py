@@ -139,7 +139,8 @@ def check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
             "scheduler, or one made with use_flow_sigmas=True."
         )
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    if isinstance(pipe, DDPMPipeline) and not (takes_generator and scheduler.init_noise_sigma == 1):
+    scaled = getattr(scheduler, "init_noise_sigma", 1) != 1  # flow matching's have no such number
+    if isinstance(pipe, DDPMPipeline) and (scaled or not takes_generator):
         raise ValueError(
             f"scheduler {type(scheduler).__name__} does not work in diffusers' "
             f"{type(pipe).__name__}, which neither scales its input nor calls a step without a "

@@ -62,6 +62,15 @@ def planned(folder, tmp_path_factory):
     return output_dir
 
 
+@pytest.mark.parametrize("scheduler", ["leapfrog", "ddim", "heun"])
+def test_diffusers_own_pipeline_runs_flows(folder, scheduler):
+    pipe = MorsePipeline.from_pretrained(folder, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(plan="DoDoo", generator=torch.Generator().manual_seed(0))
+    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, 3)
+    assert pipe.last_run.fallbacks == {}
+
+
 @pytest.mark.slow
 def test_plans_are_saved_for_the_flow_s_scheduler(folder, planned):
     report = json.loads((planned / "plan_search.json").read_text())
