@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from morse.cli import run_command
 from morse.evaluation.bench.loading import load_bare
-from morse.evaluation.bench.methods import FLOW_REFERENCE_SOLVER, REFERENCE_STEPS
+from morse.evaluation.bench.methods import REFERENCE_STEPS
 from morse.evaluation.bench.runs import sample_images
 from morse.evaluation.bench.solver_pipeline import SolverPipeline
 from morse.evaluation.environment import environment
@@ -45,6 +45,8 @@ SOLVERS = {
     "pfdiff": "PFDiff-1",
     "leapfrog": "Leapfrog",
 }
+
+REFERENCE_SOLVER = "unipc"
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Flow:
 
     def reference(self, seeds: range) -> Tensor:
         """Sample with many steps."""
-        return self.sample(FLOW_REFERENCE_SOLVER, REFERENCE_STEPS, seeds)
+        return self.sample(REFERENCE_SOLVER, REFERENCE_STEPS, seeds)
 
     def fit(self, steps: int, seeds: range) -> Rows:
         """Fit leapfrog's steps as `morse plan` does."""
@@ -158,7 +160,7 @@ def flow_solvers(config: FlowSolversConfig) -> None:
             add("Leapfrog, fitted", steps, images, fitted_steps=fitted)
     result = {
         "command": " ".join(["python -m eval.flow_solvers", *sys.argv[1:]]),
-        "reference": f"{SOLVERS[FLOW_REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps",
+        "reference": f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps",
         "settings": json.loads(json.dumps(vars(config), default=str)),
         **environment(torch.device("cpu")),
         "rows": rows,

@@ -36,7 +36,7 @@ class FlowMatchLeapfrogScheduler(LeapfrogMoves, SchedulerMixin, ConfigMixin):
         timestep_power: Grid point j of k lies at the unshifted level (1 - j / k)^timestep_power.
         clean_above: See `LeapfrogScheduler`, as for `fitted_steps`.
         fitted_steps: Its timesteps are T * s - 1 of unshifted levels s, from T - 1 to the clean
-            end at -1, so that one fit serves all sizes.
+            end at -1, so that one fit can be used at all sizes.
 
     Example:
         >>> scheduler = FlowMatchLeapfrogScheduler(shift=3.0)
@@ -74,7 +74,6 @@ class FlowMatchLeapfrogScheduler(LeapfrogMoves, SchedulerMixin, ConfigMixin):
         )
         self.sigmas, self.timesteps = self._shifting.sigmas, self._shifting.timesteps
         self.num_inference_steps: int | None = None
-        self._begin_index: int | None = None
         self._restart()
 
     def set_timesteps(
@@ -99,28 +98,29 @@ class FlowMatchLeapfrogScheduler(LeapfrogMoves, SchedulerMixin, ConfigMixin):
         """
         if sigmas is not None:
             sigmas = np.asarray(sigmas, dtype=np.float64)
+            if num_inference_steps not in (None, len(sigmas)):
+                raise ValueError(
+                    f"num_inference_steps is {num_inference_steps}, but there are {len(sigmas)} "
+                    "sigmas: give one of the two."
+                )
             num_inference_steps = len(sigmas)
         if num_inference_steps is None:
             raise ValueError("num_inference_steps is None and no sigmas are given: give either.")
-        grid = (self._lay_out(num_inference_steps) + 1) / self.config.num_train_timesteps
+        grid, weights = self._lay_out(num_inference_steps)
+        grid = np.minimum((grid + 1) / self.config.num_train_timesteps, 1)
         if sigmas is not None and not _is_no_choice(sigmas):
-            grid = self._around(sigmas)
+            grid, weights = _around(sigmas), None
         self._shifting.set_timesteps(sigmas=grid.tolist(), mu=mu)
         levels = self._shifting.sigmas
         self._grid = levels.tolist()
+        self.num_inference_steps = num_inference_steps
         self.sigmas = torch.cat([levels[:-1:2], levels[-1:]])
         self.timesteps = self._shifting.timesteps[::2].to(device)
-        self._begin_index = None
-        self._restart()
+        self._restart(weights)
 
-    def _around(self, sigmas: np.ndarray) -> np.ndarray:
-        """Give the grid, (2n - 1,), with levels (n,) to evaluate at and landings between them."""
-        if not (sigmas[0] <= 1 and (np.diff(sigmas) < 0).all() and sigmas[-1] > 0):
-            raise ValueError(f"sigmas must fall and lie in (0, 1], got {sigmas.tolist()}.")
-        self._weights = None
-        grid = np.empty(2 * len(sigmas) - 1)
-        grid[::2], grid[1::2] = sigmas, (sigmas[:-1] + sigmas[1:]) / 2
-        return grid
+    @property
+    def _predicts(self) -> str:
+        return "flow_prediction"
 
     def _rates(self, index: int) -> Rates:
         """Give alpha and sigma of a grid point."""
@@ -137,3 +137,12 @@ class FlowMatchLeapfrogScheduler(LeapfrogMoves, SchedulerMixin, ConfigMixin):
 def _is_no_choice(sigmas: np.ndarray) -> bool:
     count = len(sigmas)
     return np.allclose(sigmas, np.linspace(1, 1 / count, count), rtol=0, atol=1e-6)
+
+
+def _around(sigmas: np.ndarray) -> np.ndarray:
+    """Give the grid, (2n - 1,), with levels (n,) to evaluate at and landings between them."""
+    if not (sigmas[0] <= 1 and (np.diff(sigmas) < 0).all() and sigmas[-1] > 0):
+        raise ValueError(f"sigmas must fall and lie in (0, 1], got {sigmas.tolist()}.")
+    grid = np.empty(2 * len(sigmas) - 1)
+    grid[::2], grid[1::2] = sigmas, (sigmas[:-1] + sigmas[1:]) / 2
+    return grid

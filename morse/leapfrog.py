@@ -61,7 +61,6 @@ class LeapfrogScheduler(LeapfrogMoves, SchedulerMixin, ConfigMixin):
     """
 
     _compatibles: ClassVar = [each.name for each in KarrasDiffusionSchedulers]
-    order = 1
 
     @register_to_config
     def __init__(
@@ -101,7 +100,6 @@ class LeapfrogScheduler(LeapfrogMoves, SchedulerMixin, ConfigMixin):
             self.alphas_cumprod[-1] = 2**-24
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
-        self._begin_index: int | None = None
         self._restart()
 
     def set_timesteps(
@@ -112,13 +110,13 @@ class LeapfrogScheduler(LeapfrogMoves, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If they are not between 1 and (T + 1) / 2.
         """
-        grid = self._lay_out(num_inference_steps)
+        grid, weights = self._lay_out(num_inference_steps)
         # Rounding may bring points together; each keeps one timestep of its own.
         grid = torch.from_numpy(np.maximum(grid.round(), np.arange(len(grid))[::-1])).long()
         self._grid = [*grid.tolist(), -1]
+        self.num_inference_steps = num_inference_steps
         self.timesteps = grid[::2].to(device)
-        self._begin_index = None
-        self._restart()
+        self._restart(weights)
 
     def _rates(self, index: int) -> Rates:
         """Give alpha and sigma on the CPU, as () each, for which no accelerator is awaited."""

@@ -9,7 +9,6 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from morse.rates import prediction_type
 from morse.spaces import Rates, from_clean, to_clean
 
 
@@ -40,11 +39,19 @@ class LeapfrogMoves:
         if config.fitted_steps is not None:
             _check_steps(config.fitted_steps, config.num_train_timesteps)
 
-    def _restart(self) -> None:
+    def _restart(self, weights: list[list[float]] | None = None) -> None:
+        """Forget the last run; `weights` are the next one's extrapolations, if fitted."""
+        self._weights = weights
+        self._begin_index: int | None = None
         self._step_index: int | None = None
         self._anchor: Tensor | None = None
         self._handed: tuple[Tensor, Tensor] | None = None  # where to evaluate, over the anchor
         self._before: tuple[Tensor, Tensor] | None = None  # the latest epsilon and x_0
+
+    @property
+    def _predicts(self) -> str:
+        """What the denoiser's output is, as `morse.spaces.to_clean` takes it."""
+        return self.config.prediction_type
 
     @property
     def step_index(self) -> int | None:
@@ -64,8 +71,10 @@ class LeapfrogMoves:
         """Return the sample as it is; there for pipelines that scale it for other schedulers."""
         return sample
 
-    def _lay_out(self, num_inference_steps: int) -> np.ndarray:
-        """Give the grid for so many evaluations, (2n - 1,), on which T - 1 is noise and -1 clean.
+    def _lay_out(self, num_inference_steps: int) -> tuple[np.ndarray, list[list[float]] | None]:
+        """Give a grid for so many evaluations, (2n - 1,), on which T - 1 is noise and -1 clean.
+
+        With it come the extrapolations of fitted steps, (now, ahead) an evaluation.
 
         Raises:
             ValueError: If they are not between 1 and (T + 1) / 2.
@@ -76,13 +85,11 @@ class LeapfrogMoves:
                 f"num_inference_steps must be from 1 to {(total + 1) // 2}, got "
                 f"{num_inference_steps!r}."
             )
-        self.num_inference_steps = num_inference_steps
-        fitted = self.config.fitted_steps
-        rows = None if fitted is None else resample_steps(fitted, num_inference_steps)
-        self._weights = None if rows is None else rows[:, 2:].tolist()
-        if rows is None:
-            return total * (1 - np.arange(steps) / steps) ** self.config.timestep_power - 1
-        return _interleave(rows)
+        if self.config.fitted_steps is None:
+            shares = np.arange(steps) / steps
+            return total * (1 - shares) ** self.config.timestep_power - 1, None
+        rows = resample_steps(self.config.fitted_steps, num_inference_steps)
+        return _interleave(rows), rows[:, 2:].tolist()
 
     def step(
         self,
@@ -117,10 +124,11 @@ class LeapfrogMoves:
             for each in (sample, model_output)
         )
         rates = self._rates(here)
-        clean = to_clean(model_output, sample, rates, prediction_type(self))
+        clean = to_clean(model_output, sample, rates, self._predicts)
         if clean is model_output:
             clean = clean.clone()  # kept, and graphs write their next output into the same memory
-        is_clean = bool(rates[1] > self.config.clean_above * rates[0])
+        # Where there is no signal, epsilon leads nowhere.
+        is_clean = bool(rates[0] == 0 or rates[1] > self.config.clean_above * rates[0])
         now, ahead = self._weigh(clean, sample, rates, is_clean)
         start, anchor = (here, sample) if self._anchor is None else (here - 1, self._anchor)
         if self._handed is not None:

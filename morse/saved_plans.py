@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from morse.plan import MorsePlan
-from morse.rates import is_flow, own_parameters
+from morse.rates import own_parameters
 from morse.schedulers import remake
 
 # N differs by a tenth between measurements and by a fifth between processors, so a plan's cost by
@@ -151,20 +151,23 @@ def scheduler_options(pipe: DiffusionPipeline, options: Mapping[str, object]) ->
         return
     with _lock_of(pipe):
         before = pipe.scheduler
-        pipe.scheduler = _with_options(before, options)
+        pipe.scheduler = with_options(before, options)
         try:
             yield
         finally:
             pipe.scheduler = before
 
 
-def _with_options(before: SchedulerMixin, options: Mapping[str, object]) -> SchedulerMixin:
+def with_options(before: SchedulerMixin, options: Mapping[str, object]) -> SchedulerMixin:
+    """Make a scheduler like another with other options.
+
+    Raises:
+        ValueError: If it has no such option.
+    """
     unknown = sorted(set(options) - set(before.config))
     if unknown:
         raise ValueError(
             f"scheduler options {unknown} are not {type(before).__name__}'s; it has "
             f"{sorted(name for name in before.config if name[0] != '_')}."
         )
-    if is_flow(before):
-        return remake(type(before), {**before.config, **options})
-    return type(before).from_config(before.config, **options)
+    return remake(type(before), {**before.config, **options})

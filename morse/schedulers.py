@@ -42,13 +42,15 @@ SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
 }
 # What a short name means for a model trained by flow matching, where that is another class; DDIM's
 # step is Euler's there (Gao et al. 2024).
-_OF_FLOWS = {
-    "DDIMScheduler": "FlowMatchEulerDiscreteScheduler",
-    "EulerDiscreteScheduler": "FlowMatchEulerDiscreteScheduler",
-    "HeunDiscreteScheduler": "FlowMatchHeunDiscreteScheduler",
-    "LCMScheduler": "FlowMatchLCMScheduler",
-    "LeapfrogScheduler": "FlowMatchLeapfrogScheduler",
+_OF_FLOWS: dict[str, tuple[str, dict[str, object]]] = {
+    "DDIMScheduler": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": False}),
+    "EulerDiscreteScheduler": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": False}),
+    "HeunDiscreteScheduler": ("FlowMatchHeunDiscreteScheduler", {}),
+    "LCMScheduler": ("FlowMatchLCMScheduler", {}),
+    "LeapfrogScheduler": ("FlowMatchLeapfrogScheduler", {}),
 }
+# What pipelines compute a dynamic shift from, whatever the scheduler's class.
+_SHIFTING = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 _OWN = {each.__name__: each for each in (LeapfrogScheduler, FlowMatchLeapfrogScheduler)}
 _OF_CLASS = {"timestep_spacing"}  # options whose default is the class's own
 
@@ -56,75 +58,94 @@ _OF_CLASS = {"timestep_spacing"}  # options whose default is the class's own
 def make_scheduler(name: str, config: dict[str, object]) -> object:
     """Make a scheduler from its short name or diffusers class name and a scheduler's config.
 
+    Where the config is of a model trained by flow matching, so is the scheduler: "ddim" is Euler
+    there, "leapfrog" `FlowMatchLeapfrogScheduler`.
+
     Raises:
-        ValueError: If the name is unknown, or not for flow matching though the config is; the
-            message lists those that are.
+        ValueError: If the name is unknown, or not for that model; the message lists those that are.
     """
-    class_name, options = SCHEDULERS.get(name.lower(), (name, {}))
     flow = is_flow_config(config)
-    if flow and name.lower() in SCHEDULERS:
-        class_name = _OF_FLOWS.get(class_name, class_name)
-    known = _OWN.get(class_name) or getattr(diffusers, class_name, None)
-    if not class_name.endswith("Scheduler") or known is None:
+    known, options = _find_class(name, flow)
+    if known is None:
         raise ValueError(
             f"scheduler={name!r} is unknown; use one of {sorted(SCHEDULERS)} or the name of a "
             "diffusers scheduler class."
         )
+    if flow:
+        if obstacle := flow_obstacle(name, config):
+            names = sorted(each for each in SCHEDULERS if flow_obstacle(each, config) is None)
+            raise ValueError(f"scheduler={name!r} {obstacle}; use one of {names}.")
+        return _make_for_flow(known, config, options)
     # Of settings left at a class's defaults diffusers would take the new class's defaults instead:
     # Heun would get Stable Diffusion's noise schedule in place of DDPM's. Only where timesteps lie
     # is for the new class to say, unless the pipeline's author did.
     unset = {"_use_default_values", *_OF_CLASS.intersection(config.get("_use_default_values", ()))}
     config = {key: value for key, value in config.items() if key not in unset}
-    if not flow:
-        return known.from_config(config, **options)
-    if config.get("invert_sigmas") and known is FlowMatchLeapfrogScheduler:
-        raise ValueError(
-            f"scheduler={name!r} is not for a model whose noise levels rise (invert_sigmas)."
-        )
-    scheduler = _make_for_flow(known, config, options)
-    if not is_flow(scheduler):
-        names = sorted(each for each, (kind, _) in SCHEDULERS.items() if _is_for_flows(kind))
-        raise ValueError(
-            f"scheduler={name!r} is not for a model trained by flow matching; use one of {names}."
-        )
-    return scheduler
+    return known.from_config(config, **options)
+
+
+def _find_class(name: str, flow: bool) -> tuple[type | None, dict[str, object]]:
+    """Find the class that a name means, and the settings that make it that method."""
+    class_name, options = SCHEDULERS.get(name.lower(), (name, {}))
+    if flow and name.lower() in SCHEDULERS:
+        class_name, more = _OF_FLOWS.get(class_name, (class_name, {}))
+        options = options | more
+    known = _OWN.get(class_name) or getattr(diffusers, class_name, None)
+    return (known if class_name.endswith("Scheduler") else None), options
+
+
+def flow_obstacle(name: str, config: Mapping[str, object]) -> str | None:
+    """Tell why a scheduler is not for a model trained by flow matching; None if it is.
+
+    Args:
+        name: One that `make_scheduler` knows.
+        config: Of a scheduler of the model's.
+    """
+    known, _ = _find_class(name, flow=True)
+    taken = inspect.signature(known).parameters
+    if not (known.__name__.startswith("FlowMatch") or "use_flow_sigmas" in taken):
+        return "is not for models trained by flow matching"
+    if name.lower() == "deis":
+        return "stops before a flow's end in diffusers, where noise is left"
+    words = [word for word in ("invert_sigmas", "shift_terminal") if config.get(word)]
+    ignored = [word for word in words if word not in taken]
+    if config.get("use_dynamic_shifting"):
+        if "mu" not in inspect.signature(known.set_timesteps).parameters:
+            ignored.append("use_dynamic_shifting")
+        is_linear = config.get("time_shift_type", "exponential") != "exponential"
+        if is_linear and "use_flow_sigmas" in taken and not hasattr(known, "time_shift"):
+            ignored.append("time_shift_type")
+    return f"is not for noise levels with {', '.join(ignored)}" if ignored else None
 
 
 def _make_for_flow(
     known: type, config: dict[str, object], options: dict[str, object]
 ) -> SchedulerMixin:
     """Make a scheduler, saying in its class's own words that it is for a flow, and the shift."""
+    taken = inspect.signature(known).parameters
     shift = config.get("shift", config.get("flow_shift", 1.0))
-    settings = {**config, "shift": shift, **options}
-    if "use_flow_sigmas" in inspect.signature(known).parameters:
-        settings |= {
-            "use_flow_sigmas": True,
-            "prediction_type": "flow_prediction",
-            "flow_shift": shift,
-        }
-    return remake(known, settings)
+    settings = {name: config[name] for name in config if name in taken or name in _SHIFTING}
+    if "use_flow_sigmas" in taken:
+        settings |= {"prediction_type": "flow_prediction", "flow_shift": shift}
+        if not config.get("use_flow_sigmas"):  # else their author's; they go by betas here
+            spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+            settings |= {name: False for name in spacings if name in taken}
+        settings["use_flow_sigmas"] = True
+    else:
+        settings["shift"] = shift
+    return remake(known, settings | options)
 
 
 def remake(kind: type, config: Mapping[str, object]) -> SchedulerMixin:
     """Make a scheduler of what its class takes of a config.
 
-    The rest is kept beside, without the warning of `from_config`: pipelines compute flow matching's
-    dynamic shift from it.
+    The rest is kept beside, for pipelines that read it, without the warning of `from_config`.
     """
     config = {name: value for name, value in config.items() if name[0] != "_"}
     taken = inspect.signature(kind).parameters
     scheduler = kind(**{name: value for name, value in config.items() if name in taken})
-    others = {name: value for name, value in config.items() if name not in taken}
-    scheduler.register_to_config(
-        **{name: value for name, value in others.items() if name not in _OF_CLASS}
-    )
+    scheduler.register_to_config(**{k: v for k, v in config.items() if k not in taken})
     return scheduler
-
-
-def _is_for_flows(class_name: str) -> bool:
-    return class_name in _OF_FLOWS or (
-        "use_flow_sigmas" in inspect.signature(getattr(diffusers, class_name)).parameters
-    )
 
 
 def check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
@@ -132,11 +153,16 @@ def check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
 
     Diffusers' `DDPMPipeline` neither scales its input nor takes steps without a generator.
     """
-    if is_flow(pipe.scheduler) and hasattr(scheduler, "alphas_cumprod") and not is_flow(scheduler):
+    flows = is_flow(pipe.scheduler), is_flow(scheduler)
+    other = pipe.scheduler if flows[1] else scheduler  # EDM's path, say, is neither
+    if flows[0] != flows[1] and hasattr(other, "alphas_cumprod"):
+        trained, others = "with a noise schedule of alphas", "a scheduler that has one"
+        if flows[0]:
+            trained = "by flow matching"
+            others = "a FlowMatch... scheduler, or one made with use_flow_sigmas=True"
         raise ValueError(
             f"scheduler {type(scheduler).__name__} is not for {type(pipe).__name__}, whose model "
-            f"was trained by flow matching ({type(pipe.scheduler).__name__}); use a FlowMatch... "
-            "scheduler, or one made with use_flow_sigmas=True."
+            f"was trained {trained} ({type(pipe.scheduler).__name__}); use {others}."
         )
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     scaled = getattr(scheduler, "init_noise_sigma", 1) != 1  # flow matching's have no such number

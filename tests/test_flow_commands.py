@@ -11,6 +11,7 @@ from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    StableDiffusion3Img2ImgPipeline,
 )
 from evaluation_fixtures import REFERENCE_STEPS, short_reference  # noqa: F401
 from tiny_pipelines import text_inputs, tiny_vae
@@ -21,9 +22,10 @@ from eval.flow_solvers import FlowDash
 from morse import FlowMatchLeapfrogScheduler, MorseDot, MorsePipeline
 from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
 from morse.evaluation.bench.loading import with_solver
-from morse.evaluation.bench.methods import FLOW_REFERENCE_SOLVER
+from morse.evaluation.bench.methods import REFERENCE_SOLVER
 from morse.evaluation.planning import best_fit
 from morse.evaluation.planning.command import PlanConfig, run_plan
+from morse.saved_plans import SavedPlan
 from morse.tuning.command import TuneDotConfig, tune_dot
 
 PLAN = {
@@ -75,15 +77,18 @@ def test_diffusers_own_pipeline_runs_flows(folder, scheduler):
 def test_plans_are_saved_for_the_flow_s_scheduler(folder, planned):
     report = json.loads((planned / "plan_search.json").read_text())
     (search,) = report["searches"]
-    assert report["reference"] == "unipc, 100 steps" and search["psnr"] >= search["uniform_psnr"]
+    assert (
+        report["reference"] == "dpmsolver++, 100 steps" and search["psnr"] >= search["uniform_psnr"]
+    )
     assert any("fitted_steps" in fit["scheduler"] for fit in search["fits"])
     pipe = MorsePipeline.from_pretrained(folder, dot=planned, scheduler="leapfrog")
     assert list(pipe.dot.config.plans) == ["FlowMatchLeapfrogScheduler"]
     pipe.speed_ratio = 4.0
     assert pipe.plan_for(3).plan == search["plan"]
     scheduler = FlowMatchLeapfrogScheduler.from_pretrained(planned / "leapfrog-3")
+    best = next(fit["scheduler"] for fit in search["fits"] if fit["plan"] == "DDD")
     assert scheduler.config.shift == 2.0
-    assert scheduler.config.fitted_steps or scheduler.config.timestep_power
+    assert {name: scheduler.config[name] for name in best} == best
 
 
 @pytest.mark.slow
@@ -110,19 +115,26 @@ def test_the_benchmark_measures_what_there_is_for_flows(folder, planned, tmp_pat
     )
     result = run_benchmark(config)
     measured = {(row["kind"], row["solver"]) for row in result["rows"]}
-    assert {solver for kind, solver in measured if kind == "baseline"} == {*solvers} - {"pndm"}
+    bare = {solver for kind, solver in measured if kind == "baseline"}
+    assert bare == {*solvers} - {"pndm", "deis"}
     assert {("pfdiff", "ddim"), ("extrapolation", "ddim"), ("morse", "leapfrog")} < measured
     markdown = (tmp_path / "benchmark.md").read_text("utf-8")
     assert "PNDM is not for models trained by flow matching" in markdown
+    assert "DEIS stops before a flow's end" in markdown
 
 
 @pytest.mark.slow
 def test_a_dot_is_tuned_on_its_plans(folder, planned, tmp_path):
+    dot = MorseDot.from_pretrained(planned)
+    rows = [[999.0, 0.4, 0.0, 0.0], [500.5, 0.5, 0.2, 0.3], [90.0, 1.0, 0.0, 0.1]]
+    plan = SavedPlan(3, "DoD", {"fitted_steps": rows})
+    dot.register_to_config(plans={"FlowMatchLeapfrogScheduler": [plan.to_config()]})
+    dot.save_pretrained(tmp_path / "dot")
     settings = {
         "pretrained_model_name_or_path": str(folder),
-        "dot": str(planned),
+        "dot": str(tmp_path / "dot"),
         "output_dir": tmp_path / "tuned",
-        "solver": ("dpmsolver++",),  # whose plans have Dot, whatever the search has found
+        "solver": ("leapfrog", "dpmsolver++"),
         "lsd": (3,),
         "target_lsd": 5,
         "num_images": 4,
@@ -133,8 +145,9 @@ def test_a_dot_is_tuned_on_its_plans(folder, planned, tmp_path):
     }
     found = tune_dot(TuneDotConfig(**settings))
     report = json.loads((found / "tuning.json").read_text())
-    assert report["decibels_by_step"]["0"] != report["decibels_as_saved"]
-    assert MorseDot.from_pretrained(found).config.plans
+    before, after = report["decibels_by_step"]["0"], report["decibels_as_saved"]
+    assert set(before) == {"leapfrog, 3 LSD", "dpmsolver++, 3 LSD"}
+    assert all(before[name] != after[name] for name in before)
 
 
 @pytest.mark.slow
@@ -181,7 +194,33 @@ def test_the_embedded_dash_as_a_flow_estimates_the_same(level):
     torch.testing.assert_close(found, expected, rtol=1e-3 if level < 1 else 2e-2, atol=1e-4)
 
 
-def test_what_a_plan_is_held_to_runs_with_flux_s_own_noise_levels():
+def test_an_image_to_image_run_begins_in_the_middle(tmp_path):
+    pipe = sd3_pipeline()
+    pipe.scheduler = FlowMatchLeapfrogScheduler(shift=3.0)
+    pipe.save_pretrained(tmp_path)
+    absent = dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"))
+    pipe = StableDiffusion3Img2ImgPipeline.from_pretrained(tmp_path, **absent)
+    assert type(pipe.scheduler) is FlowMatchLeapfrogScheduler and pipe.scheduler.config.shift == 3
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def latents(scheduler, steps):
+        pipe.scheduler = scheduler
+        seeded = torch.Generator().manual_seed(0)
+        return pipe(
+            "cat", image=image, strength=0.5, num_inference_steps=steps, generator=seeded,
+            height=8, width=8, output_type="latent",
+        ).images  # fmt: skip
+
+    kinds = (FlowMatchLeapfrogScheduler, FlowMatchEulerDiscreteScheduler)
+    # Where half of the run begins, both are at the same noise level.
+    exact = latents(FlowMatchEulerDiscreteScheduler(), 400)
+    leapfrog, euler = (latents(kind(), 20) for kind in kinds)
+    assert (leapfrog - exact).abs().mean() < (euler - exact).abs().mean()
+    assert torch.equal(latents(pipe.scheduler, 20), euler)
+
+
+def test_leapfrog_comes_near_to_what_flux_s_plans_are_held_to():
     missing = dict.fromkeys(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"))
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe = FluxPipeline(transformer=tiny_flux(), scheduler=scheduler, vae=tiny_vae(), **missing)
@@ -197,6 +236,6 @@ def test_what_a_plan_is_held_to_runs_with_flux_s_own_noise_levels():
             output_type="latent",
         ).images  # fmt: skip
 
-    exact = latents(FLOW_REFERENCE_SOLVER, 60)
+    exact = latents(REFERENCE_SOLVER, 60)
     errors = [(latents(solver, 6) - exact).square().mean() for solver in ("leapfrog", "ddim")]
     assert errors[0] < errors[1] / 4

@@ -6,9 +6,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from morse import FlowMatchLeapfrogScheduler, LeapfrogScheduler
-from morse.rates import is_flow
-from morse.schedulers import make_scheduler
+from morse.rates import adds_noise, is_flow
+from morse.schedulers import check_scheduler, make_scheduler
 
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SPREAD = 0.5  # standard deviation of Gaussian data, whose exact denoiser is known
 
 
@@ -29,7 +30,7 @@ def solve(scheduler, steps, **options):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("clean_above", [4.0, 1e9])
+@pytest.mark.parametrize("clean_above", [4.0, 1e9, float("inf")])
 def test_second_order_to_the_flow_s_own_end(shift, clean_above):
     """Such a flow only scales: from pure noise to SPREAD times as much."""
     scheduler = FlowMatchLeapfrogScheduler(shift=shift, clean_above=clean_above)
@@ -128,11 +129,20 @@ class TestTheGrid:
             ({"sigmas": [1.2, 0.3]}, "sigmas must fall"),
             ({"num_inference_steps": 501}, "from 1 to 500, got 501"),
             ({}, "num_inference_steps is None and no sigmas"),
+            ({"num_inference_steps": 3, "sigmas": [0.9, 0.5]}, "is 3, but there are 2 sigmas"),
         ],
     )
     def test_wrong_use(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             FlowMatchLeapfrogScheduler().set_timesteps(**arguments)
+
+    def test_a_failed_call_changes_nothing(self):
+        scheduler = FlowMatchLeapfrogScheduler()
+        scheduler.set_timesteps(3)
+        before = scheduler._grid, scheduler.num_inference_steps, scheduler._weights
+        with pytest.raises(ValueError, match="sigmas must fall"):
+            scheduler.set_timesteps(sigmas=[0.2, 0.4])
+        assert (scheduler._grid, scheduler.num_inference_steps, scheduler._weights) == before
 
     def test_a_missing_shift_is_named(self):
         with pytest.raises(ValueError, match="`mu` must be passed"):
@@ -167,7 +177,6 @@ class TestShortNames:
             ("ddim", "FlowMatchEulerDiscreteScheduler"),
             ("euler", "FlowMatchEulerDiscreteScheduler"),
             ("heun", "FlowMatchHeunDiscreteScheduler"),
-            ("lcm", "FlowMatchLCMScheduler"),
             ("dpmsolver++", "DPMSolverMultistepScheduler"),
             ("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
             ("leapfrog-dense", "FlowMatchLeapfrogScheduler"),
@@ -175,19 +184,24 @@ class TestShortNames:
     )
     @pytest.mark.parametrize("shift_is", ["shift", "flow_shift"])
     def test_what_is_made(self, name, class_name, shift_is):
-        known = FlowMatchEulerDiscreteScheduler(shift=3.0, base_image_seq_len=77)
+        """It reaches zero noise, and names the shift in its class's own word alone."""
+        known = FlowMatchEulerDiscreteScheduler(
+            shift=3.0, base_image_seq_len=77, stochastic_sampling=True, use_beta_sigmas=True
+        )
         if shift_is == "flow_shift":
-            flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            known = diffusers.UniPCMultistepScheduler(**flow, flow_shift=3.0)
+            known = diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=3.0)
         made = make_scheduler(name, known.config)
-        assert type(made).__name__ == class_name and is_flow(made)
+        assert type(made).__name__ == class_name and is_flow(made) and not adds_noise(made)
         made.set_timesteps(4)
-        level = 1 - 1 / made.config.num_train_timesteps  # where all but a few thousandths begin
-        assert float(made.sigmas[0]) == pytest.approx(1, abs=2 * (1 - level))
-        kept = getattr(made.config, "shift", None) or made.config.flow_shift
-        assert kept == 3.0
+        assert made.sigmas[0] == pytest.approx(1, abs=2e-3) and made.sigmas[-1] == 0
+        assert made.sigmas.max() <= 1
+        words = {"shift", "flow_shift"} & set(made.config)
+        assert len(words) == 1 and made.config[words.pop()] == 3.0
+        assert ("use_flow_sigmas" in made.config) == ("Multistep" in class_name)
         if shift_is == "shift":  # pipelines compute a dynamic shift from it
             assert made.config.base_image_seq_len == 77
+        again = make_scheduler("leapfrog", made.config)
+        assert isinstance(again, FlowMatchLeapfrogScheduler) and again.config.shift == 3.0
 
     def test_a_power_is_leapfrog_s_own(self):
         config = FlowMatchEulerDiscreteScheduler().config
@@ -195,14 +209,40 @@ class TestShortNames:
         assert dense.config.timestep_power == 1.5
         assert make_scheduler("leapfrog", dense.config).config.timestep_power == 1.0
 
-    def test_what_is_not_for_flows(self):
-        config = FlowMatchEulerDiscreteScheduler().config
-        for name in ("pndm", "ddpm", "euler-ancestral", "DDIMScheduler"):
-            with pytest.raises(ValueError, match=r"not for a model trained by flow .*'leapfrog'"):
-                make_scheduler(name, config)
-        turned = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config
-        with pytest.raises(ValueError, match="invert_sigmas"):
-            make_scheduler("leapfrog", turned)
+    @pytest.mark.parametrize(
+        "known",
+        [FlowMatchEulerDiscreteScheduler(), diffusers.UniPCMultistepScheduler(**FLOW)],
+        ids=["FlowMatch", "UniPC"],
+    )
+    @pytest.mark.parametrize("name", ["pndm", "ddpm", "euler-ancestral", "DDIMScheduler"])
+    def test_what_is_not_for_flows(self, known, name):
+        message = r"is not for models trained by flow matching; use one of .*'leapfrog'"
+        with pytest.raises(ValueError, match=message):
+            make_scheduler(name, known.config)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("deis", {}, "'deis' stops before a flow's end"),
+            ("leapfrog", {"invert_sigmas": True}, "noise levels with invert_sigmas"),
+            ("unipc", {"invert_sigmas": True}, "noise levels with invert_sigmas"),
+            ("heun", {"shift_terminal": 0.1}, "noise levels with shift_terminal"),
+            ("heun", {"use_dynamic_shifting": True}, "with use_dynamic_shifting"),
+            (
+                "dpmsolver++",
+                {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+                "with time_shift_type; use one of .*'unipc'",
+            ),
+        ],
+    )
+    def test_what_diffusers_would_ignore(self, name, options, message):
+        with pytest.raises(ValueError, match=message):
+            make_scheduler(name, FlowMatchEulerDiscreteScheduler(**options).config)
+
+    def test_a_flow_s_scheduler_is_refused_elsewhere(self):
+        pipe = diffusers.DDPMPipeline(torch.nn.Identity(), diffusers.DDPMScheduler())
+        with pytest.raises(ValueError, match="was trained with a noise schedule of alphas"):
+            check_scheduler(pipe, FlowMatchLeapfrogScheduler())
 
     @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
     def test_others_stay_as_they_are(self, prediction_type):

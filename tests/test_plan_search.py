@@ -487,7 +487,7 @@ def test_the_solver_shortens_plans(make_pipe):
 def test_a_search_runs_in_the_precision_asked_for(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     seen = []
 
-    def search(config, pipes, reference):
+    def search(config, pipes):
         enabled = torch.is_autocast_enabled("cpu")
         seen.append(torch.get_autocast_dtype("cpu") if enabled else None)
 

@@ -46,7 +46,7 @@ def test_schedulers_of_another_noise_path_are_refused():
     for scheduler in (LeapfrogScheduler(), diffusers.DDIMScheduler()):
         with pytest.raises(ValueError, match="StableDiffusion3Pipeline, whose model was"):
             MorsePipeline.from_pipe(pipe, scheduler=scheduler)
-    with pytest.raises(ValueError, match="'pndm' is not for a model trained by flow matching"):
+    with pytest.raises(ValueError, match="'pndm' is not for models trained by flow matching"):
         MorsePipeline.from_pipe(pipe, scheduler="pndm")
     config = pipe.scheduler.config
     for flow in (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from morse.attach import enable_morse
 from morse.evaluation.conditions import Conditions
-from morse.saved_plans import SavedPlan
+from morse.saved_plans import SavedPlan, with_options
 from morse.training.pruned import keep_zeros
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class SampledRun(nn.Module):
         wanted, (scheduler, plan, _) = numbers.tolist(), self.runs[index]
         generators = [torch.Generator().manual_seed(self.seed + number) for number in wanted]
         # A fresh one for each run: they hold on to estimates, here with all that led to them.
-        self.pipe.scheduler = type(scheduler).from_config(scheduler.config, **plan.scheduler)
+        self.pipe.scheduler = with_options(scheduler, plan.scheduler)
         samples = self.pipe(
             generator=generators,
             output_type=self.output_type,

@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from morse.pipeline import MorsePipeline
 
 REFERENCE_SOLVER, REFERENCE_STEPS = "dpmsolver++", 100
-# Of diffusers' solvers of second order the one that takes the noise levels that Flux's pipelines
-# choose; `morse plan` follows it for models trained by flow matching.
-FLOW_REFERENCE_SOLVER = "unipc"
 Kind = Literal[
     "baseline", "morse", "reuse", "extrapolation", "pfdiff", "ays", "mixture", "independent",
     "shrunk", "deepcache", "tomesd", "fbcache", "pab", "fastercache", "taylorseer", "cache-dit",

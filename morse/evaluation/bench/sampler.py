@@ -21,7 +21,7 @@ from morse.evaluation.bench.loading import (
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, Method
 from morse.evaluation.bench.peers import PEERS, apply_peer, measure_peer, peer_facts
 from morse.evaluation.bench.runs import Samples, sample_images
-from morse.evaluation.bench.solvers import NOT_FOR_FLOWS, SOLVERS
+from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.speed import (
     Mode,
     compile_models,
@@ -74,11 +74,11 @@ class Bench:
         self._bare, dot = load_bare(config.pipeline, config.dot, config.device)
         self.models = {"dash": fingerprint(find_denoiser(self._bare)), "dot_sha256": _sha256(dot)}
         self._is_conditional = not isinstance(self._bare, SolverPipeline)
-        flow = is_flow(self._bare.scheduler)
+        self._obstacles = self._find_obstacles()
         self._by_solver: dict[str, MorsePipeline] = {
             solver: MorsePipeline.from_pipe(with_solver(self._bare, solver), dot)
             for solver in dict.fromkeys((*all_solvers(config), REFERENCE_SOLVER))
-            if not (flow and solver in NOT_FOR_FLOWS)
+            if solver not in self._obstacles
         }
         self._main = self._by_solver[REFERENCE_SOLVER]
         self.device = self._main.device
@@ -89,6 +89,19 @@ class Bench:
         # Made once: to enable Morse anew would make its Dot be compiled anew.
         self._pipes: dict[tuple[str, str], DiffusionPipeline] = {}
         self._warm: set[tuple[Method, int, float | None]] = set()
+
+    def _find_obstacles(self) -> dict[str, str]:
+        """Tell which solvers can't be made for a model trained by flow matching, and why."""
+        from morse.schedulers import flow_obstacle
+
+        if not is_flow(self._bare.scheduler):
+            return {}
+        found = {each: flow_obstacle(each, self._bare.scheduler.config) for each in SOLVERS}
+        return {
+            solver: f"{SOLVERS[solver]} {why}"
+            for solver, why in found.items()
+            if why and solver != REFERENCE_SOLVER  # without that nothing can be measured
+        }
 
     @property
     def pipeline_class(self) -> str:
@@ -157,8 +170,8 @@ class Bench:
         """Tell why a method can't be measured; None if it can."""
         from morse.evaluation.bench.ays import ays_name
 
-        if method.solver not in self._by_solver:
-            return f"{SOLVERS[method.solver]} is not for models trained by flow matching"
+        if method.solver in self._obstacles:
+            return self._obstacles[method.solver]
         pipe, kind = self._by_solver[method.solver], method.kind
         if (
             type(pipe).__name__ == "DiTPipeline"

@@ -22,8 +22,6 @@ SPACING = {"timestep_spacing": "trailing"}
 # steps all have one length, which only a "leading" grid has (on a trailing one they miss).
 OPTIONS = {"pndm": {"skip_prk_steps": True, "timestep_spacing": "leading", "steps_offset": 1}}
 
-NOT_FOR_FLOWS = ("pndm",)
-
 
 def check_solvers(solvers: tuple[str, ...]) -> None:
     """Raise ValueError for a solver that is not in `SOLVERS`."""

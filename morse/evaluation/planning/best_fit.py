@@ -74,7 +74,7 @@ def fit_best(
         config: How many rounds.
         found: What the search ended with.
         evaluate: Judges a candidate.
-        pipe: With a `LeapfrogScheduler`.
+        pipe: With a leapfrog scheduler.
         fitted_on: What to fit to.
         curves: Latest fitted, by kind; they are a start for the next fit.
         known: Saved plans; the rows of those of the same kind are a start too.

@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING
 
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_pipelines
-from morse.evaluation.bench.methods import (
-    FLOW_REFERENCE_SOLVER,
-    REFERENCE_SOLVER,
-    REFERENCE_STEPS,
-)
+from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS
 from morse.evaluation.bench.solvers import SPACING
 from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import autocast, command_line, environment
@@ -25,7 +21,7 @@ from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture, fit_mixture
 from morse.evaluation.planning.search import Candidate, Evaluate, Found, search_plan
 from morse.plan import MorsePlan
-from morse.rates import is_flow, own_parameters
+from morse.rates import own_parameters
 from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options
 from morse.steps import shorten_plan
 from morse.training.checkpoint import write_json
@@ -41,13 +37,12 @@ __all__ = ["PlanConfig", "run_plan"]
 def run_plan(config: PlanConfig) -> None:
     """Search, and write what was found and tried."""
     pipes = _load(config)
-    reference = _reference_solver(pipes)
-    with autocast(pipes[reference].device, config.mixed_precision):
-        _search(config, pipes, reference)
+    with autocast(pipes[REFERENCE_SOLVER].device, config.mixed_precision):
+        _search(config, pipes)
 
 
-def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]", reference: str) -> None:
-    main = pipes[reference]
+def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
+    main = pipes[REFERENCE_SOLVER]
     conditions = make_conditions(
         main, config.prompts, config.class_names, guidance_scale=config.guidance_scale
     )
@@ -102,13 +97,12 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]", reference: st
             flush=True,
         )
         _save_scheduler(config.output_dir / f"{solver}-{lsd}", pipe.scheduler, found)
-        _write(config, main, plans, report, (reference, speed_ratio))
+        _write(config, main, plans, report, speed_ratio)
 
 
 def _load(config: PlanConfig) -> "dict[str, MorsePipeline]":
     """Load a pipeline for each solver and the reference, all with one Dash and one Dot."""
-    either = (REFERENCE_SOLVER, FLOW_REFERENCE_SOLVER)
-    solvers = tuple(dict.fromkeys((*config.solver, *either)))
+    solvers = tuple(dict.fromkeys((*config.solver, REFERENCE_SOLVER)))
     pipes = load_pipelines(config.pipeline, config.dot, solvers, config.device, needs_dot=False)
     main = pipes[REFERENCE_SOLVER]
     if main.dot is None and set(config.solver) != {"leapfrog"}:
@@ -120,11 +114,6 @@ def _load(config: PlanConfig) -> "dict[str, MorsePipeline]":
     if config.mixture_images:
         check_mixture(main, config.mixture_images)
     return pipes
-
-
-def _reference_solver(pipes: "dict[str, MorsePipeline]") -> str:
-    flow = is_flow(pipes[REFERENCE_SOLVER].scheduler)
-    return FLOW_REFERENCE_SOLVER if flow else REFERENCE_SOLVER
 
 
 def _choose_speed_ratio(config: PlanConfig, main: "MorsePipeline", conditions: Conditions) -> float:
@@ -204,10 +193,8 @@ def _write(
     main: "MorsePipeline",
     plans: dict[str, list[dict[str, object]]],
     report: list[dict[str, object]],
-    conditions: tuple[str, float],
+    speed_ratio: float,
 ) -> None:
-    """Write the Dot and the report; `conditions` are the reference's solver and N."""
-    reference, speed_ratio = conditions
     config.output_dir.mkdir(parents=True, exist_ok=True)
     if main.dot is not None:
         main.dot.register_to_config(plans=plans)
@@ -216,7 +203,7 @@ def _write(
         "command": command_line(),
         "environment": environment(main.device, config.mixed_precision),
         "speed_ratio": speed_ratio,
-        "reference": f"{reference}, {REFERENCE_STEPS} steps",
+        "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps",
         "settings": json.loads(json.dumps(vars(config), default=str)),
         "searches": report,
     }
