@@ -35,8 +35,8 @@ from morse.evaluation.planning.fit import (
     refine_rows,
 )
 from morse.evaluation.planning.memory import remembering
+from morse.files import write_json
 from morse.schedulers import make_scheduler, remake
-from morse.training.checkpoint import write_json
 
 SOLVERS = {
     "euler": "Euler",

@@ -19,8 +19,8 @@ from torch import nn
 from morse import MorseDot, MorsePipeline
 from morse.cli import run_command
 from morse.evaluation.environment import environment
+from morse.files import write_bytes, write_json
 from morse.sampling import JumpPoint
-from morse.training.checkpoint import write_bytes, write_json
 
 # What is changed -> options of a Dot otherwise like the embedded one.
 OPTIONS: dict[str, dict[str, object]] = {

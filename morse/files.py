@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file; a reader sees the old one or the whole new one."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON as `write_bytes` does."""
+    write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def _sync(path: Path) -> None:

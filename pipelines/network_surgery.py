@@ -20,8 +20,8 @@ from torch.nn import functional
 from morse.cli import run_command
 from morse.compression import NetworkSurgery, save_sparse
 from morse.evaluation.environment import command_line, environment
+from morse.files import write_bytes, write_json
 from morse.training.batches import StepBatches
-from morse.training.checkpoint import write_bytes, write_json
 from morse.training.common import replace_defaults
 from morse.training.data import open_images
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from morse.files import write_json
 from morse.training import checkpoint
 from morse.training.checkpoint import (
     atomic_save_file,
@@ -13,7 +14,6 @@ from morse.training.checkpoint import (
     prepare_output_dir,
     read_tensors,
     save_checkpoint,
-    write_json,
 )
 
 diffusers_training = pytest.importorskip("diffusers.training_utils")

@@ -19,7 +19,7 @@ from morse.evaluation.demo_sampling import (
     sample_all,
 )
 from morse.evaluation.environment import command_line, device_name, environment
-from morse.training.checkpoint import write_json
+from morse.files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from morse.training.checkpoint import atomic_save_file, write_json
+from morse.files import write_json
+from morse.training.checkpoint import atomic_save_file
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "fashion_mnist" / "features"
 REFERENCE_SPLITS = ("train", "test")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from morse.files import put_in_place, replacing, temporary_for, write_bytes
+from morse.files import put_in_place, replacing, temporary_for, write_json
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -31,11 +31,6 @@ def atomic_save_file(
     content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(content, temporary, metadata)
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write JSON as `write_bytes` does."""
-    write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

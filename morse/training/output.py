@@ -3,7 +3,8 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from morse.training.checkpoint import prepare_output_dir, write_json
+from morse.files import write_json
+from morse.training.checkpoint import prepare_output_dir
 from morse.training.common import RunConfig, make_accelerator
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from morse.training.checkpoint import atomic_save_file, write_json
+from morse.files import write_json
+from morse.training.checkpoint import atomic_save_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from morse.training.checkpoint import write_json
+from morse.files import write_json
 from morse.training.common import TrainingConfig, require
 from morse.training.data import ImageDataset, open_images, to_model_range
 from morse.training.output import claim_output, record_run

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from morse.files import write_json
 from morse.plan import MorsePlan
 from morse.sampling import JumpPoint, morse_sample
 from morse.spaces import from_clean, to_clean
-from morse.training.checkpoint import write_json
 from morse.training.config import TrainDotConfig
 from morse.training.frozen import FrozenDash
 from morse.training.guidance import UNCONDITIONAL, Conditions, draw_guidance_scale

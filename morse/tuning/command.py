@@ -18,10 +18,10 @@ from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import Conditions, make_conditions
 from morse.evaluation.environment import command_line, environment
 from morse.evaluation.metrics import psnr
+from morse.files import write_json
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan
 from morse.steps import shorten_plan
-from morse.training.checkpoint import write_json
 from morse.training.output import claim_output, record_run
 from morse.training.run import TrainingRun
 from morse.tuning.blend import blend, weights_before

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from morse.training.checkpoint import write_json
+from morse.files import write_json
 
 _FILE = "progress.json"
 

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from morse.evaluation.ablation.rows import PLAIN
 from morse.evaluation.ablation.statistics import Difference, paired_difference
-from morse.training.checkpoint import write_bytes, write_json
+from morse.files import write_bytes, write_json
 
 SCHEMA_VERSION = 1
 OVERALL = "residual_ratio"

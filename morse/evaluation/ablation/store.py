@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from morse.training.checkpoint import write_json
+from morse.files import write_json
 
 Facts = dict[str, object]
 

@@ -29,7 +29,7 @@ from morse.evaluation.report.data import SCHEMA_VERSION, read_result
 from morse.evaluation.report.render import render
 from morse.evaluation.stats.points import Statistics
 from morse.evaluation.stats.summary import rounded, summarize
-from morse.training.checkpoint import write_json
+from morse.files import write_json
 
 __all__ = ["BenchmarkConfig", "measure_benchmark", "run_benchmark"]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from morse.evaluation.bench.latency import DOT_CHANNELS, DOT_LAYERS, DOT_RANK, count_flops
 from morse.evaluation.environment import command_line
-from morse.training.checkpoint import write_bytes, write_json
+from morse.files import write_bytes, write_json
 
 NOT_MEASURED = "not measured"
 

@@ -14,7 +14,7 @@ from morse.evaluation.bench.latency import (
     measure_architecture,
 )
 from morse.evaluation.environment import command_line, environment
-from morse.training.checkpoint import write_json
+from morse.files import write_json
 
 if TYPE_CHECKING:
     from rich.table import Table

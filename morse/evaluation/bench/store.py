@@ -13,7 +13,8 @@ from torch import Tensor
 
 from morse.evaluation.bench.methods import Method
 from morse.evaluation.scoring import ImageScores
-from morse.training.checkpoint import atomic_save_file, write_json
+from morse.files import write_json
+from morse.training.checkpoint import atomic_save_file
 
 
 @dataclass(frozen=True, eq=False)

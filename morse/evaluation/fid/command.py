@@ -192,7 +192,7 @@ def run_fid(config: FidConfig) -> dict[str, object] | None:
     from morse.evaluation.fid.lpips import check_lpips_weights
     from morse.evaluation.fid.measuring import check_real, measure
     from morse.evaluation.fid.report import print_result
-    from morse.training.checkpoint import write_json
+    from morse.files import write_json
 
     state, device = _process(config.device)
     extractor = None

@@ -20,7 +20,7 @@ from morse.evaluation.fid.image_sets import (
     read_batches,
 )
 from morse.evaluation.metrics import feature_statistics
-from morse.training.checkpoint import write_bytes
+from morse.files import write_bytes
 
 STATISTICS_SUFFIX = ".npz"
 

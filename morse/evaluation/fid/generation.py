@@ -14,9 +14,9 @@ from PIL import Image
 
 from morse.evaluation.conditions import Conditions
 from morse.evaluation.fid.image_sets import ImageSet, image_files
+from morse.files import write_json
 from morse.plan import MorsePlan
 from morse.saved_plans import scheduler_options
-from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:
     from accelerate import PartialState

@@ -20,11 +20,11 @@ from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture, fit_mixture
 from morse.evaluation.planning.search import Candidate, Evaluate, Found, search_plan
+from morse.files import write_json
 from morse.plan import MorsePlan
 from morse.rates import own_parameters
 from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options
 from morse.steps import shorten_plan
-from morse.training.checkpoint import write_json
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

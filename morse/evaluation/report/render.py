@@ -17,7 +17,7 @@ from morse.evaluation.report.plots import (
     to_svg_uri,
 )
 from morse.evaluation.report.sections import figure_name, report_sections
-from morse.training.checkpoint import write_bytes
+from morse.files import write_bytes
 
 TITLE = "Morse: quality against cost"
 # A figure's name in `Section.figures` -> its file, with the guidance scale in the braces.
