@@ -10,17 +10,33 @@ from typing import Literal, TypeVar
 
 Config = TypeVar("Config")
 
-# command -> (module, config class, function); a module is imported only when its command runs.
+# command -> (settings, function): what a command runs is imported once its options are parsed, as
+# diffusers takes seconds.
 COMMANDS = {
-    "demo": ("morse.evaluation.demo", "DemoConfig", "run_demo"),
-    "bench": ("morse.evaluation.bench.benchmark", "BenchmarkConfig", "run_benchmark"),
-    "plan": ("morse.evaluation.planning.command", "PlanConfig", "run_plan"),
-    "eval fid": ("morse.evaluation.fid.command", "FidConfig", "run_fid"),
-    "train-dash": ("morse.training.dash", "TrainDashConfig", "train_dash"),
-    "train-dot": ("morse.training.loop", "TrainDotConfig", "train_dot"),
-    "tune-dot": ("morse.tuning.command", "TuneDotConfig", "tune_dot"),
-    "train-features": ("morse.evaluation.train_features", "TrainFeaturesConfig", "train_features"),
+    "demo": ("morse.evaluation.demo.DemoConfig", "morse.evaluation.demo.run_demo"),
+    "bench": (
+        "morse.evaluation.bench.config.BenchmarkConfig",
+        "morse.evaluation.bench.benchmark.run_benchmark",
+    ),
+    "plan": (
+        "morse.evaluation.planning.config.PlanConfig",
+        "morse.evaluation.planning.command.run_plan",
+    ),
+    "eval fid": ("morse.evaluation.fid.command.FidConfig", "morse.evaluation.fid.command.run_fid"),
+    "train-dash": ("morse.training.dash.TrainDashConfig", "morse.training.dash.train_dash"),
+    "train-dot": ("morse.training.config.TrainDotConfig", "morse.training.loop.train_dot"),
+    "tune-dot": ("morse.tuning.config.TuneDotConfig", "morse.tuning.command.tune_dot"),
+    "train-features": (
+        "morse.evaluation.train_features.TrainFeaturesConfig",
+        "morse.evaluation.train_features.train_features",
+    ),
 }
+
+
+def find_command(path: str) -> typing.Any:
+    """Import what `COMMANDS` names by its path."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def _argument(hint: object) -> dict[str, object]:
@@ -105,10 +121,12 @@ def main(argv: list[str] | None = None) -> None:
         print(usage, file=sys.stdout if wanted_help else sys.stderr)
         raise SystemExit(0 if wanted_help else 2)
     command = " ".join(argv[:words])
-    module_name, config_name, function_name = COMMANDS[command]
-    module = import_module(module_name)
-    config, function = getattr(module, config_name), getattr(module, function_name)
-    run_command(config, function, argv[words:], command)
+    config, function = COMMANDS[command]
+
+    def run(settings: object) -> None:
+        find_command(function)(settings)
+
+    run_command(find_command(config), run, argv[words:], command)
 
 
 def run_command(

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from threading import Lock, RLock
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
-
-from diffusers import DiffusionPipeline, SchedulerMixin
 
 from morse.plan import MorsePlan
 from morse.rates import own_parameters
-from morse.schedulers import remake
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 # N differs by a tenth between measurements and by a fifth between processors, so a plan's cost by
 # some per cent: that must not decide between this plan and one for three quarters of the budget.
@@ -130,17 +131,17 @@ def chooses_timesteps(arguments: Mapping[str, object]) -> bool:
 
 
 # One for each pipeline, and not in it: copies and pickles take no locks.
-_LOCKS: WeakKeyDictionary[DiffusionPipeline, AbstractContextManager] = WeakKeyDictionary()
+_LOCKS: "WeakKeyDictionary[DiffusionPipeline, AbstractContextManager]" = WeakKeyDictionary()
 _LOCKS_LOCK = Lock()
 
 
-def _lock_of(pipe: DiffusionPipeline) -> AbstractContextManager:
+def _lock_of(pipe: "DiffusionPipeline") -> AbstractContextManager:
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(pipe, RLock())
 
 
 @contextmanager
-def scheduler_options(pipe: DiffusionPipeline, options: Mapping[str, object]) -> Iterator[None]:
+def scheduler_options(pipe: "DiffusionPipeline", options: Mapping[str, object]) -> Iterator[None]:
     """Give a pipeline's scheduler other options for a while, in one thread at a time.
 
     Raises:
@@ -158,12 +159,14 @@ def scheduler_options(pipe: DiffusionPipeline, options: Mapping[str, object]) ->
             pipe.scheduler = before
 
 
-def with_options(before: SchedulerMixin, options: Mapping[str, object]) -> SchedulerMixin:
+def with_options(before: "SchedulerMixin", options: Mapping[str, object]) -> "SchedulerMixin":
     """Make a scheduler like another with other options.
 
     Raises:
         ValueError: If it has no such option.
     """
+    from morse.schedulers import remake  # brings diffusers, which settings do without
+
     unknown = sorted(set(options) - set(before.config))
     if unknown:
         raise ValueError(

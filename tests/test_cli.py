@@ -1,11 +1,12 @@
 import dataclasses
+import subprocess
+import sys
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from morse.cli import COMMANDS, main, parse_config, run_command
+from morse.cli import COMMANDS, find_command, main, parse_config, run_command
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,22 @@ def test_every_command_explains_its_options(command, capsys):
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    module, config, _ = COMMANDS[command]
-    for option in dataclasses.fields(getattr(import_module(module), config)):
+    config, function = map(find_command, COMMANDS[command])
+    assert callable(function)
+    for option in dataclasses.fields(config):
         assert option.metadata.get("help"), f"{command} --{option.name} has no help text"
         assert f"--{option.name}" in text
+
+
+def test_options_are_explained_without_waiting_for_diffusers():
+    settings = [COMMANDS[name][0] for name in ("bench", "plan", "eval fid", "tune-dot")]
+    code = f"""
+import sys
+from morse.cli import find_command
+for path in {settings}:
+    find_command(path)
+assert "torch" in sys.modules and "diffusers" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("error", [OSError, ImportError, ValueError])
