@@ -18,12 +18,14 @@ from morse.evaluation.bench.methods import (
 from morse.evaluation.report.data import (
     CONTROLS,
     READABLE_SCHEMAS,
+    SURE,
     Measured,
     Result,
     elsewhere,
     engaged_rows,
     footnotes,
     read_axes,
+    read_result,
     read_score,
     row_name,
     split_budgets,
@@ -31,7 +33,6 @@ from morse.evaluation.report.data import (
 )
 from morse.evaluation.stats.curves import STATUS, Place
 
-SURE = 0.975  # share of the bootstrap's replicates, as for "surely" in reports
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "eval/results/README.md")
 RESULTS = ROOT / "eval/results/fashion_mnist"
@@ -69,7 +70,7 @@ PLANNED_ROWS = (
 
 def load_result(folder: str) -> Result:
     """Return a committed benchmark's JSON, by its folder in eval/results."""
-    return json.loads((ROOT / "eval/results" / folder / "benchmark.json").read_text("utf-8"))
+    return read_result(ROOT / "eval/results" / folder / "benchmark.json")
 
 
 def make_table(

@@ -12,7 +12,8 @@ from report_older import without_errors
 from report_tables import all_text, find, find_headline, tables_of
 
 from morse.evaluation.report.curves import quality_panels
-from morse.evaluation.report.render import render
+from morse.evaluation.report.data import read_result
+from morse.evaluation.report.render import markdown_report, render
 from morse.evaluation.report.scores import Score, decimals_of
 
 ROOT = Path(__file__).parents[1]
@@ -140,17 +141,13 @@ def test_latency_alone_needs_no_rows(tmp_path):
     assert "comparisons" not in text
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "benchmark.json",
-        *(f"{part}/benchmark.json" for part in ("controls", "leapfrog", "pfdiff", "planned")),
-    ],
-)
-def test_committed_results_are_drawn(name, tmp_path):
-    committed = json.loads((ROOT / "eval/results/fashion_mnist" / name).read_text("utf-8"))
-    render(committed, tmp_path)
-    text = (tmp_path / "benchmark.md").read_text()
+@pytest.mark.parametrize("part", [".", "controls", "leapfrog", "pfdiff", "planned"])
+def test_committed_results_are_drawn(part, tmp_path):
+    committed = read_result(ROOT / "eval/results/fashion_mnist" / part / "benchmark.json")
+    text = markdown_report(committed)
+    if part in (".", "planned"):  # of the oldest schema and of the newest, with their plots
+        render(committed, tmp_path)
+        assert (tmp_path / "benchmark.md").read_text("utf-8") == text
     for row in committed["rows"]:
         assert row["label"] in text
     assert committed["command"] in text

@@ -57,7 +57,7 @@ def test_the_stored_statistics_are_those_of_the_images():
     data = open_images(DATA, None, 32, 1, split="test")
     images = data.__getitems__(list(range(len(data))))
     model = load_features()
-    features = extract_features(model, images)
+    features = extract_features(model, images, batch_size=50)
     mean, covariance = load_reference(split="test")
     torch.testing.assert_close(feature_statistics(features)[0], mean, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(feature_statistics(features)[1], covariance, rtol=1e-2, atol=1e-2)

@@ -175,7 +175,7 @@ def test_features_of_different_lengths_are_not_compared():
 
 
 def test_only_inception_gives_names_like_fid():
-    titles = {name: axes(extractor(name))["frechet"]["title"] for name in ("inception", "clip")}
+    titles = {name: axes(extractor(name))["frechet"].title for name in ("inception", "clip")}
     assert titles == {"inception": "FID", "clip": "Fréchet distance (clip features)"}
     for title in extractor("my.module:Net").titles.values():
         assert not {"FID", "KID", "Inception score"} & {title}

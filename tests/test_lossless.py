@@ -41,12 +41,6 @@ def test_one_seed_takes_the_bootstraps_error_and_says_so():
     assert result["delta"] == pytest.approx(0.01, rel=0.1)
 
 
-def test_a_given_margin_comes_first():
-    curve, by_seed, errors = noisy_case()
-    result = lossless_test(curve, by_seed, 10, errors, 1.5, delta=1e-4)
-    assert (result["delta"], result["delta_from"], result["lossless"]) == (1e-4, "given", False)
-
-
 def test_without_replicates_nothing_is_claimed():
     curve = Curve(COSTS, 1 / COSTS[None])
     result = lossless_test(curve, None, 10, np.array([1 / 15]), 1.5)

@@ -9,12 +9,12 @@ from morse.evaluation.demo_report import (
     Row,
     _curves,
     _panel,
-    join_strips,
     plot_quality,
     results_table,
     save_grid,
 )
 from morse.evaluation.report.looks import COLORS, KINDS, find_looks
+from morse.evaluation.report.pictures import join_strips
 from morse.evaluation.report.plots import Curve, Panel, Point, draw_panels
 
 ROWS = [
@@ -63,10 +63,9 @@ def test_the_grid_is_cut_to_so_many_columns(tmp_path):
     assert widths[0] - widths[1] == 5 * (16 + 2)
 
 
-@pytest.mark.parametrize("frechet", ["frechet", "frechet_to_reference"])
-def test_the_plot_is_written_without_a_display(tmp_path, frechet, monkeypatch):
+def test_the_plot_is_written_without_a_display(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    plot_quality(ROWS, tmp_path / "plot.png", "title", frechet)
+    plot_quality(ROWS, tmp_path / "plot.png", "title")
     image = Image.open(tmp_path / "plot.png")
     assert image.width == 1210
     colors = {color for _, color in image.convert("RGB").getcolors(2**24)}
@@ -142,8 +141,9 @@ def test_every_color_can_be_seen_on_white():
 
 
 def test_a_distance_of_zero_or_an_infinite_psnr_is_no_obstacle(tmp_path):
-    rows = [replace(ROWS[0], frechet=0.0), replace(ROWS[1], psnr=float("inf")), *ROWS[2:]]
-    assert not _panel(rows, "frechet", "y", True).log_y and _panel(ROWS, "frechet", "y", True).log_y
+    axis = "frechet_to_reference"
+    rows = [replace(ROWS[0], **{axis: 0.0}), replace(ROWS[1], psnr=float("inf")), *ROWS[2:]]
+    assert not _panel(rows, axis, "y", True).log_y and _panel(ROWS, axis, "y", True).log_y
     assert "Morse-DDIM r2" in {curve.label for curve in _curves(rows, "psnr")}
     plot_quality(rows, tmp_path / "plot.png", "title")
     assert (tmp_path / "plot.png").exists()

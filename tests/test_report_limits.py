@@ -16,8 +16,8 @@ from morse.evaluation.report.data import (
 from morse.evaluation.report.scores import Axis, Score, compare
 from morse.evaluation.report.sections import quality_table, report_sections
 
-LOWER = Axis("frechet", "Fréchet distance (features) to real images", "", "lower", "distribution")
-HIGHER = Axis("psnr", "Same-noise PSNR to the reference", "dB", "higher", "fidelity")
+LOWER = Axis("Fréchet distance (features) to real images", "", "lower", "distribution", "frechet")
+HIGHER = Axis("Same-noise PSNR to the reference", "dB", "higher", "fidelity", "psnr")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,20 @@ def test_methods_ahead_of_morse_are_named(result):
         "DeepCache-DDIM (interval 3) is better than every Morse method at 12, 20 LSD "
         "(Same-noise PSNR to the reference).",
     )
+
+
+@pytest.mark.parametrize("kind", ["pfdiff", "ays"])
+def test_a_training_free_solver_ahead_is_in_the_table_alone(result, kind):
+    """It counts as the best training-free solver, so it is no control or peer."""
+    changed = copy.deepcopy(result)
+    for row in changed["rows"]:
+        if row["kind"] == "deepcache" and row["engaged"]:
+            row["kind"] = kind
+            row["scores"]["psnr"]["value"] = 60.0
+    (section,) = (s for s in report_sections(changed) if s.title == "Where Morse does not win")
+    assert section.text == ()
+    worse = {row[2] for row in section.tables[0].rows if "PSNR" in row[1]}
+    assert worse == {"5, 8, 12, 20, 30"}
 
 
 def test_the_best_training_free_solver_is_named_at_each_budget(result):

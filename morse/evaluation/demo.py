@@ -191,5 +191,5 @@ def _write_pictures(
         for row, (_, _, samples) in zip(rows, runs, strict=True)
     ]
     save_grid([(REFERENCE_NAME, reference.images), *labelled], grid)
-    plot_quality(rows, plot, title, frechet="frechet_to_reference")
+    plot_quality(rows, plot, title)
     return [grid, plot]

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from morse.evaluation.metrics import FRECHET_LABEL
+from morse.evaluation.report.pictures import join_strips, to_bytes
 from morse.evaluation.report.plots import LSD_LABEL, Curve, Panel, Point, draw_panels, to_png
 from morse.files import replacing, write_bytes
 
@@ -112,47 +113,26 @@ def save_grid(
         join_strips(strips, gap).save(temporary, "PNG")
 
 
-def join_strips(strips: Sequence[tuple[str, Image.Image]], gap: int = 2) -> Image.Image:
-    """Put labelled pictures below each other, each with its label to the left.
-
-    Args:
-        strips: (label, picture) for each row.
-        gap: White pixels below each.
-    """
-    font = ImageFont.load_default(size=max(12, strips[0][1].height // 4))
-    left = 16 + round(max(font.getlength(label) for label, _ in strips))
-    size = left + max(image.width for _, image in strips), sum(i.height + gap for _, i in strips)
-    joined = Image.new("RGB", size, "white")
-    draw, top = ImageDraw.Draw(joined), 0
-    for label, image in strips:
-        draw.text((8, top + image.height // 2), label, fill="black", font=font, anchor="lm")
-        joined.paste(image, (left, top))
-        top += image.height + gap
-    return joined
-
-
 def _cells(images: Tensor, scale: int) -> np.ndarray:
     """Return (N, C, H, W) in [0, 1] as magnified 8-bit RGB, (N, scale H, scale W, 3)."""
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = to_bytes(images)
     pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
     return pixels.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
-def plot_quality(rows: Sequence[Row], file: Path, title: str, frechet: str = "frechet") -> None:
-    """Plot Fréchet distance (log), if measured, and PSNR against LSD (log) and write a PNG.
+def plot_quality(rows: Sequence[Row], file: Path, title: str) -> None:
+    """Plot distance to the reference (log), if measured, and PSNR against LSD and write a PNG.
 
     Args:
         rows: Any order; a label is a curve.
         file: Where to.
         title: Above both panels.
-        frechet: Which of `Row`'s two distances: "frechet" or "frechet_to_reference".
     """
-    target = {"frechet": "real images", "frechet_to_reference": "reference images"}[frechet]
-    labels = {
-        frechet: f"Fréchet distance to {target}, lower is better",
-        "psnr": "same-noise PSNR to reference, dB, higher is better",
-    }
-    panels = [_panel(rows, axis, label, axis == frechet) for axis, label in labels.items()]
+    distance = "Fréchet distance to reference images, lower is better"
+    panels = [
+        _panel(rows, "frechet_to_reference", distance, True),
+        _panel(rows, "psnr", "same-noise PSNR to reference, dB, higher is better", False),
+    ]
     if panels[0].curves:
         title = f"{title}\n{FRECHET_LABEL}"
     write_bytes(file, to_png(draw_panels([panel for panel in panels if panel.curves], title)))

@@ -3,6 +3,7 @@
 import platform
 import shlex
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,13 @@ def autocast(device: torch.device, mixed_precision: str) -> AbstractContextManag
     if mixed_precision == "no":
         return nullcontext()
     return torch.autocast(device.type, AUTOCAST[mixed_precision])
+
+
+def wall_clock(device: torch.device) -> float:
+    """Return the seconds of a clock that runs on, once `device` has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def command_line() -> str:

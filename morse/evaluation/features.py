@@ -190,10 +190,9 @@ def read_features_config(path: str | Path | None = None) -> dict[str, object]:
     return json.loads(file.read_text())
 
 
-def features_sha256(path: str | Path | None = None) -> str:
-    """Return the SHA-256 of the extractor's weights file, to be printed beside every figure."""
-    folder = Path(path) if path is not None else EMBEDDED
-    return hashlib.sha256(_existing(folder / "model.safetensors").read_bytes()).hexdigest()
+def features_sha256() -> str:
+    """Return the SHA-256 of the shipped classifier's weights, to be printed beside every figure."""
+    return hashlib.sha256(_existing(EMBEDDED / "model.safetensors").read_bytes()).hexdigest()
 
 
 def _existing(file: Path) -> Path:

@@ -1,6 +1,5 @@
 """How long a trained Dot takes, beside a plain one and Dash, in turn and in one process."""
 
-import time
 from collections.abc import Callable
 from statistics import median, quantiles
 
@@ -10,6 +9,7 @@ from morse.dot import MorseDot
 from morse.evaluation.ablation.config import AblationConfig
 from morse.evaluation.ablation.rows import PLAIN
 from morse.evaluation.ablation.runs import dot_folder, load_dot, open_pipeline
+from morse.evaluation.environment import wall_clock
 from morse.sampling import JumpPoint
 from morse.training.frozen import FrozenPipeline
 
@@ -65,10 +65,10 @@ def time_in_turn(
     order = list(calls)
     for index in range(_WARM_UP + rounds):
         for name in order:
-            started = _now(device)
+            started = wall_clock(device)
             calls[name](index)
             if index >= _WARM_UP:
-                seconds[name].append(_now(device) - started)
+                seconds[name].append(wall_clock(device) - started)
         order = order[1:] + order[:1]
     return seconds
 
@@ -91,9 +91,3 @@ def compare(seconds: dict[str, list[float]]) -> dict[str, object]:
 
 def _quartiles(values: list[float]) -> list[float]:
     return quantiles(values, n=4, method="inclusive")
-
-
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from morse.evaluation.resuming import open_folder
 from morse.files import write_json
 
 Facts = dict[str, object]
@@ -24,24 +25,9 @@ class AblationStore:
     def __init__(self, folder: Path, settings: Facts, resume: bool) -> None:
         """Open or begin."""
         self.folder = folder
-        saved = folder / "settings.json"
-        if saved.exists():
-            if not resume:
-                raise FileExistsError(
-                    f"output_dir {folder} holds an ablation already; go on with it by --resume, or "
-                    "name another folder"
-                )
-            before = json.loads(saved.read_text("utf-8"))
-            changed = [name for name in settings if settings[name] != before.get(name)]
-            if changed:
-                name = changed[0]
-                raise ValueError(
-                    f"{name} is {settings[name]!r}, but the ablation in {folder} has "
-                    f"{before.get(name)!r}; repeat its settings or name another output_dir"
-                )
+        open_folder(folder, settings, resume)
         for name in ("cells", "latency", "logs"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        write_json(saved, settings)
+            (folder / name).mkdir(exist_ok=True)
 
     def cell(self, name: str, seed: int, overrides: Facts) -> Facts | None:
         """Return a finished run; None if it is not.

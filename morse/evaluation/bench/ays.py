@@ -15,7 +15,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-AYS_SOLVER = "dpmsolver++"  # which the authors use, and diffusers' class for it takes timesteps
 # The name in `AysSchedules` of a pipeline class and the width of its prompts' embeddings.
 TUNED = {
     ("StableDiffusionPipeline", 768): "StableDiffusion",

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from morse.denoisers import find_denoiser
+from morse.evaluation.bench.untouched import untouched
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -46,15 +47,12 @@ def tomesd(pipe: "DiffusionPipeline", ratio: float) -> Iterator[None]:
     """Sample with a share `ratio` of the tokens merged (Bolya and Hoffman 2023, 2303.17604)."""
     from tomesd import apply_patch, remove_patch
 
-    attributes = {module: set(vars(module)) for module in pipe.unet.modules()}
-    apply_patch(pipe.unet, ratio=ratio)
-    try:
-        yield
-    finally:
-        remove_patch(pipe.unet)
-        for module, before in attributes.items():  # it leaves its settings behind
-            for name in set(vars(module)) - before:
-                delattr(module, name)
+    with untouched(pipe.unet):  # it leaves its settings behind
+        apply_patch(pipe.unet, ratio=ratio)
+        try:
+            yield
+        finally:
+            remove_patch(pipe.unet)
 
 
 def block_obstacle(pipe: "DiffusionPipeline") -> str | None:
@@ -167,7 +165,6 @@ def cache_dit(pipe: "DiffusionPipeline", threshold: float) -> Iterator[None]:
     import cache_dit as package
 
     denoiser = find_denoiser(pipe)
-    before = _attributes(denoiser)
     config = package.DBCacheConfig(
         Fn_compute_blocks=1,
         Bn_compute_blocks=0,
@@ -176,18 +173,14 @@ def cache_dit(pipe: "DiffusionPipeline", threshold: float) -> Iterator[None]:
     )
 
     def refresh() -> None:
-        steps = len(pipe.scheduler.timesteps)
-        package.refresh_context(denoiser, num_inference_steps=steps)
+        package.refresh_context(denoiser, num_inference_steps=len(pipe.scheduler.timesteps))
 
-    run = _Run(refresh)
-    watch = denoiser.register_forward_pre_hook(run.begin_evaluation, with_kwargs=True)
-    try:
-        package.enable_cache(denoiser, cache_config=config)
-        yield
-    finally:
-        package.disable_cache(denoiser)
-        watch.remove()
-        _restore(before)
+    with untouched(denoiser), _watched(denoiser, _Run(refresh)):
+        try:
+            package.enable_cache(denoiser, cache_config=config)
+            yield
+        finally:
+            package.disable_cache(denoiser)
 
 
 @contextmanager
@@ -203,18 +196,23 @@ def _installed(
     from diffusers.hooks import HookRegistry
 
     denoiser = find_denoiser(pipe)
-    before = _attributes(denoiser)
-    for module in before:  # registries that remember the tree without these hooks
-        vars(module).pop("_diffusers_hook", None)
     run = _Run(lambda: None if _names_branches(pipe) else _reset_caches(denoiser))
-    watch = denoiser.register_forward_pre_hook(run.begin_evaluation, with_kwargs=True)
-    try:
+    with untouched(denoiser), _watched(denoiser, run):
+        for module in denoiser.modules():  # registries that remember the tree without these hooks
+            vars(module).pop("_diffusers_hook", None)
         install(denoiser, lambda: run.timestep)
         HookRegistry.check_if_exists_or_initialize(denoiser).invalidate_child_registries_cache()
         yield
+
+
+@contextmanager
+def _watched(denoiser: nn.Module, run: "_Run") -> Iterator[None]:
+    """Tell `run` of each evaluation."""
+    watch = denoiser.register_forward_pre_hook(run.begin_evaluation, with_kwargs=True)
+    try:
+        yield
     finally:
         watch.remove()
-        _restore(before)
 
 
 def _names_branches(pipe: "DiffusionPipeline") -> bool:
@@ -224,27 +222,10 @@ def _names_branches(pipe: "DiffusionPipeline") -> bool:
 
 
 def _reset_caches(denoiser: nn.Module) -> None:
-    from diffusers.hooks import HookRegistry
-    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+    from diffusers.hooks.hooks import CacheContext, HookRegistry, _set_cache_context
 
     HookRegistry.check_if_exists_or_initialize(denoiser).reset_stateful_hooks()
     _set_cache_context(denoiser, CacheContext("both branches"))
-
-
-def _attributes(denoiser: nn.Module) -> dict[nn.Module, dict[str, object]]:
-    """Note the attributes and sub-modules of each module."""
-    return {m: {**vars(m), "_modules": dict(m._modules)} for m in denoiser.modules()}
-
-
-def _restore(before: dict[nn.Module, dict[str, object]]) -> None:
-    """Give modules the attributes and sub-modules that they had, where caches change them."""
-    for module, attributes in before.items():
-        for name in set(vars(module)) - set(attributes):
-            delattr(module, name)
-        for name in set(module._modules) - set(attributes["_modules"]):
-            del module._modules[name]
-        for name in {"forward", "_diffusers_hook"} & set(attributes):
-            setattr(module, name, attributes[name])
 
 
 class _Run:

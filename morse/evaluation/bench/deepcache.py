@@ -11,6 +11,7 @@ import torch
 
 from morse.evaluation.bench.engagement import timed, why_not_engaged
 from morse.evaluation.bench.runs import sample_images
+from morse.evaluation.bench.untouched import untouched
 from morse.evaluation.conditions import UNCONDITIONAL, Conditions
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def _repeats_timesteps(scheduler: object) -> bool:
 
 
 @contextmanager
-def deepcache(pipe: "DiffusionPipeline", interval: int, branch: int = 0) -> Iterator[None]:
+def deepcache(pipe: "DiffusionPipeline", interval: int) -> Iterator[None]:
     """Sample with DeepCache's helper; afterwards the pipeline is what it was, bit for bit.
 
     The helper replaces the forward methods of the denoiser and of its blocks and puts them back as
@@ -48,23 +49,19 @@ def deepcache(pipe: "DiffusionPipeline", interval: int, branch: int = 0) -> Iter
 
     Args:
         pipe: A pipeline with a `unet`.
-        interval: Every so many steps all layers run, and between them those of one branch alone.
-        branch: DeepCache's `cache_branch_id`; 0 is the shallowest and fastest.
+        interval: Every so many steps all layers run, and between them those of the shallowest
+            and fastest branch alone.
     """
     from DeepCache import DeepCacheSDHelper
 
-    before = {module: vars(module).get("forward") for module in pipe.unet.modules()}
     helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=interval, cache_branch_id=branch)
-    helper.enable()
-    try:
-        yield
-    finally:
-        helper.disable()
-        for module, forward in before.items():
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+    helper.set_params(cache_interval=interval, cache_branch_id=0)
+    with untouched(pipe.unet):
+        helper.enable()
+        try:
+            yield
+        finally:
+            helper.disable()
 
 
 def measure_deepcache(

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import perf_counter
 
-import torch
 from torch import nn
+
+from morse.evaluation.environment import wall_clock
 
 LEAST_GAIN = 0.05  # share of time that a peer must save to count as engaged
 
@@ -33,16 +33,11 @@ def timed(model: nn.Module) -> Iterator[list[float]]:
     seconds: list[float] = []
     device = next(model.parameters()).device
 
-    def now() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return perf_counter()
-
     def start(*_: object) -> None:
-        seconds.append(-now())
+        seconds.append(-wall_clock(device))
 
     def stop(*_: object) -> None:
-        seconds[-1] += now()
+        seconds[-1] += wall_clock(device)
 
     handles = [model.register_forward_pre_hook(start), model.register_forward_hook(stop)]
     try:

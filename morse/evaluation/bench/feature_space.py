@@ -24,6 +24,7 @@ from morse.evaluation.fid.extractors import (
 )
 from morse.evaluation.fid.feature_sets import FeatureSet, read_features
 from morse.evaluation.fid.image_sets import ImageSet, describe_sizes
+from morse.evaluation.report.pictures import to_bytes, to_picture
 from morse.evaluation.scoring import AXES, Axis, Scorer, axes_of, distance_for, is_fashion_like
 
 if TYPE_CHECKING:
@@ -165,7 +166,6 @@ def as_image_set(images: Tensor) -> ImageSet:
     """Give sampled images (N, C, H, W) in [0, 1] as files would have them, rounded to 8 bits."""
 
     def open_image(index: int) -> Image.Image:
-        pixels = (images[index].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        return to_picture(to_bytes(images[index : index + 1])[0])
 
     return ImageSet("sampled images", [f"image {i}" for i in range(len(images))], open_image)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from morse.evaluation.bench.latency import DOT_CHANNELS, DOT_LAYERS, DOT_RANK, count_flops
+from morse.evaluation.bench.latency import DOT_CHANNELS, DOT_LAYERS, DOT_RANK, FlopCounts
 from morse.evaluation.environment import command_line
 from morse.files import write_bytes, write_json
 
@@ -20,8 +20,9 @@ def count_architectures(names: tuple[str, ...], file: Path) -> dict[str, object]
         file: The JSON file; its Markdown twin ends in .md.
     """
     entries = [
-        _count(name, num_down_blocks, merged)
+        _count(name, counts, num_down_blocks, merged)
         for name in names
+        for counts in (FlopCounts(name),)
         for num_down_blocks in (1, 2)
         for merged in (True, False)
     ]
@@ -39,11 +40,11 @@ def count_architectures(names: tuple[str, ...], file: Path) -> dict[str, object]
     return result
 
 
-def _count(name: str, num_down_blocks: int, merged: bool) -> dict[str, object]:
+def _count(name: str, counts: FlopCounts, num_down_blocks: int, merged: bool) -> dict[str, object]:
     entry = {"arch": name, "num_down_blocks": num_down_blocks, "merged": merged}
     entry["speed_ratio"] = NOT_MEASURED
     try:
-        return {**entry, **count_flops(name, num_down_blocks, merged)}
+        return {**entry, **counts.of(num_down_blocks, merged)}
     except ValueError as error:  # no Dot of that kind
         return {**entry, "error": str(error)}
 

@@ -1,11 +1,11 @@
 """The same noise sampled by each method, as strips of pixels for the report."""
 
 import base64
-import io
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
+
+from morse.evaluation.report.pictures import png_bytes, to_bytes, to_picture
 
 COLUMNS = 12
 
@@ -16,11 +16,8 @@ def strip_png(images: Tensor) -> str:
     Args:
         images: (N, C, H, W) in [0, 1], with C = 1 or 3.
     """
-    pixels = (images[:COLUMNS].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    row = np.concatenate(list(pixels), axis=1)  # (H, columns * W, C)
-    file = io.BytesIO()
-    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    row = np.concatenate(list(to_bytes(images[:COLUMNS])), axis=1)  # (H, columns * W, C)
+    return base64.b64encode(png_bytes(to_picture(row))).decode("ascii")
 
 
 def grid_budgets(budgets: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,25 +1,25 @@
 """How many times faster Dot is than Dash for published architectures, in FLOPs and in seconds."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from morse.capture import CudaCapture
 from morse.evaluation.bench.architectures import (
-    Architecture,
     build_architecture,
     find_architecture,
     make_inputs,
 )
+from morse.evaluation.bench.speed import Mode
+from morse.evaluation.environment import wall_clock
 
 DOT_CHANNELS = (96, 160)  # of the extra blocks, as the paper has them for SD 1.4
 DOT_LAYERS, DOT_RANK = 2, 64
-MODES = ("eager", "compiled", "cuda_graph")
 Call = Callable[[], object]
+Pair = dict[str, Call]  # "dash" and "dot": what evaluates each, for one m and batch
 
 
 @dataclass(frozen=True)
@@ -28,35 +28,17 @@ class LatencySettings:
 
     Attributes:
         batch_sizes: Samples at a time.
-        modes: Of "eager", "compiled" (`torch.compile`) and "cuda_graph".
+        modes: What Dash and Dot are.
         repeats: Timed calls of each network, Dash and Dot in turn.
         reduced: Fewer layers of the same width.
         dtype: Of weights and inputs.
     """
 
     batch_sizes: tuple[int, ...] = (1, 4, 16)
-    modes: tuple[str, ...] = ("eager",)
+    modes: tuple[Mode, ...] = ("eager",)
     repeats: int = 5
     reduced: bool = False
     dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        """Check the modes."""
-        if not set(self.modes) <= set(MODES):
-            raise ValueError(f"modes is {self.modes!r}, but may hold {MODES} only")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Dash and Dot, as calls without arguments, for one m and batch.
-
-    Attributes:
-        dash: Evaluates Dash.
-        dot: Evaluates Dot.
-    """
-
-    dash: Call
-    dot: Call
 
 
 def make_pair(
@@ -69,7 +51,6 @@ def make_pair(
     architecture = find_architecture(name)
     like = next(model.parameters())
     sample, timestep, conditions = make_inputs(architecture, batch_size, like)
-    dash = _bound(model, architecture, sample, timestep, conditions)
     dot = MorseDot.from_dash(
         model,
         num_down_blocks=num_down_blocks,
@@ -82,38 +63,49 @@ def make_pair(
     shape = list(sample.shape)
     shape[2 if architecture.packed else 1] = dot.config.output_channels
     jump = JumpPoint(sample, timestep, sample.new_zeros(shape))
-    return Pair(dash, lambda: dot(sample, timestep, jump, **conditions))
-
-
-def _bound(
-    model: nn.Module,
-    architecture: Architecture,
-    sample: Tensor,
-    timestep: Tensor,
-    conditions: dict[str, object],
-) -> Call:
     first = "sample" if architecture.class_name.startswith("UNet") else "hidden_states"
-    return lambda: model(**{first: sample}, timestep=timestep, return_dict=False, **conditions)
+    return {
+        "dash": lambda: model(
+            **{first: sample}, timestep=timestep, return_dict=False, **conditions
+        ),
+        "dot": lambda: dot(sample, timestep, jump, **conditions),
+    }
 
 
-@torch.no_grad()
-def count_flops(name: str, num_down_blocks: int, merged: bool) -> dict[str, object]:
-    """Count the operations of Dash and Dot at batch 1, full depth, without running them.
+class FlopCounts:
+    """Counts the operations of an architecture and its Dots at batch 1, without running them."""
 
-    Returns:
-        dash_flops, dot_flops (a multiply-add counts 2) and their ratio.
-    """
+    def __init__(self, name: str):
+        """Build Dash at full depth on torch's meta device."""
+        full = find_architecture(name), torch.device("meta"), torch.float32, False
+        self._name, self._dash = name, build_architecture(*full)
+        self._dash_flops: int | None = None
+
+    @torch.no_grad()
+    def of(self, num_down_blocks: int, merged: bool) -> dict[str, float]:
+        """Return dash_flops, dot_flops (a multiply-add counts 2) and flop_ratio with one Dot.
+
+        Raises:
+            ValueError: If there is no Dot of that kind.
+        """
+        pair = make_pair(self._name, self._dash, num_down_blocks, 1, merged)
+        pair["dot"]()  # the first call also merges the LoRA
+        if self._dash_flops is None:
+            self._dash_flops = _count(pair["dash"])
+        dash_flops, dot_flops = self._dash_flops, _count(pair["dot"])
+        return {
+            "dash_flops": dash_flops,
+            "dot_flops": dot_flops,
+            "flop_ratio": dash_flops / dot_flops,
+        }
+
+
+def _count(call: Call) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = build_architecture(find_architecture(name), torch.device("meta"), torch.float32, False)
-    pair = make_pair(name, model, num_down_blocks, 1, merged)
-    pair.dot()  # the first call also merges the LoRA
-    flops = {}
-    for key, call in (("dash_flops", pair.dash), ("dot_flops", pair.dot)):
-        with FlopCounterMode(display=False) as counter:
-            call()
-        flops[key] = counter.get_total_flops()
-    return {**flops, "flop_ratio": flops["dash_flops"] / flops["dot_flops"]}
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def measure_architecture(
@@ -132,9 +124,10 @@ def measure_architecture(
         model = build_architecture(architecture, device, settings.dtype, settings.reduced)
     except RuntimeError as error:
         model = _error(error)
+    counts = FlopCounts(name)
     for num_down_blocks in (1, 2):
         for merged in (True, False):
-            flops = count_flops(name, num_down_blocks, merged)
+            flops = counts.of(num_down_blocks, merged)
             for batch_size in settings.batch_sizes:
                 for mode in settings.modes:
                     of_dot = (num_down_blocks, batch_size, merged)
@@ -188,14 +181,14 @@ def measure_pair(pair: Pair, mode: str, device: torch.device, repeats: int) -> d
     """
     if mode == "compiled":
         torch._dynamo.reset()  # what was compiled for other pairs would count as this one's
-    calls = {key: _in_mode(getattr(pair, key), mode, device) for key in ("dash", "dot")}
+    calls = {key: _in_mode(call, mode, device) for key, call in pair.items()}
     seconds: dict[str, list[float]] = {"dash": [], "dot": []}
     for index in range(repeats + 1):
         for key, call in calls.items():
-            started = _now(device)
+            started = wall_clock(device)
             call()
             if index:  # the first round warms up
-                seconds[key].append(_now(device) - started)
+                seconds[key].append(wall_clock(device) - started)
     return {
         "speed_ratio": median(seconds["dash"]) / median(seconds["dot"]),
         "dash_seconds": quantiles(seconds["dash"], n=4, method="inclusive"),
@@ -212,9 +205,3 @@ def _in_mode(call: Call, mode: str, device: torch.device) -> Call:
         return compiled
     replay, _ = CudaCapture()(call, device)
     return replay
-
-
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()

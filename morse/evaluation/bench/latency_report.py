@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from morse.evaluation.bench.architectures import find_architecture
 from morse.evaluation.bench.latency import (
     DOT_CHANNELS,
     DOT_LAYERS,
@@ -23,15 +22,9 @@ if TYPE_CHECKING:
 def run_architectures(
     names: tuple[str, ...], device: torch.device, settings: LatencySettings, file: Path
 ) -> dict[str, object]:
-    """Measure architectures, print a table and write a JSON file.
-
-    Raises:
-        ValueError: If a name is unknown.
-    """
+    """Measure architectures, print a table and write a JSON file."""
     from rich.console import Console
 
-    for name in names:
-        find_architecture(name)
     entries: list[dict[str, object]] = []
     result = {
         "command": command_line(),

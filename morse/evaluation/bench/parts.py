@@ -9,7 +9,7 @@ result apart again. Without guidance there is one part, whose `guidance_scale` i
 from collections.abc import Sequence
 from pathlib import Path
 
-Part = dict[str, object]
+Facts = dict[str, object]
 
 
 def part_folders(output_dir: Path, scales: Sequence[float | None]) -> list[Path]:
@@ -18,8 +18,8 @@ def part_folders(output_dir: Path, scales: Sequence[float | None]) -> list[Path]
 
 
 def join_parts(
-    scales: Sequence[float | None], facts: Sequence[Part], figures: Sequence[Part]
-) -> Part:
+    scales: Sequence[float | None], facts: Sequence[Facts], figures: Sequence[Facts]
+) -> Facts:
     """Put the parts of a result together.
 
     Args:
@@ -28,7 +28,7 @@ def join_parts(
         figures: What `summarize` returned.
     """
     # A part that time ran out for may know fewer axes.
-    joined: Part = {
+    joined: Facts = {
         "axes": {axis: about for part in figures for axis, about in part["axes"].items()}
     }
     for key in ("rows", "speedups", "lossless"):

@@ -15,6 +15,7 @@ from morse.evaluation.fid.feature_sets import (
     load_feature_set,
 )
 from morse.evaluation.fid.image_sets import ImageSet, open_image_set
+from morse.evaluation.fid.progress import progress_bar
 from morse.evaluation.metrics import feature_statistics
 from morse.evaluation.scoring import distance_for
 
@@ -76,8 +77,6 @@ def read_real(
     stored = f"real-{hashlib.sha256(named.encode()).hexdigest()[:12]}"
 
     def extract() -> Tensor:
-        from morse.evaluation.fid.budgets import progress_bar
-
         with progress_bar(f"features of {images.name}", shown=True) as on_images:
             found = extract_feature_set(images, extractor, on_images=on_images)
         facts = found.facts | {"num_available": len(opened)}

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,23 +61,12 @@ class Samples:
         return self.num_dash + self.num_dot / speed_ratio if self.lsd is None else self.lsd
 
     @property
-    def _full_batches(self) -> tuple[float, ...]:
-        full = len(self.images) // self.batch_size if self.batch_size else 0
-        return self.batch_seconds[:full] or self.batch_seconds
-
-    @property
     def quartiles(self) -> tuple[float, float, float] | None:
         """Quartiles of the full batches' seconds; None for fewer than two."""
-        full = self._full_batches
+        full = self.batch_seconds[: len(self.images) // max(self.batch_size, 1)]
         if len(full) < 2:
             return None
         return tuple(float(value) for value in np.quantile(full, (0.25, 0.5, 0.75)))
-
-    @property
-    def images_per_second(self) -> float:
-        """Images of a full batch over the median of such batches' wall time."""
-        count = min(self.batch_size, len(self.images))
-        return count / median(self._full_batches)
 
 
 def sample_images(

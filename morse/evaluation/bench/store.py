@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from morse.evaluation.bench.methods import Method
+from morse.evaluation.resuming import open_folder
 from morse.evaluation.scoring import ImageScores
 from morse.files import write_json
 from morse.training.checkpoint import atomic_save_file
@@ -84,25 +85,8 @@ class CellStore:
             ValueError: If that run had other settings.
         """
         self.folder = folder
-        saved = folder / "settings.json"
-        if saved.exists():
-            if not resume:
-                raise FileExistsError(
-                    f"output_dir {folder} holds a benchmark already; go on with it by --resume, or "
-                    "name another folder"
-                )
-            before = json.loads(saved.read_text())
-            # Runs of earlier versions did not note all.
-            known = [name for name in settings if name in before]
-            changed = [name for name in known if settings[name] != before[name]]
-            if changed:
-                name = changed[0]
-                raise ValueError(
-                    f"{name} is {settings[name]!r}, but the run in {folder} has "
-                    f"{before.get(name)!r}; repeat its settings or name another output_dir"
-                )
-        (folder / "cells").mkdir(parents=True, exist_ok=True)
-        write_json(saved, settings)
+        open_folder(folder, settings, resume, may_lack=True)
+        (folder / "cells").mkdir(exist_ok=True)
 
     def has(self, method: Method, budget: int, seed: int) -> bool:
         """Tell whether this cell is measured."""

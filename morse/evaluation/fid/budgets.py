@@ -1,8 +1,7 @@
 """What `morse eval fid` generates: the pipeline, its methods and what their images depend on."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import torch
 from morse.evaluation.conditions import make_conditions, read_prompts
 from morse.evaluation.fid.extractors import state_sha256
 from morse.evaluation.fid.generation import Method, Request, check_folder, generate
+from morse.evaluation.fid.progress import progress_bar
 from morse.plan import MorsePlan
 from morse.rates import adds_noise
 from morse.steps import count_evaluations
@@ -57,31 +57,6 @@ def generate_all(
         row |= _cost(method, changed, config.num_images, pipe.speed_ratio)
         rows.append({**row, "notes": _notes(config, pipe, fallbacks)})
     return rows
-
-
-@contextmanager
-def progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with the time left; yields what takes the numbers of images done and of all."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not shown) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipeline":

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
+# What only generating takes.
+GENERATION = (
+    "dot", "scheduler", "lsd", "num_inference_steps", "speed_ratio", "reference_steps",
+    "num_images", "seed", "guidance_scale", "dtype", "output_dir",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class FidConfig:
@@ -137,12 +143,8 @@ class FidConfig:
             if self.real is None and own:
                 object.__setattr__(self, "real", FASHION_MNIST)
             self._check_generation()
-        elif self.reference_steps is not None:
-            raise ValueError("reference_steps was given, but needs --pipeline to sample from")
-        elif self.real is None or (self.fake is None and self.save_stats is None):
-            raise ValueError(
-                "give --real and --fake, or --real and --pipeline, or --real and --save_stats"
-            )
+        else:
+            self._check_sources()
         if self.save_stats is not None and (self.real is None or is_statistics(self.real)):
             raise ValueError(
                 f"save_stats writes the statistics of real images, but real is {self.real}; give "
@@ -156,6 +158,22 @@ class FidConfig:
             raise ValueError(
                 "pipeline was given without a budget; give --lsd for Dash and Dot, "
                 "--num_inference_steps for the bare pipeline, or both"
+            )
+
+    def _check_sources(self) -> None:
+        given = [
+            each.name
+            for each in dataclasses.fields(self)
+            if each.name in GENERATION and getattr(self, each.name) != each.default
+        ]
+        if given:
+            raise ValueError(
+                f"given without --pipeline: {', '.join(given)}; that is for generating images, so "
+                "give --pipeline, or leave it out"
+            )
+        if self.real is None or (self.fake is None and self.save_stats is None):
+            raise ValueError(
+                "give --real and --fake, or --real and --pipeline, or --real and --save_stats"
             )
 
     @property

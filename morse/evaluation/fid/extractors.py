@@ -19,10 +19,17 @@ from morse.training.idx import fit_images
 
 FASHION_MNIST = "fashion-mnist"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-CONVERT = (
-    'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
-    f"torch.serialization.load('{INCEPTION_FILE}').items()}}, 'inception.safetensors')\""
-)
+
+
+def conversion(source: str, target: str) -> str:
+    """Return the command that makes a safetensors file of a pickled state dictionary."""
+    return (
+        'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v '
+        f"in torch.serialization.load('{source}').items()}}, '{target}')\""
+    )
+
+
+CONVERT = conversion(INCEPTION_FILE, "inception.safetensors")
 
 
 @dataclass(frozen=True)

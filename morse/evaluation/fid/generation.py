@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline
-from PIL import Image
 
 from morse.evaluation.conditions import Conditions
 from morse.evaluation.fid.image_sets import ImageSet, image_files
+from morse.evaluation.report.pictures import to_picture
 from morse.files import write_json
 from morse.plan import MorsePlan
 from morse.saved_plans import scheduler_options
@@ -251,5 +251,5 @@ def _record_fallbacks(folder: Path, batch: range, run: "MorseRun") -> None:
 def _write_png(file: Path, pixels: np.ndarray) -> None:
     """Write (H, W, C) bytes; other processes see no file or the whole file."""
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary, "PNG")
+    to_picture(pixels).save(temporary, "PNG")
     os.replace(temporary, file)

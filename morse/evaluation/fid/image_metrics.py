@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,43 +11,30 @@ from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.fid.image_sets import ImageSet, ReadingFacts, read_batches
 from morse.evaluation.fid.lpips import Lpips
 from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
-from morse.evaluation.scoring import structural_similarity
+from morse.evaluation.report.scores import Score
+from morse.evaluation.scoring import AXES, Axis, structural_similarity
 from morse.evaluation.stats.frechet import Gaussians, frechet_distances
 from morse.evaluation.torch_fidelity_loader import fidelity_module
 
 KID_SUBSETS, PRC_NEIGHBOURS, IS_SPLITS = 100, 3, 10  # the values of published figures
 JACKKNIFE_GROUPS = 10
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
-LOWER = {"frechet", "kernel_distance", "cmmd", "lpips"}
-FIDELITY = {  # axis: (title, unit)
-    "psnr": ("Same-noise PSNR to the reference", "dB"),
-    "ssim": ("Same-noise SSIM to the reference", ""),
-    "lpips": ("Same-noise LPIPS (AlexNet) to the reference", ""),
+LOWER = {"frechet", "kernel_distance", "cmmd"}
+FIDELITY = {
+    "psnr": AXES["psnr"],
+    "ssim": AXES["ssim"],
+    "lpips": Axis("Same-noise LPIPS (AlexNet) to the reference", "", "lower", "fidelity"),
 }
 
 
-@dataclass(frozen=True)
-class Score:
-    """A figure and its standard error, where one is known."""
-
-    value: float
-    standard_error: float | None = None
-
-
-def axes(extractor: Extractor | None) -> dict[str, dict[str, str]]:
-    """Describe every score by title, unit, which way is better, and what it is about."""
+def axes(extractor: Extractor | None) -> dict[str, Axis]:
+    """Describe every score; those of distributions have the extractor's titles."""
     titles = {} if extractor is None else extractor.titles
-    named = {axis: (title, "", "distribution") for axis, title in titles.items()}
-    named |= {axis: (*words, "fidelity") for axis, words in FIDELITY.items()}
-    return {
-        axis: {
-            "title": title,
-            "unit": unit,
-            "better": "lower" if axis in LOWER else "higher",
-            "side": side,
-        }
-        for axis, (title, unit, side) in named.items()
+    distributions = {
+        name: Axis(title, "", "lower" if name in LOWER else "higher", "distribution")
+        for name, title in titles.items()
     }
+    return distributions | FIDELITY
 
 
 def feature_scores(

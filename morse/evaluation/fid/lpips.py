@@ -13,14 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from morse.evaluation.fid.extractors import conversion
 from morse.evaluation.torch_fidelity_loader import torchmetrics_module
 
 Lpips = Callable[[Tensor, Tensor], Tensor]
 LPIPS_FILE = "alexnet-owt-7be5be79.pth"
-CONVERT = (
-    'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
-    f"torch.serialization.load('{LPIPS_FILE}').items()}}, 'alexnet.safetensors')\""
-)
+CONVERT = conversion(LPIPS_FILE, "alexnet.safetensors")
 
 
 def check_lpips_weights(weights: Path | None) -> None:

@@ -1,5 +1,6 @@
 """The measuring half of `morse eval fid`: from images to scores."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,6 @@ import torch
 
 from morse.evaluation.conditions import read_prompts
 from morse.evaluation.environment import command_line, environment
-from morse.evaluation.fid.budgets import progress_bar
 from morse.evaluation.fid.extractors import Extractor
 from morse.evaluation.fid.feature_sets import (
     FeatureSet,
@@ -18,7 +18,6 @@ from morse.evaluation.fid.feature_sets import (
 )
 from morse.evaluation.fid.generation import generated_set
 from morse.evaluation.fid.image_metrics import (
-    Score,
     axes,
     clip_score,
     feature_scores,
@@ -26,6 +25,8 @@ from morse.evaluation.fid.image_metrics import (
 )
 from morse.evaluation.fid.image_sets import open_image_set
 from morse.evaluation.fid.lpips import Lpips, load_lpips
+from morse.evaluation.fid.progress import progress_bar
+from morse.evaluation.report.scores import Score
 
 if TYPE_CHECKING:
     from morse.evaluation.fid.command import FidConfig
@@ -83,7 +84,7 @@ def measure(
         "settings": config.to_json(),
         "extractor": _extractor_facts(extractor, real),
         "real": None if real is None else {"name": real.name, **_reading(real)},
-        "axes": {axis: known[axis] for axis in known if axis in found},
+        "axes": {name: asdict(axis) for name, axis in known.items() if name in found},
         "rows": rows,
         "warnings": [] if real is None else [*real.notes, *real.warnings()],
     }

@@ -197,6 +197,8 @@ def _least_squares(
 
 def _are_possible(rows: Rows) -> bool:
     timesteps, landings = (np.array(column) for column in list(zip(*rows, strict=True))[:2])
+    if not np.isfinite(timesteps).all():
+        return False
     return bool(
         (np.diff(timesteps) < 0).all()
         and timesteps[-1] >= 0

@@ -12,6 +12,9 @@ from morse.plan import MIXTURE_START, MorsePlan
 from morse.saved_plans import is_affordable
 
 UNIFORM_RATIOS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
+# How many of the best on few images are judged on all; the best uniform plan and the best all-Dash
+# one are too, so that the result is never worse than either there.
+FINALISTS = 4
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,6 @@ def search_plan(
     speed_ratio: float,
     grids: Sequence[tuple[tuple[str, object], ...]] = ((),),
     max_rounds: int = 6,
-    finalists: int = 4,
     ratios: Sequence[float] = UNIFORM_RATIOS,
     known: Sequence[Candidate] = (),
     with_dot: bool = True,
@@ -131,8 +133,6 @@ def search_plan(
         speed_ratio: N.
         grids: Scheduler options to choose from.
         max_rounds: Steps to the best neighbour at most.
-        finalists: How many of the best are judged on all images; the best uniform plan and the
-            best all-Dash one are too, so that the result is never worse than either there.
         ratios: Evaluations per LSD of the uniform plans to start from; all Dash is always tried.
         known: To start from as well, those excepted that `lsd=` would not run either, for their
             cost (`morse.saved_plans.is_affordable`).
@@ -180,7 +180,7 @@ def search_plan(
     uniform = ranked(uniform_plans)[:2] + ranked(all_dash)[:1]
     final = {
         each: evaluate(each, False)
-        for each in dict.fromkeys([*ranked(list(tried))[:finalists], *uniform])
+        for each in dict.fromkeys([*ranked(list(tried))[:FINALISTS], *uniform])
     }
     winner = max(final, key=final.__getitem__)
     best_uniform = max(uniform, key=final.__getitem__)

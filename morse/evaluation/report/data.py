@@ -25,6 +25,7 @@ CONTROLS = ("mixture", "reuse", "extrapolation", "independent", "shrunk")
 KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, *PEER_SETTINGS)
 FOOTNOTE_MARKS = "†‡§¶"
 NONE = "–"
+SURE = 0.975  # the share of the bootstrap's replicates that "surely" asks for
 
 
 def read_result(file: Path) -> Result:
@@ -59,11 +60,7 @@ def used_seeds(result: Result) -> list[int]:
 
 def read_axes(result: Result) -> list[Axis]:
     """Return every axis, in the JSON's order."""
-    parts = ("title", "unit", "better", "side")
-    return [
-        Axis(name, *(about[part] for part in parts))
-        for name, about in result.get("axes", {}).items()
-    ]
+    return [Axis(**about, name=name) for name, about in result.get("axes", {}).items()]
 
 
 def headline_axes(result: Result) -> list[Axis]:
@@ -119,13 +116,6 @@ def engaged_rows(result: Result) -> list[Measured]:
     return sorted(rows, key=lambda row: rank.get(row["kind"], len(rank)))
 
 
-def engaged_entries(result: Result, key: str) -> list[Measured]:
-    """Return the "speedups" or "lossless" entries of rows that engaged."""
-    idle = {(row["label"], row["budget"]) for row in result["rows"] if not row.get("engaged", True)}
-    entries = result.get(key, ())
-    return [entry for entry in entries if (entry["method"], entry["budget"]) not in idle]
-
-
 def split_budgets(result: Result) -> tuple[list[float], list[float]]:
     """Return the budgets that Morse was measured at, and those of other methods only."""
     rows = result["rows"]
@@ -137,8 +127,7 @@ def split_budgets(result: Result) -> tuple[list[float], list[float]]:
 def best_row(rows: Iterable[Measured], axis: Axis) -> Measured | None:
     """Return the row with the best value on an axis; None if none has one."""
     scored = [row for row in rows if read_score(row, axis)]
-    sign = 1 if axis.better == "lower" else -1
-    return min(scored, key=lambda row: sign * row["scores"][axis.name]["value"], default=None)
+    return min(scored, key=lambda row: axis.sign * row["scores"][axis.name]["value"], default=None)
 
 
 def best_training_free_row(result: Result, axis: Axis, budget: float) -> Measured | None:
@@ -181,7 +170,7 @@ def is_surely_cheaper(entry: Measured) -> bool:
     Before schema 4: whether its interval is, and then nothing without one is sure.
     """
     if "cheaper" in entry:
-        return (entry["cheaper"] or 0) >= 0.975
+        return (entry["cheaper"] or 0) >= SURE
     return bool(entry.get("interval")) and entry["interval"][0] > 1
 
 

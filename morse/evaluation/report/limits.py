@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from morse.evaluation.bench.methods import BEST_TRAINING_FREE
+from morse.evaluation.bench.methods import BEST_TRAINING_FREE, TRAINING_FREE
 from morse.evaluation.report.blocks import Section, Table
 from morse.evaluation.report.data import (
     NONE,
@@ -12,7 +12,6 @@ from morse.evaluation.report.data import (
     against_best,
     best_row,
     budget_list,
-    engaged_entries,
     engaged_rows,
     headline_axes,
     is_paired,
@@ -152,13 +151,16 @@ def _against_best(result: Result, method: str, axis: str, cost: str) -> list[Mea
     wanted = {"method": method, "baseline": BEST_TRAINING_FREE, "axis": axis, "cost": cost}
     return [
         entry
-        for entry in engaged_entries(result, "speedups")
+        for entry in result.get("speedups", ())
         if all(entry[key] == value for key, value in wanted.items())
     ]
 
 
 def _others_ahead(result: Result) -> list[str]:
-    """Name the controls and peers that beat every Morse method at a budget."""
+    """Name the controls and peers that beat every Morse method at a budget.
+
+    Morse's losses to training-free solvers are in the table of its comparisons with the best.
+    """
     ahead: dict[tuple[str, str], list[float]] = {}
     for axis in read_axes(result):
         for budget in split_budgets(result)[0]:
@@ -166,7 +168,7 @@ def _others_ahead(result: Result) -> list[str]:
             morse = read_score(best_row((r for r in rows if r["kind"] == "morse"), axis), axis)
             for row in rows:
                 score = read_score(row, axis)
-                if row["kind"] in ("morse", "baseline") or not (score and morse):
+                if row["kind"] in ("morse", *TRAINING_FREE) or not (score and morse):
                     continue
                 if compare(score, morse, axis) == "better":
                     ahead.setdefault((row_name(row), axis.short_title), []).append(budget)

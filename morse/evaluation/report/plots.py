@@ -157,7 +157,7 @@ def _style(curve: Curve, look: Look) -> dict[str, object]:
 
 
 def _scale(axes: "Axes", panel: Panel) -> None:
-    """Log axes with plain numbers; limits from training-free solvers and Morse, where any are."""
+    """Log axes with plain numbers; limits from the kinds in `FRAMING`, where any are."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axes.set(xscale="log", yscale="log" if panel.log_y else "linear")

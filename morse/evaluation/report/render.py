@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from morse.evaluation.demo_report import join_strips
 from morse.evaluation.report.curves import MAX_CURVES, quality_panels
 from morse.evaluation.report.data import READABLE_SCHEMAS, Result, guidance_parts, used_seeds
 from morse.evaluation.report.html import Picture, to_html
 from morse.evaluation.report.looks import find_looks
 from morse.evaluation.report.markdown import to_markdown
-from morse.evaluation.report.pictures import png_bytes, read_strips, strip_pictures
+from morse.evaluation.report.pictures import join_strips, png_bytes, read_strips, strip_pictures
 from morse.evaluation.report.plots import (
     Panel,
     draw_panels,
@@ -99,7 +98,7 @@ def _plots(panels: list[Panel]) -> list[Picture]:
     legend = to_svg_uri(legend_figure(panels))
     caption = (
         "Bars: the 95 % interval where there is one, else one standard error. Panels are scaled to "
-        "the training-free solvers and Morse; others may leave them, and of more than "
+        "the bare pipeline's solvers and Morse; others may leave them, and of more than "
         f"{MAX_CURVES} methods only the best of each other kind is drawn (at the middle budget, "
         "first panel). The tables have every value."
     )

@@ -5,27 +5,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from morse.evaluation import scoring
+
 Verdict = Literal["better", "within noise", "worse"]
 Z_95 = 1.96  # a normal variable lies within so many standard deviations in 95 % of cases
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A measure of quality.
-
-    Attributes:
-        name: Its key in the JSON.
-        title: In words.
-        unit: "dB", or "".
-        better: Whether a "lower" or a "higher" value is better.
-        side: Whether it compares distributions, or image by image with a reference ("fidelity").
-    """
+class Axis(scoring.Axis):
+    """A measure of quality that knows its key in the JSON, `name`."""
 
     name: str
-    title: str
-    unit: str
-    better: Literal["lower", "higher"]
-    side: Literal["distribution", "fidelity"]
 
     @property
     def short_title(self) -> str:
@@ -76,7 +66,7 @@ def compare(score: Score, other: Score, axis: Axis) -> Verdict:
     start from the same noise, which makes their difference less noisy than that, so this calls too
     many differences noise rather than too few. Where either has no error, only equal is noise.
     """
-    gain = other.value - score.value if axis.better == "lower" else score.value - other.value
+    gain = axis.sign * (other.value - score.value)
     known = score.deviation is not None and other.deviation is not None
     noise = Z_95 * math.hypot(score.deviation, other.deviation) if known else 0.0
     if abs(gain) <= noise:

@@ -8,7 +8,6 @@ from morse.evaluation.report.blocks import Section, Table, budget_matrix
 from morse.evaluation.report.data import (
     Measured,
     Result,
-    engaged_entries,
     headline_axes,
     morse_names,
     read_axes,
@@ -25,7 +24,7 @@ def speedups_section(result: Result) -> Section:
     over the best of those and of what a mixture begins; Morse over each single solver, and the
     other axes, are folded away.
     """
-    entries = engaged_entries(result, "speedups")
+    entries = result.get("speedups", ())
     if not entries:
         return Section("Matched-quality speed-ups")
     headline, morse = headline_axes(result), morse_names(result["rows"])
@@ -86,7 +85,7 @@ def lossless_section(result: Result) -> Section:
     """The largest factor that passed the non-inferiority test, per method, axis and budget."""
     tables = []
     for axis in read_axes(result):
-        entries = [e for e in engaged_entries(result, "lossless") if e["axis"] == axis.name]
+        entries = [e for e in result.get("lossless", ()) if e["axis"] == axis.name]
         if not entries:
             continue
         found: dict[tuple[str, float], list[Measured]] = {}

@@ -14,7 +14,6 @@ def lossless_test(
     cost: float,
     errors: np.ndarray,
     factor: float,
-    delta: float | None = None,
 ) -> dict[str, object]:
     """Test for non-inferiority at `factor` times a method's cost.
 
@@ -29,24 +28,21 @@ def lossless_test(
         cost: What the method pays, in LSD.
         errors: The method's error, (R,), lower is better.
         factor: How much more the baseline may pay.
-        delta: The margin; None for the rule above.
 
     Returns:
-        "factor", "difference", "upper_bound", "delta", "delta_from" ("seeds", "bootstrap" or
-        "given") and "lossless"; without replicates the last four are None where they need them.
+        "factor", "difference", "upper_bound", "delta", "delta_from" ("seeds" or "bootstrap")
+        and "lossless"; without replicates the last four are None where they need them.
 
     Raises:
         ValueError: If the baseline was not measured at `factor * cost`.
     """
     baseline = curve.error_at(factor * cost)
     losses = errors - baseline
-    source: str | None = "given"
-    if delta is None and by_seed is not None:
+    delta, source = None, None
+    if by_seed is not None:
         delta, source = float(by_seed.error_at(factor * cost).std(ddof=1)), "seeds"
-    elif delta is None and len(baseline) > 2:
+    elif len(baseline) > 2:
         delta, source = float(baseline[1:].std(ddof=1)), "bootstrap"
-    elif delta is None:
-        source = None
     bound = float(np.quantile(losses[1:], CONFIDENCE)) if len(losses) > 2 else None
     return {
         "factor": factor,

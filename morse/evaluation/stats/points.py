@@ -1,7 +1,7 @@
 """A method at a budget with its bootstrap, and the curves of training-free solvers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
@@ -13,9 +13,9 @@ from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.scoring import AXES, REFERENCE_AXES
 from morse.evaluation.stats.bootstrap import Estimate, SeedBootstrap, resample_real
 from morse.evaluation.stats.curves import Curve
-from morse.evaluation.stats.lossless import FACTORS
 
 Draws = dict[str, np.ndarray]  # axis -> (1 + replicates,)
+SEED = 0  # of the draws, combined with each repetition's first image seed
 
 
 @dataclass(frozen=True)
@@ -24,26 +24,16 @@ class Statistics:
 
     Attributes:
         num_replicates: Bootstrap replicates; 0 leaves out errors and intervals.
-        seed: Seed of the draws, combined with each repetition's first image seed.
-        factors: At which factors to test for lossless speed-up.
-        deltas: Axis -> the lossless test's margin, where it is not the baseline's own deviation.
         device: Where kernels are computed, in float64.
     """
 
     num_replicates: int = 1000
-    seed: int = 0
-    factors: tuple[float, ...] = FACTORS
-    deltas: Mapping[str, float] = field(default_factory=dict)
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the range."""
         if self.num_replicates < 0:
             raise ValueError(f"num_replicates is {self.num_replicates}, but must be 0 or more")
-        if min(self.factors, default=1) <= 0:
-            raise ValueError(f"factors is {self.factors}, but each must be positive")
-        if unknown := set(self.deltas) - set(AXES):
-            raise ValueError(f"deltas has {sorted(unknown)}, but the axes are {list(AXES)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +105,12 @@ def _draw(
             "features of the reference's images from the same seeds"
         )
     num_features = _num_features(cells, real, references)
-    rng, reals = np.random.default_rng([statistics.seed]), None
+    rng, reals = np.random.default_rng([SEED]), None
     if real is not None and num_features:
         reals = resample_real(real, number, rng, statistics.device)
     for seed in dict.fromkeys(cell.seed for cell in cells):
         # numpy pads seeds with zeros, so that [s, 0] would repeat the stream of [s]: hence + 1.
-        rng = np.random.default_rng([statistics.seed, seed + 1])
+        rng = np.random.default_rng([SEED, seed + 1])
         own = [cell for cell in cells if cell.seed == seed]
         num_images = len(own[0].scores.features)
         bootstrap = SeedBootstrap(

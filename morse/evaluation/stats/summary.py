@@ -18,7 +18,7 @@ from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.scoring import AXES, Axis, axis_names
 from morse.evaluation.stats.bootstrap import Estimate, percentile_interval
 from morse.evaluation.stats.curves import UNKNOWN, Curve, matched_quality_speedup
-from morse.evaluation.stats.lossless import lossless_test
+from morse.evaluation.stats.lossless import FACTORS, lossless_test
 from morse.evaluation.stats.points import (
     Point,
     Statistics,
@@ -65,9 +65,7 @@ def summarize(
         ],
         "baseline_curves": {axis: _describe(best[axis], axis) for axis in axes},
         "speedups": [entry for axis in axes for entry in _speedups(points, axis)],
-        "lossless": [
-            entry for axis in axes for entry in _lossless(points, best[axis], axis, statistics)
-        ],
+        "lossless": [entry for axis in axes for entry in _lossless(points, best[axis], axis)],
     }
 
 
@@ -171,13 +169,10 @@ def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]
 
 
 def _lossless(
-    points: Sequence[Point],
-    best: Sequence[tuple[float, Point]],
-    axis: str,
-    statistics: Statistics,
+    points: Sequence[Point], best: Sequence[tuple[float, Point]], axis: str
 ) -> Iterator[dict[str, object]]:
     """Test every method against the best training-free solver with more LSD, where measured."""
-    curve, delta = make_curve(best, axis), statistics.deltas.get(axis)
+    curve = make_curve(best, axis)
     if curve is None:
         return
     by_seed = curve_by_seed(best, axis)
@@ -185,10 +180,10 @@ def _lossless(
         if point.method.is_training_free:
             continue
         head = {"method": point.method.label, "axis": axis, "budget": point.budget}
-        for factor in statistics.factors:
+        for factor in FACTORS:
             if curve.covers(factor * point.lsd):
                 errors = point.errors(axis)
-                yield head | lossless_test(curve, by_seed, point.lsd, errors, factor, delta)
+                yield head | lossless_test(curve, by_seed, point.lsd, errors, factor)
 
 
 def rounded(value: object, digits: int = 6) -> object:
