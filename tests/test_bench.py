@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from evaluation_fixtures import independent_folder, tiny_folder  # noqa: F401
+from evaluation_fixtures import independent_folder, short_reference, tiny_folder  # noqa: F401
 
 from morse.dot.mixture import GaussianMixture
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark

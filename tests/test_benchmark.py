@@ -15,7 +15,7 @@ from evaluation_fixtures import (  # noqa: F401
 from PIL import Image
 
 from morse.evaluation.bench import sampler
-from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
+from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark, run_benchmark
 from morse.evaluation.bench.loading import load_bare, load_pipelines
 from morse.evaluation.bench.speed import measure_speed_table
 from morse.evaluation.bench.tasks import list_tasks
@@ -81,7 +81,7 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
 
     # Resuming measures nothing again; redrawing needs the JSON only.
     monkeypatch.setattr(sampler, "sample_images", None)
-    resumed = run_benchmark(dataclasses.replace(config, resume=True))
+    resumed = measure_benchmark(dataclasses.replace(config, resume=True).resolved())
     assert resumed["rows"] == result["rows"]
     run_benchmark(
         BenchmarkConfig(from_json=config.output_dir / "benchmark.json", output_dir=tmp_path)
@@ -96,7 +96,7 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     shutil.copytree(config.output_dir, folder)
     next(iter((folder / "cells").glob("*lsd3-seed10.json"))).unlink()
     stopped = dataclasses.replace(config, output_dir=folder, resume=True, max_seconds=1e-9)
-    partial = run_benchmark(stopped)
+    partial = measure_benchmark(stopped.resolved())
     assert partial["seeds_left_out"] == [{"seed": 10, "missing": 1}]
     assert all(list(row["scores"]["psnr"]["by_seed"]) == ["0"] for row in partial["rows"])
 

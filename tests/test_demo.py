@@ -1,12 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
-from evaluation_fixtures import tiny_folder  # noqa: F401
+from evaluation_fixtures import save_tiny_pipeline, tiny_folder  # noqa: F401
 from PIL import Image
 
-from morse import MorseDot, MorsePipeline
 from morse.evaluation import demo_sampling
 from morse.evaluation.bench.loading import load_pipelines
 from morse.evaluation.bench.runs import sample_images
@@ -14,7 +13,8 @@ from morse.evaluation.demo import DemoConfig, run_demo
 from morse.plan import MorsePlan
 
 
-def test_the_demo_writes_pictures_and_figures(tiny_folder, tmp_path, capsys):  # noqa: F811
+def test_the_demo_writes_pictures_and_figures(tiny_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(demo_sampling, "REFERENCE_STEPS", 20)
     config = DemoConfig(
         pipeline=str(tiny_folder),
         output_dir=tmp_path / "with space",
@@ -34,7 +34,10 @@ def test_the_demo_writes_pictures_and_figures(tiny_folder, tmp_path, capsys):  #
     assert facts["num_images"] == 3 and len(facts["rows"]) == len(rows)
     printed = " ".join(capsys.readouterr().out.split())
     assert "biased" in printed and "grid.png" in printed and "FID" not in printed
-    run_demo(config)  # twice into one folder
+    fewer = run_demo(replace(config, lsd=(4,), num_images=2))  # into the same folder
+    assert len(fewer) == 6 and Image.open(config.output_dir / "grid.png").height < 13 * 64
+    facts = json.loads(config.json.read_text())
+    assert facts["num_images"] == 2 and len(facts["rows"]) == len(fewer)
 
 
 @pytest.mark.parametrize("steps", [3, MorsePlan.from_string("Doo")])
@@ -67,20 +70,18 @@ def test_bad_settings_are_named():
         DemoConfig(lsd=(1, 5))
 
 
-def test_other_images_have_no_distances(build_unet, tmp_path, monkeypatch):
+def test_other_images_have_no_distances(tmp_path, monkeypatch):
     for module in ("demo_sampling", "bench.methods"):
-        monkeypatch.setattr(f"morse.evaluation.{module}.REFERENCE_STEPS", 20)
-    unet = build_unet(in_channels=3)
-    dot = MorseDot.from_dash(unet, num_down_blocks=1, block_out_channels=(4,), lora_rank=1)
-    MorsePipeline.from_pipe(DDPMPipeline(unet, DDPMScheduler()), dot).save_pretrained(tmp_path)
+        monkeypatch.setattr(f"morse.evaluation.{module}.REFERENCE_STEPS", 6)
+    folder = save_tiny_pipeline(tmp_path / "pipeline", sample_size=16)
     config = DemoConfig(
-        pipeline=str(tmp_path), output_dir=tmp_path / "out", lsd=(4, 20), num_images=2,
+        pipeline=str(folder), output_dir=tmp_path / "out", lsd=(4, 6), num_images=2,
         speed_ratio=4.0, device="cpu", json=tmp_path / "demo.json",
     )  # fmt: skip
     rows = run_demo(config)
     assert {row.frechet for row in rows} == {row.frechet_to_reference for row in rows} == {None}
     without = [(row.label, row.budget) for row in rows if row.psnr is None]
-    assert without == [("DPM++ 2M", 20)]
+    assert without == [("DPM++ 2M", 6)]
     assert (config.output_dir / "grid.png").exists()
 
 

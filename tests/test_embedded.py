@@ -45,7 +45,7 @@ def reference():
     """Several images of many steps, for a single one may end in another mode."""
     many = MorsePipeline.from_pretrained("fashion-mnist", scheduler="dpmsolver++")
     many.set_progress_bar_config(disable=True)
-    return sample(many, count=4, num_inference_steps=50)
+    return sample(many, count=4, num_inference_steps=25)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The text-to-image pipeline that comes with the package does what its card says."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -29,6 +31,14 @@ def sample(pipe, count=1, guidance_scale=3.0, **kwargs):
     return pipe(prompts, generator=generators, **options).images
 
 
+@cache
+def reference(guidance_scale):
+    """Images of many steps."""
+    many = MorsePipeline.from_pretrained("fashion-mnist-text", scheduler="dpmsolver++")
+    many.set_progress_bar_config(disable=True)
+    return sample(many, guidance_scale=guidance_scale, num_inference_steps=25)
+
+
 def test_a_budget_is_spent_on_dash_alone_where_dot_does_harm(pipe):
     plans = {lsd: pipe.plan_for(lsd).plan for lsd in (5, 9, 12)}
     assert plans[5] == 5 * "D" and plans[9] == 9 * "D" and "o" in plans[12]
@@ -45,26 +55,22 @@ def test_prompts_draw_their_classes(pipe):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 7.5])
 def test_fitted_steps_carry_over_to_other_noise_and_guidance(guidance_scale):
     """They were fitted at guidance 3 on other seeds."""
-    many = MorsePipeline.from_pretrained("fashion-mnist-text", scheduler="dpmsolver++")
     few = MorsePipeline.from_pretrained("fashion-mnist-text", scheduler="leapfrog")
-    for pipe in (many, few):
-        pipe.set_progress_bar_config(disable=True)
-    options = {"guidance_scale": guidance_scale}
-    reference = sample(many, num_inference_steps=50, **options)
+    few.set_progress_bar_config(disable=True)
+    options, many = {"guidance_scale": guidance_scale}, reference(guidance_scale)
     fitted = sample(few, lsd=8, **options)
     assert few.last_run.num_dash == 8
     plain = sample(few, num_inference_steps=8, **options)
-    assert psnr(fitted, reference).mean() > psnr(plain, reference).mean() + 2
+    assert psnr(fitted, many).mean() > psnr(plain, many).mean() + 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_dot_corrects_what_reuse_leaves(pipe, guidance_scale):
     """The same plan with a Dot that says nothing is reuse of Dash's latest estimate."""
-    options = {"guidance_scale": guidance_scale}
-    reference = sample(pipe, num_inference_steps=50, **options)
+    options, many = {"guidance_scale": guidance_scale}, reference(guidance_scale)
     with_dot, dot = sample(pipe, plan=WITH_DOT, **options), pipe.dot
     silent = MorsePipeline.from_pipe(pipe, lambda sample, *_, **__: torch.zeros_like(sample))
     reuse = sample(silent, plan=WITH_DOT, **options)
     MorsePipeline.from_pipe(pipe, dot)
-    assert psnr(with_dot, reference).mean() > psnr(reuse, reference).mean() + 0.5
+    assert psnr(with_dot, many).mean() > psnr(reuse, many).mean() + 0.5

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny_pipelines import stable_diffusion, text_inputs, text_unet
 from morse import MorseDot
 from morse.attach import disable_morse
 from morse.cli import parse_config
+from morse.evaluation.bench import peers
 from morse.evaluation.bench.benchmark import (
     BenchmarkConfig,
     measure_benchmark,
@@ -250,6 +252,8 @@ def test_peers_that_raise_are_listed_and_others_measured(config, tmp_path, monke
         raise IndexError("pop from empty list")
 
     monkeypatch.setitem(PEERS, "tomesd", Peer(broken, lambda pipe: None))
+    monkeypatch.setattr(peers, "MEASURED_STEPS", 3)
+    monkeypatch.setattr(peers, "measure_deepcache", partial(peers.measure_deepcache, repeats=1))
     few = {"solvers": ("ddim",), "kinds": ("baseline",), "guidance_scale": (3.0,), "num_images": 2}
     few |= {"baseline_lsd": (), "peers": ("tomesd", "deepcache", "pab")}
     result = run_benchmark(dataclasses.replace(config, **few, output_dir=tmp_path))

@@ -253,15 +253,22 @@ class TestCompiling:
         def treat(pipe):
             pipe.unet = torch.compile(pipe.unet, backend="eager")
 
-        assert torch.equal(check_treated(treat), untreated())
+        assert torch.equal(check_treated(treat, after=False), untreated())
 
     def test_wrapped_in_one_graph(self, pipe):
-        """The switch, which would break it, is out of the way, also before a planned call."""
-        options = {"num_inference_steps": 2}
+        """The switch, which would break it, is out of the way, also before a planned call.
+
+        It is not traced along, or each plan would be compiled.
+        """
+        options, counter = {"num_inference_steps": 2}, torch._dynamo.testing.CompileCounter()
         dash, expected, with_dot = pipe.unet, latents(pipe, **options), planned(pipe)
-        pipe.unet = torch.compile(dash, backend="eager", fullgraph=True)
+        pipe.unet = torch.compile(dash, backend=counter, fullgraph=True)
         assert torch.equal(latents(pipe, **options), expected)
         assert torch.equal(planned(pipe), with_dot)
+        frames = counter.frame_count
+        assert frames > 0
+        planned(pipe, "DoooDo")
+        assert counter.frame_count == frames
         disable_morse(pipe)
         assert torch.equal(latents(pipe, **options), expected)
 
@@ -277,16 +284,6 @@ class TestCompiling:
             pipe.unet.mid_block = torch.compile(pipe.unet.mid_block, backend="eager")
 
         assert torch.equal(check_treated(treat), untreated())
-
-    def test_what_is_compiled_is_dash_alone(self, pipe):
-        """The switch is not traced along, or each plan would be compiled."""
-        counter = torch._dynamo.testing.CompileCounter()
-        pipe.unet = torch.compile(pipe.unet, backend=counter)
-        planned(pipe)
-        frames = counter.frame_count
-        assert frames > 0
-        planned(pipe, "DoooDo")
-        assert counter.frame_count == frames
 
     def test_a_wrapped_denoiser_is_saved_without_its_wrapper(self, pipe, tmp_path):
         expected = planned(pipe)

@@ -11,7 +11,7 @@ from evaluation_fixtures import tiny_folder  # noqa: F401
 
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.bench.runs import Samples, reference_images
-from morse.evaluation.planning import command, memory
+from morse.evaluation.planning import best_fit, command, memory
 from morse.evaluation.planning.best_fit import known_rows
 from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
@@ -510,7 +510,7 @@ def test_a_plan_brings_its_grid_with_it(tmp_path):
 
 @pytest.mark.slow
 def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
+    monkeypatch.setattr(best_fit, "REFERENCE_STEPS", 20)
     run_plan(PlanConfig(pipeline=str(tiny_folder), output_dir=tmp_path, fit_margin=99.0, **QUICK))
     report = json.loads((tmp_path / "plan_search.json").read_text())
     (search,) = report["searches"]
@@ -529,25 +529,27 @@ def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
 
 @pytest.mark.slow
 def test_a_mixture_is_fitted_and_saved_with_the_dot(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
-    settings = {**QUICK, "mixture_images": 24, "max_rounds": 0, "fit_margin": 99.0}
+    monkeypatch.setattr(best_fit, "REFERENCE_STEPS", 20)
+    settings = {**QUICK, "lsd": (2,), "mixture_images": 24, "max_rounds": 0, "fit_margin": 99.0}
+    settings |= {"timestep_power": (1.0,), "refine_rounds": 0}
     run_plan(PlanConfig(pipeline=str(tiny_folder), output_dir=tmp_path, **settings))
     report = json.loads((tmp_path / "plan_search.json").read_text())
     fitted = {fit["plan"] for fit in report["searches"][0]["fits"]}
-    assert {"DDD", "gggDDD"} < fitted and any(set(plan) == set("gDo") for plan in fitted)
+    assert {"DD", "gggDD"} < fitted and any(set(plan) == set("gDo") for plan in fitted)
     pipe = MorsePipeline.from_pretrained(tiny_folder, dot=tmp_path, scheduler="leapfrog")
     pipe.set_progress_bar_config(disable=True)
     assert pipe.dot.mixture.means.shape[0] > 1
-    pipe(plan="gggDDD", generator=torch.Generator().manual_seed(0))
+    pipe(plan="gggDD", generator=torch.Generator().manual_seed(0))
     assert pipe.last_run.num_gaussian == 3 and not pipe.last_run.fallbacks
 
 
 @pytest.mark.slow
 def test_a_second_search_goes_on_from_the_first(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
+    monkeypatch.setattr(best_fit, "REFERENCE_STEPS", 20)
     results = []
     for rounds in (1, 0):
         settings = {**QUICK, "max_rounds": 0, "fit_rounds": 0, "refine_rounds": rounds}
+        settings |= {"timestep_power": (1.0,)}
         dot = str(tmp_path) if results else None
         run_plan(PlanConfig(pipeline=str(tiny_folder), dot=dot, output_dir=tmp_path, **settings))
         report = json.loads((tmp_path / "plan_search.json").read_text())
@@ -559,7 +561,7 @@ def test_a_second_search_goes_on_from_the_first(tiny_folder, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_pipeline_without_a_dot_gets_schedulers(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(command, "REFERENCE_STEPS", 20)
+    monkeypatch.setattr(best_fit, "REFERENCE_STEPS", 20)
     bare = tmp_path / "bare"
     DDPMPipeline.from_pretrained(tiny_folder).save_pretrained(bare)
     with pytest.raises(ValueError, match=r"has no Dot.* solver is \('ddim',\).* give a Dot"):
@@ -575,7 +577,9 @@ def test_a_pipeline_without_a_dot_gets_schedulers(tiny_folder, tmp_path, monkeyp
     assert len(scheduler.config.fitted_steps) == 3
     pipe = MorsePipeline.from_pretrained(bare, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
-    assert len(pipe(num_inference_steps=3).images) == 1
+    pipe(num_inference_steps=3)
+    fitted = [round(timestep) for timestep, *_ in scheduler.config.fitted_steps]
+    assert pipe.scheduler.timesteps.tolist() == fitted
 
 
 @pytest.mark.parametrize(

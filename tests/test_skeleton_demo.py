@@ -152,7 +152,8 @@ class TestOnTheGrid:
         assert found.shape == pairs.target.shape == (16, NUM_JOINTS, 2)
 
 
-def test_quick_run(tmp_path, capsys):
+def test_quick_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pipelines.skeleton_diffusion.REFERENCE_STEPS", 20)
     output = tmp_path / "results"
     run(SkeletonConfig(output_dir=output, quick=True))
     result = json.loads((output / "results.json").read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,8 @@ def test_training_lowers_the_held_out_error(run):
         "4",
         "--validation_steps",
         "20",
+        "--checkpointing_steps",
+        "40",
         "--ema_max_decay",
         "0.9",
     )
@@ -195,9 +198,17 @@ class TestInitFrom:
 class TestCache:
     options = ("--cache_pairs", "7", "--window_steps", "2", "--timestep_sampling", "plans")
 
-    def test_dash_is_evaluated_once(self, run, tmp_path):
-        folder = tmp_path / "pairs"
-        first = run(*self.options, "--cache_dir", str(folder))
+    @pytest.fixture(scope="class")
+    def first(self, run):
+        """A run that makes its windows."""
+        return run(*self.options)
+
+    @pytest.fixture
+    def folder(self, first, tmp_path):
+        """A copy of these windows."""
+        return shutil.copytree(first / "pairs", tmp_path / "pairs")
+
+    def test_dash_is_evaluated_once(self, run, first, folder):
         shard = folder / "windows-00000.safetensors"
         stamp, content = shard.stat().st_mtime_ns, load_file(shard)
         assert content["samples"].shape == (7, 3, 1, 8, 8)
@@ -207,8 +218,8 @@ class TestCache:
         assert_same_run(first, second)
 
     def test_missing_shards_alone_are_made(self, run, tmp_path, monkeypatch):
-        monkeypatch.setattr("morse.training.cache.SHARD_WINDOWS", 512)
-        options = ("--cache_pairs", "1100", "--window_steps", "1", "--max_train_steps", "1")
+        monkeypatch.setattr("morse.training.cache.SHARD_WINDOWS", 32)
+        options = ("--cache_pairs", "70", "--window_steps", "1", "--max_train_steps", "1")
         folder = tmp_path / "pairs"
         run(*options, "--cache_dir", str(folder))
         names = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -240,16 +251,13 @@ class TestCache:
         assert window.timesteps.flatten().tolist() == [8, 0, 4, 3, 3, 2]
         assert window.outputs.flatten().tolist() == [-8, 0, -4, -3, -3, -2]
 
-    def test_other_settings_are_refused(self, run, tmp_path):
-        folder = tmp_path / "pairs"
-        run(*self.options, "--cache_dir", str(folder))
+    def test_other_settings_are_refused(self, run, folder):
         with pytest.raises(ValueError, match=r"made with other \['window_steps'\]"):
             run(*self.options, "--cache_dir", str(folder), "--window_steps", "3")
 
-    def test_other_images_are_refused(self, run, tmp_path):
-        options = (*self.options, "--cache_dir", str(tmp_path))
-        run(*options)
-        description = tmp_path / "cache.json"
+    def test_other_images_are_refused(self, run, folder):
+        options = (*self.options, "--cache_dir", str(folder))
+        description = folder / "cache.json"
         told = json.loads(description.read_text())
         assert (told["images"], told["image_column"]) == (10, "image")
         description.write_text(json.dumps(told | {"images": 9}))
@@ -260,9 +268,7 @@ class TestCache:
         description.write_text(json.dumps(told))
         run(*options)
 
-    def test_a_truncated_shard_is_named(self, run, tmp_path):
-        folder = tmp_path / "pairs"
-        run(*self.options, "--cache_dir", str(folder))
+    def test_a_truncated_shard_is_named(self, run, folder):
         shard = folder / "windows-00000.safetensors"
         shard.write_bytes(shard.read_bytes()[:-10])
         with pytest.raises(ValueError, match=r"windows-00000.safetensors is damaged"):

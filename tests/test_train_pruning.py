@@ -1,13 +1,8 @@
 """Pruning in train_dot: the paper's rule, resuming, averages, and sparse Dots on the disk."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +26,6 @@ from morse.training.pruning import (
 from morse.training.run import TrainingRun
 from morse.training.start import inherit
 
-ROOT = Path(__file__).parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEPS = ["--max_train_steps", "8", "--prune_start", "3", "--prune_stop", "6", "--prune", "0.8"]
 
@@ -211,25 +205,8 @@ def test_surgery_goes_on_from_a_pruned_dot(base, data_dir, pruned_run, tmp_path)
     assert not any(weight._backward_hooks for weight in dot.parameters())
 
 
-PROGRAM = """
-import os, signal, sys
-from morse.cli import parse_config
-from morse.training.loop import TrainDotConfig, train_dot
-from morse.training.run import TrainingRun
-one_pass = TrainingRun._forward_backward
-def die_in_the_sixth_step(run, batch, micro_step):
-    loss = one_pass(run, batch, micro_step)
-    if run.step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return loss
-TrainingRun._forward_backward = die_in_the_sixth_step
-train_dot(parse_config(TrainDotConfig, sys.argv[1:]))
-"""
-
-
-@pytest.fixture
-def decisions(monkeypatch):
-    """What surgery prunes and splices from now on: (iteration, flips)."""
+def record_decisions(patch):
+    """Give a list of what surgery prunes and splices from now on: (iteration, flips, updated)."""
     found = []
     step = NetworkSurgery.step
 
@@ -238,7 +215,7 @@ def decisions(monkeypatch):
         found.append((iteration, surgery.flips, dict(updated)))
         return updated
 
-    monkeypatch.setattr(NetworkSurgery, "step", recording)
+    patch.setattr(NetworkSurgery, "step", recording)
     return found
 
 
@@ -254,27 +231,37 @@ class TestResuming:
             assert (folder / file).read_bytes() == (other / file).read_bytes()
 
     @pytest.fixture(scope="class")
-    def whole(self, train):
-        return train(*self.options)
+    def recorded(self, train):
+        """A run without a break, and what surgery decided in it."""
+        with pytest.MonkeyPatch.context() as patch:
+            decisions = record_decisions(patch)
+            return train(*self.options), decisions
 
-    @pytest.mark.slow
-    @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-    def test_killed_amid_surgery(self, base, data_dir, tmp_path, train, decisions):  # noqa: F811
-        whole = train(*self.options)
+    @pytest.fixture(scope="class")
+    def whole(self, recorded):
+        return recorded[0]
+
+    def test_killed_amid_surgery(self, base, data_dir, tmp_path, recorded, monkeypatch):  # noqa: F811
+        whole, decisions = recorded
         expected = [entry for entry in decisions if entry[0] >= 1]
         assert len(expected) == 2 and any(not all(entry[2].values()) for entry in expected)
         assert any(flips.spliced for entry in expected for flips in entry[1].values())
-        decisions.clear()
         given = arguments(base, data_dir, tmp_path / "run", *self.options)
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", PROGRAM, *given]
-        killed = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        config = parse_config(TrainDotConfig, given)
+        config, one_pass = parse_config(TrainDotConfig, given), TrainingRun._forward_backward
+
+        def die_in_the_sixth_step(run, batch, micro_step):
+            loss = one_pass(run, batch, micro_step)
+            if run.step == 5:
+                raise KeyboardInterrupt
+            return loss
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(TrainingRun, "_forward_backward", die_in_the_sixth_step)
+            train_dot(config)
+        assert not (tmp_path / "run" / "config.json").exists()
+        again = record_decisions(monkeypatch)
         train_dot(replace(config, resume_from_checkpoint="checkpoint-4"))
-        assert decisions == expected
+        assert again == expected
         self.assert_same_run(tmp_path / "run", whole)
 
     def stop_at(self, step, monkeypatch):

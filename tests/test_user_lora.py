@@ -1,5 +1,7 @@
 """Adapters of the user's own (PEFT, `load_lora_weights`) beside the LoRA of a Dot."""
 
+from functools import cache
+
 import pytest
 import torch
 from attached import check_treated, difference, latents, planned, text_pipe, trained_dot
@@ -9,6 +11,7 @@ from morse.dot.view import fingerprint
 
 BOTH = pytest.mark.parametrize("merge_lora", [True, False])
 TARGETS = ("to_q", "to_v", "ff.net.2", "resnets.0.conv1")
+check_once = cache(check_treated)
 
 
 def lora_weights(unet, seed=0, rank=2, targets=TARGETS):
@@ -72,7 +75,7 @@ def test_the_lora_of_these_tests_is_visible():
 )  # fmt: skip
 @pytest.mark.supports("interplay", "users’ LoRA")
 def test_dash_and_dot_run_with_it(treat, merge_lora):
-    check_treated(treat, merge_lora)
+    check_once(treat, merge_lora)
 
 
 @BOTH
@@ -209,4 +212,4 @@ def test_with_offloading():
         load(pipe)
         pipe.enable_model_cpu_offload(device="cpu")
 
-    assert torch.equal(check_treated(treat), check_treated(load, merge_lora=False))
+    assert torch.equal(check_treated(treat), check_once(load, False))
