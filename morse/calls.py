@@ -172,8 +172,10 @@ class MorseCalls(PlanChoice, Publishable):
                 f"evaluations gave {counts}; what Dash made in Dot's place: {dict(run.fallbacks)}."
             )
         speed_ratio = median(seconds["dash"]) / median(seconds["dot"])
-        dash, dot = (tuple(quantiles(seconds[name], n=4)) for name in ("dash", "dot"))
-        self.measured = SpeedRatio(speed_ratio, dash, dot)
+        quartiles = {
+            model: tuple(quantiles(own, n=4, method="inclusive")) for model, own in seconds.items()
+        }
+        self.measured = SpeedRatio(speed_ratio, quartiles["dash"], quartiles["dot"])
         self.speed_ratio = speed_ratio
         return self.measured
 

@@ -21,12 +21,15 @@ class LatestEstimate:
         rates: The scheduler's signal and noise rates there; None where they are not needed.
         container: Puts a result into the kind of container that Dash returns.
         earlier_rates: The rates of `jump.earlier`; None where there is none or they are not known.
+        scale: For a Dot of guided estimates the guidance scale as a number too, to compare without
+            waiting for a device; else None.
     """
 
     jump: JumpPoint
     rates: Rates | None
     container: Callable[[Tensor], object]
     earlier_rates: Rates | None = None
+    scale: float | None = None
 
 
 def keep_estimate(

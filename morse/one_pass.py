@@ -56,13 +56,6 @@ def read_guidance(pipe: DiffusionPipeline) -> float | str:
 
 
 @dataclass(frozen=True, eq=False)
-class _GuidedEstimate(LatestEstimate):
-    """With the guidance scale as a number too, to compare without waiting for a device."""
-
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
 class DotView:
     """What Dot is given of a call of the denoiser.
 
@@ -91,8 +84,7 @@ class DotView:
             return kept
         # Once for all Dot evaluations, of which each would copy it from the CPU.
         scale = torch.full((), self.scale, dtype=torch.float32, device=self.call.sample.device)
-        told = vars(kept) | {"jump": replace(kept.jump, guidance_scale=scale)}
-        return _GuidedEstimate(**told, scale=self.scale)
+        return replace(kept, jump=replace(kept.jump, guidance_scale=scale), scale=self.scale)
 
     def _guided(self, output: object) -> object:
         found = result_of(output)
@@ -106,8 +98,7 @@ class DotView:
         """Say why Dot can't correct what was kept; None if it can."""
         if self.problem is not None or self.scale is None:
             return self.problem
-        same = isinstance(kept, _GuidedEstimate) and kept.scale == self.scale
-        return None if same else "the guidance scale changed"
+        return None if kept.scale == self.scale else "the guidance scale changed"
 
     def answer(self, output: object) -> object:
         """Turn Dot's output into one with all of the denoiser's rows."""

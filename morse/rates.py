@@ -70,11 +70,16 @@ def own_parameters(scheduler: object) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(scheduler)).parameters
 
 
+def _own_config(scheduler: object) -> dict[str, object]:
+    """Give a scheduler's config without what others took before it."""
+    names = own_parameters(scheduler)
+    return {name: value for name, value in scheduler.config.items() if name in names}
+
+
 def is_flow(scheduler: object) -> bool:
     """Tell whether a scheduler is for models trained by flow matching."""
-    names = own_parameters(scheduler)  # the config also holds what others took before it
-    config = {name: value for name, value in scheduler.config.items() if name in names}
-    return type(scheduler).__name__.startswith("FlowMatch") or is_flow_config(config)
+    flow_class = type(scheduler).__name__.startswith("FlowMatch")
+    return flow_class or is_flow_config(_own_config(scheduler))
 
 
 def is_flow_config(config: Mapping[str, object]) -> bool:
@@ -89,8 +94,7 @@ def adds_noise(scheduler: object, eta: float | None = None) -> bool:
 
     `eta` is a pipeline call's, which goes to the steps that take it (DDIM's).
     """
-    names = own_parameters(scheduler)
-    config = {name: value for name, value in scheduler.config.items() if name in names}
+    config = _own_config(scheduler)
     return (
         _short_name(scheduler) in _ALWAYS_STOCHASTIC
         or str(config.get("algorithm_type")).startswith("sde-")

@@ -7,7 +7,7 @@ steps t_i from Dash's latest estimate plus a learned residual, Dot:
     z_ti = dash(x_ti, t_i)                                              at a jump point
     z_ti = z_ts + dot(x_ti, t_i, jump)  with  jump = (x_ts, t_s, z_ts)  otherwise
 
-`estimate` is that switch, for `morse_sample` below and any diffusers pipeline (`morse.attach`).
+`estimate` is that switch, for `morse_sample` below and any diffusers pipeline (`morse.estimates`).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from morse.plan import ModelName, MorsePlan
-from morse.spaces import PredictionType, ddim_step, signal_and_noise, to_noise_pred
+from morse.spaces import PredictionType, ddim_step, signal_and_noise
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,7 @@ def make_pair(
     start, end = (signal_and_noise(alphas_cumprod, timestep, clean) for timestep in timesteps)
     sample = start[0] * clean + start[1] * noise
     jump = JumpPoint(sample, timesteps[0], dash(sample, timesteps[0]))
-    noise_pred = to_noise_pred(jump.model_output, sample, *start, prediction_type)
-    sample = ddim_step(noise_pred, sample, start, end)
+    sample = ddim_step(jump.model_output, sample, start, end, prediction_type)
     return jump, sample, dash(sample, timesteps[1])
 
 

@@ -1,8 +1,9 @@
-"""Conversions between what denoisers predict, on the variance-preserving path.
+"""Conversions between what denoisers predict, on any path x_t = alpha * x_0 + sigma * epsilon.
 
-A noisy sample is x_t = alpha * x_0 + sigma * epsilon with alpha^2 + sigma^2 = 1 and
-alpha^2 = `alphas_cumprod[t]`. The prediction types are diffusers': "epsilon" (Ho et al. 2020),
-"sample" (x_0) and "v_prediction" (v = alpha * epsilon - sigma * x_0; Salimans and Ho 2022).
+The variance-preserving path has alpha^2 + sigma^2 = 1 and alpha^2 = `alphas_cumprod[t]`. The
+prediction types are diffusers': "epsilon" (Ho et al. 2020), "sample" (x_0), "v_prediction"
+(v = alpha * epsilon - sigma * x_0; Salimans and Ho 2022), and "flow_prediction" (epsilon - x_0;
+Lipman et al. 2023), which is for other paths.
 """
 
 from typing import Literal, get_args
@@ -14,13 +15,14 @@ PredictionType = Literal["epsilon", "sample", "v_prediction"]
 BaseSpace = Literal["raw", "x0", "v"]
 Rates = tuple[Tensor, Tensor]  # alpha and sigma
 
+_ON_THIS_PATH = get_args(PredictionType)
+_ON_ANY_PATH = (*_ON_THIS_PATH, "flow_prediction")
 
-def check_prediction_type(prediction_type: str) -> None:
-    """Raise `ValueError` unless `prediction_type` is one of the three handled here."""
-    if prediction_type not in get_args(PredictionType):
-        raise ValueError(
-            f"prediction_type must be one of {get_args(PredictionType)}, got {prediction_type!r}."
-        )
+
+def check_prediction_type(prediction_type: str, allowed: tuple[str, ...] = _ON_THIS_PATH) -> None:
+    """Raise `ValueError` unless `prediction_type` is allowed, as on variance-preserving paths."""
+    if prediction_type not in allowed:
+        raise ValueError(f"prediction_type must be one of {allowed}, got {prediction_type!r}.")
 
 
 def check_base_space(base_space: str | None) -> None:
@@ -51,47 +53,17 @@ def signal_and_noise(
     )
 
 
-def to_noise_pred(
-    model_output: Tensor,
-    sample: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    prediction_type: PredictionType,
-) -> Tensor:
-    """Express a model's output as epsilon; all tensors broadcast to `sample`'s shape (B, ...)."""
-    check_prediction_type(prediction_type)
-    if prediction_type == "epsilon":
-        return model_output
-    if prediction_type == "sample":
-        return (sample - alpha * model_output) / sigma
-    return alpha * model_output + sigma * sample
-
-
-def from_noise_pred(
-    noise_pred: Tensor,
-    sample: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    prediction_type: PredictionType,
-) -> Tensor:
-    """Express epsilon as a model of `prediction_type` would; the inverse of `to_noise_pred`."""
-    check_prediction_type(prediction_type)
-    if prediction_type == "epsilon":
-        return noise_pred
-    if prediction_type == "sample":
-        return (sample - sigma * noise_pred) / alpha
-    return (noise_pred - sigma * sample) / alpha
-
-
 def to_clean(model_output: Tensor, sample: Tensor, rates: Rates, prediction_type: str) -> Tensor:
-    """Express a model's output as x_0, on any path x_t = alpha * x_0 + sigma * epsilon.
+    """Express a model's output as x_0.
 
     Args:
         model_output: (B, ...).
         sample: x_t, like `model_output`.
         rates: alpha and sigma, which broadcast to it.
-        prediction_type: One of diffusers' four; "flow_prediction" is epsilon - x_0 (Lipman et al.
-            2023).
+        prediction_type: One of the four.
+
+    Raises:
+        ValueError: If it is another.
     """
     alpha, sigma = rates
     if prediction_type == "sample":
@@ -100,7 +72,7 @@ def to_clean(model_output: Tensor, sample: Tensor, rates: Rates, prediction_type
         return (alpha * sample - sigma * model_output) / (alpha**2 + sigma**2)
     if prediction_type == "flow_prediction":
         return (sample - sigma * model_output) / (alpha + sigma)
-    check_prediction_type(prediction_type)
+    check_prediction_type(prediction_type, _ON_ANY_PATH)
     return (sample - sigma * model_output) / alpha
 
 
@@ -114,7 +86,7 @@ def from_clean(clean: Tensor, sample: Tensor, rates: Rates, prediction_type: str
         return alpha * epsilon - sigma * clean
     if prediction_type == "flow_prediction":
         return epsilon - clean
-    check_prediction_type(prediction_type)
+    check_prediction_type(prediction_type, _ON_ANY_PATH)
     return epsilon
 
 
@@ -156,15 +128,27 @@ def rebase(
 
 
 def ddim_step(
-    noise_pred: Tensor, sample: Tensor, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]
+    model_output: Tensor,
+    sample: Tensor,
+    start: Rates,
+    end: Rates,
+    prediction_type: PredictionType = "epsilon",
 ) -> Tensor:
     """Take one deterministic DDIM step (Song et al. 2021, Equation 12 with eta = 0).
 
     Args:
-        noise_pred: Predicted epsilon, (B, ...), like `sample`.
+        model_output: What the denoiser says, (B, ...), like `sample`.
         sample: Where the step starts.
-        start: (alpha, sigma) there, as from `signal_and_noise`.
-        end: (alpha, sigma) where it lands.
+        start: alpha and sigma there, as from `signal_and_noise`.
+        end: alpha and sigma where it lands.
+        prediction_type: What `model_output` is.
+
+    Raises:
+        ValueError: If `prediction_type` is not of variance-preserving paths.
     """
-    clean = (sample - start[1] * noise_pred) / start[0]
+    check_prediction_type(prediction_type)
+    clean = to_clean(model_output, sample, start, prediction_type)
+    noise_pred = model_output
+    if prediction_type != "epsilon":
+        noise_pred = from_clean(clean, sample, start, "epsilon")
     return end[0] * clean + end[1] * noise_pred

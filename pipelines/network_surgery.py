@@ -6,6 +6,7 @@ python -m pipelines.network_surgery --train_data_dir /usr/share/datasets/fashion
 Writes results.json and results.md. `--quick` takes seconds and its figures say nothing.
 """
 
+import copy
 import statistics
 import tempfile
 import warnings
@@ -110,13 +111,6 @@ def measure(network: nn.Sequential, data: Data) -> dict[str, float]:
         return {"accuracy": accuracy, "kept": kept, "bytes": path.stat().st_size}
 
 
-def copy_of(network: nn.Sequential) -> nn.Sequential:
-    """Return a network with the same weights."""
-    twin = make_lenet()
-    twin.load_state_dict(network.state_dict())
-    return twin
-
-
 @torch.no_grad()
 def keep_largest(surgery: NetworkSurgery, counts: dict[str, int]) -> None:
     """Let each layer keep its `counts` largest entries, biases included, and freeze the masks."""
@@ -144,13 +138,13 @@ def run_seed(config: SurgeryConfig, data: Data, seed: int) -> dict[str, dict[str
     train(dense, data, batches(0, config.dense_steps), None)
     results = {"dense": measure(dense, data)}
     further = batches(config.dense_steps, config.prune_steps)
-    longer = copy_of(dense)
+    longer = copy.deepcopy(dense)
     train(longer, data, further, None)
     results["dense, trained on"] = measure(longer, data)
     for rates in RATES:
         label = ", ".join(f"{rate:g}" for rate in rates)
         surgery = NetworkSurgery(
-            copy_of(dense), c_rate=dict(zip(LAYERS, rates, strict=True)), gamma=1e-4,
+            copy.deepcopy(dense), c_rate=dict(zip(LAYERS, rates, strict=True)), gamma=1e-4,
             iter_stop=max(1, int(config.iter_stop * config.prune_steps)),
             generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
@@ -160,7 +154,7 @@ def run_seed(config: SurgeryConfig, data: Data, seed: int) -> dict[str, dict[str
             for name in LAYERS
         }
         results[f"surgery, c_rate {label}"] = measure(surgery.finalize(), data)
-        control = NetworkSurgery(copy_of(dense))
+        control = NetworkSurgery(copy.deepcopy(dense))
         keep_largest(control, counts)
         train(control.module, data, further, control)
         results[f"one-shot, as many as {label}"] = measure(control.finalize(), data)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from morse import MorseDot
-from morse.dot.resampling import GridUpsample, complete_weights, set_upsamplers
+from morse.dot.resampling import GridUpsample, set_upsamplers
 from morse.sampling import JumpPoint
+from morse.training.progressive import start_from
 
 DASHES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 every = pytest.mark.parametrize("kind", DASHES)
@@ -171,14 +173,18 @@ def test_only_the_new_weights_may_be_missing(dash, make_dot):
     plain, dot = make_dot(dash), stir(make_dot(dash, resample="ske2grid"))
     given = plain.state_dict()
     matrix = dot.up_blocks[1].upsample.upt.weight.clone()
-    dot.load_state_dict(complete_weights(dot, given))
+
+    def of(weights):
+        return SimpleNamespace(config=plain.config, state_dict=lambda: weights)
+
+    start_from(dot, of(given))
     assert torch.equal(dot.up_blocks[1].upsample.upt.weight, matrix)
     for broken in (
         given | {"more": matrix},
-        {k: v for k, v in given.items() if "conv_in" not in k},
+        {k: v for k, v in given.items() if "conv_out" not in k},
     ):
-        with pytest.raises(RuntimeError, match=r"more|conv_in"):
-            dot.load_state_dict(complete_weights(dot, broken))
+        with pytest.raises(ValueError, match=r"another network, in '(more|conv_out)"):
+            start_from(dot, of(broken))
     half = given | {"up_blocks.1.upsample.upt.weight": matrix}
-    with pytest.raises(RuntimeError, match=r"up_blocks\.0\.upsample"):
-        dot.load_state_dict(complete_weights(dot, half))
+    with pytest.raises(ValueError, match=r"another network, in 'up_blocks\.0\.upsample"):
+        start_from(dot, of(half))

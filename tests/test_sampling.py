@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from morse import dot_loss, morse_sample
 from morse.plan import MorsePlan
 from morse.sampling import JumpPoint, dot_estimate, estimate, make_pair
-from morse.spaces import ddim_step, from_noise_pred, signal_and_noise, to_noise_pred
+from morse.spaces import ddim_step, from_clean, signal_and_noise, to_clean
 
 
 @pytest.fixture
@@ -166,7 +166,8 @@ class TestLoss:
 
         def dash(sample, timestep):
             rates = signal_and_noise(table, timestep, sample)
-            return from_noise_pred(denoiser(sample, timestep), sample, *rates, kind)
+            clean = to_clean(denoiser(sample, timestep), sample, rates, "epsilon")
+            return from_clean(clean, sample, rates, kind)
 
         arguments = (noise() / 3, noise().flip(0), self.timesteps, table)
         _, expected, _ = make_pair(denoiser, *arguments)
@@ -201,28 +202,26 @@ class TestSpaces:
     @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
     def test_round_trip(self, scheduler, prediction_type):
         clean, eps = noise() / 3, noise(3).flip(0)
-        alpha, sigma = signal_and_noise(
-            scheduler.alphas_cumprod, torch.tensor([900, 500, 20]), clean
-        )
+        rates = signal_and_noise(scheduler.alphas_cumprod, torch.tensor([900, 500, 20]), clean)
+        alpha, sigma = rates
         sample = alpha * clean + sigma * eps
         output = {"epsilon": eps, "sample": clean, "v_prediction": alpha * eps - sigma * clean}
         model_output = output[prediction_type]
-        found = to_noise_pred(model_output, sample, alpha, sigma, prediction_type)
+        clean = to_clean(model_output, sample, rates, prediction_type)
+        found = from_clean(clean, sample, rates, "epsilon")
         assert_close(found, eps, rtol=1e-4, atol=1e-4)
-        back = from_noise_pred(found, sample, alpha, sigma, prediction_type)
+        clean = to_clean(found, sample, rates, "epsilon")
+        back = from_clean(clean, sample, rates, prediction_type)
         assert_close(back, model_output, rtol=1e-4, atol=1e-4)
 
     def test_velocity_is_diffusers_velocity(self, scheduler):
         clean, eps, timestep = noise(), noise().flip(0), torch.tensor([900, 500, 20])
-        alpha, sigma = signal_and_noise(scheduler.alphas_cumprod, timestep, clean)
+        rates = signal_and_noise(scheduler.alphas_cumprod, timestep, clean)
         sample = scheduler.add_noise(clean, eps, timestep)
         velocity = scheduler.get_velocity(clean, eps, timestep)
-        assert_close(
-            from_noise_pred(eps, sample, alpha, sigma, "v_prediction"),
-            velocity,
-            rtol=1e-3,
-            atol=1e-4,
-        )  # the small alpha at 900 magnifies rounding
+        found = from_clean(to_clean(eps, sample, rates, "epsilon"), sample, rates, "v_prediction")
+        # The small alpha at 900 magnifies rounding.
+        assert_close(found, velocity, rtol=1e-3, atol=1e-4)
 
     def test_the_clean_end(self, scheduler):
         alpha, sigma = signal_and_noise(scheduler.alphas_cumprod, torch.tensor(-1), noise())
@@ -235,5 +234,9 @@ class TestSpaces:
         assert float(sigma) == pytest.approx(0.01, rel=1e-3)
 
     def test_unknown_prediction_type(self):
-        with pytest.raises(ValueError, match="prediction_type must be one of"):
-            to_noise_pred(noise(), noise(), torch.ones(()), torch.zeros(()), "flow")
+        rates = (torch.ones(()), torch.ones(()))
+        for convert in (to_clean, from_clean):
+            with pytest.raises(ValueError, match=r"one of .*flow_prediction'\), got 'flow'"):
+                convert(noise(), noise(), rates, "flow")
+        with pytest.raises(ValueError, match=r"one of .*v_prediction'\), got 'flow_pred"):
+            ddim_step(noise(), noise(), rates, rates, "flow_prediction")

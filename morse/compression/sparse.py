@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from morse.compression.safetensors_file import CODES, DTYPES, read_file, write_file
 from morse.compression.sparse_codes import decode_gaps, encode_gaps, pack_bits, unpack_bits
 from morse.compression.surgery_mask import WeightMask
+from morse.files import write_bytes
 
 FORMAT = "morse.compression.sparse"
+# Names as in safetensors' headers.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Layout -> the tensor in the file that holds its places.
 PLACES = {"bitmask": "bitmask.U8", "gaps8": "gaps.U8", "gaps16": "gaps.U16", "index": "index.I32"}
 LARGEST = {"gaps8": 2**8 - 1, "gaps16": 2**16 - 1}
@@ -72,7 +81,7 @@ def save_sparse(
     meta = {"format": FORMAT, "version": 1, "values": values, "tensors": entries}
     text = json.dumps(meta, separators=(",", ":"), ensure_ascii=False)
     tensors = {name: torch.cat(parts) for name, parts in pools.items()}
-    write_file(Path(path), tensors, {"json": text})
+    write_bytes(Path(path), save(tensors, {"json": text}))
 
 
 def load_sparse(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -82,7 +91,7 @@ def load_sparse(path: str | PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged or has another format.
     """
-    pools, metadata = read_file(Path(path))
+    pools, metadata = _read(path)
     try:
         meta = json.loads(metadata["json"])
         if (meta["format"], meta["version"]) != (FORMAT, 1):
@@ -156,6 +165,16 @@ def _pack(flat: Tensor) -> tuple[str, Tensor, Tensor]:
     else:
         places = gaps[layout].to(DTYPES[PLACES[layout].split(".")[1]])
     return layout, flat[index], places
+
+
+def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        # Else tensors would follow torch's default device.
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}).") from error
 
 
 def _take(pools: dict[str, Tensor], name: str, count: int) -> Tensor:

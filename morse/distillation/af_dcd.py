@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from morse.distillation.functional import (
     at_least_float32,
     check_contrast,
+    check_fits,
     check_groups,
     omni_contrastive_loss,
     require,
@@ -199,13 +200,7 @@ class AfDCDLoss(nn.Module):
             for theirs, ours in OFFICIAL_NAMES.items():
                 name = name.replace(theirs, ours)
             state[name] = value
-        given = {(name, tuple(value.shape)) for name, value in state.items()}
-        own = {(name, tuple(value.shape)) for name, value in self.state_dict().items()}
-        require(
-            given == own,
-            f"state_dict does not fit: missing {sorted(own - given)}, unexpected "
-            f"{sorted(given - own)}. Create the loss with its channels and generator.",
-        )
+        check_fits(state, self, "state_dict")
         self.load_state_dict(state)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from morse.distillation.functional import require
+from morse.distillation.functional import check_fits, require
 
 InputNorm = Literal["batch", "group", "layer", "none"]
 
@@ -136,13 +136,7 @@ class CrossAttentionProjector(nn.Module):
             if theirs is not None:
                 name = OFFICIAL_NAMES[theirs] + name.removeprefix(theirs)
             state[name] = value
-        given = {(name, tuple(value.shape)) for name, value in state.items()}
-        own = {(name, tuple(value.shape)) for name, value in self.state_dict().items()}
-        require(
-            given == own,
-            f"state_dict does not fit under prefix={prefix!r}: missing {sorted(own - given)}, "
-            f"unexpected {sorted(given - own)}.",
-        )
+        check_fits(state, self, f"state_dict under prefix={prefix!r}")
         return state
 
     def _to_map(self, x: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ Sources: Af-DCD, Fan et al. 2023, arXiv 2312.04168; ScaleKD, Fan et al. 2024, ar
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -179,6 +180,28 @@ def require(condition: bool, message: str) -> None:
     """Raise `ValueError` with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def check_fits(state: Mapping[str, Tensor], module: nn.Module, where: str) -> None:
+    """Check that official weights have the names and shapes of a module's.
+
+    Args:
+        state: The weights, by the names here.
+        module: The one that is to load them; left as it is.
+        where: Names what they were taken from.
+
+    Raises:
+        ValueError: If one is missing, has another shape or has company.
+    """
+    given, own = (
+        {(name, tuple(value.shape)) for name, value in each.items()}
+        for each in (state, module.state_dict())
+    )
+    require(
+        given == own,
+        f"{where} does not fit: missing {sorted(own - given)}, unexpected {sorted(given - own)}. "
+        f"Create the {type(module).__name__} with the settings that it was trained with.",
+    )
 
 
 def check_contrast(temperature: float, groups: int, patch: tuple[int, int], pool: int) -> None:

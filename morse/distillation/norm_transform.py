@@ -12,6 +12,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from morse.distillation.functional import check_fits
+
 
 class NORMTransform(nn.Module):
     """The feature transform, E = BN1(W1 F) and O = BN2(W2 E) + F (NORM, arXiv:2305.13803).
@@ -190,16 +192,7 @@ class NORMTransform(nn.Module):
             for name, tensor in state_dict.items()
             if name.startswith(official)
         }
-        got = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        wanted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        wrong = sorted(name for name in got | wanted if got.get(name) != wanted.get(name))
-        if wrong:
-            listed = ", ".join(f"{name} {got.get(name)} for {wanted.get(name)}" for name in wrong)
-            raise ValueError(
-                f"state_dict must hold exactly the transform's 12 entries under prefix={prefix!r} "
-                f"(shape got for shape wanted, None if there is none: {listed}). Check prefix, "
-                "in_channels, teacher_channels and n."
-            )
+        check_fits(found, self, f"state_dict under prefix={prefix!r}")
         self.load_state_dict(found)
         return self
 

@@ -62,28 +62,3 @@ class GuidanceEmbedding(nn.Module):
         exponents = torch.linspace(0, 1, self.dim // 2, device=like.device)
         angles = scale[:, None] * torch.exp(-math.log(_SLOWEST) * exponents)
         return self.projection(torch.cat([angles.sin(), angles.cos()], 1).to(like.dtype))
-
-
-def start_guided(weights: dict[str, Tensor], dot: nn.Module) -> dict[str, Tensor]:
-    """Let a Dot of guided estimates start from one of branches: its projection from zero.
-
-    Args:
-        weights: A Dot's state dict; that of guided estimates is given back as it is.
-        dot: The Dot that is to load it.
-
-    Raises:
-        ValueError: If `weights` are of guided estimates and `dot` is not.
-    """
-    given = {name for name in weights if name.startswith("guidance_embedding.")}
-    wanted = {
-        name: value
-        for name, value in dot.state_dict().items()
-        if name.startswith("guidance_embedding.")
-    }
-    if given and not wanted:
-        raise ValueError(
-            "init_from is a Dot of guided estimates, but guidance is 'branches'; give "
-            "--guidance guided."
-        )
-    missing = {name: torch.zeros_like(value) for name, value in wanted.items()}
-    return missing | weights

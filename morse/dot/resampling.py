@@ -112,14 +112,3 @@ def check_resample_size(grid: Grid, sample_size: Sequence[int] | None) -> None:
             f"sample is {grid.height}x{grid.width}, but this Dot (resample='ske2grid') learned "
             f"for {height}x{width} alone: use this size, or train a Dot with resample='nearest'."
         )
-
-
-def complete_weights(dot: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add to the weights of a Dot that copies the up-samplers that `dot` has and it lacks."""
-    own = {
-        f"{name}.{key}": value
-        for name, module in dot.named_modules()
-        if isinstance(module, GridUpsample)
-        for key, value in module.state_dict().items()
-    }
-    return given if own.keys() & given.keys() else own | given

@@ -19,7 +19,8 @@ from morse.modules.gridconv_attention import (
     checked_temperature,
     grid_temperature,
 )
-from morse.modules.gridconv_transform import SemanticGridTransform, checked_grid
+from morse.modules.gridconv_transform import SemanticGridTransform
+from morse.modules.node_matrix import checked_grid
 
 __all__ = ["GridAttention", "GridConv2d", "SemanticGridTransform", "grid_temperature"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from morse.modules.gridconv_transform import checked_grid
+from morse.modules.node_matrix import checked_grid
 
 AttentionNorm = Literal["batch", "layer"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from morse.modules.node_matrix import multiply
+from morse.modules.node_matrix import checked_grid, multiply
 
 Cover = Literal["none", "repair"]
 
@@ -173,14 +173,6 @@ class SemanticGridTransform(nn.Module):
     def extra_repr(self) -> str:
         """Name the sizes."""
         return f"{self.num_nodes}, {self.grid_shape}, cover={self.cover!r}"
-
-
-def checked_grid(grid_shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the grid's height and width as a tuple; ValueError unless both are at least 1."""
-    shape = tuple(grid_shape)
-    if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"grid_shape must be a height and a width of at least 1, got {grid_shape}")
-    return shape
 
 
 def _check_settings(num_nodes: int, grid: tuple[int, int], cover: str, eps: float) -> None:

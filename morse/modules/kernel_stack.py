@@ -1,4 +1,4 @@
-"""Modules whose parameter is a stack of convolution kernels, one dimension more than a kernel."""
+"""What layers share whose parameter is a stack of convolution kernels, or a bank of their cells."""
 
 from collections.abc import Callable
 
@@ -18,3 +18,19 @@ class KernelStack(nn.Module):
             return function(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
         return super()._apply(apply, recurse)
+
+
+def kaiming_(weight: Tensor) -> None:
+    """Draw a kernel, a matrix or cells as the authors of these layers do."""
+    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+def check_cond(cond: Tensor | None, batch_size: int, cond_dim: int | None) -> None:
+    """Raise ValueError unless `cond` is (B or 1, cond_dim), or absent where cond_dim is None."""
+    if cond_dim is None:
+        if cond is not None:
+            raise ValueError("cond was given to a layer that reads features; set cond_dim")
+    elif cond is None:
+        raise ValueError(f"cond is missing: this layer reads ({batch_size} or 1, {cond_dim})")
+    elif tuple(cond.shape) not in ((1, cond_dim), (batch_size, cond_dim)):
+        raise ValueError(f"cond must be ({batch_size} or 1, {cond_dim}), got {tuple(cond.shape)}")

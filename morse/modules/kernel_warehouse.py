@@ -15,12 +15,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from morse.modules.kernel_stack import KernelStack
+from morse.modules.kernel_stack import KernelStack, kaiming_
 from morse.modules.kernel_warehouse_attention import (
     AttentionNorm,
     AttentionSettings,
     check_settings,
-    kaiming_,
 )
 from morse.modules.kernel_warehouse_layers import (
     BuildOrderError,

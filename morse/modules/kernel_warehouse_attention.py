@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.modules.kernel_stack import kaiming_
 from morse.modules.kernel_warehouse_plan import LayerPlan
 
 AttentionNorm = Literal["batch", "layer"]
@@ -102,11 +103,6 @@ class CellAttention(nn.Module):
         return logits + self.basis_bias.view(self.mixtures, -1)
 
 
-def kaiming_(weight: Tensor) -> None:
-    """Draw a matrix or cells as the authors do."""
-    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
-
-
 def check_settings(settings: AttentionSettings) -> None:
     """Raise ValueError unless all settings are in their ranges."""
     if not 0 < settings.reduction < math.inf:
@@ -117,17 +113,6 @@ def check_settings(settings: AttentionSettings) -> None:
         raise ValueError(f"norm must be one of {get_args(AttentionNorm)}, got {settings.norm!r}")
     if settings.cond_dim is not None and settings.cond_dim < 1:
         raise ValueError(f"cond_dim must be at least 1 or None, got {settings.cond_dim}")
-
-
-def check_cond(cond: Tensor | None, batch_size: int, cond_dim: int | None) -> None:
-    """Raise ValueError unless `cond` is (B or 1, cond_dim), or absent where cond_dim is None."""
-    if cond_dim is None:
-        if cond is not None:
-            raise ValueError("cond was given to a layer that reads features; set cond_dim")
-    elif cond is None:
-        raise ValueError(f"cond is missing: this layer reads ({batch_size} or 1, {cond_dim})")
-    elif tuple(cond.shape) not in ((1, cond_dim), (batch_size, cond_dim)):
-        raise ValueError(f"cond must be ({batch_size} or 1, {cond_dim}), got {tuple(cond.shape)}")
 
 
 def _one_hot(cells: tuple[int, ...], n: int) -> Tensor:

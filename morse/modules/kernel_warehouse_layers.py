@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from morse.modules.kernel_warehouse_attention import AttentionSettings, CellAttention, check_cond
+from morse.modules.kernel_stack import check_cond
+from morse.modules.kernel_warehouse_attention import AttentionSettings, CellAttention
 from morse.modules.kernel_warehouse_plan import KernelShape, LayerPlan
-from morse.modules.temperature import as_state
+from morse.modules.temperature import TemperatureInState
 
 
 class BuildOrderError(RuntimeError, ValueError):
     """A warehouse or one of its layers was used before `build`, or extended after it."""
 
 
-class WarehouseConv(nn.Module):
+class WarehouseConv(TemperatureInState):
     """A convolution whose kernel is mixed of a warehouse's cells; the base of all its layers.
 
     A layer's names in state dicts are the authors', so theirs load, at temperature 0, once the bank
@@ -26,6 +27,7 @@ class WarehouseConv(nn.Module):
     """
 
     axes: int
+    final_temperature, own_weight = 0.0, "attention.fc1.weight"
 
     def __init__(
         self,
@@ -149,21 +151,6 @@ class WarehouseConv(nn.Module):
         mixed = mixed.view(len(mixed), *blocks, *cells.shape[1:3], -1).permute(0, 2, 4, 3, 5, 1, 6)
         shape = self.out_channels, self.in_channels // self.groups, *self.kernel_size
         return mixed.reshape(len(mixed), *shape)
-
-    def get_extra_state(self) -> Tensor:
-        """Return the temperature as a tensor, which safetensors can hold."""
-        return as_state(self.temperature)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore the temperature."""
-        self.set_temperature(float(state))
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        """Read dicts without a temperature as trained to the schedule's end, which is 0."""
-        whole = prefix + "attention.fc1.weight" in state_dict
-        temperature = as_state(0.0 if whole else self.temperature)
-        state_dict.setdefault(prefix + "_extra_state", temperature)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class KWConv1d(WarehouseConv):

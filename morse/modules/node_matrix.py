@@ -1,4 +1,4 @@
-"""How the layouts of skeletons multiply nodes by a matrix."""
+"""What the layouts of skeletons share: products of a matrix with nodes, and sizes of grids."""
 
 import torch
 from torch import Tensor
@@ -13,3 +13,11 @@ def multiply(matrix: Tensor, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         matrix = matrix.to(x.dtype)
         return matrix @ x if x.dim() == 2 else torch.bmm(matrix.expand(len(x), -1, -1), x)
+
+
+def checked_grid(grid_shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the grid's height and width as a tuple; ValueError unless both are at least 1."""
+    shape = tuple(grid_shape)
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"grid_shape must be a height and a width of at least 1, got {grid_shape}")
+    return shape

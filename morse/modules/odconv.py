@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from morse.modules.kernel_stack import KernelStack
+from morse.modules.kernel_stack import KernelStack, kaiming_
 from morse.modules.odconv_attention import (
     AttentionNorm,
     KernelAttention,
@@ -25,18 +25,17 @@ from morse.modules.odconv_attention import (
     checked_temperature,
     head_widths,
     hidden_width,
-    kaiming_,
     mix_candidates,
     square,
 )
-from morse.modules.temperature import as_state, linear_temperature, set_temperature
+from morse.modules.temperature import TemperatureInState, linear_temperature, set_temperature
 
 __all__ = ["ODConv2d", "linear_temperature", "set_temperature"]
 
 Init = Literal["official", "identity"]
 
 
-class ODConv2d(KernelStack):
+class ODConv2d(TemperatureInState, KernelStack):
     """A convolution with one kernel a sample: (B, I, H, W) -> (B, O, H', W').
 
     A small squeeze-and-excite head turns the pooled input, or `cond`, into four attentions. Its
@@ -79,6 +78,8 @@ class ODConv2d(KernelStack):
     Raises:
         ValueError: If an argument is out of its range.
     """
+
+    final_temperature, own_weight = 1.0, "weight"
 
     def __init__(
         self,
@@ -233,18 +234,3 @@ class ODConv2d(KernelStack):
     def _conv(self, x: Tensor, kernel: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
         place = self.stride, self.padding, self.dilation
         return functional.conv2d(x, kernel, bias, *place, groups)
-
-    def get_extra_state(self) -> Tensor:
-        """Return the temperature as a tensor, which safetensors can hold."""
-        return as_state(self.temperature)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore the temperature."""
-        self.set_temperature(float(state))
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        """Read dicts without a temperature as trained to the schedule's end, which is 1."""
-        whole = prefix + "weight" in state_dict
-        temperature = as_state(1.0 if whole else self.temperature)
-        state_dict.setdefault(prefix + "_extra_state", temperature)
-        super()._load_from_state_dict(state_dict, prefix, *args)

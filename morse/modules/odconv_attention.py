@@ -10,6 +10,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.modules.kernel_stack import check_cond, kaiming_
+
 AttentionNorm = Literal["batch", "layer", "group", "none"]
 
 
@@ -133,11 +135,6 @@ def _norm(name: AttentionNorm, hidden: int) -> nn.Module:
     return nn.GroupNorm(groups, hidden)
 
 
-def kaiming_(weight: Tensor) -> None:
-    """Draw a kernel or matrix as the authors do."""
-    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
-
-
 def square(kernel_size: int | tuple[int, int]) -> int:
     """Return the number of taps along each axis; ValueError unless both are equal."""
     taps = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
@@ -150,13 +147,7 @@ def check_inputs(x: Tensor, cond: Tensor | None, channels: int, cond_dim: int | 
     """Raise ValueError unless x is (B, channels, H, W) and cond (B or 1, cond_dim) or absent."""
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"x must be (B, {channels}, H, W), got {tuple(x.shape)}")
-    if cond_dim is None:
-        if cond is not None:
-            raise ValueError("cond was given to a layer that reads features; set cond_dim")
-    elif cond is None:
-        raise ValueError(f"cond is missing: this layer reads ({len(x)} or 1, {cond_dim})")
-    elif tuple(cond.shape) not in ((1, cond_dim), (len(x), cond_dim)):
-        raise ValueError(f"cond must be ({len(x)} or 1, {cond_dim}), got {tuple(cond.shape)}")
+    check_cond(cond, len(x), cond_dim)
 
 
 def check_sizes(

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from morse.modules.node_matrix import checked_grid
 from morse.modules.ske2grid_index import GraphNodeIndexTransform
 from morse.modules.ske2grid_layout import (
     GridStage,
     SkeletonToGrid,
     check_increase,
-    checked_shape,
 )
 from morse.modules.ske2grid_upsampling import Shape, UpsamplingTransform
 
@@ -65,7 +65,7 @@ class StageSpec:
 
     def __post_init__(self) -> None:
         """Raise ValueError if a field is out of its range."""
-        object.__setattr__(self, "grid_shape", checked_shape(self.grid_shape))
+        object.__setattr__(self, "grid_shape", checked_grid(self.grid_shape))
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not 0 < self.lr < math.inf:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from morse.modules.node_matrix import multiply
+from morse.modules.node_matrix import checked_grid, multiply
 from morse.modules.ske2grid_index import GraphNodeIndexTransform, check_nodes
 from morse.modules.ske2grid_matching import Solver
 from morse.modules.ske2grid_upsampling import Shape, UpsamplingTransform
@@ -34,7 +34,7 @@ class GridStage(nn.Module):
     ) -> None:
         """Take both transforms."""
         super().__init__()
-        self.grid_shape = checked_shape(grid_shape)
+        self.grid_shape = checked_grid(grid_shape)
         cells = math.prod(self.grid_shape)
         if not cells == upt.out_nodes == git.num_nodes == git.num_cells:
             raise ValueError(
@@ -113,7 +113,7 @@ class SkeletonToGrid(nn.Module):
 
     def append_stage(self, grid_shape: Shape, adjacency: Tensor | None = None) -> None:
         """Freeze all stages and add one; ValueError unless the grid is larger than the last."""
-        shape = checked_shape(grid_shape)
+        shape = checked_grid(grid_shape)
         cells, nodes, init, order = math.prod(shape), self.num_nodes, "softmax", "uniform"
         if not len(self.stages) and cells < nodes:
             raise ValueError(
@@ -157,14 +157,6 @@ class SkeletonToGrid(nn.Module):
         for stage in reversed(self.stages):
             x = stage.inverse(x)
         return x
-
-
-def checked_shape(grid_shape: Shape) -> Shape:
-    """Return the grid's height and width as a tuple; ValueError unless both are at least 1."""
-    shape = tuple(grid_shape)
-    if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"grid_shape must be a height and a width of at least 1, got {grid_shape}")
-    return shape
 
 
 def check_increase(old: Shape, new: Shape, nested: bool) -> None:

@@ -36,8 +36,37 @@ def _dynamic_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from _dynamic_layers(child)
 
 
-def as_state(temperature: float) -> Tensor:
-    """Hold a temperature as state dicts do: exactly, and on the CPU whatever the default device."""
+class TemperatureInState(nn.Module):
+    """A layer whose state dicts hold its temperature too, as the tensor `_extra_state`.
+
+    Attributes:
+        temperature: Of the layer now.
+        final_temperature: Where the schedule ends: what dicts without one, such as the authors',
+            were trained to.
+        own_weight: The name of a weight, by which whole dicts are told from parts.
+    """
+
+    temperature: float
+    final_temperature: float
+    own_weight: str
+
+    def get_extra_state(self) -> Tensor:
+        """Return the temperature as a tensor, which safetensors can hold."""
+        return _as_state(self.temperature)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the temperature."""
+        self.set_temperature(float(state))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        whole = prefix + self.own_weight in state_dict
+        temperature = self.final_temperature if whole else self.temperature
+        state_dict.setdefault(prefix + "_extra_state", _as_state(temperature))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _as_state(temperature: float) -> Tensor:
+    """Hold a temperature exactly, and on the CPU whatever the default device."""
     return torch.tensor(temperature, dtype=torch.float64, device="cpu")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from morse.training.common import TrainingConfig, derive_seed, require
-from morse.training.data import open_images, to_model_range
+from morse.training.data import open_training_images, to_model_range
 from morse.training.output import begin_run
 from morse.training.run import LossFunction, TrainingRun
 
@@ -133,13 +133,7 @@ def train_dash(config: TrainDashConfig) -> Path:
     """Train a Dash and save it into `config.output_dir` for `DDPMPipeline.from_pretrained`."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
-    dataset = open_images(
-        config.train_data_dir,
-        config.dataset_name,
-        config.resolution,
-        config.channels,
-        image_column=config.image_column,
-    )
+    dataset = open_training_images(config, config.resolution, config.channels)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps,
         beta_schedule=config.ddpm_beta_schedule,

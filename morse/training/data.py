@@ -1,9 +1,9 @@
 """Training images behind one interface."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,11 @@ from morse.training.idx import (
     read_idx_labels,
 )
 from morse.training.image_reading import IMAGE_SUFFIXES, is_image, read_files, read_rows
+
+if TYPE_CHECKING:
+    from morse.training.common import TrainingConfig
+
+T = TypeVar("T")
 
 HELD_OUT_EVERY = 20
 IDX_PREFIXES = {"train": "train", "test": "t10k"}
@@ -66,9 +71,27 @@ class ImageDataset(Dataset):
         return self.fetch(list(indices))
 
 
+def in_batches(images: Dataset[T], rows: Sequence[int], size: int) -> Iterator[T]:
+    """Read chosen rows in batches of `size`; the last may be smaller."""
+    for start in range(0, len(rows), size):
+        yield images.__getitems__(list(rows[start : start + size]))
+
+
 def to_model_range(images: Tensor) -> Tensor:
     """Map bytes in [0, 255] to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def open_training_images(
+    config: "TrainingConfig",
+    resolution: int,
+    channels: int,
+    split: Literal["train", "test"] = "train",
+    caption_column: str | None = None,
+) -> ImageDataset:
+    """Open the images that a training's settings name; the rest is as for `open_images`."""
+    source, column = (config.train_data_dir, config.dataset_name), config.image_column
+    return open_images(*source, resolution, channels, split, column, caption_column)
 
 
 def open_images(

@@ -75,7 +75,7 @@ class FrozenDash:
     def base(
         self, outputs: Tensor, jump: tuple[Tensor, Tensor], here: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Carry the outputs of a jump point to another, as `morse.switch` does when sampling.
+        """Carry the outputs of a jump point to another, as `morse.estimates` does when sampling.
 
         Args:
             outputs: (B, G, C_out, H, W).

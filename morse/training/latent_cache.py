@@ -10,7 +10,7 @@ from morse.dot.view import fingerprint
 from morse.training.cache import SHARD_WINDOWS
 from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
-from morse.training.data import ImageDataset
+from morse.training.data import ImageDataset, in_batches
 from morse.training.shards import make_shards, require_noted
 from morse.training.source import ConditionedImages, describe_data
 
@@ -59,8 +59,7 @@ def cache_latents(
 
 
 def _encode(source: ConditionedImages, rows: range) -> Tensor:
-    chunks = (rows[start : start + _BATCH_SIZE] for start in range(0, len(rows), _BATCH_SIZE))
-    batches = (source.__getitems__(list(chunk)) for chunk in chunks)
+    batches = in_batches(source, rows, _BATCH_SIZE)
     return torch.cat([source.clean(batch).half().cpu() for batch in batches])
 
 

@@ -36,7 +36,7 @@ from morse.training.source import (
     draw_windows,
     open_source,
 )
-from morse.training.start import check_start, inherit
+from morse.training.start import DOT_OPTIONS, check_start, inherit
 from morse.training.validation import make_validator
 from morse.training.windows import pick_pairs
 
@@ -80,20 +80,8 @@ def _new_dot(
         torch.manual_seed(config.seed)
         return MorseDot.from_dash(
             dash,
-            num_down_blocks=config.num_down_blocks,
-            block_out_channels=config.block_out_channels,
-            lora_rank=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            layers_per_block=config.layers_per_block,
-            independent=config.independent,
-            base_space=config.base_space,
-            norm=config.norm,
-            history=config.history,
-            extrapolation_cap=config.extrapolation_cap,
-            guidance=config.guidance,
-            conv=config.conv,
+            **{name: getattr(config, name) for name in DOT_OPTIONS},
             conv_options=parse_conv_options(config.conv_options),
-            resample=config.resample,
             sample_size=None if config.resample == "nearest" else sample_size,
         )
 

@@ -14,12 +14,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from morse.dot import MorseDot
-from morse.dot.guidance import start_guided
 from morse.dot.inputs import widen_inputs
-from morse.dot.resampling import complete_weights
 from morse.training.config import TrainDotConfig
 
 FIRST_STAGE = "first_stage"
+# What names hold of the parts that change nothing at first: the projection of guided estimates is
+# zero, learned up-samplers copy.
+_ADDABLE = ("guidance_embedding.", ".upsample.")
 
 
 def first_stage(config: TrainDotConfig) -> TrainDotConfig:
@@ -65,7 +66,8 @@ def start_from(dot: MorseDot, start: MorseDot) -> None:
         return
     added = dot.config.history * dot.config.output_channels
     weights = widen_inputs(start.state_dict(), dot.conv_in.in_channels, added)
-    weights, own = complete_weights(dot, start_guided(weights, dot)), dot.state_dict()
+    own = dot.state_dict()
+    weights = _with_added_parts(own, weights)
     unlike = [name for name in own | weights if not _fits(own.get(name), weights.get(name))]
     if unlike:
         raise ValueError(
@@ -73,6 +75,19 @@ def start_from(dot: MorseDot, start: MorseDot) -> None:
             "pipeline and the resolution that it was trained for."
         )
     dot.load_state_dict(weights)
+
+
+def _with_added_parts(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Complete the weights that are given with those of a new Dot's parts that they all lack."""
+    if any(name.startswith(_ADDABLE[0]) for name in given.keys() - own.keys()):
+        raise ValueError(
+            "init_from is a Dot of guided estimates, but guidance is 'branches'; give "
+            "--guidance guided."
+        )
+    for part in _ADDABLE:
+        added = {name: value for name, value in own.items() if part in name}
+        given = given if added.keys() & given.keys() else added | given
+    return given
 
 
 def grow(dot: MorseDot, start: MorseDot) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from morse.sampling import JumpPoint
 from morse.training.frozen import FrozenDash
-from morse.training.pairs import Pairs, Point, join_points, weighted_loss
+from morse.training.pairs import Pairs, join_points, weighted_loss
 from morse.training.windows import Window
 
 if TYPE_CHECKING:
@@ -30,16 +30,8 @@ def sequence_pairs(dash: FrozenDash, window: Window) -> Pairs:
     later = torch.arange(1, num_points, device=window.timesteps.device)
     later = later.repeat_interleave(batch_size)
     rows = torch.arange(batch_size, device=later.device).repeat(num_points - 1)
-
-    def take(index: Tensor) -> Point:
-        return Point(
-            window.samples[rows, index].float(),
-            window.timesteps[rows, index].long(),
-            window.outputs[rows, index].float(),
-        )
-
-    conditions = window.conditions.take(rows)
-    return join_points(dash, take(torch.zeros_like(later)), take(later), conditions)
+    jump, here = (window.points(rows, index) for index in (torch.zeros_like(later), later))
+    return join_points(dash, jump, here, window.conditions.take(rows))
 
 
 def sequence_residuals(dot: nn.Module, pairs: Pairs, num_steps: int) -> Tensor:

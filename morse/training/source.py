@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from morse.training.captions import name_classes, unique_captions
 from morse.training.conditions import ConditionTable
-from morse.training.data import ImageDataset, open_images, to_model_range
+from morse.training.data import ImageDataset, open_training_images, to_model_range
 from morse.training.frozen import FrozenPipeline
 from morse.training.guidance import UNCONDITIONAL, Conditions, draw_guidance_scale
 from morse.training.windows import Window, fresh_window
@@ -91,15 +91,8 @@ def open_source(
                     f"{name} is {getattr(config, name)!r}, but this pipeline takes no text; "
                     f"leave --{name} away."
                 )
-    images = open_images(
-        config.train_data_dir,
-        config.dataset_name,
-        pipeline.resolution,
-        pipeline.image_channels,
-        split=split,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-    )
+    size = (pipeline.resolution, pipeline.image_channels)
+    images = open_training_images(config, *size, split, config.caption_column)
     if kind == "none":
         return ConditionedImages(images, pipeline, None, ConditionTable(pipeline.encoder, ()))
     values, numbers = _texts(images, config) if kind == "text" else _classes(images, pipeline)
@@ -148,15 +141,19 @@ def draw_windows(
     batch: Batch,
     generator: torch.Generator,
     dot: nn.Module | None = None,
+    num_points: int | None = None,
 ) -> Window:
-    """Make windows from images as `config` says, all draws from `generator`."""
+    """Make windows from images as `config` says, all draws from `generator`.
+
+    `num_points` is that of a training's windows if None.
+    """
     pipeline, clean = source.pipeline, source.clean(batch)
     scale = draw_guidance_scale(len(clean), pipeline.guidance_scale, generator)
     return fresh_window(
         pipeline.dash,
         clean,
         generator,
-        config.window_steps + 1,
+        num_points or config.window_steps + 1,
         config.timestep_sampling,
         source.conditions(batch, scale),
         dot,

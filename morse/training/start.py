@@ -8,7 +8,8 @@ from morse.dot import MorseDot
 from morse.dot.conv_settings import conv_settings
 from morse.training.config import TrainDotConfig
 
-_COMPARED = (
+# Settings of a Dot that a training has under the same names.
+DOT_OPTIONS = (
     "num_down_blocks",
     "layers_per_block",
     "lora_rank",
@@ -19,6 +20,9 @@ _COMPARED = (
     "resample",
     "base_space",
     "conv",
+    "block_out_channels",
+    "lora_alpha",
+    "guidance",
 )
 
 
@@ -39,7 +43,7 @@ def check_start(dot: MorseDot, start: MorseDot, path: Path) -> None:
     """Check that what `start` learnt means the same in `dot`, beyond the shapes of its weights.
 
     Free are what `start_from` adds, and the base of a Dot that left it to the scheduler. Whether a
-    Dot of guided estimates starts one of branches, `morse.dot.guidance.start_guided` checks.
+    Dot of guided estimates starts one of branches, `start_from` checks.
 
     Raises:
         ValueError: If a setting differs; the message names it.
@@ -69,7 +73,7 @@ def check_start(dot: MorseDot, start: MorseDot, path: Path) -> None:
 def _settings(config: Mapping[str, object]) -> dict[str, object]:
     """Give what is compared, the same whether it was left away, given or read from a file."""
     alpha, options = config["lora_alpha"], conv_settings(config["conv"], config["conv_options"])
-    return {name: config[name] for name in _COMPARED} | {
+    return {name: config[name] for name in DOT_OPTIONS if name != "guidance"} | {
         "block_out_channels": tuple(config["block_out_channels"]),
         "lora_alpha": config["lora_rank"] if alpha is None else alpha,
         "conv_options": None if options is None else _words(asdict(options)),

@@ -15,7 +15,12 @@ from torch.nn import functional as F
 
 from morse.training.captions import name_classes, unique_captions
 from morse.training.common import TrainingConfig, derive_seed, require
-from morse.training.data import ImageDataset, open_images, to_model_range
+from morse.training.data import (
+    ImageDataset,
+    in_batches,
+    open_training_images,
+    to_model_range,
+)
 from morse.training.latents import LatentCodec
 from morse.training.output import claim_output, record_run
 from morse.training.run import LossFunction, TrainingRun
@@ -122,11 +127,8 @@ class EncodedImages:
 
 
 def _encode_images(dataset: ImageDataset, codec: LatentCodec, device: torch.device) -> Tensor:
-    latents = []
-    for start in range(0, len(dataset), _ENCODING_BATCH):
-        indices = list(range(start, min(start + _ENCODING_BATCH, len(dataset))))
-        latents.append(codec.encode(to_model_range(dataset.__getitems__(indices)).to(device)))
-    return torch.cat(latents)
+    batches = in_batches(dataset, range(len(dataset)), _ENCODING_BATCH)
+    return torch.cat([codec.encode(to_model_range(images).to(device)) for images in batches])
 
 
 def text_dash_loss(
@@ -198,14 +200,8 @@ def _load_vae(folder: Path) -> "AutoencoderKL":
 
 
 def _open_captioned(config: TrainTextDashConfig, vae: "AutoencoderKL") -> ImageDataset:
-    dataset = open_images(
-        config.train_data_dir,
-        config.dataset_name,
-        vae.config.sample_size,
-        vae.config.in_channels,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-    )
+    size = (vae.config.sample_size, vae.config.in_channels)
+    dataset = open_training_images(config, *size, caption_column=config.caption_column)
     if config.class_names is not None:
         dataset.captions = name_classes(dataset.labels, config.class_names)
     return dataset

@@ -12,7 +12,12 @@ from torch.nn import functional as F
 
 from morse.files import write_json
 from morse.training.common import TrainingConfig, require
-from morse.training.data import ImageDataset, open_images, to_model_range
+from morse.training.data import (
+    ImageDataset,
+    in_batches,
+    open_training_images,
+    to_model_range,
+)
 from morse.training.output import claim_output, record_run
 from morse.training.run import LossFunction, TrainingRun
 
@@ -106,9 +111,8 @@ def vae_loss(config: TrainVaeConfig) -> LossFunction:
 
 
 def _batches(dataset: ImageDataset, count: int, device: torch.device) -> Iterator[Tensor]:
-    for start in range(0, min(count, len(dataset)), _BATCH_SIZE):
-        indices = list(range(start, min(start + _BATCH_SIZE, count, len(dataset))))
-        yield to_model_range(dataset.__getitems__(indices)).to(device)
+    for images in in_batches(dataset, range(min(count, len(dataset))), _BATCH_SIZE):
+        yield to_model_range(images).to(device)
 
 
 @torch.no_grad()
@@ -135,14 +139,7 @@ def train_vae(config: TrainVaeConfig) -> Path:
     """Train an autoencoder and save it into `config.output_dir` for `AutoencoderKL`."""
     accelerator = claim_output(config)
     train, test = (
-        open_images(
-            config.train_data_dir,
-            config.dataset_name,
-            config.resolution,
-            config.channels,
-            split=split,
-            image_column=config.image_column,
-        )
+        open_training_images(config, config.resolution, config.channels, split)
         for split in ("train", "test")
     )
     record_run(config, accelerator)

@@ -12,12 +12,13 @@ from morse.plan import MorsePlan
 from morse.sampling import JumpPoint, morse_sample
 from morse.spaces import from_clean, to_clean
 from morse.training.config import TrainDotConfig
+from morse.training.data import in_batches
 from morse.training.frozen import FrozenDash
-from morse.training.guidance import UNCONDITIONAL, Conditions, draw_guidance_scale
+from morse.training.guidance import UNCONDITIONAL, Conditions
 from morse.training.pairs import Pairs, Point, dot_outputs, join_points, with_memory
 from morse.training.sequences import sequence_pairs, sequence_ratios
-from morse.training.source import ConditionedImages
-from morse.training.windows import Window, fresh_window, pick_pairs
+from morse.training.source import ConditionedImages, draw_windows
+from morse.training.windows import Window, pick_pairs
 
 # Bounds of t_s - t_i, as shares of the schedule, between which errors are reported apart.
 GAP_BOUNDS = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
@@ -35,21 +36,10 @@ def held_out_windows(
     first: int = 0,
 ) -> Iterator[Window]:
     """Make windows of held-out images from the `first` on, in batches."""
-    pipeline = source.pipeline
     stop = min(first + config.validation_images, len(source))
-    size = pipeline.batch_size(_BATCH_SIZE, _LARGE_BATCH_SIZE)
-    for start in range(first, stop, size):
-        batch = source.__getitems__(list(range(start, min(start + size, stop))))
-        clean = source.clean(batch)
-        scale = draw_guidance_scale(len(clean), pipeline.guidance_scale, generator)
-        yield fresh_window(
-            pipeline.dash,
-            clean,
-            generator,
-            num_points,
-            config.timestep_sampling,
-            source.conditions(batch, scale),
-        )
+    size = source.pipeline.batch_size(_BATCH_SIZE, _LARGE_BATCH_SIZE)
+    for batch in in_batches(source, range(first, stop), size):
+        yield draw_windows(source, config, batch, generator, num_points=num_points)
 
 
 def validation_pairs(source: ConditionedImages, config: TrainDotConfig) -> list[Pairs]:

@@ -45,6 +45,14 @@ class Window:
     outputs: Tensor
     conditions: Conditions = UNCONDITIONAL
 
+    def points(self, rows: Tensor, index: Tensor) -> Point:
+        """Give the point with an index, (N,), of each of N trajectories, in full precision."""
+        return Point(
+            self.samples[rows, index].float(),
+            self.timesteps[rows, index].long(),
+            self.outputs[rows, index].float(),
+        )
+
 
 def draw_timesteps(
     batch_size: int,
@@ -168,18 +176,10 @@ def pick_pairs(
         start = (uniform[1] * (num_points - gap)).long()
         if first:
             start, gap = torch.zeros_like(start), (uniform[0] * (num_points - 1)).long() + 1
-    rows = torch.arange(batch_size, device=device)[:, None].expand(shape)
-
-    def take(index: Tensor) -> Point:
-        return Point(
-            window.samples[rows, index].flatten(0, 1).float(),
-            window.timesteps[rows, index].flatten().long(),
-            window.outputs[rows, index].flatten(0, 1).float(),
-        )
-
-    conditions = window.conditions.take(rows.flatten())
-    before = take(earlier) if dash.history else None
-    return join_points(dash, take(start), take(start + gap), conditions, before)
+    rows = torch.arange(batch_size, device=device).repeat_interleave(num_pairs)
+    jump, here = (window.points(rows, index.flatten()) for index in (start, start + gap))
+    before = window.points(rows, earlier.flatten()) if dash.history else None
+    return join_points(dash, jump, here, window.conditions.take(rows), before)
 
 
 def fresh_window(
