@@ -2,8 +2,9 @@
 
 No such model comes with the package, so the embedded pixels' Dash is told of a flow what it knows
 of its own path: a picture scaled to variance one and the timestep of the same signal-to-noise
-ratio. That is an exact change of variables, so that a rectified flow's solvers meet a network that
-was trained, on their own path and with their own noise levels.
+ratio. That change of variables is exact up to the highest noise that Dash knows (sigma = .994), so
+that a rectified flow's solvers meet a network that was trained, on their own path and with their
+own noise levels.
 """
 
 import json

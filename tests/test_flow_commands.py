@@ -21,7 +21,7 @@ from tiny_transformers import tiny_flux
 from eval.flow_solvers import FlowDash
 from morse import FlowMatchLeapfrogScheduler, MorseDot, MorsePipeline
 from morse.evaluation.bench.benchmark import BenchmarkConfig, run_benchmark
-from morse.evaluation.bench.loading import with_solver
+from morse.evaluation.bench.loading import load_bare, with_solver
 from morse.evaluation.bench.methods import REFERENCE_SOLVER
 from morse.evaluation.planning import best_fit
 from morse.evaluation.planning.command import PlanConfig, run_plan
@@ -148,6 +148,15 @@ def test_a_dot_is_tuned_on_its_plans(folder, planned, tmp_path):
     before, after = report["decibels_by_step"]["0"], report["decibels_as_saved"]
     assert set(before) == {"leapfrog, 3 LSD", "dpmsolver++, 3 LSD"}
     assert all(before[name] != after[name] for name in before)
+
+
+def test_text_encoders_that_were_saved_in_half_precision_are_loaded_as_the_rest(tmp_path):
+    pipe = sd3_pipeline()
+    for each in (pipe.text_encoder, pipe.text_encoder_2):
+        each.half()
+    pipe.save_pretrained(tmp_path)
+    bare, _ = load_bare(str(tmp_path), None, "cpu", needs_dot=False)
+    assert bare.text_encoder.dtype == bare.text_encoder_2.dtype == torch.float32
 
 
 @pytest.mark.slow

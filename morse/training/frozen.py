@@ -174,7 +174,9 @@ def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> Froz
     """Load the pipeline that `config` names and freeze it."""
     from morse.pipeline import MorsePipeline
 
-    pipe = MorsePipeline.from_pretrained(config.pretrained_model_name_or_path).to(device)
+    # Else text encoders come in the precision that they were saved in, and others in float32.
+    name, dtype = config.pretrained_model_name_or_path, torch.float32
+    pipe = MorsePipeline.from_pretrained(name, dtype=dtype).to(device)
     found = freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
     if config.guidance == "guided":
         check_one_pass(pipe, found.guidance_scale)

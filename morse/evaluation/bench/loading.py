@@ -76,7 +76,9 @@ def load_bare(
     torch_device = resolve_device(device)
     with _quiet_loading():
         absent = _absent_components(pipeline)
-        loaded = MorsePipeline.from_pretrained(pipeline, dot=dot, **absent).to(torch_device)
+        # Else text encoders come in the precision that they were saved in, and others in float32.
+        options = {"dtype": torch.float32, **absent}
+        loaded = MorsePipeline.from_pretrained(pipeline, dot=dot, **options).to(torch_device)
     if loaded.dot is None and needs_dot:
         raise ValueError(
             f"pipeline {pipeline!r} has no Dot; give one with --dot, or train one with "
