@@ -37,7 +37,8 @@ from morse.evaluation.planning.fit import (
 )
 from morse.evaluation.planning.memory import remembering
 from morse.files import write_json
-from morse.schedulers import make_scheduler, remake
+from morse.saved_plans import with_options
+from morse.schedulers import make_scheduler
 
 SOLVERS = {
     "euler": "Euler",
@@ -116,8 +117,7 @@ class Flow:
     def sample(self, solver: str, steps: int, seeds: range, **options: object) -> Tensor:
         """Sample images, (B, C, H, W) in [0, 1], one a seed."""
         scheduler = make_scheduler(solver, self._scheduler)
-        scheduler = remake(type(scheduler), {**scheduler.config, **options})
-        pipe = SolverPipeline(unet=self._dash, scheduler=scheduler)
+        pipe = SolverPipeline(unet=self._dash, scheduler=with_options(scheduler, options))
         pipe.set_progress_bar_config(disable=True)
         return sample_images(pipe, steps, seeds, self._batch_size).images
 

@@ -10,8 +10,8 @@ from typing import Literal, TypeVar
 
 Config = TypeVar("Config")
 
-# command -> (settings, function): what a command runs is imported once its options are parsed, as
-# diffusers takes seconds.
+# command -> (settings, function): where they lie in modules of their own, what a command runs is
+# imported once its options are parsed, as diffusers takes seconds.
 COMMANDS = {
     "demo": ("morse.evaluation.demo.DemoConfig", "morse.evaluation.demo.run_demo"),
     "bench": (

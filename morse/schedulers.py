@@ -51,6 +51,8 @@ _OF_FLOWS: dict[str, tuple[str, dict[str, object]]] = {
 }
 # What pipelines compute a dynamic shift from, whatever the scheduler's class.
 _SHIFTING = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+# Of diffusers 0.42's for flows those whose last step has no length.
+_UNFINISHED = ("DEISMultistepScheduler", "SASolverScheduler")
 _OWN = {each.__name__: each for each in (LeapfrogScheduler, FlowMatchLeapfrogScheduler)}
 _OF_CLASS = {"timestep_spacing"}  # options whose default is the class's own
 
@@ -105,7 +107,7 @@ def flow_obstacle(name: str, config: Mapping[str, object]) -> str | None:
     taken = inspect.signature(known).parameters
     if not (known.__name__.startswith("FlowMatch") or "use_flow_sigmas" in taken):
         return "is not for models trained by flow matching"
-    if name.lower() == "deis":
+    if known.__name__ in _UNFINISHED:
         return "stops before a flow's end in diffusers, where noise is left"
     words = [word for word in ("invert_sigmas", "shift_terminal") if config.get(word)]
     ignored = [word for word in words if word not in taken]
@@ -123,7 +125,10 @@ def _make_for_flow(
 ) -> SchedulerMixin:
     """Make a scheduler, saying in its class's own words that it is for a flow, and the shift."""
     taken = inspect.signature(known).parameters
-    shift = config.get("shift", config.get("flow_shift", 1.0))
+    words = ["shift", "flow_shift"]
+    if config.get("use_flow_sigmas") and not str(config.get("_class_name")).startswith("FlowMatch"):
+        words.reverse()  # `from_config` keeps the other word from the scheduler before
+    shift = next((config[word] for word in words if word in config), 1.0)
     settings = {name: config[name] for name in config if name in taken or name in _SHIFTING}
     if "use_flow_sigmas" in taken:
         settings |= {"prediction_type": "flow_prediction", "flow_shift": shift}

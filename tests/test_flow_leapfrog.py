@@ -203,6 +203,15 @@ class TestShortNames:
         again = make_scheduler("leapfrog", made.config)
         assert isinstance(again, FlowMatchLeapfrogScheduler) and again.config.shift == 3.0
 
+    def test_the_shift_is_the_scheduler_s_own_word(self):
+        """`from_config` keeps the words of the scheduler before."""
+        euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        kind = diffusers.UniPCMultistepScheduler
+        unipc = kind.from_config(euler.config, **FLOW, flow_shift=5.0)
+        assert make_scheduler("leapfrog", unipc.config).config.shift == 5.0
+        back = FlowMatchEulerDiscreteScheduler.from_config(unipc.config, shift=2.0)
+        assert make_scheduler("leapfrog", back.config).config.shift == 2.0
+
     def test_a_power_is_leapfrog_s_own(self):
         config = FlowMatchEulerDiscreteScheduler().config
         dense = make_scheduler("leapfrog-dense", config)
@@ -224,6 +233,8 @@ class TestShortNames:
         ("name", "options", "message"),
         [
             ("deis", {}, "'deis' stops before a flow's end"),
+            ("DEISMultistepScheduler", {}, "stops before a flow's end"),
+            ("SASolverScheduler", {}, "stops before a flow's end"),
             ("leapfrog", {"invert_sigmas": True}, "noise levels with invert_sigmas"),
             ("unipc", {"invert_sigmas": True}, "noise levels with invert_sigmas"),
             ("heun", {"shift_terminal": 0.1}, "noise levels with shift_terminal"),

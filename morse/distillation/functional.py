@@ -200,7 +200,8 @@ def check_fits(state: Mapping[str, Tensor], module: nn.Module, where: str) -> No
     require(
         given == own,
         f"{where} does not fit: missing {sorted(own - given)}, unexpected {sorted(given - own)}. "
-        f"Create the {type(module).__name__} with the settings that it was trained with.",
+        f"Check where they were taken from, and create the {type(module).__name__} with the "
+        "settings that it was trained with.",
     )
 
 

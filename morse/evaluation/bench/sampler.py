@@ -94,13 +94,14 @@ class Bench:
         """Tell which solvers can't be made for a model trained by flow matching, and why."""
         from morse.schedulers import flow_obstacle
 
-        if not is_flow(self._bare.scheduler):
+        scheduler = self._bare.scheduler
+        if not is_flow(scheduler):
             return {}
-        found = {each: flow_obstacle(each, self._bare.scheduler.config) for each in SOLVERS}
         return {
-            solver: f"{SOLVERS[solver]} {why}"
-            for solver, why in found.items()
-            if why and solver != REFERENCE_SOLVER  # without that nothing can be measured
+            solver: f"{name} {why}"
+            for solver, name in SOLVERS.items()
+            if solver != REFERENCE_SOLVER  # without that nothing can be measured
+            and (why := flow_obstacle(solver, scheduler.config))
         }
 
     @property

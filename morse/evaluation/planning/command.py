@@ -23,7 +23,7 @@ from morse.evaluation.planning.search import Candidate, Evaluate, Found, search_
 from morse.files import write_json
 from morse.plan import MorsePlan
 from morse.rates import own_parameters
-from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options
+from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options, with_options
 from morse.steps import shorten_plan
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _save_scheduler(folder: Path, scheduler: "SchedulerMixin", found: Found) -> 
     all_dash = [each for each in found.fitted if set(each.plan) == {"D"}]
     if all_dash:
         options = dict(max(all_dash, key=found.fitted.__getitem__).options)
-        type(scheduler).from_config(scheduler.config, **options).save_pretrained(folder)
+        with_options(scheduler, options).save_pretrained(folder)
     elif folder.is_dir():
         shutil.rmtree(folder)
 

@@ -197,10 +197,9 @@ def _least_squares(
 
 def _are_possible(rows: Rows) -> bool:
     timesteps, landings = (np.array(column) for column in list(zip(*rows, strict=True))[:2])
-    if not np.isfinite(timesteps).all():
-        return False
     return bool(
-        (np.diff(timesteps) < 0).all()
+        np.isfinite(timesteps).all()
+        and (np.diff(timesteps) < 0).all()
         and timesteps[-1] >= 0
         and ((landings > 0).all())
         and (landings[:-1] < 1).all()
