@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from morse.cli import run_command
 from morse.evaluation.environment import environment
 from morse.files import write_bytes, write_json
 from morse.sampling import JumpPoint
+from morse.summary import quartiles
 
 # What is changed -> options of a Dot otherwise like the embedded one.
 OPTIONS: dict[str, dict[str, object]] = {
@@ -94,7 +95,7 @@ def time_calls(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
             calls[name]()
             if index > 1:  # the first rounds warm up
                 seconds[name].append(time.process_time() - started)
-    return {name: quantiles(each, n=4, method="inclusive") for name, each in seconds.items()}
+    return {name: quartiles(each) for name, each in seconds.items()}
 
 
 def profile_n(config: ProfileConfig) -> None:

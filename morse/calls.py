@@ -4,7 +4,7 @@ import inspect
 import time
 from collections.abc import Sequence
 from functools import partial
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from morse.prepare import DOT_IN_CONFIG, check_dot, prepare_dot, remember, repla
 from morse.rates import choose_base_space
 from morse.saved_plans import scheduler_options
 from morse.slot import CURRENT_RUN
-from morse.summary import SpeedRatio, summarize_run, warn_unless_engaged
+from morse.summary import SpeedRatio, quartiles, summarize_run, warn_unless_engaged
 from morse.switch import MorseRun
 
 
@@ -172,10 +172,8 @@ class MorseCalls(PlanChoice, Publishable):
                 f"evaluations gave {counts}; what Dash made in Dot's place: {dict(run.fallbacks)}."
             )
         speed_ratio = median(seconds["dash"]) / median(seconds["dot"])
-        quartiles = {
-            model: tuple(quantiles(own, n=4, method="inclusive")) for model, own in seconds.items()
-        }
-        self.measured = SpeedRatio(speed_ratio, quartiles["dash"], quartiles["dot"])
+        dash, dot = (tuple(quartiles(seconds[model])) for model in ("dash", "dot"))
+        self.measured = SpeedRatio(speed_ratio, dash, dot)
         self.speed_ratio = speed_ratio
         return self.measured
 

@@ -89,6 +89,11 @@ def is_flow_config(config: Mapping[str, object]) -> bool:
     return flow_matching or flow_prediction or bool(config.get("use_flow_sigmas"))
 
 
+def scales_noise(scheduler: object) -> bool:
+    """Tell whether runs begin from scaled noise; flow matching's schedulers have no word for it."""
+    return getattr(scheduler, "init_noise_sigma", 1) != 1
+
+
 def adds_noise(scheduler: object, eta: float | None = None) -> bool:
     """Tell whether a scheduler adds fresh noise at each step, by its class and settings.
 

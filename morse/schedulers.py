@@ -8,7 +8,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline, SchedulerMixin
 
 from morse.flow_leapfrog import FlowMatchLeapfrogScheduler
 from morse.leapfrog import LeapfrogScheduler
-from morse.rates import is_flow, is_flow_config
+from morse.rates import is_flow, is_flow_config, scales_noise
 
 _LEAPFROG = {"timestep_power": 1.0, "clean_above": 4.0, "fitted_steps": None}
 # Short names for `scheduler=`, with the settings that make a class the method of that name, also
@@ -73,10 +73,10 @@ def make_scheduler(name: str, config: dict[str, object]) -> object:
             f"scheduler={name!r} is unknown; use one of {sorted(SCHEDULERS)} or the name of a "
             "diffusers scheduler class."
         )
+    if obstacle := flow_obstacle(name, config):
+        names = sorted(each for each in SCHEDULERS if flow_obstacle(each, config) is None)
+        raise ValueError(f"scheduler={name!r} {obstacle}; use one of {names}.")
     if flow:
-        if obstacle := flow_obstacle(name, config):
-            names = sorted(each for each in SCHEDULERS if flow_obstacle(each, config) is None)
-            raise ValueError(f"scheduler={name!r} {obstacle}; use one of {names}.")
         return _make_for_flow(known, config, options)
     # Of settings left at a class's defaults diffusers would take the new class's defaults instead:
     # Heun would get Stable Diffusion's noise schedule in place of DDPM's. Only where timesteps lie
@@ -97,12 +97,17 @@ def _find_class(name: str, flow: bool) -> tuple[type | None, dict[str, object]]:
 
 
 def flow_obstacle(name: str, config: Mapping[str, object]) -> str | None:
-    """Tell why a scheduler is not for a model trained by flow matching; None if it is.
+    """Tell why a scheduler is not for a model that was trained by flow matching.
 
     Args:
         name: One that `make_scheduler` knows.
         config: Of a scheduler of the model's.
+
+    Returns:
+        The reason; None if there is none, as for every other model.
     """
+    if not is_flow_config(config):
+        return None
     known, _ = _find_class(name, flow=True)
     taken = inspect.signature(known).parameters
     if not (known.__name__.startswith("FlowMatch") or "use_flow_sigmas" in taken):
@@ -170,8 +175,7 @@ def check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
             f"was trained {trained} ({type(pipe.scheduler).__name__}); use {others}."
         )
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    scaled = getattr(scheduler, "init_noise_sigma", 1) != 1  # flow matching's have no such number
-    if isinstance(pipe, DDPMPipeline) and (scaled or not takes_generator):
+    if isinstance(pipe, DDPMPipeline) and (scales_noise(scheduler) or not takes_generator):
         raise ValueError(
             f"scheduler {type(scheduler).__name__} does not work in diffusers' "
             f"{type(pipe).__name__}, which neither scales its input nor calls a step without a "

@@ -1,7 +1,9 @@
 """What is told about a planned run: a small table, and warnings where Dot did not take part."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import quantiles
 
 from morse.switch import MorseRun
 
@@ -13,6 +15,11 @@ class SpeedRatio:
     speed_ratio: float
     dash_seconds: tuple[float, float, float]
     dot_seconds: tuple[float, float, float]
+
+
+def quartiles(seconds: Sequence[float]) -> list[float]:
+    """Give the quartiles of two times or more; they lie within them."""
+    return quantiles(seconds, n=4, method="inclusive")
 
 
 def summarize_run(run: MorseRun, measured: SpeedRatio | None) -> str:

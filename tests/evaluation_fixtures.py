@@ -8,6 +8,15 @@ from morse.dot import MorseDot
 from morse.evaluation.bench import measuring
 from morse.pipeline import MorsePipeline
 
+QUICK_PLAN = {  # settings of a short search
+    "lsd": (3,),
+    "num_images": 2,
+    "num_quick_images": 1,
+    "num_fit_images": 2,
+    "fit_rounds": 1,
+    "refine_rounds": 1,
+    "max_rounds": 1,
+}
 REFERENCE_STEPS = 10  # of the benchmarks that use `short_reference`, to be quick
 
 

@@ -13,7 +13,7 @@ from diffusers import (
     FluxPipeline,
     StableDiffusion3Img2ImgPipeline,
 )
-from evaluation_fixtures import REFERENCE_STEPS, short_reference  # noqa: F401
+from evaluation_fixtures import QUICK_PLAN, short_reference  # noqa: F401
 from tiny_pipelines import text_inputs, tiny_vae
 from tiny_text import sd3_pipeline
 from tiny_transformers import tiny_flux
@@ -28,18 +28,7 @@ from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.saved_plans import SavedPlan
 from morse.tuning.command import TuneDotConfig, tune_dot
 
-PLAN = {
-    "speed_ratio": 4.0,
-    "lsd": (3,),
-    "num_images": 2,
-    "num_quick_images": 1,
-    "num_fit_images": 2,
-    "fit_rounds": 1,
-    "refine_rounds": 1,
-    "max_rounds": 1,
-    "fit_margin": 99.0,
-    "device": "cpu",
-}
+PLAN = {**QUICK_PLAN, "speed_ratio": 4.0, "fit_margin": 99.0, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")

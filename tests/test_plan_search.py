@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
-from evaluation_fixtures import tiny_folder  # noqa: F401
+from evaluation_fixtures import QUICK_PLAN, tiny_folder  # noqa: F401
 
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.bench.runs import Samples, reference_images
@@ -395,16 +395,7 @@ class TestUse:
             pass
 
 
-QUICK = {
-    "speed_ratio": 6.0,
-    "lsd": (3,),
-    "num_images": 2,
-    "num_quick_images": 1,
-    "num_fit_images": 2,
-    "fit_rounds": 1,
-    "refine_rounds": 1,
-    "max_rounds": 1,
-}
+QUICK = {**QUICK_PLAN, "speed_ratio": 6.0}
 
 
 @pytest.mark.parametrize(

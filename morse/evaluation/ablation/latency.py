@@ -1,7 +1,7 @@
 """How long a trained Dot takes, beside a plain one and Dash, in turn and in one process."""
 
 from collections.abc import Callable
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 
@@ -11,6 +11,7 @@ from morse.evaluation.ablation.rows import PLAIN
 from morse.evaluation.ablation.runs import dot_folder, load_dot, open_pipeline
 from morse.evaluation.environment import wall_clock
 from morse.sampling import JumpPoint
+from morse.summary import quartiles
 from morse.training.frozen import FrozenPipeline
 
 _WARM_UP = 3
@@ -83,11 +84,7 @@ def compare(seconds: dict[str, list[float]]) -> dict[str, object]:
     dot, plain = seconds["dot"], seconds[PLAIN]
     ratios = [a / b for a, b in zip(dot, plain, strict=True)]
     return {
-        **{f"{name}_seconds": _quartiles(found) for name, found in seconds.items()},
-        "to_plain": _quartiles(ratios),
+        **{f"{name}_seconds": quartiles(found) for name, found in seconds.items()},
+        "to_plain": quartiles(ratios),
         "speed_ratio": median(seconds["dash"]) / median(dot),
     }
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    return quantiles(values, n=4, method="inclusive")

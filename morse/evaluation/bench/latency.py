@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from morse.evaluation.bench.architectures import (
 )
 from morse.evaluation.bench.speed import Mode
 from morse.evaluation.environment import wall_clock
+from morse.summary import quartiles
 
 DOT_CHANNELS = (96, 160)  # of the extra blocks, as the paper has them for SD 1.4
 DOT_LAYERS, DOT_RANK = 2, 64
@@ -191,8 +192,8 @@ def measure_pair(pair: Pair, mode: str, device: torch.device, repeats: int) -> d
                 seconds[key].append(wall_clock(device) - started)
     return {
         "speed_ratio": median(seconds["dash"]) / median(seconds["dot"]),
-        "dash_seconds": quantiles(seconds["dash"], n=4, method="inclusive"),
-        "dot_seconds": quantiles(seconds["dot"], n=4, method="inclusive"),
+        "dash_seconds": quartiles(seconds["dash"]),
+        "dot_seconds": quartiles(seconds["dot"]),
     }
 
 

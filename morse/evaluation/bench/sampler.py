@@ -35,7 +35,7 @@ from morse.evaluation.conditions import Conditions, call_parameters, make_condit
 from morse.evaluation.environment import autocast
 from morse.evaluation.fid.extractors import state_sha256
 from morse.plan import MorsePlan
-from morse.rates import is_flow
+from morse.rates import scales_noise
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -94,14 +94,11 @@ class Bench:
         """Tell which solvers can't be made for a model trained by flow matching, and why."""
         from morse.schedulers import flow_obstacle
 
-        scheduler = self._bare.scheduler
-        if not is_flow(scheduler):
-            return {}
         return {
             solver: f"{name} {why}"
             for solver, name in SOLVERS.items()
             if solver != REFERENCE_SOLVER  # without that nothing can be measured
-            and (why := flow_obstacle(solver, scheduler.config))
+            and (why := flow_obstacle(solver, self._bare.scheduler.config))
         }
 
     @property
@@ -174,10 +171,7 @@ class Bench:
         if method.solver in self._obstacles:
             return self._obstacles[method.solver]
         pipe, kind = self._by_solver[method.solver], method.kind
-        if (
-            type(pipe).__name__ == "DiTPipeline"
-            and getattr(pipe.scheduler, "init_noise_sigma", 1) != 1
-        ):
+        if type(pipe).__name__ == "DiTPipeline" and scales_noise(pipe.scheduler):
             return f"DiTPipeline does not do the scaling that {SOLVERS[method.solver]} needs"
         if kind in ("independent", "shrunk") and self._shrunk is None:
             return "no --independent_dot was given"
