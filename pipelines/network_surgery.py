@@ -22,8 +22,8 @@ from morse.cli import run_command
 from morse.compression import NetworkSurgery, save_sparse
 from morse.evaluation.environment import command_line, environment
 from morse.files import write_bytes, write_json
+from morse.settings import replace_defaults
 from morse.training.batches import StepBatches
-from morse.training.common import replace_defaults
 from morse.training.data import open_images
 
 # The c_rate of each layer; the second line is the paper's for MNIST.

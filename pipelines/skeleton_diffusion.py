@@ -22,7 +22,7 @@ from morse import MorseDot, MorsePipeline, MorsePlan
 from morse.cli import run_command
 from morse.evaluation.environment import command_line, environment
 from morse.files import write_bytes, write_json
-from morse.training.common import replace_defaults
+from morse.settings import replace_defaults
 from morse.training.schedule import read_schedule
 from pipelines.skeleton_data import VALID, bone_errors, draw_poses, energy_distance
 from pipelines.skeleton_report import COLUMNS, draw_report, to_markdown

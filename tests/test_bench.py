@@ -45,6 +45,12 @@ def test_bad_settings_are_named():
         BenchmarkConfig(peers=("toaster",))
     with pytest.raises(ValueError, match="share images"):
         BenchmarkConfig(seeds=(0, 30), device="cpu").resolved()
+    with pytest.raises(ValueError, match="max_seconds is 0; it must be more than 0"):
+        BenchmarkConfig(max_seconds=0)
+    with pytest.raises(ValueError, match="speed_ratio is -1; it must be more than 0"):
+        BenchmarkConfig(speed_ratio=-1)
+    with pytest.raises(ValueError, match="with arch everything is timed anew: leave it out"):
+        BenchmarkConfig(arch=("sd15",), resume=True)
 
 
 def test_what_is_left_out_depends_on_the_device_and_on_quick(monkeypatch):
@@ -110,7 +116,7 @@ def test_a_mixture_begins_a_bare_solver(config):
     bench = Bench(config)
     begun = Method("ddim", "mixture")
     assert "no Gaussian mixture" in bench.obstacle(begun)
-    dot = bench._by_solver["ddim"].dot
+    dot = bench.pipelines.by_solver["ddim"].dot
     dot.set_mixture(GaussianMixture.fit(torch.randn(8, 1, 32, 32), num_components=2, rank=1))
     assert bench.obstacle(begun) is None
     samples = bench.sample(begun, 3, range(2), 4.0, UNCONDITIONAL)
@@ -155,7 +161,7 @@ def test_a_solver_that_cannot_use_the_whole_budget_says_so(config):
 
 def test_morse_as_planned_is_what_a_call_does(config):
     bench = Bench(dataclasses.replace(config, solvers=("leapfrog",)))
-    pipe = bench._by_solver["leapfrog"]
+    pipe = bench.pipelines.by_solver["leapfrog"]
     entry = {"lsd": 3, "plan": "DooD", "scheduler": {"timestep_power": 2.0}}
     pipe.dot.register_to_config(plans={"LeapfrogScheduler": [entry]})
     method = Method("leapfrog", "morse", setting=AS_PLANNED)
@@ -171,7 +177,7 @@ def test_morse_as_planned_is_what_a_call_does(config):
 def test_graphs_are_made_of_dash_and_dot_and_not_of_peers(config):
     bench = Bench(dataclasses.replace(config, cuda_graphs=True))
     bench.hasten()
-    pipe = bench._by_solver["ddim"]
+    pipe = bench.pipelines.by_solver["ddim"]
     assert bench.mode == "cuda_graph" and graphed_call(pipe.unet) and graphed_call(pipe.dot)
     assert "have recorded" in bench.obstacle(Method("ddim", "deepcache", setting="interval 2"))
     with pytest.raises(ValueError, match="cuda_graphs needs a CUDA device, and device is cpu"):

@@ -66,8 +66,12 @@ def test_steps_are_reported(tiny_folder):  # noqa: F811
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="num_images is 1"):
         DemoConfig(num_images=1)
-    with pytest.raises(ValueError, match="each budget"):
+    with pytest.raises(ValueError, match="2 or more each"):
         DemoConfig(lsd=(1, 5))
+    with pytest.raises(ValueError, match="one budget or more"):
+        DemoConfig(lsd=())
+    with pytest.raises(ValueError, match="speed_ratio is 0; it must be more than 0"):
+        DemoConfig(speed_ratio=0)
 
 
 def test_other_images_have_no_distances(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from morse.evaluation.demo_sampling import (
 )
 from morse.evaluation.environment import command_line, device_name, environment
 from morse.files import write_json
+from morse.settings import require, require_least, require_positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,12 +73,9 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.num_images is not None and self.num_images < 2:
-            raise ValueError(f"num_images is {self.num_images}, but a comparison needs 2 or more")
-        if self.speed_ratio is not None and self.speed_ratio <= 0:
-            raise ValueError(f"speed_ratio is {self.speed_ratio}, but must be positive")
-        if self.lsd is not None and (not self.lsd or min(self.lsd) < 2):
-            raise ValueError(f"lsd is {self.lsd}, but each budget must be 2 or more")
+        require_least(self, {"num_images": 2, "lsd": 2})
+        require_positive(self, ("speed_ratio",))
+        require(self.lsd != (), "lsd", self.lsd, "one budget or more, or left out")
 
     def budgets(self) -> tuple[int, ...]:
         """Return the budgets asked for, or the default ones."""

@@ -107,7 +107,7 @@ def measure_rows(reference: Samples, runs: list[Run], speed_ratio: float) -> lis
                 solver=method.solver,
                 kind=method.kind,
                 budget=lsd,
-                lsd=samples.num_dash + samples.num_dot / speed_ratio,
+                lsd=samples.spent(speed_ratio),
                 num_dash=samples.num_dash,
                 num_dot=samples.num_dot,
                 seconds=samples.seconds,

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from morse.evaluation.environment import command_line
 from morse.evaluation.features import FashionFeatures, extract_features, save_features
 from morse.evaluation.metrics import feature_statistics
+from morse.settings import require_positive
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class TrainFeaturesConfig:
     learning_rate: float = dataclasses.field(
         default=4e-3, metadata={"help": "peak of AdamW's one-cycle schedule"}
     )
-    mixed_precision: str = dataclasses.field(
-        default="no", metadata={"help": "no, fp16 or bf16; the statistics are always float32"}
+    mixed_precision: Literal["no", "fp16", "bf16"] = dataclasses.field(
+        default="no",
+        metadata={"help": "autocast in training; statistics stay float32"},
     )
     seed: int = dataclasses.field(
         default=0, metadata={"help": "seed of weights, order and augmentation"}
@@ -39,13 +42,7 @@ class TrainFeaturesConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("num_train_epochs", "train_batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be positive")
-        if self.mixed_precision not in ("no", "fp16", "bf16"):
-            raise ValueError(
-                f"mixed_precision is {self.mixed_precision!r}, choose one of no, fp16, bf16"
-            )
+        require_positive(self, ("num_train_epochs", "train_batch_size", "learning_rate"))
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

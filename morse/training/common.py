@@ -3,8 +3,8 @@
 import hashlib
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,22 +12,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from morse.settings import require
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
-
-
-def require(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise a `ValueError` that names the argument, what came and what is allowed."""
-    if not ok:
-        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
-
-
-def replace_defaults(config: object, values: Mapping[str, object]) -> None:
-    """Give other values to those settings of a frozen dataclass that are at their defaults."""
-    for option in fields(config):
-        if option.name in values and getattr(config, option.name) == option.default:
-            object.__setattr__(config, option.name, values[option.name])
 
 
 @dataclass(frozen=True, kw_only=True)

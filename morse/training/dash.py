@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from morse.training.common import TrainingConfig, derive_seed, require
+from morse.settings import require
+from morse.training.common import TrainingConfig, derive_seed
 from morse.training.data import open_training_images, to_model_range
 from morse.training.output import begin_run
 from morse.training.run import LossFunction, TrainingRun

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from morse.dot.conv_settings import conv_settings
 from morse.dot.guidance import check_dot_guidance
 from morse.history import check_history
-from morse.training.common import require
+from morse.settings import given, require
 from morse.training.convolutions import annealing_steps, parse_conv_options
 from morse.training.distillation_terms import check_distill
 from morse.training.pruning import check_prune_settings
@@ -53,10 +53,19 @@ def check_dot_settings(config: "TrainDotConfig") -> None:
             f"on_policy needs fresh windows of several steps, but cache_pairs is "
             f"{config.cache_pairs} and window_steps is {config.window_steps}"
         )
+    _check_caches(config)
+
+
+def _check_caches(config: "TrainDotConfig") -> None:
     if config.cache_latents and config.cache_pairs:
         raise ValueError(
             "cache_latents is True and cache_pairs is given, which holds latents already; "
             "choose one"
+        )
+    if config.cache_dir is not None and not (config.cache_latents or config.cache_pairs):
+        raise ValueError(
+            f"cache_dir is {config.cache_dir}, but nothing is kept there; give --cache_pairs or "
+            "--cache_latents too, or leave --cache_dir away"
         )
 
 
@@ -116,6 +125,11 @@ def _check_conditions(config: "TrainDotConfig") -> None:
 
 def _check_distillation(config: "TrainDotConfig") -> None:
     if not config.distill:
+        if given(config, ("distill_weight",)):
+            raise ValueError(
+                f"distill_weight is {config.distill_weight}, but distill is not given; give "
+                "--distill too, or leave --distill_weight away"
+            )
         return
     check_distill(config.distill, config.distill_weight)
     if config.prune is not None:

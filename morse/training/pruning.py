@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from morse.compression import NetworkSurgery
-from morse.training.common import require
+from morse.settings import given, require
 
 if TYPE_CHECKING:
     from morse.dot import MorseDot
@@ -23,6 +23,7 @@ PruneMethod = Literal["surgery", "one_shot"]
 
 # The layer that starts at zero and that all else passes through; few weights.
 KEPT = ("conv_out",)
+_SETTINGS = ("prune_method", "prune_start", "prune_stop", "prune_gamma", "prune_power")
 _PREFIX = "surgery."
 # Of the updates left once pruning starts, the share after which masks stay: the paper's LeNet-5
 # has 14,000 of 20,000.
@@ -32,11 +33,9 @@ _MOVING_SHARE = 0.7
 def check_prune_settings(config: "TrainDotConfig") -> None:
     """Raise `ValueError` if a setting of pruning is out of its range or without effect."""
     if config.prune is None:
-        for name in ("prune_start", "prune_stop"):
-            if getattr(config, name) is not None:
-                raise ValueError(
-                    f"{name} is {getattr(config, name)}, but prune is not given; give --prune too"
-                )
+        for name in given(config, _SETTINGS):
+            value = getattr(config, name)
+            raise ValueError(f"{name} is {value!r}, but prune is not given; give --prune too")
         return
     require(0 < config.prune < 1, "prune", config.prune, "a share of weights, in (0, 1)")
     for name in ("prune_gamma", "prune_power"):

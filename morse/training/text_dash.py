@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from morse.settings import require
 from morse.training.captions import name_classes, unique_captions
-from morse.training.common import TrainingConfig, derive_seed, require
+from morse.training.common import TrainingConfig, derive_seed
 from morse.training.data import (
     ImageDataset,
     in_batches,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from morse.files import write_json
-from morse.training.common import TrainingConfig, require
+from morse.settings import require
+from morse.training.common import TrainingConfig
 from morse.training.data import (
     ImageDataset,
     in_batches,

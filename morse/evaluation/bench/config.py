@@ -1,7 +1,6 @@
 """What the benchmark measures: its settings, and the list of methods and budgets they make."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +12,13 @@ from morse.evaluation.bench.presets import left_out
 from morse.evaluation.bench.solvers import SOLVERS, check_solvers
 from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS, list_tasks
 from morse.evaluation.fid.extractors import ExtractorOptions
+from morse.settings import as_json, require, require_least, require_positive
 
 PEER_NAMES = tuple(PEER_SETTINGS)
+LEAST = {
+    "num_images": 2, "num_reference_images": 2, "batch_size": 1, "num_replicates": 0,
+    "guidance_scale": 0, "lsd": 1, "baseline_lsd": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -204,27 +208,20 @@ class BenchmarkConfig:
             raise ValueError("compile is True and so is cuda_graphs; choose one")
         if self.flops_only and not self.arch:
             raise ValueError("flops_only counts architectures; name some with --arch")
+        if self.resume and self.arch:
+            raise ValueError(
+                "resume goes on with samples, but with arch everything is timed anew: leave it out"
+            )
         for name, known in (("kinds", CHOOSABLE), ("peers", (*PEER_NAMES, "none"))):
             unknown = sorted(set(getattr(self, name)) - set(known))
             if unknown:
                 raise ValueError(f"{name} has {unknown}, choose from {list(known)}")
-        least = {"num_images": 2, "num_reference_images": 2, "batch_size": 1, "num_replicates": 0}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} is {value}, but must be {minimum} or more")
-        if min(self.guidance_scale, default=0) < 0:
-            raise ValueError(f"guidance_scale is {self.guidance_scale}, but each must be 0 or more")
-        for name in ("lsd", "baseline_lsd"):
-            if min(getattr(self, name), default=1) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
+        require_least(self, LEAST)
+        require_positive(self, ("speed_ratio", "max_seconds"))
         for name in ("ddim_ratios", "dpm_ratios"):
-            if any(ratio < 1 and ratio != 0 for ratio in getattr(self, name)):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, but each must be 1 or more, or 0 for none"
-                )
-        if self.speed_ratio is not None and self.speed_ratio <= 0:
-            raise ValueError(f"speed_ratio is {self.speed_ratio}, but must be positive")
+            ratios = getattr(self, name)
+            possible = all(ratio >= 1 or ratio == 0 for ratio in ratios)
+            require(possible, name, ratios, "1 or more each, or 0 for none")
         if self.real is not None and self.extractor in ("auto", "none"):
             raise ValueError(
                 f"real is {self.real}, but extractor is {self.extractor}: name what to compare "
@@ -256,5 +253,5 @@ class BenchmarkConfig:
         names += ("num_reference_images", "merge_lora", "mixed_precision", "device", "compile")
         names += ("cuda_graphs", "prompts", "class_names", "prompt_embeds")
         # Earlier versions called it so, and their runs go on.
-        settings = {name: getattr(self, name) for name in names} | {"features": self.extractor}
-        return json.loads(json.dumps(settings, default=str))
+        settings = as_json(self)
+        return {name: settings[name] for name in names} | {"features": settings["extractor"]}

@@ -19,6 +19,7 @@ from morse.summary import quartiles
 
 DOT_CHANNELS = (96, 160)  # of the extra blocks, as the paper has them for SD 1.4
 DOT_LAYERS, DOT_RANK = 2, 64
+DOT_WORDS = f"extra blocks {DOT_CHANNELS}, {DOT_LAYERS} layers each, LoRA rank {DOT_RANK}"
 Call = Callable[[], object]
 Pair = dict[str, Call]  # "dash" and "dot": what evaluates each, for one m and batch
 

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from morse.evaluation.bench.latency import (
-    DOT_CHANNELS,
-    DOT_LAYERS,
-    DOT_RANK,
+    DOT_WORDS,
     LatencySettings,
     measure_architecture,
 )
@@ -32,7 +30,7 @@ def run_architectures(
         "dtype": str(settings.dtype).removeprefix("torch."),
         "reduced": settings.reduced,
         "repeats": settings.repeats,
-        "dot": f"extra blocks {DOT_CHANNELS}, {DOT_LAYERS} layers each, LoRA rank {DOT_RANK}",
+        "dot": DOT_WORDS,
         "entries": entries,
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """What the benchmark fills in where settings were left at their defaults."""
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from morse.evaluation.environment import resolve_device
+from morse.settings import given
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
@@ -35,10 +35,8 @@ def left_out(config: "BenchmarkConfig") -> dict[str, object]:
     on_gpu = resolve_device(config.device).type == "cuda"
     quick = {k: v for k, v in QUICK.items() if k != "latency_batch_sizes" or not config.arch}
     wanted = quick if config.quick else {"num_images": 5000} if on_gpu else WITHOUT_GPU
-    defaults = {option.name: option.default for option in dataclasses.fields(config)}
-    changes = {
-        name: value for name, value in wanted.items() if getattr(config, name) == defaults[name]
-    }
+    kept = given(config, wanted)
+    changes = {name: value for name, value in wanted.items() if name not in kept}
     if config.latency_batch_sizes is None and "latency_batch_sizes" not in changes:
         guided = len(config.guidance_scale) > 0
         of_arch = (1, 4, 16, 64) if on_gpu else (1, 4, 16)

@@ -13,6 +13,7 @@ from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.scoring import AXES, REFERENCE_AXES
 from morse.evaluation.stats.bootstrap import Estimate, SeedBootstrap, resample_real
 from morse.evaluation.stats.curves import Curve
+from morse.settings import require_least
 
 Draws = dict[str, np.ndarray]  # axis -> (1 + replicates,)
 SEED = 0  # of the draws, combined with each repetition's first image seed
@@ -32,8 +33,7 @@ class Statistics:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if self.num_replicates < 0:
-            raise ValueError(f"num_replicates is {self.num_replicates}, but must be 0 or more")
+        require_least(self, {"num_replicates": 0})
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,65 @@
+"""What the settings of all commands share: checks of ranges, what was given, and their JSON.
+
+Settings are frozen dataclasses, one a command.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise a `ValueError` that names the argument, what came and what is allowed."""
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def require_least(config: object, least: Mapping[str, float]) -> None:
+    """Check that settings are not below their least values; of a tuple, that none of it is.
+
+    Args:
+        config: The settings; None is left out, and passes.
+        least: Name -> least value.
+
+    Raises:
+        ValueError: For the first that is below.
+    """
+    for name, minimum in least.items():
+        value = getattr(config, name)
+        several = isinstance(value, tuple)
+        values = value if several else () if value is None else (value,)
+        allowed = f"{minimum} or more" + (" each" if several else "")
+        require(all(each >= minimum for each in values), name, value, allowed)
+
+
+def require_positive(config: object, names: Collection[str]) -> None:
+    """Check that each of some numbers, unless it is None, is more than 0.
+
+    Raises:
+        ValueError: For the first that is not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, name, value, "more than 0")
+
+
+def given(config: object, names: Collection[str]) -> list[str]:
+    """List those of some settings that are not at their defaults, in the dataclass' order."""
+    return [
+        option.name
+        for option in fields(config)
+        if option.name in names and getattr(config, option.name) != option.default
+    ]
+
+
+def replace_defaults(config: object, values: Mapping[str, object]) -> None:
+    """Give other values to those settings of a frozen dataclass that are at their defaults."""
+    kept = given(config, values)
+    for option in fields(config):
+        if option.name in values and option.name not in kept:
+            object.__setattr__(config, option.name, values[option.name])
+
+
+def as_json(config: object) -> dict[str, object]:
+    """Return settings as a JSON file gives them back; what JSON has not, such as paths, as text."""
+    return json.loads(json.dumps(asdict(config), default=str))
