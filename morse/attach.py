@@ -20,11 +20,6 @@ from morse.prepare import DOT_IN_CONFIG, check_dot, forget, prepare_dot, recall,
 from morse.sampling import Dot
 
 
-def _register_dot(pipe: DiffusionPipeline, dot: Dot | None) -> None:
-    pipe.register_modules(dot=dot)
-    pipe.speed_ratio = dot.config.speed_ratio if isinstance(dot, MorseDot) else None
-
-
 class _Attached(MorseCalls):
     """What all classes made by `morse_class` have."""
 
@@ -84,7 +79,7 @@ def morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
             self: object, *args: object, dot: ModelMixin | None = None, **kwargs: object
         ) -> None:
             base.__init__(self, *args, **kwargs)
-            _register_dot(self, dot)
+            self.register_modules(dot=dot)
 
         __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), dot])
         members["__init__"] = __init__
@@ -114,8 +109,9 @@ def enable_morse(
     """
     check_dot(dot)
     denoiser = find_denoiser(pipe)
-    prepare_dot(pipe, dot, denoiser)
     if isinstance(dot, MorseDot):
+        dot.check_dash(denoiser)  # before its weights are rounded to another precision
+        prepare_dot(pipe, dot, denoiser)
         dot.eval().bind(denoiser)
         if merge_lora is not None:
             dot.merge_lora() if merge_lora else dot.unmerge_lora()
@@ -123,10 +119,10 @@ def enable_morse(
     is_component = isinstance(dot, ModelMixin)
     pipe.__class__ = morse_class(type(pipe), is_component)
     if is_component:
-        _register_dot(pipe, dot)
+        pipe.register_modules(dot=dot)
     else:
-        pipe.dot, pipe.speed_ratio = dot, None
-    pipe.measured = pipe.last_run = None
+        pipe.dot = dot
+    pipe.last_run = None
     remember(pipe, dot)
     return pipe
 

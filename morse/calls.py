@@ -76,7 +76,7 @@ class MorseCalls(PlanChoice, Publishable):
             if not is_budget:
                 raise ValueError('plan="uniform" spends a budget: give lsd= too.')
             plan = None
-        elif is_budget and plan is None:
+        elif is_budget and plan is None and num_dash_steps is None and num_dot_steps is None:
             saved = self._plan_by_dot(lsd, arguments)
         if saved is not None:
             lsd, plan = None, saved.plan
@@ -86,7 +86,10 @@ class MorseCalls(PlanChoice, Publishable):
             return self._run(chosen, {**arguments, "num_inference_steps": steps})
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Set a component; a wrong Dot is refused, and a replaced denoiser let go."""
+        """Set a component; a wrong Dot is refused, and a replaced denoiser let go.
+
+        Another Dot brings its own N.
+        """
         if name == "dot":
             check_dot(value)
         before = vars(self).get(name)
@@ -94,6 +97,9 @@ class MorseCalls(PlanChoice, Publishable):
         if name == "dot" and isinstance(value, MorseDot):
             # diffusers would take the inner module's name, or leave it at None.
             self.register_to_config(dot=DOT_IN_CONFIG)
+        if name == "dot" and value is not before:
+            self.speed_ratio = value.config.speed_ratio if isinstance(value, MorseDot) else None
+            self.measured = None
         if isinstance(before, nn.Module) and before is not value:
             replace_module(self, before, value)
 
@@ -159,8 +165,11 @@ class MorseCalls(PlanChoice, Publishable):
         wanted = MorsePlan.from_string("Do" * (repeats + 2))
         plan, steps = self._fit_plan(wanted, arguments, shorten=True)
         previous = self.last_run
-        self._run(plan, {**arguments, "num_inference_steps": steps}, timed=True)
-        run, self.last_run = self.last_run, previous
+        try:
+            self._run(plan, {**arguments, "num_inference_steps": steps}, timed=True)
+            run = self.last_run
+        finally:
+            self.last_run = previous
         seconds = {
             model: [time for name, time in run.timings if name == model][2:]
             for model in ("dash", "dot")

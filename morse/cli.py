@@ -73,7 +73,6 @@ def parse_config(
     parser = argparse.ArgumentParser(
         prog=prog,
         description=(config_class.__doc__ or "").strip().split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):

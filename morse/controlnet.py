@@ -8,9 +8,10 @@ return.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
 
 from morse.branches import Branches
+from morse.capture import map_tensors
 from morse.denoisers import Call
 from morse.plan import ModelName
 
@@ -40,16 +41,6 @@ class LatestFeatures:
         features = None if model == "dash" else self._branches.find(self, call)
         if features is None:
             features = compute()
-            self._branches.keep(self, call, _clone(features))
+            # Copied: compiled models reuse their output buffers.
+            self._branches.keep(self, call, map_tensors(features, torch.clone))
         return features
-
-
-def _clone(features: object) -> object:
-    """Copy features: compiled models reuse their output buffers."""
-    if features is None:  # some models have features for one kind of their blocks only
-        return None
-    if isinstance(features, Tensor):
-        return features.clone()
-    if isinstance(features, (list, tuple)):
-        return type(features)(_clone(each) for each in features)
-    return type(features)(**{name: _clone(value) for name, value in features.items()})

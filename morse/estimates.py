@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -85,19 +86,12 @@ def correct_estimate(
         Dot's estimate in Dash's container.
     """
 
-    def residual(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
-        return dot(sample, timestep, jump, **call.conditions)
-
-    def based(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
-        base = None
-        if rates is not None:
-            cap, kind = getattr(dot, "extrapolation_cap", 0.0), prediction_type(scheduler)
-            evaluations = _evaluations(latest)
-            base, trend = extrapolate(base_space, *evaluations, (sample, rates), kind, cap)
-            jump = replace(jump, trend=trend)
-        return dot_estimate(residual, sample, timestep, jump, base)
-
-    residual.independent = getattr(dot, "independent", False)
-    based.independent = True  # the base is in it
-    model_output, _ = estimate("dot", call.sample, timestep, latest.jump, None, based)
-    return latest.container(model_output)
+    base, jump = None, latest.jump
+    if rates is not None:
+        cap, kind = getattr(dot, "extrapolation_cap", 0.0), prediction_type(scheduler)
+        evaluations = _evaluations(latest)
+        base, trend = extrapolate(base_space, *evaluations, (call.sample, rates), kind, cap)
+        jump = replace(jump, trend=trend)
+    conditioned = partial(dot, **call.conditions)
+    conditioned.independent = getattr(dot, "independent", False)
+    return latest.container(dot_estimate(conditioned, call.sample, timestep, jump, base))

@@ -1,22 +1,12 @@
 """The beginning of a run without a network: a Gaussian mixture's estimate in a pipeline."""
 
-from dataclasses import dataclass
-
 import torch
-from diffusers.utils import BaseOutput
-from torch import Tensor
+from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from morse.denoisers import Call, Denoiser
 from morse.dot.mixture import GaussianMixture
 from morse.rates import find_family, noise_rates, prediction_type
 from morse.spaces import from_clean
-
-
-@dataclass
-class Guess(BaseOutput):
-    """In place of a denoiser's output: `sample`, its estimate."""
-
-    sample: Tensor
 
 
 def guess_estimate(denoiser: Denoiser, call: Call, scheduler: object, index: int) -> object:
@@ -48,4 +38,4 @@ def guess_estimate(denoiser: Denoiser, call: Call, scheduler: object, index: int
     with torch.autocast(noisy.device.type, enabled=False):
         clean = mixture(noisy, rates)
     output = from_clean(clean, noisy, rates, prediction_type(scheduler)).to(call.sample.dtype)
-    return Guess(output) if call.return_dict else (output,)
+    return UNet2DOutput(output) if call.return_dict else (output,)

@@ -4,15 +4,15 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
-from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from morse.leapfrog_moves import LeapfrogMoves
 from morse.spaces import Rates, check_prediction_type, signal_and_noise
+
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 class LeapfrogScheduler(LeapfrogMoves, SchedulerMixin, ConfigMixin):
@@ -79,25 +79,16 @@ class LeapfrogScheduler(LeapfrogMoves, SchedulerMixin, ConfigMixin):
         """Make the noise schedule."""
         check_prediction_type(prediction_type)
         self._check_options()
-        if trained_betas is not None:
-            betas = torch.tensor(trained_betas, dtype=torch.float32)
-        elif beta_schedule == "linear":
-            betas = torch.linspace(beta_start, beta_end, num_train_timesteps)
-        elif beta_schedule == "scaled_linear":
-            betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
-        elif beta_schedule == "squaredcos_cap_v2":
-            betas = betas_for_alpha_bar(num_train_timesteps)
-        else:
+        if trained_betas is None and beta_schedule not in _BETA_SCHEDULES:
             raise ValueError(
-                "beta_schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2', got "
-                f"{beta_schedule!r}; give others as trained_betas."
+                f"beta_schedule must be one of {_BETA_SCHEDULES}, got {beta_schedule!r}; give "
+                "others as trained_betas."
             )
-        if rescale_betas_zero_snr:
-            betas = rescale_zero_terminal_snr(betas)
-        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        if rescale_betas_zero_snr:
-            # As DPMSolverMultistepScheduler has it: what is divided by alpha must stay finite.
-            self.alphas_cumprod[-1] = 2**-24
+        # Without signal its last alpha stays above zero: what is divided by alpha must stay finite.
+        self.alphas_cumprod = DPMSolverMultistepScheduler(
+            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        ).alphas_cumprod  # fmt: skip
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self._restart()

@@ -1,22 +1,14 @@
 """How a leapfrog run moves: what its schedulers share, whatever the path of noise."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from morse.spaces import Rates, from_clean, to_clean
-
-
-@dataclass
-class LeapfrogSchedulerOutput(BaseOutput):
-    """What `LeapfrogScheduler.step` returns: `prev_sample`, where the next evaluation is made."""
-
-    prev_sample: Tensor
 
 
 class LeapfrogMoves:
@@ -98,7 +90,7 @@ class LeapfrogMoves:
         sample: Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> LeapfrogSchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor]:
         """Move on by one evaluation.
 
         Args:
@@ -145,7 +137,7 @@ class LeapfrogMoves:
             # Cloned, for callers also change it in place.
             self._handed = prev_sample.clone(), own
         prev_sample = prev_sample.to(dtype)
-        return LeapfrogSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+        return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
     def _weigh(
         self, clean: Tensor, sample: Tensor, rates: Rates, is_clean: bool

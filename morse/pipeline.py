@@ -1,5 +1,6 @@
 """MorsePipeline: any diffusers pipeline together with its Dot, loaded and saved as one."""
 
+import json
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -169,6 +170,16 @@ def _load_variant(
             if variant not in str(error):
                 raise
     return MorseDot.from_pretrained(path, subfolder=subfolder, **kwargs)
+
+
+def absent_components(path: str | os.PathLike) -> dict[str, None]:
+    """Name the components that a folder was saved without, such as the largest text encoder of SD3.
+
+    diffusers opens such a folder only if it is told that each of them is None, as the result does.
+    """
+    file = Path(path) / "model_index.json"
+    entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {name: None for name, value in entries.items() if value == [None, None]}
 
 
 def _resolve(path: str | os.PathLike) -> str | os.PathLike:

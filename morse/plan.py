@@ -88,21 +88,6 @@ class MorsePlan:
         return cls(tuple("dash" if step in dash_steps else "dot" for step in range(total)))
 
     @classmethod
-    def from_steps(cls, num_inference_steps: int, num_dash_steps: int) -> "MorsePlan":
-        """Make `num_dash_steps` of `num_inference_steps` evaluations with Dash, the rest with Dot.
-
-        Raises:
-            ValueError: If there would be more Dash steps than steps.
-        """
-        _check_count("num_dash_steps", num_dash_steps, 1)
-        if num_dash_steps > num_inference_steps:
-            raise ValueError(
-                f"num_dash_steps={num_dash_steps} is more than "
-                f"num_inference_steps={num_inference_steps}; lower the one or raise the other."
-            )
-        return cls.uniform(num_dash_steps, num_inference_steps - num_dash_steps)
-
-    @classmethod
     def from_counts(
         cls, num_dash: int | None, num_dot: int | None, num_inference_steps: int | None
     ) -> "MorsePlan":
@@ -113,13 +98,24 @@ class MorsePlan:
         """
         if num_dash is not None and num_dot is not None:
             return cls.uniform(num_dash, num_dot)
-        if num_inference_steps is None:
+        steps = num_inference_steps
+        if steps is None or (num_dash is None and num_dot is None):
             raise ValueError(
                 f"num_dash_steps={num_dash} and num_dot_steps={num_dot}: give both, or one of them "
                 "and num_inference_steps."
             )
-        steps = num_inference_steps
-        return cls.from_steps(steps, num_dash if num_dash is not None else steps - num_dot)
+        if num_dash is not None:
+            _check_count("num_dash_steps", num_dash, 1)
+            problem = f"num_dash_steps={num_dash} is more than"
+        else:
+            _check_count("num_dot_steps", num_dot, 0)
+            num_dash = steps - num_dot
+            problem = f"num_dot_steps={num_dot} leaves no Dash evaluation of"
+        if not 1 <= num_dash <= steps:
+            raise ValueError(
+                f"{problem} num_inference_steps={steps}; lower the one or raise the other."
+            )
+        return cls.uniform(num_dash, steps - num_dash)
 
     @classmethod
     def from_budget(

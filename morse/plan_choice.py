@@ -163,6 +163,13 @@ class PlanChoice:
         if self.dot is None:
             return 1.0
         if self.speed_ratio is None:
+            given = self._with_defaults(arguments)
+            asked = [given.get(name) for name in ("prompt", "prompt_embeds")]
+            if "prompt" in given and all(value is None for value in asked):
+                raise ValueError(
+                    "N, how much faster Dot is, is not known and needs a prompt to be measured: "
+                    "call measure_speed_ratio(prompt) first, or set speed_ratio."
+                )
             # The caller asked for no such run: it must not move random numbers or call anybody, and
             # needs other timesteps than the caller may have chosen.
             left_out = {"generator", "timesteps", "sigmas", "denoising_start", "denoising_end"}

@@ -7,7 +7,8 @@ steps t_i from Dash's latest estimate plus a learned residual, Dot:
     z_ti = dash(x_ti, t_i)                                              at a jump point
     z_ti = z_ts + dot(x_ti, t_i, jump)  with  jump = (x_ts, t_s, z_ts)  otherwise
 
-`estimate` is that switch, for `morse_sample` below and any diffusers pipeline (`morse.estimates`).
+`estimate` is that switch, for `morse_sample` below; `morse.estimates` has both sides of it for any
+diffusers pipeline.
 """
 
 from collections.abc import Callable, Sequence
@@ -116,8 +117,22 @@ def make_pair(
     return jump, sample, dash(sample, timesteps[1])
 
 
-def dot_loss(dash: Dash, dot: Dot, clean: Tensor, noise: Tensor, **pair_options: object) -> Tensor:
-    """Mean squared error of Dot after one jump (Algorithm 1); the options are `make_pair`'s."""
-    jump, sample, target = make_pair(dash, clean, noise, **pair_options)
-    prediction = dot_estimate(dot, sample, pair_options["timesteps"][1], jump)
-    return torch.nn.functional.mse_loss(prediction, target)
+def dot_loss(
+    dash: Dash,
+    dot: Dot,
+    clean: Tensor,
+    noise: Tensor,
+    timesteps: tuple[Tensor, Tensor],
+    alphas_cumprod: Tensor,
+    prediction_type: PredictionType = "epsilon",
+) -> Tensor:
+    """Mean squared error of Dot after one jump, () (Algorithm 1); Dash gets no gradient.
+
+    `clean` and the standard normal `noise` are (B, ...), `timesteps` (t_s, t_o) integers (B,) each,
+    `alphas_cumprod` (T,) the scheduler's; `prediction_type` says what Dash predicts.
+
+    Raises:
+        ValueError: Unless t_s > t_o for every image.
+    """
+    jump, sample, target = make_pair(dash, clean, noise, timesteps, alphas_cumprod, prediction_type)
+    return torch.nn.functional.mse_loss(dot_estimate(dot, sample, timesteps[1], jump), target)

@@ -63,7 +63,7 @@ def warn_unless_engaged(run: MorseRun) -> None:
         )
     elif 0 < run.num_steps < len(planned):
         problem = f"{len(planned)} evaluations but the pipeline ended after {run.num_steps}."
-    elif fallbacks and run.num_dash and run.num_dot < planned.num_dot / 2:
-        problem = f"{planned.num_dot} Dot evaluations and made {run.num_dot}: {fallbacks}."
+    elif fallbacks and run.num_dash and (made := run.steps_of("dot")) < planned.num_dot / 2:
+        problem = f"{planned.num_dot} Dot evaluations and made {made:g}: {fallbacks}."
     if problem is not None:
         warnings.warn(f"Morse planned {problem}", stacklevel=4)

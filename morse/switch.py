@@ -72,16 +72,19 @@ class MorseRun:
 
     @property
     def lsd(self) -> float | None:
-        """Cost of the steps made: 1 for Dash's, 1/N for Dot's; None where N is not known.
-
-        The mixture's cost nothing. A step's evaluations, where guidance makes several, are a share
-        of it each.
-        """
-        made = [step for step in self._steps if step]  # an error may end a step before it has any
-        dash, dot = (sum(step[name] / step.total() for step in made) for name in ("dash", "dot"))
+        """Cost of the steps made: 1 for Dash's, 1/N for Dot's, else 0; None if N is not known."""
+        dash, dot = self.steps_of("dash"), self.steps_of("dot")
         if self.speed_ratio is None:
             return None if self.num_dot else float(dash)
         return dash + dot / self.speed_ratio
+
+    def steps_of(self, model: ModelName) -> float:
+        """Count the steps made by a model.
+
+        A step's evaluations, where guidance makes several, are a share of it each.
+        """
+        # An error may end a step before it has any.
+        return sum(step[model] / step.total() for step in self._steps if step)
 
     @property
     def num_steps(self) -> int:

@@ -7,14 +7,10 @@ python pipelines/controlnet.py --model MODEL --controlnet CONTROLNET --dot DOT \
 import argparse
 
 import torch
-from diffusers import (
-    ControlNetModel,
-    DPMSolverMultistepScheduler,
-    StableDiffusionControlNetPipeline,
-)
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from diffusers.utils import load_image
 
-from morse import MorseDot, enable_morse
+from morse import MorsePipeline
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,9 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     pipe = StableDiffusionControlNetPipeline.from_pretrained(
         args.model, controlnet=controlnet, use_safetensors=True
     )
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    enable_morse(pipe, MorseDot.from_pretrained(args.dot).to(pipe.device))
+    MorsePipeline.from_pipe(pipe, args.dot, scheduler="dpmsolver++")
     image = pipe(
         args.prompt,
         image=load_image(args.image),

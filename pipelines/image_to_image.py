@@ -6,10 +6,10 @@ python pipelines/image_to_image.py --model MODEL --dot DOT --image photo.png --p
 import argparse
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.utils import load_image
 
-from morse import MorseDot, enable_morse
+from morse import MorsePipeline
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,9 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(args.model, use_safetensors=True)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    enable_morse(pipe, MorseDot.from_pretrained(args.dot).to(pipe.device))
+    MorsePipeline.from_pipe(pipe, args.dot, scheduler="dpmsolver++")
     # The budget is that of the evaluations that are made: `strength` is allowed for.
     image = pipe(
         args.prompt,

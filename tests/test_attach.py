@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 from morse import MorseDot, disable_morse, enable_morse
 from morse.plan import MorsePlan
+from morse.saved_plans import SavedPlan
 from morse.slot import CURRENT_RUN
 from morse.summary import SpeedRatio, warn_unless_engaged
 from morse.switch import MorseRun
@@ -376,6 +377,16 @@ class TestBudgets:
             pipe.measure_speed_ratio(repeats=2)
         assert pipe.speed_ratio is None and pipe.measured is None
 
+    def test_a_failed_measurement_is_not_the_latest_call(self, pipe, dot, monkeypatch):
+        enable_morse(pipe, dot)
+        sample(pipe, plan="Do")
+        latest = pipe.last_run
+        with monkeypatch.context() as patch:
+            patch.setattr(pipe.scheduler, "step", lambda *args, **kwargs: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                pipe.measure_speed_ratio()
+        assert pipe.last_run is latest
+
     def test_without_a_dot_everything_is_dash(self, pipe):
         expected = sample(pipe, num_inference_steps=5)
         enable_morse(pipe, None)
@@ -396,6 +407,7 @@ class TestBudgets:
             ({"lsd": 5, "num_dash_steps": 3}, "only one of"),
             ({"num_dash_steps": 3}, "give both"),
             ({"num_dash_steps": 7, "num_inference_steps": 5}, "more than"),
+            ({"num_dot_steps": 7, "num_inference_steps": 5}, "num_dot_steps=7 leaves no Dash"),
             ({"plan": "DoDo", "num_inference_steps": 5}, "plan has 4 evaluations"),
             ({"plan": "oD"}, "must start with"),
         ],
@@ -535,6 +547,51 @@ def test_a_refused_dot_leaves_the_one_in_use(pipe, dot, build_unet):
     assert pipe.dot is dot and torch.equal(sample(pipe, plan="DoDo"), expected)
 
 
+def test_a_refused_dot_is_not_rounded_to_the_precision_of_the_wrong_dash(pipe, build_unet):
+    dot = MorseDot.from_dash(build_unet(seed=3))
+    before = {name: value.clone() for name, value in dot.state_dict().items()}
+    pipe.to(torch.float16)
+    with pytest.raises(ValueError, match="another Dash"):
+        enable_morse(pipe, dot)
+    after = dot.state_dict()
+    assert dot.dtype == torch.float32 and set(before) == set(after)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_one_fingerprint_is_made_of_a_dash(pipe, dot, monkeypatch):
+    """It reads whole weights, which takes long where Dash is large or offloaded."""
+    made, loaded = [], MorseDot.from_config(dot.config)
+    monkeypatch.setattr("morse.dot.sharing.check_fingerprint", lambda *args: made.append(args))
+    enable_morse(enable_morse(pipe, loaded), loaded)
+    sample(pipe, plan="Do")
+    assert [args[0] for args in made] == [pipe.unet]
+
+
+def test_another_dot_brings_its_own_speed_ratio(pipe, make_dot):
+    first, second = make_dot(pipe.unet), make_dot(pipe.unet)
+    second.register_to_config(speed_ratio=6.0)
+    enable_morse(pipe, first)
+    found = SpeedRatio(5.0, (5.0, 5.0, 5.0), (1.0, 1.0, 1.0))
+    pipe.speed_ratio, pipe.measured = 5.0, found
+    pipe.dot = first
+    assert (pipe.speed_ratio, pipe.measured) == (5.0, found)
+    pipe.dot = second
+    assert (pipe.speed_ratio, pipe.measured) == (6.0, None)
+    pipe.dot = None
+    assert pipe.speed_ratio is None
+    pipe.dot = second
+    assert pipe.speed_ratio == 6.0
+
+
+def test_a_saved_plan_is_no_argument(pipe, dot):
+    dot.register_to_config(plans={"DDIMScheduler": [SavedPlan(10, "DDD").to_config()]})
+    enable_morse(pipe, dot)
+    for name in ("num_dash_steps", "num_dot_steps"):
+        with pytest.raises(ValueError, match=f"lsd=10, plan=None, .*{name}=5"):
+            sample(pipe, lsd=10, **{name: 5})
+    assert pipe.speed_ratio is None  # nothing was measured for a call that can't be
+
+
 def test_a_wrapped_dot_is_refused(pipe, dot):
     message = r"dot is a OptimizedModule.*pipe\.dot\.compile"
     with pytest.raises(TypeError, match=message):
@@ -585,10 +642,21 @@ def test_dot_looks_at_dash_again_where_a_callback_may_change_it(monkeypatch):
     assert len(bound) == 3
 
 
-def test_much_less_of_dot_than_planned_is_told():
-    run = MorseRun(MorsePlan.from_string("DoooDooo"), 4.0, num_dash=6, num_dot=2)
-    run._step, run.fallbacks = 7, Counter({"other conditions": 4})
-    with pytest.warns(UserWarning, match="6 Dot evaluations and made 2: .*other conditions"):
+@pytest.mark.parametrize(
+    ("steps", "made"),
+    [
+        ([{"dash": 1}] * 6 + [{"dot": 1}] * 2, "2"),
+        ([{"dash": 2}] * 6 + [{"dot": 2}] * 2, "2"),  # guidance's branches one by one
+        ([{"dash": 2}] * 3 + [{"dash": 1, "dot": 1}] * 5, r"2\.5"),
+    ],
+)
+def test_much_less_of_dot_than_planned_is_told(steps, made):
+    """Planned are steps, of which branches are shares."""
+    counts = {f"num_{name}": sum(step.get(name, 0) for step in steps) for name in ("dash", "dot")}
+    run = MorseRun(MorsePlan.from_string("DoooDooo"), 4.0, **counts)
+    run._step, run._steps = 7, [Counter(step) for step in steps]
+    run.fallbacks = Counter({"other conditions": 4})
+    with pytest.warns(UserWarning, match=f"6 Dot evaluations and made {made}: .*other conditions"):
         warn_unless_engaged(run)
 
 

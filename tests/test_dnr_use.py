@@ -11,7 +11,15 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-from morse.modules import CrossTemporalNorm, DynamicNormRelay, RelayCell, RelayState, dnr, dnr_cell
+from morse.modules import (
+    CrossTemporalNorm,
+    DynamicNormRelay,
+    RelayCell,
+    RelayState,
+    dnr,
+    dnr_cell,
+    dnr_clips,
+)
 
 
 def plain_norms(affine=True):
@@ -229,7 +237,7 @@ def test_bad_inputs():
 
 def test_examples():
     seen = set()
-    for module in (dnr, dnr_cell):
+    for module in (dnr, dnr_cell, dnr_clips):
         for test in doctest.DocTestFinder().find(module):
             if test.examples:
                 assert doctest.DocTestRunner().run(test).failed == 0

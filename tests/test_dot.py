@@ -9,8 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from morse import MorseDot
+from morse.dot.fingerprint import _project, check_fingerprint, fingerprint
 from morse.dot.lora import LowRank, describe_leaf
-from morse.dot.view import _project, check_fingerprint, fingerprint
 from morse.sampling import JumpPoint
 
 

@@ -10,8 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from warehouses import CASES, draw, make
 
-from morse.modules import ODConv2d, Warehouse, set_temperature
-from morse.modules.kernel_warehouse import KWConv2d
+from morse.modules import KWConv2d, ODConv2d, Warehouse, set_temperature
 
 pytestmark = pytest.mark.filterwarnings("ignore:this warehouse does not save")
 

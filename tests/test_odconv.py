@@ -12,8 +12,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from morse.modules import odconv
-from morse.modules.odconv import ODConv2d, linear_temperature, set_temperature
+from morse.modules import ODConv2d, linear_temperature, odconv, set_temperature
 
 # in, out, kernel, options: every combination of heads, grouped and depthwise.
 SHAPES = [

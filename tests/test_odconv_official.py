@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch.nn import functional
 from torch.testing import assert_close
 
-from morse.modules.odconv import ODConv2d, linear_temperature, set_temperature
+from morse.modules import ODConv2d, linear_temperature, set_temperature
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = sorted(

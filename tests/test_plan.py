@@ -70,7 +70,8 @@ def test_forms_of_a_plan_are_equal():
     assert MorsePlan.parse(plan) is plan
     assert MorsePlan.parse("DooDoo") == plan == MorsePlan.parse([True, False, False] * 2)
     assert MorsePlan.parse(model == "dash" for model in plan) == plan
-    assert MorsePlan.from_steps(6, 2) == plan
+    assert MorsePlan.from_counts(2, None, 6) == plan == MorsePlan.from_counts(None, 4, 6)
+    assert MorsePlan.from_counts(2, 4, None) == plan
 
 
 def test_shortened_keeps_dash_where_it_can():
@@ -96,7 +97,15 @@ def test_shortened_keeps_dash_where_it_can():
         (lambda: MorsePlan.from_budget(5, -1), "speed_ratio"),
         (lambda: MorsePlan.from_budget(5, 6, ratio=0.5), "ratio"),
         (lambda: MorsePlan.from_budget(5, 6, max_dot_share=2), "max_dot_share"),
-        (lambda: MorsePlan.from_steps(4, 5), "num_dash_steps=5 is more than"),
+        (lambda: MorsePlan.from_counts(5, None, 4), "num_dash_steps=5 is more than num_inference"),
+        (lambda: MorsePlan.from_counts(0, None, 4), "num_dash_steps must be .* at least 1, got 0"),
+        (
+            lambda: MorsePlan.from_counts(None, 7, 5),
+            "num_dot_steps=7 leaves no Dash evaluation of num_inference_steps=5; lower the one or",
+        ),
+        (lambda: MorsePlan.from_counts(None, -1, 5), "num_dot_steps must be .* at least 0, got -1"),
+        (lambda: MorsePlan.from_counts(None, None, 5), "give both, or one of them and"),
+        (lambda: MorsePlan.from_counts(3, None, None), "give both, or one of them and"),
         (lambda: MorsePlan.uniform(0, 4), "num_dash"),
         (lambda: MorsePlan.uniform(2, -1), "num_dot"),
         (lambda: MorsePlan.uniform(2.5, 1), "num_dash"),

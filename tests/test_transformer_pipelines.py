@@ -15,7 +15,7 @@ from morse import (
     disable_morse,
     enable_morse,
 )
-from morse.dot.view import fingerprint
+from morse.dot.fingerprint import fingerprint
 
 
 def make_dot(transformer, num_down_blocks=1, **options):

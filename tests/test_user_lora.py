@@ -7,7 +7,7 @@ import torch
 from attached import check_treated, difference, latents, planned, text_pipe, trained_dot
 
 from morse import MorseDot, enable_morse
-from morse.dot.view import fingerprint
+from morse.dot.fingerprint import fingerprint
 
 BOTH = pytest.mark.parametrize("merge_lora", [True, False])
 TARGETS = ("to_q", "to_v", "ff.net.2", "resnets.0.conv1")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from morse.dot.conv_settings import ConvSettings
-from morse.modules.kernel_warehouse import KWConv2d, Warehouse
+from morse.modules.kernel_warehouse import Warehouse
+from morse.modules.kernel_warehouse_layers import KWConv2d
 from morse.modules.odconv import ODConv2d
 
 

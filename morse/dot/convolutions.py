@@ -22,7 +22,7 @@ from morse.dot.conv_settings import (
     ODConvSettings,
 )
 from morse.modules.gridconv import GridConv2d
-from morse.modules.kernel_warehouse import WarehousePlan
+from morse.modules.kernel_warehouse_plan import WarehousePlan
 from morse.modules.temperature import linear_temperature, set_temperature
 
 # Of each kind, the temperature that training begins and ends with; from the papers.

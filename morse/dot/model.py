@@ -19,6 +19,7 @@ from morse.dot.convolutions import (
     summarize_convolutions,
     warn_unless_saving,
 )
+from morse.dot.fingerprint import fingerprint
 from morse.dot.gate import Gate
 from morse.dot.grid import find_grid
 from morse.dot.guidance import DotGuidance, GuidanceEmbedding, check_dot_guidance
@@ -29,19 +30,11 @@ from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.mixture import GaussianMixture
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
 from morse.dot.relay import Norm, install_relay
-from morse.dot.resampling import (
-    Resample,
-    check_resample_size,
-    set_upsamplers,
-    with_sample_size,
-)
+from morse.dot.resampling import Resample, check_resample_size, set_upsamplers, with_sample_size
 from morse.dot.sharing import SharesDash
 from morse.dot.shell import run_hooked
 from morse.dot.storage import SparselyStored
-from morse.dot.view import (
-    fingerprint,
-    place_channels_last,
-)
+from morse.dot.view import place_channels_last
 from morse.dot.wrapped import unwrap
 from morse.history import check_history
 from morse.sampling import JumpPoint
@@ -169,7 +162,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
             for channels, deeper in reversed(list(pairwise(levels)))
         )
         self.conv_settings = conv_settings(conv, conv_options)
-        by_level = zip(self.down_blocks, reversed(self.up_blocks), strict=True)
+        by_level = list(zip(self.down_blocks, reversed(self.up_blocks), strict=True))
         self.warehouses = install_convolutions(
             by_level, self.conv_settings, time_embed_dim, patch_size
         )
@@ -180,7 +173,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         # Last, so that the other weights are drawn as without it.
-        self.relay = install_relay(norm, zip(self.down_blocks, self.up_blocks[::-1], strict=True))
+        self.relay = install_relay(norm, by_level)
         self._merged = False
         self._unbind()
 
@@ -268,20 +261,8 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         check_resample_size(grid, self.config.sample_size)
         timestep = timestep.reshape(-1).expand(len(sample))
         scale = dash_kwargs.get("timestep_cond")
-        times, sources = embed_times(tree, timestep, sample.dtype, scale), [timestep, scale]
-        inputs = [sample]
-        if not self.independent:
-            inputs = dot_inputs(sample, jump, self.history)
-            since = jump.timestep.reshape(-1).expand(len(sample))
-            sources.append(since)
-            shift = self.jump_time(embed_time(tree, since, sample.dtype))
-            if self.guidance_embedding is not None:
-                sources.append(jump.guidance_scale)
-                shift = shift + self.guidance_embedding(jump.guidance_scale, shift)
-            times = {name: time + shift for name, time in times.items()}
-        time_embedding = next(iter(times.values()))
-        if not self.training:
-            time_embedding = share_time(self.conv_settings, time_embedding, sources)
+        times, time_embedding = self._embed_times(timestep, jump, sample.dtype, scale)
+        inputs = [sample] if self.independent else dot_inputs(sample, jump, self.history)
         hidden = torch.cat([grid.spread(each) for each in inputs], dim=1)
         hidden = self.conv_in(place_channels_last(hidden) if self._tree_state.is_merged else hidden)
         skips = []
@@ -299,6 +280,33 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         residual = self.conv_out(nn.functional.silu(self.norm_out(hidden)))
         residual = nn.functional.pixel_shuffle(residual, self.config.patch_size)
         return grid.gather(residual.contiguous())
+
+    def _embed_times(
+        self, timestep: Tensor, jump: JumpPoint, dtype: torch.dtype, scale: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Embed where Dot is evaluated and, unless it is independent, what it corrects.
+
+        Args:
+            timestep: t_i, (B,).
+            jump: Gives t_s and, to a Dot of guided estimates, the guidance scale.
+            dtype: The sample's.
+            scale: What `embed_times` takes as `guidance`.
+
+        Returns:
+            (B, time_embed_dim) by the name of Dash's layer, and the one for Dot's own blocks.
+        """
+        tree = self._tree[0]
+        times, sources = embed_times(tree, timestep, dtype, scale), [timestep, scale]
+        if not self.independent:
+            since = jump.timestep.reshape(-1).expand(len(timestep))
+            sources.append(since)
+            shift = self.jump_time(embed_time(tree, since, dtype))
+            if self.guidance_embedding is not None:
+                sources.append(jump.guidance_scale)
+                shift = shift + self.guidance_embedding(jump.guidance_scale, shift)
+            times = {name: time + shift for name, time in times.items()}
+        own = next(iter(times.values()))
+        return times, own if self.training else share_time(self.conv_settings, own, sources)
 
     def convolution_summary(self) -> ConvolutionSummary:
         """Count the dynamic convolutions of the extra blocks and what they cost; `print` it."""

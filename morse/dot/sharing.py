@@ -5,15 +5,10 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from morse.dot.fingerprint import check_fingerprint
 from morse.dot.lora import LowRank
 from morse.dot.shell import moves_weights, update_tree
-from morse.dot.view import (
-    TreeState,
-    check_fingerprint,
-    check_projections,
-    make_shared_tree,
-    merge_shared_tree,
-)
+from morse.dot.view import TreeState, check_projections, make_shared_tree, merge_shared_tree
 from morse.dot.wrapped import unwrap
 
 
@@ -29,6 +24,7 @@ class SharesDash(nn.Module):
     def _unbind(self) -> None:
         # In tuples, so that neither becomes a child of Dot.
         self._dash: tuple[nn.Module, ...] = ()
+        self._checked: tuple[nn.Module, ...] = ()
         self._drop_tree()
         self._tree_state: TreeState | None = None
 
@@ -42,6 +38,19 @@ class SharesDash(nn.Module):
         if forget is not None:
             forget()
 
+    def check_dash(self, dash: nn.Module) -> None:
+        """Raise `ValueError` unless `dash` is this Dot's and can be shared; changes nothing.
+
+        It is not this Dot's if its fingerprint is another; it can't be shared if it is quantized or
+        its attention fused.
+        """
+        dash = unwrap(dash)
+        check_projections(dash)
+        # A fingerprint reads whole weights, so that one is made for each Dash only.
+        if all(known is not dash for known in (*self._dash, *self._checked)):
+            check_fingerprint(dash, self.config.dash_fingerprint)
+            self._checked = (dash,)
+
     def bind(self, dash: nn.Module) -> Self:
         """Share the layers of `dash` from now on.
 
@@ -49,9 +58,8 @@ class SharesDash(nn.Module):
             ValueError: If it is not the Dash of this Dot, is quantized, or its attention is fused.
         """
         dash = unwrap(dash)
-        check_projections(dash)
+        self.check_dash(dash)
         if not self._dash or self._dash[0] is not dash:
-            check_fingerprint(dash, self.config.dash_fingerprint)
             self._unbind()
             self._dash = (dash,)
         # Its layers may have been replaced, moved or set otherwise since.
@@ -97,4 +105,5 @@ class SharesDash(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave Dash behind; bind them again."""
-        return {**super().__getstate__(), "_dash": (), "_tree": (), "_tree_state": None}
+        left = {"_dash": (), "_checked": (), "_tree": (), "_tree_state": None}
+        return {**super().__getstate__(), **left}

@@ -1,31 +1,25 @@
 """Layers that a Dot may be built of, each from its own paper; torch only."""
 
-from morse.modules.dnr import CrossTemporalNorm, DynamicNormRelay, RelayCell, RelayState
-from morse.modules.gridconv import (
-    GridAttention,
-    GridConv2d,
-    SemanticGridTransform,
-    grid_temperature,
-)
-from morse.modules.kernel_warehouse import (
+from morse.modules.dnr import DynamicNormRelay
+from morse.modules.dnr_cell import RelayCell, RelayState
+from morse.modules.dnr_clips import CrossTemporalNorm
+from morse.modules.gridconv import GridConv2d
+from morse.modules.gridconv_attention import GridAttention, grid_temperature
+from morse.modules.gridconv_transform import SemanticGridTransform
+from morse.modules.kernel_warehouse import Warehouse
+from morse.modules.kernel_warehouse_layers import (
     BuildOrderError,
     KWConv1d,
     KWConv2d,
     KWConv3d,
     KWLinear,
-    Warehouse,
-    WarehousePlan,
 )
+from morse.modules.kernel_warehouse_plan import WarehousePlan
 from morse.modules.odconv import ODConv2d
-from morse.modules.ske2grid import (
-    GraphNodeIndexTransform,
-    GridStage,
-    ProgressiveSchedule,
-    SkeletonToGrid,
-    StageSpec,
-    UpsamplingTransform,
-    coco_adjacency,
-)
+from morse.modules.ske2grid import ProgressiveSchedule, StageSpec, coco_adjacency
+from morse.modules.ske2grid_index import GraphNodeIndexTransform
+from morse.modules.ske2grid_layout import GridStage, SkeletonToGrid
+from morse.modules.ske2grid_upsampling import UpsamplingTransform
 from morse.modules.temperature import linear_temperature, set_temperature
 
 __all__ = [

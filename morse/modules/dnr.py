@@ -14,8 +14,6 @@ from torch.nn import functional
 
 from morse.modules.dnr_cell import RelayCell, RelayState
 
-__all__ = ["CrossTemporalNorm", "DynamicNormRelay", "RelayCell", "RelayState"]
-
 Base = Literal["group", "batch", "none"]
 Init = Literal["identity", "official"]
 
@@ -81,7 +79,7 @@ class DynamicNormRelay(nn.Module):
             )
         self.channels, self.base, self.init = channels, base, init
         self.eps, self.momentum = eps, momentum
-        self.norm_groups = _checked_groups(channels, num_groups)
+        self.norm_groups = checked_groups(channels, num_groups)
         # In a tuple, so that a shared cell is a child of the network alone.
         self._shared = () if cell is None else (cell,)
         if cell is None:
@@ -107,8 +105,8 @@ class DynamicNormRelay(nn.Module):
     def from_norm(cls, norm: nn.Module, **options: object) -> Self:
         """Make a layer that begins exactly as `norm`, whose settings and values it copies.
 
-        A `CrossTemporalNorm`, whose groups of frames have statistics of their own, does so with
-        batch norm in evaluation alone.
+        A `CrossTemporalNorm` (`morse.modules.dnr_clips`), whose groups of frames have statistics of
+        their own, does so with batch norm in evaluation alone.
 
         Args:
             norm: A `torch.nn.GroupNorm`, or a `BatchNorm1d`, `2d` or `3d` with running statistics.
@@ -200,83 +198,11 @@ class DynamicNormRelay(nn.Module):
         return x * _per_channel(weight, x) + _per_channel(bias, x)
 
 
-class CrossTemporalNorm(DynamicNormRelay):
-    """DNR over time in the authors' layout of clips: (N*T, C, *) -> (N*T, C, *).
-
-    The frames of each clip are cut in order into groups; each group is one step of a relay that
-    starts anew with every clip. In training with base="batch", each group is normalised by its own
-    statistics, which move the running ones once a group. The defaults are the authors' layer.
-
-    >>> import torch
-    >>> norm = CrossTemporalNorm(8, n_segment=4, num_groups=2)
-    >>> norm(torch.randn(3 * 4, 8, 5, 5)).shape
-    torch.Size([12, 8, 5, 5])
-
-    Args:
-        channels: Channels C.
-        n_segment: Frames T of a clip.
-        num_groups: Groups that the frames are cut into; divides T.
-        base: As in `DynamicNormRelay`.
-        norm_groups: `num_groups` there.
-        eps: As there.
-        momentum: As there, where a group counts as a batch.
-        cell: As there.
-        init: As there.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        n_segment: int = 8,
-        num_groups: int = 4,
-        *,
-        base: Base = "batch",
-        norm_groups: int | None = None,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        cell: RelayCell | None = None,
-        init: Init = "official",
-    ) -> None:
-        """Create the layer."""
-        if num_groups < 1 or n_segment < 1 or n_segment % num_groups:
-            raise ValueError(f"num_groups must divide n_segment={n_segment}, got {num_groups}")
-        _checked_groups(channels, norm_groups, "norm_groups")
-        super().__init__(
-            channels, base=base, num_groups=norm_groups, eps=eps, momentum=momentum, cell=cell,
-            init=init,
-        )  # fmt: skip
-        self.n_segment, self.num_groups = n_segment, num_groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise clips, whose frames follow each other; ValueError if x is not N*T frames."""
-        if x.dim() < 2 or len(x) % self.n_segment:
-            raise ValueError(
-                f"x must be (N*T, C, ...), clips of n_segment={self.n_segment} frames, got "
-                f"{tuple(x.shape)}"
-            )
-        clips = x.unflatten(0, (-1, self.n_segment)).transpose(1, 2)  # (N, C, T, *)
-        state, groups = None, []
-        for group in clips.chunk(self.num_groups, 2):
-            y, state = super().forward(group, state)
-            groups.append(y)
-        return torch.cat(groups, 2).transpose(1, 2).flatten(0, 1)
-
-    def modulate(self, x: Tensor, state: RelayState) -> Tensor:
-        """Raise `TypeError`: each group of frames has a state of its own, made in `forward`."""
-        raise TypeError(
-            "CrossTemporalNorm takes no state, but makes one for each group of frames: call it, or "
-            "use DynamicNormRelay.modulate"
-        )
-
-
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (x.dim() - 2))
 
 
-def _checked_groups(channels: int, num_groups: int | None, name: str = "num_groups") -> int:
+def checked_groups(channels: int, num_groups: int | None, name: str = "num_groups") -> int:
     """Return the groups that base="group" has; ValueError unless they divide the channels."""
     if num_groups is None:
         return next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)

@@ -17,12 +17,8 @@ from morse.modules.gridconv_attention import (
     check_input,
     check_sizes,
     checked_temperature,
-    grid_temperature,
 )
-from morse.modules.gridconv_transform import SemanticGridTransform
 from morse.modules.node_matrix import checked_grid
-
-__all__ = ["GridAttention", "GridConv2d", "SemanticGridTransform", "grid_temperature"]
 
 Padding = Literal["circular", "zeros", "replicate"]
 

@@ -29,23 +29,7 @@ from morse.modules.kernel_warehouse_layers import (
     KWLinear,
     WarehouseConv,
 )
-from morse.modules.kernel_warehouse_plan import (
-    LayerPlan,
-    WarehousePlan,
-    checked_budget,
-    plan_layers,
-)
-
-__all__ = [
-    "BuildOrderError",
-    "KWConv1d",
-    "KWConv2d",
-    "KWConv3d",
-    "KWLinear",
-    "LayerPlan",
-    "Warehouse",
-    "WarehousePlan",
-]
+from morse.modules.kernel_warehouse_plan import WarehousePlan, checked_budget, plan_layers
 
 Layer = TypeVar("Layer", bound=WarehouseConv)
 Size = int | tuple[int, ...]

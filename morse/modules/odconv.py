@@ -28,9 +28,7 @@ from morse.modules.odconv_attention import (
     mix_candidates,
     square,
 )
-from morse.modules.temperature import TemperatureInState, linear_temperature, set_temperature
-
-__all__ = ["ODConv2d", "linear_temperature", "set_temperature"]
+from morse.modules.temperature import TemperatureInState
 
 Init = Literal["official", "identity"]
 

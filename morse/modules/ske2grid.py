@@ -16,23 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from morse.modules.node_matrix import checked_grid
-from morse.modules.ske2grid_index import GraphNodeIndexTransform
-from morse.modules.ske2grid_layout import (
-    GridStage,
-    SkeletonToGrid,
-    check_increase,
-)
-from morse.modules.ske2grid_upsampling import Shape, UpsamplingTransform
-
-__all__ = [
-    "GraphNodeIndexTransform",
-    "GridStage",
-    "ProgressiveSchedule",
-    "SkeletonToGrid",
-    "StageSpec",
-    "UpsamplingTransform",
-    "coco_adjacency",
-]
+from morse.modules.ske2grid_layout import SkeletonToGrid, check_increase
+from morse.modules.ske2grid_upsampling import Shape
 
 # Each joint and those it is joined with, in the authors' directions: 0 nose, 1-2 eyes, 3-4 ears,
 # 5-6 shoulders, 7-8 elbows, 9-10 wrists, 11-12 hips, 13-14 knees, 15-16 ankles.
