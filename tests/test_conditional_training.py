@@ -175,6 +175,29 @@ def pairs_of(frozen, scale, count=6):
     return pick_pairs(frozen.dash, window, count, seeded(3), first=False)
 
 
+def test_pictures_are_the_same_in_parts(frozen):
+    dot, conditions = random_dot(frozen.dash.model), conditions_of(frozen, PROMPTS, [3.0, 5.0])
+    given = {"conditions": conditions, "num_dash": 2, "num_dot": 3}
+    together, parts = (
+        sample_rows(frozen.dash, dot, (2, 4, 4, 4), **given, batch_size=size) for size in (None, 1)
+    )
+    assert together.shape == (3, 2, 4, 4, 4)
+    assert_close(parts, together, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_move_with_all_that_they_hold(frozen):
+    pairs = pairs_of(frozen, [3.0, 5.0])
+    moved = pairs.to("meta")
+    jump = moved.jump
+    held = [moved.sample, moved.timestep, moved.base, moved.reused, moved.gap, moved.target]
+    held += [jump.sample, jump.timestep, jump.model_output, moved.guidance_scale]
+    held += [*moved.conditions.positive.values(), *moved.conditions.negative.values()]
+    assert {value.device.type for value in held} == {"meta"}
+    # One copy of what has one here.
+    assert moved.base is moved.reused and moved.base is jump.model_output
+    assert moved.dash is pairs.dash and pairs.to("cpu").sample is pairs.sample
+
+
 class TestLoss:
     def test_exact_residuals_have_none(self, frozen):
         """A Dot that evaluates Dash for each branch, whatever the guidance scales are."""
@@ -280,6 +303,21 @@ class TestConditions:
         assert found["conditions/pooled_projections"].flatten().tolist() == list(range(10, 100))
         assert found["negative/pooled_projections"].tolist() == [[7]]
         assert max(sizes) <= 32
+
+    def test_resting_text_encoders_come_back_to_encode(self, monkeypatch):
+        pipe, went = text_pipeline(), []
+        encoder = freeze_pipeline(pipe).encoder
+        expected = encoder.encode(PROMPTS)["encoder_hidden_states"]
+        monkeypatch.setattr(pipe.text_encoder, "to", lambda device: went.append(str(device)))
+        encoder.rest()
+        assert went == ["cpu"]
+        assert torch.equal(encoder.encode(PROMPTS)["encoder_hidden_states"], expected)
+        assert went == ["cpu", "cpu"]
+        config = SimpleNamespace(quantization_config={"quant_method": "bitsandbytes"})
+        monkeypatch.setattr(pipe.text_encoder, "is_quantized", True, raising=False)
+        monkeypatch.setattr(pipe.text_encoder, "config", config)
+        encoder.rest()  # which would refuse
+        assert len(went) == 2
 
     def test_classes(self):
         encoder = freeze_pipeline(dit_pipeline()).encoder

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
+from idx_files import write_idx
 from safetensors.torch import load_file
 from tiny_text import dit_pipeline, sd3_pipeline
 from torch.testing import assert_close
@@ -42,12 +43,8 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, count in (("train", 6), ("t10k", 3)):
         rng = np.random.default_rng(count)
-        for kind, array, magic in (
-            ("images-idx3", rng.integers(0, 256, (count, 8, 8)), 0x803),
-            ("labels-idx1", np.arange(count) % 3, 0x801),
-        ):
-            header = b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape))
-            (folder / f"{name}-{kind}-ubyte").write_bytes(header + array.astype("u1").tobytes())
+        write_idx(folder / f"{name}-images-idx3-ubyte", rng.integers(0, 256, (count, 8, 8)))
+        write_idx(folder / f"{name}-labels-idx1-ubyte", np.arange(count) % 3)
     return folder
 
 
@@ -200,6 +197,7 @@ def test_two_processes_share_a_cache_and_all_gradients(base, data_dir, tmp_path)
         (("--distill", "norm", "norm_transform_only"), "of ('norm', 'norm_transform_only') one"),
         (("--distill", *ALL, "--distill_weight", "1", "2"), "distill_weight is (1.0, 2.0)"),
         (("--distill", "norm", "--distill_weight", "-1"), "distill_weight is (-1.0,)"),
+        (("--distill_weight", "0.5"), "distill_weight is (0.5,), but distill is not given"),
         (("--distill", "norm", "--compile"), "neither be compiled nor captured"),
         (("--distill", "norm", "--cuda_graphs"), "neither be compiled nor captured"),
     ],

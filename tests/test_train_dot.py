@@ -10,11 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
+from idx_files import write_parts
 from safetensors.torch import load_file
 
 from morse import MorseDot, MorsePipeline
@@ -36,10 +36,7 @@ OPTIONS = """--train_batch_size 3 --max_train_steps 5 --lr_warmup_steps 2 --lear
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for name, count in (("train", 10), ("t10k", 6)):
-        images = np.random.default_rng(count).integers(0, 256, (count, 8, 8), dtype=np.uint8)
-        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    write_parts(folder)
     return folder
 
 
@@ -271,7 +268,8 @@ class TestCache:
     def test_a_truncated_shard_is_named(self, run, folder):
         shard = folder / "windows-00000.safetensors"
         shard.write_bytes(shard.read_bytes()[:-10])
-        with pytest.raises(ValueError, match=r"windows-00000.safetensors is damaged"):
+        message = r"windows-00000.safetensors is damaged .*; delete that file alone"
+        with pytest.raises(ValueError, match=message):
             run(*self.options, "--cache_dir", str(folder))
 
     def test_what_killed_processes_left_is_removed(self, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
+from idx_files import write_idx
 from safetensors.torch import load_file
 from tiny_pipelines import xl_unet
 from tiny_text import dit_pipeline, sd3_pipeline, text_pipeline, xl_pipeline
@@ -20,7 +21,8 @@ from morse import MorseDot, MorsePipeline, enable_morse
 from morse.cli import parse_config
 from morse.training.cache import WindowCache, _describe, _join, prepare_cache
 from morse.training.common import make_accelerator
-from morse.training.frozen import freeze_pipeline, load_frozen_pipeline
+from morse.training.conditions import ConditionEncoder
+from morse.training.frozen import load_frozen_pipeline
 from morse.training.graphs import _OnPairs, _tensors
 from morse.training.latent_cache import cache_latents
 from morse.training.loop import TrainDotConfig, train_dot
@@ -36,18 +38,13 @@ CACHE = ("--cache_pairs", "40", "--window_steps", "3", "--pairs_per_window", "2"
          "--timestep_sampling", "plans")  # fmt: skip
 
 
-def write_idx(path, array, magic):
-    header = b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape))
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, count in (("train", 10), ("t10k", 6)):
         rng = np.random.default_rng(count)
-        write_idx(folder / f"{name}-images-idx3-ubyte", rng.integers(0, 256, (count, 8, 8)), 0x803)
-        write_idx(folder / f"{name}-labels-idx1-ubyte", np.arange(count) % 3, 0x801)
+        write_idx(folder / f"{name}-images-idx3-ubyte", rng.integers(0, 256, (count, 8, 8)))
+        write_idx(folder / f"{name}-labels-idx1-ubyte", np.arange(count) % 3)
     return folder
 
 
@@ -153,6 +150,18 @@ class TestStableDiffusion:
         AcceleratorState._reset_state(reset_partial_state=True)
         resumed = train_dot(parse_config(TrainDotConfig, given))
         assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        ("kept", "options", "rests"), [(1024, (), 1), (2, (), 0), (2, CACHE, 1)]
+    )
+    def test_text_encoders_rest_once_nothing_is_encoded(
+        self, run, monkeypatch, kept, options, rests
+    ):
+        found = []
+        monkeypatch.setattr("morse.training.conditions.MOST_KEPT", kept)
+        monkeypatch.setattr(ConditionEncoder, "rest", lambda encoder: found.append(encoder))
+        run(*options, "--max_train_steps", "1")
+        assert len(found) == rests
 
     def test_latents_are_encoded_once(self, source, run):
         folder = run("--cache_latents", "--max_train_steps", "1")
@@ -282,16 +291,15 @@ def test_classes_without_guidance(run, build_unet, data_dir, tmp_path):
 
 
 @pytest.mark.supports("training", "DiTPipeline", "StableDiffusion3Pipeline")
-def test_transformers(run, monkeypatch):
-    """Class-conditional with a learned variance, and flow matching."""
+def test_transformers(run, tmp_path):
+    """Class-conditional with a learned variance, and flow matching, saved without its T5."""
     for pipe, names, call in (
         (dit_pipeline(), None, {"class_labels": [1, 2]}),
         (sd3_pipeline(), NAMES, {"prompt": ["cat", "dog"]}),
     ):
-        # In memory, since diffusers does not open a Stable Diffusion 3 saved without its T5.
-        frozen = freeze_pipeline(pipe)
-        monkeypatch.setattr("morse.training.loop.load_frozen_pipeline", lambda *_, f=frozen: f)
-        folder = run(*CACHE, names=names)
+        base = tmp_path / type(pipe).__name__
+        pipe.save_pretrained(base)
+        folder = run(*CACHE, base=base, names=names)
         enable_morse(pipe, MorseDot.from_pretrained(folder))
         images = pipe(**call, plan="DooDo", output_type="pt").images
         assert torch.as_tensor(images).isfinite().all() and pipe.last_run.num_dot == 3
@@ -305,6 +313,7 @@ class TestSettings:
             (("--guidance_scale", "5", "2"), "guidance_scale is .5.0, 2.0.; it must be two"),
             (("--class_names", "a", "--caption_column", "text"), "caption_column is 'text' and"),
             (("--cache_latents", "--cache_pairs", "3"), "cache_latents is True and cache_pairs"),
+            (("--cache_dir", "runs/pairs"), "cache_dir is runs/pairs, but nothing is kept there"),
         ],
     )
     def test_they_are_checked(self, base, data_dir, tmp_path, options, message, capsys):

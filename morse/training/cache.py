@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from morse.dot.view import fingerprint, quantization_of
+from morse.dot.fingerprint import fingerprint, quantization_of
 from morse.training.batches import StepBatches
-from morse.training.checkpoint import read_tensors
 from morse.training.common import step_generator
 from morse.training.conditions import ConditionTable
 from morse.training.config import TrainDotConfig
 from morse.training.frozen import FrozenPipeline
 from morse.training.guidance import Conditions
-from morse.training.shards import digest, make_shards
+from morse.training.shards import digest, make_shards, read_shard
 from morse.training.source import ConditionedImages, describe_data, draw_windows
 from morse.training.windows import Window
 
@@ -28,13 +27,16 @@ _BATCH_SIZES = {"cpu": 32}
 _DEFAULT_BATCH_SIZE = 512
 _LARGE_BATCH_SIZE = 16  # for denoisers such as Stable Diffusion's
 _ENCODED_AT_ONCE = 32  # captions
+# Of the GPU's memory that is free when a cache is opened: the optimizer, the averaged weights and
+# all activations are yet to come.
+_SHARE_FOR_WINDOWS = 1 / 8
 # A shard's tensors with a row for each window; those of the two groups have other numbers of rows.
 _ROWS = ("timesteps", "samples", "outputs", "guidance_scale", "rows")
 _TABLE, _NEGATIVE = "conditions/", "negative/"
 
 
 class WindowCache:
-    """All windows of a cache: memory-mapped, or on a CUDA device where half of it holds them.
+    """All windows of a cache: memory-mapped, or on a CUDA device that has room for them.
 
     A shard keeps each of its different captions or classes once, as the denoiser takes it, and the
     windows' rows in that table.
@@ -47,9 +49,10 @@ class WindowCache:
     def __init__(self, paths: list[Path], device: torch.device) -> None:
         """Open the shards."""
         self.device = device
-        self.shards = [read_tensors(path) for path in paths]
+        self.shards = [read_shard(path) for path in paths]
         size = sum(value.nbytes for shard in self.shards for value in shard.values())
-        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] // 2:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        if size < free * _SHARE_FOR_WINDOWS:
             self.shards = [_join(self.shards, device)]
         self.ends = torch.tensor([len(shard["timesteps"]) for shard in self.shards]).cumsum(0)
 
@@ -208,7 +211,7 @@ def _make_shard(
             generator = step_generator(config.seed, number, step, source.pipeline.device)
             yield _stored(draw_windows(source, config, source.__getitems__(indices), generator))
 
-    found = {name: value[:size] for name, value in _gathered(stored()).items()}
+    found = _gathered(stored(), size)
     if source.numbers is not None:
         indices = torch.tensor([index for batch in batches for index in batch])[:size]
         different, found["rows"] = source.numbers[indices].unique(return_inverse=True)
@@ -219,15 +222,23 @@ def _make_shard(
 def _conditions(table: ConditionTable, numbers: Tensor) -> dict[str, Tensor]:
     """Give what a shard keeps of the captions or classes of these numbers, on the CPU."""
     chunks = (table.look_up(chunk).positive for chunk in numbers.split(_ENCODED_AT_ONCE))
-    found = {f"{_TABLE}{name}": value for name, value in _gathered(chunks).items()}
+    found = _gathered(chunks, len(numbers))
+    found = {f"{_TABLE}{name}": value for name, value in found.items()}
     negative = table.encoder.negative or {}
     return found | {f"{_NEGATIVE}{name}": value.cpu() for name, value in negative.items()}
 
 
-def _gathered(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join tensors by name on the CPU, each moved at once: a shard may exceed a GPU's memory."""
-    found: dict[str, list[Tensor]] = {}
+def _gathered(parts: Iterable[dict[str, Tensor]], size: int) -> dict[str, Tensor]:
+    """Join the first `size` rows by name on the CPU, each part moved there at once.
+
+    A shard may exceed a GPU's memory, and twice its size the CPU's: rows go where they stay.
+    """
+    found: dict[str, Tensor] = {}
+    start = 0
     for part in parts:
         for name, value in part.items():
-            found.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(each) for name, each in found.items()}
+            if name not in found:
+                found[name] = value.new_empty(size, *value.shape[1:], device="cpu")
+            found[name][start : start + len(value)] = value[: size - start]
+        start += len(next(iter(part.values())))
+    return found

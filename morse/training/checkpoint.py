@@ -22,6 +22,7 @@ MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 EMA_FILE, STATE_FILE = "ema.safetensors", "state.json"
 # How the update is computed belongs to the device at hand, not to the checkpoint.
 DEVICE_OPTIONS = {"fused", "foreach", "capturable", "differentiable"}
+_TAKE_ANOTHER = "delete its folder and resume from another checkpoint"
 
 
 def atomic_save_file(
@@ -33,17 +34,23 @@ def atomic_save_file(
         save_file(content, temporary, metadata)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU; a broken one is named in a `ValueError`."""
+def read_tensors(path: Path, remedy: str = _TAKE_ANOTHER) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU.
+
+    Args:
+        path: The file.
+        remedy: What the user is told to do if it is broken.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; delete its folder and resume another") from error
+        raise ValueError(f"{path} is missing; {remedy}") from error
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete its folder and resume from another checkpoint"
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
 
 
 def prepare_output_dir(output_dir: Path, resume: bool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from morse.dot.fingerprint import quantization_of
 from morse.training.guidance import Conditions
 
 if TYPE_CHECKING:
@@ -36,6 +37,18 @@ class ConditionEncoder:
     encode: Encode
     negative: dict[str, Tensor] | None
     models: tuple[nn.Module, ...] = ()
+
+    def rest(self) -> None:
+        """Move the text encoders to the CPU until `encode` is called again: they are large."""
+        _move(self.models, "cpu")
+        torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def _move(models: tuple[nn.Module, ...], device: torch.device | str) -> None:
+    """Move text encoders, but for quantized ones, which refuse it."""
+    for model in models:
+        if quantization_of(model) is None:
+            model.to(device)
 
 
 def make_encoder(pipe: "DiffusionPipeline", denoiser: nn.Module, size: int) -> ConditionEncoder:
@@ -89,9 +102,12 @@ def _text_encoder(pipe: "DiffusionPipeline", denoiser: nn.Module, size: int) -> 
     options = {"device": denoiser.device, "num_images_per_prompt": 1}
     options |= {name: None for name in ("prompt_2", "prompt_3") if name in parameters}
     arrange = _arrangement(pipe, denoiser)
+    parts = (getattr(pipe, f"text_encoder{number}", None) for number in ("", "_2", "_3"))
+    models = tuple(part for part in parts if part is not None)
 
     @torch.no_grad()
     def both(prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        _move(models, denoiser.device)
         with torch.autocast(denoiser.device.type, enabled=False):
             found = pipe.encode_prompt(prompt=prompts, do_classifier_free_guidance=True, **options)
         named = arrange(found)
@@ -107,8 +123,6 @@ def _text_encoder(pipe: "DiffusionPipeline", denoiser: nn.Module, size: int) -> 
         ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
-    parts = (getattr(pipe, f"text_encoder{number}", None) for number in ("", "_2", "_3"))
-    models = tuple(part for part in parts if part is not None)
     return ConditionEncoder("text", encode, both([""])[1], models)
 
 
@@ -153,6 +167,11 @@ class ConditionTable:
         """Encode all of them if they are few."""
         self.encoder, self.values = encoder, list(values)
         self._all = self.encode(range(len(self.values))) if len(values) <= MOST_KEPT else None
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether all of them are encoded, so that `look_up` has no more to encode."""
+        return self._all is not None
 
     def encode(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Encode the captions or classes of these numbers, (n, ...) each."""

@@ -172,11 +172,12 @@ class FrozenPipeline:
 
 def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> FrozenPipeline:
     """Load the pipeline that `config` names and freeze it."""
-    from morse.pipeline import MorsePipeline
+    from morse.pipeline import MorsePipeline, absent_components
 
+    name = config.pretrained_model_name_or_path
     # Else text encoders come in the precision that they were saved in, and others in float32.
-    name, dtype = config.pretrained_model_name_or_path, torch.float32
-    pipe = MorsePipeline.from_pretrained(name, dtype=dtype).to(device)
+    options = {"dtype": torch.float32, **absent_components(name)}
+    pipe = MorsePipeline.from_pretrained(name, **options).to(device)
     found = freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
     if config.guidance == "guided":
         check_one_pass(pipe, found.guidance_scale)

@@ -55,13 +55,14 @@ def calibration_pairs(source: "ConditionedImages", config: TrainDotConfig) -> li
     """Make fixed pairs on the grids of plans, of other images than validation's where there are.
 
     As many as validation has, from those after it; where the split is too short, its last ones.
+    They are on the CPU, as validation's are.
     """
     first = max(0, min(config.validation_images, len(source) - config.validation_images))
     settings = replace(config, timestep_sampling="plans")
     steps = max(config.window_steps, VALIDATION_STEPS)
     dash, generator = source.pipeline.dash, torch.Generator(source.pipeline.device).manual_seed(1)
     return [
-        pick_pairs(dash, window, 4 * steps, generator, False)
+        pick_pairs(dash, window, 4 * steps, generator, False).to("cpu")
         for window in held_out_windows(source, settings, steps + 1, generator, first)
     ]
 
@@ -113,6 +114,7 @@ def fit_gate(
 
 def _products(dot: MorseDot, pairs: Pairs, gate: Gate) -> tuple[Tensor, ...]:
     """Give each pair's bin, <r, d>, <r, r> and <d, d>, (N,) each, on the CPU in double."""
+    pairs = pairs.to(pairs.dash.schedule.device)
     base = pairs.guided(pairs.base.unflatten(0, (-1, pairs.conditions.branches)))
     residual = pairs.guided(dot_outputs(dot, with_memory(pairs, {}))) - base
     wanted = pairs.target - base

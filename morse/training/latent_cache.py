@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from morse.dot.view import fingerprint
+from morse.dot.fingerprint import fingerprint
 from morse.training.cache import SHARD_WINDOWS
-from morse.training.checkpoint import read_tensors
 from morse.training.config import TrainDotConfig
 from morse.training.data import ImageDataset, in_batches
-from morse.training.shards import make_shards, require_noted
+from morse.training.shards import make_shards, read_shard, require_noted
 from morse.training.source import ConditionedImages, describe_data
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def cache_latents(
         make=lambda rows: {"latents": _encode(source, rows)},
         accelerator=accelerator,
     )
-    shards = [read_tensors(path)["latents"] for path in paths]
+    shards = [read_shard(path)["latents"] for path in paths]
     images = ImageDataset(partial(_fetch, shards), len(source))
     return ConditionedImages(images, pipeline, source.numbers, source.table)
 

@@ -190,6 +190,8 @@ def _train_stage(
     data = train if cache is None else cache
     run = TrainingRun(config, accelerator, model, data, loss, pruner, told)
     validate = make_validator(test, config)
+    if cache is not None or train.table.is_encoded:
+        train.pipeline.encoder.rest()
     if dot.conv_settings is not None:
         accelerator.print(dot.convolution_summary())
 

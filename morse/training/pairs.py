@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from morse.sampling import Dot, JumpPoint, dot_estimate
@@ -10,6 +11,8 @@ from morse.training.frozen import FrozenDash
 from morse.training.guidance import Conditions, each_branch, guide
 
 LossWeighting = Literal["none", "gap"]
+_OF_JUMPS = ("sample", "timestep", "model_output", "trend", "guidance_scale")
+_OF_PAIRS = ("sample", "timestep", "base", "reused", "gap", "target")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,24 @@ class Pairs:
     gap: Tensor
     target: Tensor | None
     dash: FrozenDash
+
+    def to(self, device: torch.device | str) -> "Pairs":
+        """Give the same pairs on another device, where Dash stays as it is."""
+        moved: dict[tuple[object, ...], Tensor] = {}
+
+        def move(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            # Without history or another space Dash's output is also the base: one copy does.
+            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            if key not in moved:
+                moved[key] = value.to(device)
+            return moved[key]
+
+        jump = {name: move(getattr(self.jump, name)) for name in _OF_JUMPS}
+        own = {name: move(getattr(self, name)) for name in _OF_PAIRS}
+        conditions = self.conditions.to(device)
+        return replace(self, jump=replace(self.jump, **jump), conditions=conditions, **own)
 
     @property
     def guidance_scale(self) -> Tensor | None:

@@ -72,7 +72,8 @@ def sequence_ratios(dot: nn.Module, batches: Iterable[Pairs], num_steps: int) ->
         "sequence_ratio" over all steps, and "sequence_ratio/i" of the i-th step after Dash.
     """
     errors, reuse = [], []
-    for pairs in batches:
+    for stored in batches:
+        pairs = stored.to(stored.dash.schedule.device)
         residuals = sequence_residuals(dot, pairs, num_steps)
         independent = getattr(dot, "independent", False)
         unchanged = pairs.outputs(torch.zeros_like(pairs.base))

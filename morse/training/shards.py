@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from morse.files import write_json
-from morse.training.checkpoint import atomic_save_file
+from morse.training.checkpoint import atomic_save_file, read_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,6 +72,15 @@ def make_shards(
         atomic_save_file(make(rows), paths[number])
     accelerator.wait_for_everyone()
     return paths
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Read one of `make_shards`' files onto the CPU.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    return read_tensors(path, "delete that file alone, and the next run makes it anew")
 
 
 def _claim(folder: Path, description: dict[str, object]) -> None:

@@ -43,14 +43,18 @@ def held_out_windows(
 
 
 def validation_pairs(source: ConditionedImages, config: TrainDotConfig) -> list[Pairs]:
-    """Make fixed pairs from held-out images, in batches; always the same for the same Dash."""
+    """Make fixed pairs from held-out images, in batches; always the same for the same Dash.
+
+    They are kept for the whole training, and so on the CPU: those of a large pipeline would take
+    the GPU's memory from it.
+    """
     steps = 1 if config.timestep_sampling == "uniform" else VALIDATION_STEPS
     # One more is what history takes at least; on a plan's grid the segment before is as long.
     more = 1 if config.timestep_sampling == "uniform" else _HISTORY_STEPS
     length = steps + 1 + (more if config.history else 0)
     dash, generator = source.pipeline.dash, torch.Generator(source.pipeline.device).manual_seed(0)
     return [
-        pick_pairs(dash, window, 2 * steps, generator, False, widest=steps)
+        pick_pairs(dash, window, 2 * steps, generator, False, widest=steps).to("cpu")
         for window in held_out_windows(source, config, length, generator)
     ]
 
@@ -59,7 +63,7 @@ def validation_sequences(source: ConditionedImages, config: TrainDotConfig) -> l
     """Make fixed sequences of `VALIDATION_STEPS` pairs likewise (`sequence_pairs`)."""
     generator = torch.Generator(source.pipeline.device).manual_seed(0)
     windows = held_out_windows(source, config, VALIDATION_STEPS + 1, generator)
-    return [sequence_pairs(source.pipeline.dash, window) for window in windows]
+    return [sequence_pairs(source.pipeline.dash, window).to("cpu") for window in windows]
 
 
 @torch.no_grad()
@@ -77,7 +81,8 @@ def residual_ratios(
         the base alone. The error of reuse is that without history, so that Dots compare.
     """
     found: list[tuple[Tensor, ...]] = []
-    for pairs in batches:
+    for stored in batches:
+        pairs = stored.to(stored.dash.schedule.device)
         branches = pairs.conditions.branches
         alone = (rows.unflatten(0, (-1, branches)) for rows in (pairs.reused, pairs.base))
         errors = (
@@ -105,16 +110,36 @@ def sample_rows(
     conditions: Conditions = UNCONDITIONAL,
     num_dash: int = 6,
     num_dot: int = 12,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Sample the same noise with DDIM three ways, (3, *shape), as the denoiser's samples.
 
     The rows: Dash alone at all steps, Dash and Dot, Dash alone at as few steps as Dash had there.
+    `batch_size` samples are made at a time, or all of them.
     """
-    device, schedule = dash.schedule.device, dash.schedule
+    device = dash.schedule.device
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    parts = torch.arange(shape[0], device=device).split(batch_size or shape[0])
+    plans = (
+        MorsePlan.uniform(num_dash + num_dot, 0),
+        MorsePlan.uniform(num_dash, num_dot),
+        MorsePlan.uniform(num_dash, 0),
+    )
+    rows = [
+        torch.cat([_sample(dash, dot, noise[part], conditions.take(part), plan) for part in parts])
+        for plan in plans
+    ]
+    return torch.stack(rows).float()
+
+
+def _sample(
+    dash: FrozenDash, dot: nn.Module, noise: Tensor, conditions: Conditions, plan: MorsePlan
+) -> Tensor:
+    """Sample noise (B, ...) with DDIM by a plan."""
+    device, schedule = dash.schedule.device, dash.schedule
 
     def everywhere(position: Tensor) -> Tensor:
-        return position.expand(shape[0])
+        return position.expand(len(noise))
 
     def all_branches(sample: Tensor, position: Tensor) -> Tensor:
         return dash(sample, everywhere(position), conditions)
@@ -139,16 +164,9 @@ def sample_rows(
         clean = to_clean(estimate, sample, start, dash.prediction_type)
         return end[0] * clean + end[1] * from_clean(clean, sample, start, "epsilon")
 
-    rows = []
-    for plan in (
-        MorsePlan.uniform(num_dash + num_dot, 0),
-        MorsePlan.uniform(num_dash, num_dot),
-        MorsePlan.uniform(num_dash, 0),
-    ):
-        count, last = len(plan), len(schedule)
-        positions = [round(last - index * last / count) - 1 for index in range(count)]
-        rows.append(morse_sample(all_branches, corrected, step, noise, positions, plan))
-    return torch.stack(rows).float()
+    count, last = len(plan), len(schedule)
+    positions = [round(last - index * last / count) - 1 for index in range(count)]
+    return morse_sample(all_branches, corrected, step, noise, positions, plan)
 
 
 def make_validator(
@@ -166,6 +184,7 @@ def make_validator(
     scale = torch.full((_PICTURES,), (low + high) / 2, device=pipeline.device)
     conditions = source.conditions(source.__getitems__(rows), None if high == 1 else scale)
     shape = (_PICTURES, *batches[0].sample.shape[1:])
+    at_once = pipeline.batch_size(_PICTURES, _LARGE_BATCH_SIZE)
 
     def validate(dot: nn.Module, step: int) -> dict[str, float]:
         ratios = residual_ratios(dot, batches, len(pipeline.dash.schedule))
@@ -173,7 +192,7 @@ def make_validator(
             ratios |= sequence_ratios(dot, sequences, VALIDATION_STEPS)
         folder.mkdir(exist_ok=True)
         write_json(folder / f"step-{step:07d}.json", ratios)
-        samples = sample_rows(pipeline.dash, dot, shape, conditions)
+        samples = sample_rows(pipeline.dash, dot, shape, conditions, batch_size=at_once)
         images = pipeline.to_images(samples.flatten(0, 1)).unflatten(0, samples.shape[:2])
         _save_picture(images, folder / f"step-{step:07d}.png")
         return ratios
