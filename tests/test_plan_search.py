@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,14 +18,7 @@ from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
 from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture
-from morse.evaluation.planning.search import (
-    Candidate,
-    Found,
-    early_candidates,
-    neighbours,
-    search_plan,
-    uniform_candidates,
-)
+from morse.evaluation.planning.search import Candidate, Found, Space, neighbours, search_plan
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, find_saved_plan, scheduler_options
 from morse.schedulers import make_scheduler
@@ -53,9 +47,10 @@ def test_a_mixture_is_tried_before_every_plan_where_there_is_one():
         return worth(plan, "DoDD") - abs(len(candidate.plan) - len(plan) - 5)
 
     known = (Candidate("DoDD", (("fitted_steps", ((999, 0.5, 0.0, 0.0),)),)),)
-    found = search_plan(evaluate, 4, 2.0, known=known, with_mixture=True)
+    space = Space(lsd=4, speed_ratio=2.0)
+    found = search_plan(evaluate, replace(space, with_mixture=True), known)
     assert found.best == Candidate("gggggDoDD") and "g" not in found.uniform.plan
-    assert not any("g" in each.plan for each in search_plan(evaluate, 4, 2.0).tried)
+    assert not any("g" in each.plan for each in search_plan(evaluate, space).tried)
 
 
 @pytest.mark.parametrize("wanted", ["DDoDoDoo", "DDDDDD", "DoooDDDo"])
@@ -65,24 +60,25 @@ def test_the_best_plan_is_found(wanted):
     def evaluate(candidate, quick):
         return worth(candidate.plan, wanted) - (candidate.options != grids[1])
 
-    found = search_plan(evaluate, 6, 4.0, grids, max_rounds=20)
+    found = search_plan(evaluate, Space(lsd=6, speed_ratio=4.0, grids=grids), max_rounds=20)
     assert found.best == Candidate(wanted, grids[1]) and found.psnr == 0
     assert found.uniform_psnr <= found.psnr
 
 
 def test_plans_with_dot_early_are_tried():
-    plans = [each.plan for each in early_candidates(8, 4.0, [()])]
+    space = Space(lsd=8, speed_ratio=4.0)
+    plans = [each.plan for each in space.early()]
     assert plans == ["DoDoDoDDDD", "DoDoDoDoDDD"]
     assert all(MorsePlan.from_string(plan).cost(4.0) <= 8 for plan in plans)
-    assert early_candidates(1, 4.0, [()]) == []
-    judged = search_plan(lambda candidate, quick: worth(candidate.plan, plans[0]), 8, 4.0)
+    assert replace(space, lsd=1).early() == []
+    judged = search_plan(lambda candidate, quick: worth(candidate.plan, plans[0]), space)
     assert judged.best.plan == plans[0] and judged.uniform.plan != plans[0]
 
 
 def test_only_the_ratios_asked_for_are_tried():
-    found = search_plan(lambda candidate, quick: 0.0, 8, 4.0, max_rounds=0, ratios=(1.5,))
-    early = {each.plan for each in early_candidates(8, 4.0, [()])}
-    tried = {each.plan for each in found.tried} - early
+    space = Space(lsd=8, speed_ratio=4.0, ratios=(1.5,))
+    found = search_plan(lambda candidate, quick: 0.0, space, max_rounds=0)
+    tried = {each.plan for each in found.tried} - {each.plan for each in space.early()}
     assert tried == {"D" * 8, str(MorsePlan.from_budget(8, 4.0, 1.5, 0.5))}
 
 
@@ -93,11 +89,11 @@ def test_the_result_is_never_worse_than_all_dash_on_all_images():
         dots = candidate.plan.count("o")
         return float(dots if quick else -dots)
 
-    assert "o" not in search_plan(evaluate, 5, 4.0).best.plan
+    assert "o" not in search_plan(evaluate, Space(lsd=5, speed_ratio=4.0)).best.plan
 
 
 def test_uniform_candidates_keep_the_budget():
-    plans = [each.plan for each in uniform_candidates(8, 5.0, [()])]
+    plans = [each.plan for each in Space(lsd=8, speed_ratio=5.0).uniform()]
     assert plans[0] == "D" * 8 and len(set(plans)) == len(plans) > 3
     assert all(MorsePlan.from_string(plan).cost(5.0) <= 8 for plan in plans)
 
@@ -105,11 +101,14 @@ def test_uniform_candidates_keep_the_budget():
 def test_a_known_plan_is_tried_if_the_budget_allows_it():
     options = (("fitted_steps", ((999, 0.5, 0.0, 0.0),)),)
     known = (Candidate("DoDDoDo", options), Candidate("DoDDoDoDDD"))
-    judged = search_plan(lambda candidate, quick: worth(candidate.plan, known[0].plan), 6, 4.0,
-                         max_rounds=0, known=known)  # fmt: skip
+    space = Space(lsd=6, speed_ratio=4.0)
+    judged = search_plan(
+        lambda candidate, quick: worth(candidate.plan, known[0].plan), space, known, max_rounds=0
+    )
     assert judged.best == known[0] and known[1] not in judged.tried
     overdrawn = Candidate("DDDDDDo")  # 6.1 LSD at N = 10, which `lsd=6` runs
-    judged = search_plan(lambda candidate, quick: 0.0, 6, 10.0, max_rounds=0, known=[overdrawn])
+    space = Space(lsd=6, speed_ratio=10.0)
+    judged = search_plan(lambda candidate, quick: 0.0, space, [overdrawn], max_rounds=0)
     assert overdrawn in judged.tried
 
 
@@ -120,7 +119,8 @@ def test_lengths_that_the_solver_cannot_make_are_not_tried():
     def evaluate(candidate, quick):
         return worth(candidate.plan, "DoDoDDD")
 
-    found = search_plan(evaluate, 6, 4.0, max_rounds=20, shorten=shorten)
+    space = Space(lsd=6, speed_ratio=4.0, shorten=shorten)
+    found = search_plan(evaluate, space, max_rounds=20)
     assert found.psnr == 0 and found.best.plan == "DoDoDDD"
     assert {len(each.plan) % 2 for each in found.tried} == {1}
     assert "DDDDD" in {each.plan for each in found.tried}
@@ -128,7 +128,8 @@ def test_lengths_that_the_solver_cannot_make_are_not_tried():
 
 def test_without_a_dot_grids_of_all_dash_are_compared():
     grids = [(("timestep_power", power),) for power in (1.0, 1.5)]
-    found = search_plan(lambda candidate, quick: 0.0, 8, 1.0, grids, with_dot=False)
+    space = Space(lsd=8, speed_ratio=1.0, grids=grids, with_dot=False)
+    found = search_plan(lambda candidate, quick: 0.0, space)
     assert set(found.tried) == {Candidate("D" * 8, grid) for grid in grids}
 
 
@@ -430,7 +431,7 @@ def test_a_plan_without_free_numbers_is_left_as_it_is():
 
 def test_a_reference_that_is_not_finite_is_refused():
     samples = Samples(torch.zeros(3, 1, 4, 4), 1, 0, 1.0, "", {}, num_broken=2)
-    with pytest.raises(ValueError, match="2 of the 3 reference images are not finite; use"):
+    with pytest.raises(ValueError, match="2 of the 3 reference images are not finite; compute"):
         reference_images(samples)
 
 
@@ -453,9 +454,9 @@ def test_saved_rows_that_a_fit_may_start_from():
 def test_solvers_of_one_class_keep_their_plans(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     plan, known = Candidate("DDD"), []
 
-    def search(*args, shorten, **options):
-        assert shorten("DDDD") == "DDDD"
-        known.append(options["known"])
+    def search(evaluate, space, starts, max_rounds):
+        assert space.shorten("DDDD") == "DDDD"
+        known.append(starts)
         return Found(plan, 1.0, plan, 1.0)
 
     monkeypatch.setattr(command, "search_plan", search)

@@ -5,15 +5,28 @@ processes asks for the same images.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+_BOTH = ("prompt_embeds", "negative_prompt_embeds")
+_POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+# What `encode_prompt` returns, as arguments of the call; text ids are no argument.
+_ENCODED = {
+    "StableDiffusionPipeline": _BOTH,
+    "StableDiffusionXLPipeline": (*_BOTH, *_POOLED),
+    "StableDiffusion3Pipeline": (*_BOTH, *_POOLED),
+    "FluxPipeline": (_BOTH[0], _POOLED[0]),
+}
+_PROMPTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +108,51 @@ def make_conditions(
     return Conditions(guidance_scale=guidance_scale)
 
 
+@torch.no_grad()
+def encode_once(pipes: Iterable["DiffusionPipeline"], conditions: Conditions) -> Conditions:
+    """Encode prompts for all runs to come, and let the text encoders go.
+
+    Those of Stable Diffusion 3 and Flux take more memory than most GPUs have beside the denoiser.
+
+    Args:
+        pipes: They share their text encoders, which they have no more afterwards.
+        conditions: Of these pipelines.
+
+    Returns:
+        The conditions with embeddings for prompts; as they were, and the encoders in place, where
+        there are none or the pipelines' class is none of Stable Diffusion, SDXL, SD3 and Flux.
+    """
+    pipes = list(pipes)
+    names = _ENCODED.get(_base_class(pipes[0]).__name__)
+    if names is None or not conditions.prompts:
+        return conditions
+    parameters = inspect.signature(pipes[0].encode_prompt).parameters
+    device = pipes[0]._execution_device
+    options: dict[str, object] = {"device": device, "num_images_per_prompt": 1}
+    options |= {name: None for name in ("prompt_2", "prompt_3") if name in parameters}
+    if "do_classifier_free_guidance" in parameters:
+        options["do_classifier_free_guidance"] = True
+    chunks = []
+    for start in range(0, len(conditions.prompts), _PROMPTS_AT_ONCE):
+        prompts = list(conditions.prompts[start : start + _PROMPTS_AT_ONCE])
+        # T5 overflows under autocast to float16.
+        with torch.autocast(device.type, enabled=False):
+            chunks.append(pipes[0].encode_prompt(prompt=prompts, **options))
+    rows = (torch.cat(each) for each in zip(*chunks, strict=True))
+    for pipe in pipes:
+        encoders = [name for name in pipe.components if name.startswith("text_encoder")]
+        pipe.register_modules(**dict.fromkeys(encoders))
+    return replace(conditions, prompts=(), embeds=dict(zip(names, rows, strict=False)))
+
+
+def _base_class(pipe: "DiffusionPipeline") -> type:
+    """Return a pipeline's class without what Morse adds."""
+    return getattr(type(pipe), "_morse_base", type(pipe))
+
+
 def call_parameters(pipe: "DiffusionPipeline") -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a pipeline's own call, without what Morse adds."""
-    base = getattr(type(pipe), "_morse_base", type(pipe))
-    return inspect.signature(base.__call__).parameters
+    return inspect.signature(_base_class(pipe).__call__).parameters
 
 
 def read_prompts(file: Path | None) -> tuple[str, ...]:

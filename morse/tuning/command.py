@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_bare, with_scheduler
 from morse.evaluation.bench.solvers import make_solver
-from morse.evaluation.conditions import Conditions, make_conditions
+from morse.evaluation.conditions import Conditions, encode_once, make_conditions
 from morse.evaluation.environment import command_line, environment
 from morse.evaluation.metrics import psnr
 from morse.files import write_json
@@ -53,8 +53,9 @@ def tune_dot(config: TuneDotConfig) -> Path:
     before = weights_before(dot, config.blend_from) if config.blend < 1 else None
     decode = bool(config.feature_networks) and getattr(pipe, "vae", None) is not None
     conditions = make_conditions(
-        pipe, config.prompts, config.class_names, guidance_scale=config.guidance_scale
+        pipe, config.prompts, config.class_names, config.prompt_embeds, config.guidance_scale
     )
+    conditions = encode_once([pipe], conditions)
     progress = Progress(config.output_dir)
     earlier_ratio = progress.choices.get("speed_ratio")
     pipe.speed_ratio = _choose_speed_ratio(pipe, config, conditions, accelerator, earlier_ratio)
@@ -111,6 +112,8 @@ def tune_dot(config: TuneDotConfig) -> Path:
                 f"worse than before with {'; '.join(worse)}: try a lower --learning_rate, more "
                 "--num_images, or a lower --blend"
             )
+        # Another N would be measured at the first `lsd=`, and might pass the tuned plans over.
+        dot.register_to_config(speed_ratio=dot.config.speed_ratio or pipe.speed_ratio)
         _save(dot, config, {"decibels_by_step": found, "decibels_as_saved": saved})
     accelerator.wait_for_everyone()
     accelerator.end_training()

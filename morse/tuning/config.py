@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from morse.evaluation.bench.solvers import check_solvers
-from morse.training.common import RunConfig, require
+from morse.settings import require
+from morse.training.common import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +77,21 @@ class TuneDotConfig(RunConfig):
         },
     )
     prompts: tuple[str, ...] = field(default=(), metadata={"help": "for a text pipeline"})
+    prompt_embeds: Path | None = field(
+        default=None,
+        metadata={"help": "safetensors file, for a text pipeline without a text encoder"},
+    )
     class_names: tuple[str, ...] = field(default=(), metadata={"help": "for labels, or as prompts"})
     guidance_scale: float | None = field(
         default=None, metadata={"help": "the pipeline's own default if left out"}
     )
     gradient_checkpointing: bool = field(
         default=False,
-        metadata={"help": "compute Dash's activations twice rather than keep those of a whole run"},
+        metadata={
+            "help": "compute Dash's activations twice rather than keep those of a whole run; a "
+            "large Dash needs it, with mixed_precision all the more: each evaluation's casts of "
+            "its weights are kept till the backward pass, half a Dash each"
+        },
     )
     # Far fewer and dearer updates than those of train_dot, from a network that is trained.
     train_batch_size: int = field(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from morse.denoisers import find_denoiser
-from morse.dot.view import fingerprint
-from morse.training.checkpoint import read_tensors
-from morse.training.shards import digest, make_shards
+from morse.dot.fingerprint import fingerprint
+from morse.evaluation.digests import file_sha256
+from morse.training.shards import digest, make_shards, read_shard
 from morse.tuning.config import TuneDotConfig
 from morse.tuning.sampler import SampledRun
 
@@ -71,7 +71,7 @@ def prepare_targets(
         make=make,
         accelerator=accelerator,
     )
-    return Targets(torch.cat([read_tensors(path)["samples"] for path in paths]), config.num_images)
+    return Targets(torch.cat([read_shard(path)["samples"] for path in paths]), config.num_images)
 
 
 def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
@@ -88,5 +88,12 @@ def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
         "output_type": sampled.output_type,
         "seed": config.seed,
         "guidance_scale": config.guidance_scale,
-        "conditions": digest(repr((config.prompts, config.class_names))),
+        "conditions": digest(repr(_asked_for(config))),
     }
+
+
+def _asked_for(config: TuneDotConfig) -> tuple[object, ...]:
+    """Give what the targets are images of; embeddings by their file's contents."""
+    file = config.prompt_embeds
+    embeds = () if file is None else (file_sha256(file),)
+    return (config.prompts, config.class_names, *embeds)

@@ -1,10 +1,8 @@
 """Loads a pipeline once and makes one of it for each solver."""
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 
 # What a pipeline's call may ask for beside noise.
 ASKED_FOR = ("prompt", "class_labels", "batch_size")
+_LARGE_LATENTS = 64  # of images of 512 pixels, for most autoencoders
 
 
 def load_pipelines(
@@ -32,6 +31,8 @@ def load_pipelines(
     solvers: tuple[str, ...],
     device: str,
     needs_dot: bool = True,
+    dtype: torch.dtype = torch.float32,
+    merge_lora: bool = True,
 ) -> dict[str, "MorsePipeline"]:
     """Load one pipeline a solver, quiet, on `device`; all share one Dash and one Dot.
 
@@ -41,6 +42,8 @@ def load_pipelines(
         solvers: Keys of `SOLVERS`.
         device: See there.
         needs_dot: See there.
+        dtype: See there.
+        merge_lora: See `morse.enable_morse`.
 
     Returns:
         Morse pipelines: `SolverPipeline`s where there is a unet and a scheduler alone, else of the
@@ -48,14 +51,21 @@ def load_pipelines(
     """
     from morse.pipeline import MorsePipeline
 
-    bare, loaded_dot = load_bare(pipeline, dot, device, needs_dot)
+    bare, loaded_dot = load_bare(pipeline, dot, device, needs_dot, dtype)
     return {
-        solver: MorsePipeline.from_pipe(with_solver(bare, solver), loaded_dot) for solver in solvers
+        solver: MorsePipeline.from_pipe(
+            with_solver(bare, solver), loaded_dot, merge_lora=merge_lora
+        )
+        for solver in solvers
     }
 
 
 def load_bare(
-    pipeline: str, dot: str | None, device: str, needs_dot: bool = True
+    pipeline: str,
+    dot: str | None,
+    device: str,
+    needs_dot: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple["DiffusionPipeline", "MorseDot | None"]:
     """Load a pipeline without Morse in which every solver works, and its Dot, on `device`.
 
@@ -65,19 +75,20 @@ def load_bare(
         dot: A Dot's folder; None for the one that comes with the pipeline.
         device: A torch device, or "auto" for a GPU where there is one.
         needs_dot: Whether to refuse a pipeline without a Dot.
+        dtype: Of all networks.
 
     Raises:
         ValueError: If the device is unknown, or the pipeline has no Dot though one is needed, or is
             of another kind.
     """
     from morse.attach import disable_morse
-    from morse.pipeline import MorsePipeline
+    from morse.pipeline import MorsePipeline, absent_components
 
     torch_device = resolve_device(device)
     with _quiet_loading():
-        absent = _absent_components(pipeline)
+        absent = absent_components(pipeline)
         # Else text encoders come in the precision that they were saved in, and others in float32.
-        options = {"dtype": torch.float32, **absent}
+        options = {"dtype": dtype, **absent}
         loaded = MorsePipeline.from_pretrained(pipeline, dot=dot, **options).to(torch_device)
     if loaded.dot is None and needs_dot:
         raise ValueError(
@@ -98,13 +109,6 @@ def use_fast_layout(model: torch.nn.Module, device: torch.device) -> None:
     """
     if device.type in ("cuda", "cpu"):
         model.to(memory_format=torch.channels_last)
-
-
-def _absent_components(pipeline: str) -> dict[str, None]:
-    """Name the components that a folder was saved without, which diffusers wants to be told."""
-    file = Path(pipeline) / "model_index.json"
-    entries = json.loads(file.read_text()) if file.is_file() else {}
-    return {name: None for name, value in entries.items() if value == [None, None]}
 
 
 def _bare_pipeline(bare: "DiffusionPipeline", name: str) -> "DiffusionPipeline":
@@ -131,10 +135,15 @@ def _bare_pipeline(bare: "DiffusionPipeline", name: str) -> "DiffusionPipeline":
 
 
 def decode_in_full(vae: torch.nn.Module) -> None:
-    """Keep autocast out of an autoencoder's decoder: in float16 that of SDXL overflows."""
+    """Keep autocast out of an autoencoder's decoder: in float16 that of SDXL overflows.
+
+    Large images are decoded one by one: of a batch a GPU has no room for the features.
+    """
     decode = vae.decode
 
     def in_full(latents: torch.Tensor, *args: object, **kwargs: object) -> object:
+        if hasattr(vae, "enable_slicing") and min(latents.shape[-2:]) >= _LARGE_LATENTS:
+            vae.enable_slicing()
         with torch.autocast(latents.device.type, enabled=False):
             return decode(latents.to(vae.dtype), *args, **kwargs)
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from morse.evaluation.conditions import UNCONDITIONAL, Conditions
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, scheduler_options
 from morse.steps import find_exact_steps
+from morse.summary import quartiles
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.solver_pipeline import SolverPipeline
@@ -66,7 +66,7 @@ class Samples:
         full = self.batch_seconds[: len(self.images) // max(self.batch_size, 1)]
         if len(full) < 2:
             return None
-        return tuple(float(value) for value in np.quantile(full, (0.25, 0.5, 0.75)))
+        return tuple(quartiles(full))
 
 
 def sample_images(
@@ -90,14 +90,8 @@ def sample_images(
     Raises:
         ValueError: If the pipeline's scheduler can't make so many evaluations.
     """
-    options, grid, planned = {}, "", not isinstance(steps, int)
-    if isinstance(steps, SavedPlan):
-        options, grid = dict(steps.scheduler), steps.grid
-        steps = MorsePlan.from_string(steps.plan)
-    if planned:
-        settings = {"plan": steps}
-    else:
-        settings = {"num_inference_steps": find_exact_steps(pipe, {}, steps)}
+    settings, options, grid = _call_settings(pipe, steps)
+    planned = "plan" in settings
     images, num_broken, batch_seconds, runs = None, 0, [], []
     on_cuda = pipe.device.type == "cuda"
     if on_cuda:
@@ -119,22 +113,36 @@ def sample_images(
             num_broken += broken
             if planned:
                 runs.append(pipe.last_run)
-    broken = (
-        f"{num_broken} images are not finite and are scored as black ones" if num_broken else ""
-    )
+    broken = f"{num_broken} images are not finite and are scored as black ones"
     return Samples(
         images=images,
         num_dash=_mean_count([run.num_dash for run in runs], batch_size, len(seeds), steps),
         num_dot=_mean_count([run.num_dot for run in runs], batch_size, len(seeds), 0),
         seconds=time.perf_counter() - start,
-        plan=str(steps) if planned else "",
+        plan=str(settings.get("plan", "")),
         fallbacks=dict(sum((run.fallbacks for run in runs), Counter())),
         batch_seconds=tuple(batch_seconds),
         batch_size=batch_size,
         peak_memory_mib=torch.cuda.max_memory_allocated(pipe.device) / 2**20 if on_cuda else None,
-        note="; ".join(filter(None, (grid, broken))),
+        note="; ".join(filter(None, (grid, broken if num_broken else ""))),
         num_broken=num_broken,
     )
+
+
+def _call_settings(
+    pipe: "MorsePipeline | SolverPipeline", steps: int | MorsePlan | SavedPlan
+) -> tuple[dict[str, object], dict[str, object], str]:
+    """Return arguments of a call, options of the scheduler, and what a reader should know of them.
+
+    Raises:
+        ValueError: If the pipeline's scheduler can't make so many evaluations.
+    """
+    if isinstance(steps, SavedPlan):
+        settings = {"plan": MorsePlan.from_string(steps.plan)}
+        return settings, dict(steps.scheduler), steps.grid
+    if isinstance(steps, MorsePlan):
+        return {"plan": steps}, {}, ""
+    return {"num_inference_steps": find_exact_steps(pipe, {}, steps)}, {}, ""
 
 
 def _mean_count(counts: list[int], batch_size: int, total: int, bare: int) -> float:
@@ -155,7 +163,7 @@ def reference_images(samples: Samples) -> Tensor:
     if samples.num_broken:
         raise ValueError(
             f"{samples.num_broken} of the {len(samples.images)} reference images are not finite; "
-            "use --mixed_precision no, or bf16 in place of fp16"
+            "compute in float32, or in bfloat16 instead of float16 (--mixed_precision, --dtype)"
         )
     return samples.images
 

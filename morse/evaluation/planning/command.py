@@ -8,22 +8,26 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_pipelines
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS
+from morse.evaluation.bench.runs import reference_images, sample_images
 from morse.evaluation.bench.solvers import SPACING
-from morse.evaluation.conditions import Conditions, make_conditions
+from morse.evaluation.conditions import Conditions, encode_once, make_conditions
 from morse.evaluation.environment import autocast, command_line, environment
 from morse.evaluation.metrics import psnr
 from morse.evaluation.planning.best_fit import Trajectories, candidate_of, fit_best, follow
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture, fit_mixture
-from morse.evaluation.planning.search import Candidate, Evaluate, Found, search_plan
+from morse.evaluation.planning.search import Candidate, Evaluate, Found, Space, search_plan
 from morse.files import write_json
 from morse.plan import MorsePlan
 from morse.rates import own_parameters
 from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options, with_options
+from morse.settings import as_json
 from morse.steps import shorten_plan
 
 if TYPE_CHECKING:
@@ -35,7 +39,13 @@ __all__ = ["PlanConfig", "run_plan"]
 
 
 def run_plan(config: PlanConfig) -> None:
-    """Search, and write what was found and tried."""
+    """Search, and write what was found and tried.
+
+    Raises:
+        FileExistsError: If `output_dir` holds a Dot with plans that the search would not go on
+            from.
+    """
+    _check_output(config)
     pipes = _load(config)
     with autocast(pipes[REFERENCE_SOLVER].device, config.mixed_precision):
         _search(config, pipes)
@@ -44,19 +54,22 @@ def run_plan(config: PlanConfig) -> None:
 def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
     main = pipes[REFERENCE_SOLVER]
     conditions = make_conditions(
-        main, config.prompts, config.class_names, guidance_scale=config.guidance_scale
+        main, config.prompts, config.class_names, config.prompt_embeds, config.guidance_scale
     )
+    conditions = encode_once(pipes.values(), conditions)
     speed_ratio = _choose_speed_ratio(config, main, conditions)
     fits = config.fit_rounds + config.refine_rounds > 0 and "leapfrog" in config.solver
     judge_seeds, fit_seeds, mixture_seeds = _split_seeds(config)
     if mixture_seeds:
         # All pipelines have this Dot.
         main.dot.set_mixture(fit_mixture(main, mixture_seeds, config.batch_size, conditions))
+    # An overflow shows after few steps, before the many of the reference.
+    reference_images(sample_images(main, 2, judge_seeds[:1], 1, conditions=conditions))
     judged_on = follow(main, judge_seeds, config.batch_size, conditions)
     fitted_on = follow(main, fit_seeds, config.batch_size, conditions) if fits else None
     saved_plans = None if main.dot is None else main.dot.config.plans
     plans = {name: list(saved) for name, saved in (saved_plans or {}).items()}
-    report, curves = [], {}
+    report, curves = _earlier_searches(config), {}
     for solver, lsd in product(config.solver, config.lsd):
         pipe = pipes[solver]
         name = type(pipe.scheduler).__name__
@@ -64,18 +77,17 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
         same = [entry for entry in known if entry["lsd"] == lsd]
         evaluate = make_judge(config, pipe, judged_on)
         with remembering(find_denoiser(pipe)):
-            found = search_plan(
-                evaluate,
-                lsd,
-                speed_ratio,
-                config.grids(solver),
-                config.max_rounds,
+            space = Space(
+                lsd=lsd,
+                speed_ratio=speed_ratio,
+                grids=config.grids(solver),
                 ratios=config.ratios,
-                known=[candidate_of(entry) for entry in same],
                 with_dot=pipe.dot is not None,
                 with_mixture=pipe.dot is not None and pipe.dot.mixture is not None,
                 shorten=make_shorten(pipe),
             )
+            starts = [candidate_of(entry) for entry in same]
+            found = search_plan(evaluate, space, starts, config.max_rounds)
             if fits and solver == "leapfrog":
                 found = fit_best(config, found, evaluate, pipe, fitted_on, curves, known)
         saved = SavedPlan(
@@ -100,10 +112,37 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
         _write(config, main, plans, report, speed_ratio)
 
 
+def _check_output(config: PlanConfig) -> None:
+    """Refuse to overwrite the Dot and plans of an earlier search that this one would not keep."""
+    folder = config.output_dir
+    goes_on = config.dot is not None and Path(config.dot).resolve() == folder.resolve()
+    if (folder / "config.json").exists() and not goes_on:
+        raise FileExistsError(
+            f"output_dir is {folder}, which holds a Dot with its plans; go on from them with "
+            f"--dot {folder}, or name another folder"
+        )
+
+
+def _earlier_searches(config: PlanConfig) -> list[dict[str, object]]:
+    """Read what earlier searches into this folder told of solvers and budgets not searched now."""
+    file = config.output_dir / "plan_search.json"
+    earlier = json.loads(file.read_text())["searches"] if file.exists() else []
+    again = set(product(config.solver, config.lsd))
+    return [each for each in earlier if (each["solver"], each["lsd"]) not in again]
+
+
 def _load(config: PlanConfig) -> "dict[str, MorsePipeline]":
     """Load a pipeline for each solver and the reference, all with one Dash and one Dot."""
     solvers = tuple(dict.fromkeys((*config.solver, REFERENCE_SOLVER)))
-    pipes = load_pipelines(config.pipeline, config.dot, solvers, config.device, needs_dot=False)
+    pipes = load_pipelines(
+        config.pipeline,
+        config.dot,
+        solvers,
+        config.device,
+        needs_dot=False,
+        dtype=getattr(torch, config.dtype),
+        merge_lora=config.merge_lora,
+    )
     main = pipes[REFERENCE_SOLVER]
     if main.dot is None and set(config.solver) != {"leapfrog"}:
         raise ValueError(
@@ -197,14 +236,16 @@ def _write(
 ) -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     if main.dot is not None:
-        main.dot.register_to_config(plans=plans)
+        # With its N, or a call with `lsd=` would first measure another, and might pass plans over.
+        known = main.dot.config.speed_ratio or speed_ratio
+        main.dot.register_to_config(plans=plans, speed_ratio=known)
         main.dot.save_pretrained(config.output_dir)
     facts = {
         "command": command_line(),
         "environment": environment(main.device, config.mixed_precision),
         "speed_ratio": speed_ratio,
         "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps",
-        "settings": json.loads(json.dumps(vars(config), default=str)),
+        "settings": as_json(config),
         "searches": report,
     }
     write_json(config.output_dir / "plan_search.json", facts)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.planning.search import UNIFORM_RATIOS
+from morse.settings import require_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,32 +80,43 @@ class PlanConfig:
         },
     )
     prompts: tuple[str, ...] = field(default=(), metadata={"help": "for a text pipeline"})
+    prompt_embeds: Path | None = field(
+        default=None,
+        metadata={"help": "safetensors file, for a text pipeline without a text encoder"},
+    )
     class_names: tuple[str, ...] = field(default=(), metadata={"help": "for labels, or as prompts"})
     guidance_scale: float | None = field(
         default=None, metadata={"help": "the pipeline's own default if left out"}
     )
+    dtype: Literal["float32", "float16", "bfloat16"] = field(
+        default="float32",
+        metadata={"help": "of the networks; the two shorter ones take half the memory"},
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
-        default="no", metadata={"help": "autocast of the networks"}
+        default="no", metadata={"help": "autocast of networks in float32"}
+    )
+    merge_lora: bool = field(
+        default=True,
+        metadata={"help": "merge Dot's LoRA into a copy of Dash's weights: faster, more memory"},
     )
     device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto takes a GPU"})
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_solvers(self.solver)
-        for name in ("num_images", "num_quick_images", "num_fit_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be 1 or more")
+        ones = ("num_images", "num_quick_images", "num_fit_images", "batch_size", "lsd", "ratios")
+        zeros = ("fit_rounds", "refine_rounds", "mixture_images")
+        require_least(self, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
+        require_positive(self, ["speed_ratio"])
+        if self.dtype != "float32" and self.mixed_precision != "no":
+            raise ValueError(
+                f"dtype is {self.dtype} and mixed_precision {self.mixed_precision}; leave one away"
+            )
         if self.num_quick_images > self.num_images:
             raise ValueError(
                 f"num_quick_images is {self.num_quick_images}, but must be at most "
                 f"num_images = {self.num_images}"
             )
-        for name in ("fit_rounds", "refine_rounds", "mixture_images"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 or more")
-        for name in ("lsd", "ratios"):
-            if min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
 
     def grids(self, solver: str) -> list[tuple[tuple[str, object], ...]]:
         """List the scheduler options to choose from, which a saved plan brings with it."""

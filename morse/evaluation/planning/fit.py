@@ -154,27 +154,13 @@ def _least_squares(
         return sample(rows) if _are_possible(rows) else None
 
     def errors(images: Tensor | None) -> Tensor:
-        if images is None:
-            return torch.full((len(reference),), torch.inf)
-        return (images - reference).square().flatten(1).mean(1).clamp(min=1e-10)
+        return _errors(images, reference)
 
     tried = [(vector, run(vector)) for vector in starts]
     best, images = min(tried, key=lambda each: float(errors(each[1]).log().mean()))
     damping = _DAMPING
     for _ in range(rounds):
-        scale = errors(images).rsqrt()[:, None, None, None]
-        changes = {}
-        for index in reversed(free):  # from the run's end, for what Dash's calls are remembered
-            moved = best.copy()
-            moved[index] += steps[index]
-            changed = run(moved)
-            change = images * 0 if changed is None else (changed - images) / steps[index]
-            changes[index] = change * scale
-        parts = [(images - reference) * scale, *(changes[index] for index in free)]
-        products = torch.zeros(len(parts), len(parts), dtype=torch.float64)
-        for of_image in zip(*parts, strict=True):  # one at a time, for memory
-            own = torch.stack(of_image).double().flatten(1)
-            products += own @ own.T
+        products = _linearize(run, best, images, reference, steps, free)
         curvature, slope = products[1:, 1:], products[1:, 0]
         if not curvature.any():  # of a plan such as "D", whose samples no number changes
             break
@@ -193,6 +179,48 @@ def _least_squares(
         if gain < _LEAST_GAIN:
             break
     return best
+
+
+def _errors(images: Tensor | None, reference: Tensor) -> Tensor:
+    """Give each image's mean squared error, (B,); infinite where a run cannot be."""
+    if images is None:
+        return torch.full((len(reference),), torch.inf)
+    return (images - reference).square().flatten(1).mean(1).clamp(min=1e-10)
+
+
+def _linearize(
+    run: Callable[[np.ndarray], Tensor | None],
+    vector: np.ndarray,
+    images: Tensor,
+    reference: Tensor,
+    steps: np.ndarray,
+    free: list[int],
+) -> Tensor:
+    """Give the inner products of the error and of what each free number changes, relative to it.
+
+    Args:
+        run: Vector -> images, or None where a run cannot be.
+        vector: Where to linearize.
+        images: What it gives.
+        reference: As for `_least_squares`, like `steps` and `free`.
+
+    Returns:
+        (1 + F, 1 + F), the error's own first, float64.
+    """
+    scale = _errors(images, reference).rsqrt()[:, None, None, None]
+    changes = {}
+    for index in reversed(free):  # from the run's end, for what Dash's calls are remembered
+        moved = vector.copy()
+        moved[index] += steps[index]
+        changed = run(moved)
+        change = images * 0 if changed is None else (changed - images) / steps[index]
+        changes[index] = change * scale
+    parts = [(images - reference) * scale, *(changes[index] for index in free)]
+    products = torch.zeros(len(parts), len(parts), dtype=torch.float64)
+    for of_image in zip(*parts, strict=True):  # one at a time, for memory
+        own = torch.stack(of_image).double().flatten(1)
+        products += own @ own.T
+    return products
 
 
 def _are_possible(rows: Rows) -> bool:

@@ -51,33 +51,76 @@ class Found:
     fitted: dict[Candidate, float] = field(default_factory=dict)
 
 
-def uniform_candidates(
-    lsd: float,
-    speed_ratio: float,
-    grids: Sequence[tuple[tuple[str, object], ...]],
-    ratios: Sequence[float] = UNIFORM_RATIOS,
-) -> list[Candidate]:
-    """List uniform plans of several ratios, all Dash among them, on every grid."""
-    plans = [MorsePlan.from_budget(lsd, speed_ratio, ratio, 0.5) for ratio in (1.0, *ratios)]
-    strings = dict.fromkeys(str(plan) for plan in plans)
-    return [Candidate(plan, grid) for plan in strings for grid in grids]
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The plans that a search goes through.
 
-
-def early_candidates(
-    lsd: float, speed_ratio: float, grids: Sequence[tuple[tuple[str, object], ...]]
-) -> list[Candidate]:
-    """List plans in which Dash and Dot alternate first and Dash alone ends the run, on every grid.
-
-    Errors at high noise decide where a sample goes, those at low noise how near it gets: there a
-    Dash evaluation is worth most once the grid is fine.
+    Attributes:
+        lsd: The budget.
+        speed_ratio: N.
+        grids: Scheduler options to choose from.
+        ratios: Evaluations per LSD of the uniform plans to start from; all Dash is always tried.
+        with_dot: Whether there is a Dot; else the grids of all Dash are compared and no more.
+        with_mixture: Whether runs may begin with evaluations of a Gaussian mixture.
+        shorten: Plan -> one of a length that the solver can make, which is tried in its place.
     """
-    plans = []
-    for pairs in sorted({max(1, round(lsd / 3)), max(1, round(lsd / 2))}):
-        start = MorsePlan.from_string("Do" * pairs)
-        rest = lsd - start.cost(speed_ratio)
-        if rest >= 1:
-            plans.append(f"{start}{'D' * int(rest + 1e-9)}")
-    return [Candidate(plan, grid) for plan in plans for grid in grids]
+
+    lsd: float
+    speed_ratio: float
+    grids: Sequence[tuple[tuple[str, object], ...]] = ((),)
+    ratios: Sequence[float] = UNIFORM_RATIOS
+    with_dot: bool = True
+    with_mixture: bool = False
+    shorten: Callable[[str], str] = str
+
+    def possible(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Shorten plans to what the solver can make, and leave out what is there twice."""
+        shortened = (replace(each, plan=self.shorten(each.plan)) for each in candidates)
+        return list(dict.fromkeys(shortened))
+
+    def uniform(self) -> list[Candidate]:
+        """List uniform plans of several ratios, all Dash among them, on every grid."""
+        ratios = (1.0, *(self.ratios if self.with_dot else ()))
+        plans = [MorsePlan.from_budget(self.lsd, self.speed_ratio, each, 0.5) for each in ratios]
+        strings = dict.fromkeys(str(plan) for plan in plans)
+        return self.possible([Candidate(plan, grid) for plan in strings for grid in self.grids])
+
+    def early(self) -> list[Candidate]:
+        """List plans in which Dash and Dot alternate first and Dash alone ends, on every grid.
+
+        Errors at high noise decide where a sample goes, those at low noise how near it gets: there
+        a Dash evaluation is worth most once the grid is fine.
+        """
+        plans = []
+        for pairs in sorted({max(1, round(self.lsd / 3)), max(1, round(self.lsd / 2))}):
+            start = MorsePlan.from_string("Do" * pairs)
+            rest = self.lsd - start.cost(self.speed_ratio)
+            if rest >= 1:
+                plans.append(f"{start}{'D' * int(rest + 1e-9)}")
+        return [Candidate(plan, grid) for plan in plans for grid in self.grids]
+
+    def starts(self, known: Sequence[Candidate]) -> list[Candidate]:
+        """List what a search starts from.
+
+        Those of `known` are left out that `lsd=` would not run either, for their cost
+        (`morse.saved_plans.is_affordable`).
+        """
+        found = self.uniform()
+        if self.with_dot:
+            found += self.early()
+        costs = {each: MorsePlan.from_string(each.plan).cost(self.speed_ratio) for each in known}
+        found += [each for each, cost in costs.items() if is_affordable(cost, self.lsd)]
+        if self.with_mixture:
+            plans = dict.fromkeys(each.plan for each in found if each.plan[0] != "g")
+            begun = (MIXTURE_START + plan for plan in plans)
+            found += [Candidate(plan, grid) for plan in begun for grid in self.grids]
+        return self.possible(found)
+
+    def around(self, best: Candidate) -> list[Candidate]:
+        """List what differs a little from a candidate: its plan's neighbours, and other grids."""
+        plans = neighbours(best.plan, self.lsd, self.speed_ratio)
+        found = [Candidate(plan, best.options) for plan in plans]
+        return self.possible([*found, *(Candidate(best.plan, grid) for grid in self.grids)])
 
 
 def neighbours(whole: str, lsd: float, speed_ratio: float) -> Iterator[str]:
@@ -114,31 +157,15 @@ def neighbours(whole: str, lsd: float, speed_ratio: float) -> Iterator[str]:
 
 
 def search_plan(
-    evaluate: Evaluate,
-    lsd: float,
-    speed_ratio: float,
-    grids: Sequence[tuple[tuple[str, object], ...]] = ((),),
-    max_rounds: int = 6,
-    ratios: Sequence[float] = UNIFORM_RATIOS,
-    known: Sequence[Candidate] = (),
-    with_dot: bool = True,
-    with_mixture: bool = False,
-    shorten: Callable[[str], str] = str,
+    evaluate: Evaluate, space: Space, known: Sequence[Candidate] = (), max_rounds: int = 6
 ) -> Found:
     """Search the best plan for a budget.
 
     Args:
         evaluate: Judges a candidate.
-        lsd: The budget.
-        speed_ratio: N.
-        grids: Scheduler options to choose from.
+        space: The budget, and what to choose from.
+        known: To start from as well; see `Space.starts`.
         max_rounds: Steps to the best neighbour at most.
-        ratios: Evaluations per LSD of the uniform plans to start from; all Dash is always tried.
-        known: To start from as well, those excepted that `lsd=` would not run either, for their
-            cost (`morse.saved_plans.is_affordable`).
-        with_dot: Whether there is a Dot; else the grids of all Dash are compared and no more.
-        with_mixture: Whether runs may begin with evaluations of a Gaussian mixture.
-        shorten: Plan -> one of a length that the solver can make, which is tried in its place.
     """
     tried: dict[Candidate, float] = {}
 
@@ -150,32 +177,17 @@ def search_plan(
     def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
         return sorted(candidates, key=tried.__getitem__, reverse=True)
 
-    def possible(candidates: list[Candidate]) -> list[Candidate]:
-        shortened = (replace(each, plan=shorten(each.plan)) for each in candidates)
-        return list(dict.fromkeys(shortened))
-
-    uniform_plans = possible(
-        uniform_candidates(lsd, speed_ratio, grids, ratios if with_dot else ())
-    )
-    starts = [*uniform_plans]
-    if with_dot:
-        starts += early_candidates(lsd, speed_ratio, grids)
-    costs = {each: MorsePlan.from_string(each.plan).cost(speed_ratio) for each in known}
-    starts += [each for each, cost in costs.items() if is_affordable(cost, lsd)]
-    if with_mixture:
-        plans = dict.fromkeys(each.plan for each in starts if each.plan[0] != "g")
-        starts += [Candidate(MIXTURE_START + plan, grid) for plan in plans for grid in grids]
-    starts = possible(starts)
+    starts = space.starts(known)
     judge(starts)
     best = ranked(starts)[0]
-    for _ in range(max_rounds if with_dot else 0):
-        around = [Candidate(plan, best.options) for plan in neighbours(best.plan, lsd, speed_ratio)]
-        around = possible([*around, *(Candidate(best.plan, grid) for grid in grids)])
+    for _ in range(max_rounds if space.with_dot else 0):
+        around = space.around(best)
         judge(around)
         better = ranked([best, *around])[0]
         if better == best:
             break
         best = better
+    uniform_plans = space.uniform()
     all_dash = [each for each in uniform_plans if "o" not in each.plan]
     uniform = ranked(uniform_plans)[:2] + ranked(all_dash)[:1]
     final = {
