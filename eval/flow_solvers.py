@@ -7,7 +7,6 @@ that a rectified flow's solvers meet a network that was trained, on their own pa
 own noise levels.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from morse.evaluation.planning.memory import remembering
 from morse.files import write_json
 from morse.saved_plans import with_options
 from morse.schedulers import make_scheduler
+from morse.settings import as_json
 
 SOLVERS = {
     "euler": "Euler",
@@ -162,7 +162,7 @@ def flow_solvers(config: FlowSolversConfig) -> None:
     result = {
         "command": " ".join(["python -m eval.flow_solvers", *sys.argv[1:]]),
         "reference": f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps",
-        "settings": json.loads(json.dumps(vars(config), default=str)),
+        "settings": as_json(config),
         **environment(torch.device("cpu")),
         "rows": rows,
     }

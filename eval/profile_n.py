@@ -19,6 +19,7 @@ from torch import nn
 from morse import MorseDot, MorsePipeline
 from morse.cli import run_command
 from morse.evaluation.environment import environment
+from morse.evaluation.report.markdown import pipe_table
 from morse.files import write_bytes, write_json
 from morse.sampling import JumpPoint
 from morse.summary import quartiles
@@ -127,12 +128,12 @@ def to_markdown(result: dict) -> str:
     """Return the table of N, a row a change and a column a batch size."""
     sizes = sorted({entry["batch_size"] for entry in result["entries"]})
     cells = {(e["dot"], e["batch_size"]): e for e in result["entries"]}
-    header = " | ".join(f"N at batch {size} (Dot, ms)" for size in sizes)
-    lines = [f"| Dot | {header} |", "|---|" + "--:|" * len(sizes)]
+    lines = []
     for name in dict.fromkeys(entry["dot"] for entry in result["entries"]):
         row = [cells[name, size] for size in sizes]
         shown = [f"{e['speed_ratio']:.1f} ({1e3 * e['dot_seconds'][1]:.1f})" for e in row]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+        lines.append((name, *shown))
+    header = ("Dot", *(f"N at batch {size} (Dot, ms)" for size in sizes))
     dash = ", ".join(
         f"{1e3 * median(e['dash_seconds']):.0f} ms at batch {e['batch_size']}"
         for e in result["entries"]
@@ -143,7 +144,7 @@ def to_markdown(result: dict) -> str:
         f"{result['device']}, {result['dtype']}. {result['how']}; N is the ratio of medians. Dash: "
         f"{dash}. LoRA merged but in the last row. Only latency is compared: what a change does "
         f"to the images was not measured.\n\n```\n{result['command']}\n```\n\n"
-        + "\n".join(lines)
+        + pipe_table(header, lines, "|---|" + "--:|" * len(sizes))
         + "\n"
     )
 

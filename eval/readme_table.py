@@ -6,8 +6,8 @@
 import json
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
+from eval.pages import ROOT, marks, replace_between
 from morse.evaluation.ablation.report import compact_table
 from morse.evaluation.bench.methods import (
     BEST_TRAINING_FREE,
@@ -31,9 +31,9 @@ from morse.evaluation.report.data import (
     split_budgets,
     unscored_text,
 )
+from morse.evaluation.report.markdown import pipe_table
 from morse.evaluation.stats.curves import STATUS, Place
 
-ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "eval/results/README.md")
 RESULTS = ROOT / "eval/results/fashion_mnist"
 ABLATION = ROOT / "eval/results/ablation/ablation.json"
@@ -103,15 +103,15 @@ def make_table(
     guided = any(scale is not None for scale, *_ in rows)
     heads = ["guidance"] if guided else []
     heads += ["Fréchet distance, PSNR in dB, at LSD", *map(str, budgets)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     by_scale = sorted(rows, key=lambda key: key[0] or 0)
     for scale, name in dict.fromkeys((scale, name) for scale, name, _ in by_scale):
         cells = [f"{scale:g}"] if guided else []
         cells.append(f"**{name}**" if name in morse else name)
         cells += [_cell(result, rows.get((scale, name, each)), psnr_errors) for each in budgets]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"\n{mark} measured on {place}" for place, mark in footnotes(result).items()]
-    return "\n".join(lines)
+        lines.append(cells)
+    notes = [f"\n{mark} measured on {place}" for place, mark in footnotes(result).items()]
+    return "\n".join([pipe_table(heads, lines, "|---" * len(heads) + "|"), *notes])
 
 
 def shown_budgets(result: Result) -> list[float]:
@@ -151,12 +151,12 @@ def make_factors(results: dict[str, Result], baselines: tuple[str, ...]) -> str:
                 place = about if scale is None else f"{about}, guidance {scale:g}"
                 rows.setdefault((baseline, place), {})[entry["budget"]] = _factor(result, entry)
     budgets = sorted({budget for cells in rows.values() for budget in cells})
-    lines = [f"| against | times fewer LSD at | {' | '.join(map(str, budgets))} |"]
-    lines.append("|---" * (len(budgets) + 2) + "|")
-    for (baseline, place), cells in rows.items():
-        shown = " | ".join(cells.get(budget, "") for budget in budgets)
-        lines.append(f"| {baseline} | {place} | {shown} |")
-    return "\n".join(lines)
+    lines = [
+        (baseline, place, *(cells.get(budget, "") for budget in budgets))
+        for (baseline, place), cells in rows.items()
+    ]
+    header = ("against", "times fewer LSD at", *map(str, budgets))
+    return pipe_table(header, lines, "|---" * len(header) + "|")
 
 
 def _factor(result: Result, entry: Measured) -> str:
@@ -203,11 +203,11 @@ def make_speeds(entries: list[dict[str, object]]) -> str:
         (entry["batch_size"], entry["merged"], entry["mode"]): f"{entry['speed_ratio']:.1f}"
         for entry in entries
     }
-    lines = [f"| batch | {' | '.join(columns)} |", "|--:" * (len(columns) + 1) + "|"]
-    for size in sorted({size for size, *_ in found}):
-        cells = [str(size), *(found[size, *how] for how in columns.values())]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [
+        (str(size), *(found[size, *how] for how in columns.values()))
+        for size in sorted({size for size, *_ in found})
+    ]
+    return pipe_table(("batch", *columns), lines, "|--:" * (len(columns) + 1) + "|")
 
 
 def make_flow_table(result: dict[str, object]) -> str:
@@ -217,12 +217,12 @@ def make_flow_table(result: dict[str, object]) -> str:
         for row in result["rows"]
     }
     counts = sorted({count for _, count in cells})
-    lines = [f"| PSNR in dB, at evaluations | {' | '.join(map(str, counts))} |"]
-    lines.append("|---" * (len(counts) + 1) + "|")
-    for solver in dict.fromkeys(solver for solver, _ in cells):
-        shown = [cells.get((solver, count), "not measured") for count in counts]
-        lines.append(f"| {solver} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+    lines = [
+        (solver, *(cells.get((solver, count), "not measured") for count in counts))
+        for solver in dict.fromkeys(solver for solver, _ in cells)
+    ]
+    header = ("PSNR in dB, at evaluations", *map(str, counts))
+    return pipe_table(header, lines, "|---" * len(header) + "|")
 
 
 # By the names in the pages' marks.
@@ -244,23 +244,13 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def marks(name: str) -> tuple[str, str]:
-    """Return the lines before and after a table of a page."""
-    return f"<!-- begin {name}: python -m eval.readme_table -->", f"<!-- end {name} -->"
-
-
 def update(text: str) -> str:
     """Return a page's text with its tables redone from the committed JSON."""
     for name, make in TABLES.items():
-        if marks(name)[0] in text:
-            text = replace_between(text, *marks(name), make())
+        begin, end = marks(name, "eval.readme_table")
+        if begin in text:
+            text = replace_between(text, begin, end, make())
     return text
-
-
-def replace_between(text: str, begin: str, end: str, content: str) -> str:
-    """Return a text with what stands between two marks replaced."""
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def main() -> None:

@@ -7,14 +7,13 @@ first word is the table's row.
 import contextlib
 import io
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 
-from eval.readme_table import replace_between
+from eval.pages import ROOT, marks, replace_between
+from morse.evaluation.report.markdown import pipe_table
 
-ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- begin support: python -m eval.support_table -->", "<!-- end support -->"
+BEGIN, END = marks("support", "eval.support_table")
 # Row of the table -> its text; the marks use the keys.
 ROWS = {
     "pipeline": "Pipelines, with a weight-shared Dot",
@@ -69,9 +68,8 @@ def collect_support() -> dict[str, list[str]]:
 
 def make_table(support: dict[str, list[str]]) -> str:
     """Return the table as Markdown, without rows that have nothing."""
-    lines = ["| | shown by tests |", "|---|---|"]
-    lines += [f"| {ROWS[row]} | {', '.join(names)} |" for row, names in support.items() if names]
-    return "\n".join(lines)
+    rows = [(ROWS[row], ", ".join(names)) for row, names in support.items() if names]
+    return pipe_table(("", "shown by tests"), rows, "|---|---|")
 
 
 def main() -> None:

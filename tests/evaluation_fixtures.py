@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from morse.dot import MorseDot
-from morse.evaluation.bench import measuring
+from morse.evaluation.bench import grid, measuring
 from morse.pipeline import MorsePipeline
 
 QUICK_PLAN = {  # settings of a short search
@@ -24,7 +24,8 @@ REFERENCE_STEPS = 10  # of the benchmarks that use `short_reference`, to be quic
 def short_reference():
     """Runs a module's benchmarks against fewer steps, in whichever module imports it."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(measuring, "REFERENCE_STEPS", REFERENCE_STEPS)
+        for module in (measuring, grid):
+            patched.setattr(module, "REFERENCE_STEPS", REFERENCE_STEPS)
         yield
 
 

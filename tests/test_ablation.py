@@ -4,6 +4,7 @@ import operator
 
 import numpy as np
 import pytest
+from idx_files import write_parts
 from scipy import stats
 
 from morse.cli import parse_config
@@ -310,10 +311,7 @@ def tiny(build_unet, tmp_path_factory):
     DDPMPipeline(build_unet(channels=(8, 8), sample_size=8), scheduler).save_pretrained(
         folder / "dash"
     )
-    for name, count in (("train", 10), ("t10k", 6)):
-        images = np.random.default_rng(count).integers(0, 256, (count, 8, 8), dtype=np.uint8)
-        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    write_parts(folder)
     return ["--pipeline", str(folder / "dash"), "--train_data_dir", str(folder), "--quick",
             "--lora_rank", "4"]  # fmt: skip
 

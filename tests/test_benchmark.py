@@ -14,7 +14,7 @@ from evaluation_fixtures import (  # noqa: F401
 )
 from PIL import Image
 
-from morse.evaluation.bench import sampler
+from morse.evaluation.bench import pipelines, sampler
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark, run_benchmark
 from morse.evaluation.bench.loading import load_bare, load_pipelines
 from morse.evaluation.bench.speed import measure_speed_table
@@ -101,14 +101,14 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     assert all(list(row["scores"]["psnr"]["by_seed"]) == ["0"] for row in partial["rows"])
 
     # The same command would measure another Dot, whose plans were searched meanwhile.
-    load = sampler.load_bare
+    load = pipelines.load_bare
 
     def load_changed(*args):
         bare, dot = load(*args)
         dot.register_to_config(plans={"DDIMScheduler": [SavedPlan(3, "DDD").to_config()]})
         return bare, dot
 
-    monkeypatch.setattr(sampler, "load_bare", load_changed)
+    monkeypatch.setattr(pipelines, "load_bare", load_changed)
     with pytest.raises(ValueError, match=r"dot_sha256 is '.* repeat its settings"):
         run_benchmark(dataclasses.replace(config, resume=True))
 

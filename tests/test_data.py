@@ -1,22 +1,15 @@
-import gzip
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from idx_files import write_idx
 from PIL import Image, PngImagePlugin
 
 from morse.training.batches import StepBatches, step_loader
 from morse.training.data import open_images, to_model_range
 from morse.training.idx import IDX_IMAGES, IDX_LABELS, fit_images, read_idx
-
-
-def write_idx(path, array, magic=None):
-    magic = (0x00000800 | array.ndim) if magic is None else magic
-    content = b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape)) + array.tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
 
 
 @pytest.fixture

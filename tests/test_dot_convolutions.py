@@ -7,13 +7,13 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.state import AcceleratorState
 from attached import in_two_threads
 from diffusers import DDPMPipeline, DDPMScheduler
+from idx_files import write_parts
 from safetensors.torch import load_file
 from test_transformer_dots import inputs as transformer_inputs
 from tiny_pipelines import TEXT_CHANNELS, text_unet
@@ -447,10 +447,7 @@ class TestTraining:
         base, data = (tmp_path_factory.mktemp(name) for name in ("base", "data"))
         unet = build_unet(channels=(8, 8), sample_size=8)
         DDPMPipeline(unet, DDPMScheduler(clip_sample=False)).save_pretrained(base)
-        for name, count in (("train", 8), ("t10k", 3)):
-            images = np.random.default_rng(count).integers(0, 256, (count, 8, 8), dtype=np.uint8)
-            header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
-            (data / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        write_parts(data, 8, 3)
 
         def config(conv, *words, more=()):
             AcceleratorState._reset_state(reset_partial_state=True)

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from morse.evaluation.digests import file_sha256
 from morse.evaluation.features import FashionFeatures, features_sha256
 from morse.evaluation.fid import transformers_extractors
-from morse.evaluation.fid.extractors import ExtractorOptions, file_sha256, load_extractor
+from morse.evaluation.fid.extractors import ExtractorOptions, load_extractor
 from morse.evaluation.torch_fidelity_loader import fidelity_module
 
 CPU = torch.device("cpu")

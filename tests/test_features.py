@@ -1,12 +1,11 @@
-import gzip
 import shutil
-import struct
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from idx_files import write_idx
 from PIL import Image
 
 from morse.evaluation.features import (
@@ -21,11 +20,6 @@ from morse.evaluation.metrics import feature_statistics, frechet_distance
 from morse.evaluation.train_features import TrainFeaturesConfig, augment, train_features
 
 DATA = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
-
-
-def write_idx(path, array):
-    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
 
 
 @pytest.fixture

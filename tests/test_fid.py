@@ -20,7 +20,7 @@ from morse import MorseDot, MorsePipeline, enable_morse
 from morse.cli import parse_config
 from morse.evaluation.ablation.workers import one_thread
 from morse.evaluation.features import extract_features, load_features, load_reference
-from morse.evaluation.fid.budgets import _methods
+from morse.evaluation.fid.budgets import _recipes
 from morse.evaluation.fid.command import FidConfig, run_fid
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
 
@@ -203,7 +203,7 @@ def test_evaluations_are_counted_as_the_scheduler_makes_them():
     pipe = enable_morse(pipe, lambda *inputs, **conditions: 0)
     pipe.speed_ratio = 4.0
     config = SimpleNamespace(reference_steps=7, num_inference_steps=(5,), lsd=(3, 4))
-    reference, bare, *planned = _methods(config, pipe)
+    reference, bare, *planned = _recipes(config, pipe)
     # All but the last step are evaluated twice, and a plan has what such a call can make.
     assert (reference.steps, reference.num_dash) == (7, 13)
     assert (bare.steps, bare.num_dash) == (5, 9)
@@ -243,7 +243,9 @@ def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path, caps
         ({"real": "a.npz", "save_stats": Path("s.npz")}, "save_stats"),
         ({"real": "a", "fake": "b", "lpips": True}, "--reference_steps"),
         ({"real": "a", "fake": "b", "num_images": 1}, "num_images is 1"),
-        ({"pipeline": "p", "output_dir": Path("o"), "lsd": (0.5,)}, "lsd is"),
+        ({"real": "a", "fake": "b", "lpips_weights": Path("w")}, "give --lpips as well"),
+        ({"pipeline": "p", "output_dir": Path("o"), "lsd": (0.5,)}, "lsd is .* 1 or more each"),
+        ({"pipeline": "p", "lsd": (5,), "speed_ratio": 0.0}, "speed_ratio is 0.0; it must be"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):

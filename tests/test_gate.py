@@ -1,11 +1,11 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
+from idx_files import write_parts
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -246,10 +246,7 @@ OPTIONS = """--train_batch_size 3 --lr_warmup_steps 0 --learning_rate 1e-2 --val
 @pytest.fixture(scope="module")
 def folders(build_unet, tmp_path_factory):
     data, base = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("base")
-    for name, count in (("train", 10), ("t10k", 8)):
-        images = np.random.default_rng(count).integers(0, 256, (count, 8, 8), dtype=np.uint8)
-        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
-        (data / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    write_parts(data, 10, 8)
     scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
     unet = build_unet(channels=(8, 8), sample_size=8)
     DDPMPipeline(unet, scheduler).save_pretrained(base)

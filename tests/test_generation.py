@@ -11,13 +11,13 @@ from PIL import Image
 
 from morse.evaluation.conditions import UNCONDITIONAL, Conditions, make_conditions
 from morse.evaluation.fid.budgets import _cost
-from morse.evaluation.fid.generation import Method, Request, generate, generated_set
+from morse.evaluation.fid.generation import Recipe, Request, generate, generated_set
 from morse.evaluation.fid.image_sets import open_image_set
 from morse.pipeline import MorsePipeline
 from morse.plan import MorsePlan
 
-MORSE = Method("Morse, 2 LSD", "lsd_2", "morse", MorsePlan.from_string("DooDo"), 2, 2)
-BARE = Method("2 steps", "steps_2", "baseline", 2, 2, 2)
+MORSE = Recipe("Morse, 2 LSD", "lsd_2", "morse", MorsePlan.from_string("DooDo"), 2, 2)
+BARE = Recipe("2 steps", "steps_2", "baseline", 2, 2, 2)
 REQUEST = Request(7, 5, 2, UNCONDITIONAL, {"pipeline": "tiny"})
 
 

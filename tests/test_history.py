@@ -6,6 +6,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from idx_files import write_idx
 from pipeline_checks import latents, make_dot
 from test_guidance import SeparateGuidance
 from test_schedulers import make, sample
@@ -430,8 +431,7 @@ def test_a_cache_made_without_history_trains_a_dot_with_it(build_unet, tmp_path)
     data.mkdir()
     for name, count in (("train", 8), ("t10k", 4)):
         images = torch.randint(0, 256, (count, 8, 8), dtype=torch.uint8).numpy()
-        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
-        (data / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        write_idx(data / f"{name}-images-idx3-ubyte", images)
     unet = build_unet(channels=(8, 8), sample_size=8)
     scheduler = diffusers.DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
     diffusers.DDPMPipeline(unet, scheduler).save_pretrained(base)

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from morse.evaluation.fid.extractors import Extractor
 from morse.evaluation.fid.feature_sets import FeatureSet, load_statistics, save_statistics
+from morse.evaluation.fid.fidelity import fidelity_scores
 from morse.evaluation.fid.image_metrics import (
     Score,
     axes,
     clip_score,
     cmmd,
     feature_scores,
-    fidelity_scores,
     frechet_error,
     inception_score,
     kernel_distance,

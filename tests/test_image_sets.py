@@ -1,8 +1,7 @@
-import gzip
-
 import numpy as np
 import pytest
 import torch
+from idx_files import write_idx
 from PIL import Image
 
 from morse.evaluation.fid.image_sets import ReadingFacts, open_image_set, read_batches
@@ -98,11 +97,6 @@ def test_empty_and_missing_folders(tmp_path):
         open_image_set(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_image_set(str(tmp_path / "nowhere"))
-
-
-def write_idx(path, array):
-    header = (0x803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
 def test_idx_folders_have_splits(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from idx_files import write_idx
 from pipeline_checks import check, counted, latents, make_dot
 from safetensors.torch import load_file
 from test_controlnets import controlnet
@@ -526,19 +527,14 @@ def branches(frozen):
     return dataclasses.replace(frozen, dash=dataclasses.replace(frozen.dash, guidance="branches"))
 
 
-def write_idx(path, array, magic):
-    header = b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape))
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
-
-
 class TestTraining:
     @pytest.fixture(scope="class")
     def folders(self, tmp_path_factory):
         data, base = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("base")
         for name, count in (("train", 10), ("t10k", 6)):
             images = np.random.default_rng(count).integers(0, 256, (count, 8, 8))
-            write_idx(data / f"{name}-images-idx3-ubyte", images, 0x803)
-            write_idx(data / f"{name}-labels-idx1-ubyte", np.arange(count) % 2, 0x801)
+            write_idx(data / f"{name}-images-idx3-ubyte", images)
+            write_idx(data / f"{name}-labels-idx1-ubyte", np.arange(count) % 2)
         text_pipeline().save_pretrained(base)
         return data, base
 

@@ -9,26 +9,26 @@ from report_fixtures import full_result
 from report_older import without_errors
 
 from eval import readme_table
+from eval.pages import marks
 from eval.readme_table import (
     PAGES,
     PLANNED,
     TABLES,
     make_factors,
     make_table,
-    marks,
     shown_budgets,
     update,
 )
 from morse.evaluation.bench.methods import BEST_TRAINING_FREE, BEST_WITH_MIXTURE
 from morse.evaluation.stats.curves import STATUS, Place
 
-ROOT = Path(__file__).parents[1]
+ROOT, MODULE = Path(__file__).parents[1], "eval.readme_table"
 
 
 def test_the_tables_are_those_of_the_committed_results():
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     for name in TABLES:
-        assert all(sum(text.count(mark) for text in texts) == 1 for mark in marks(name))
+        assert all(sum(text.count(mark) for text in texts) == 1 for mark in marks(name, MODULE))
     assert [update(text) for text in texts] == texts
 
 
@@ -43,7 +43,7 @@ def test_links_and_pictures_are_there(page):
 def test_a_changed_figure_changes_the_table(monkeypatch):
     result = full_result()
     monkeypatch.setattr(readme_table, "TABLES", {"table": lambda: make_table(result)})
-    begin, end = marks("table")
+    begin, end = marks("table", MODULE)
     text = f"before\n{begin}\n{make_table(result)}\n{end}\nafter"
     assert update(text) == text
     result["rows"][3]["scores"]["frechet"]["value"] += 0.1

@@ -4,11 +4,11 @@ import json
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
+from idx_files import write_parts
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -215,10 +215,7 @@ def test_pictures_in_validation_are_runs_of_it(frozen, dot):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for name, count in (("train", 10), ("t10k", 6)):
-        images = np.random.default_rng(count).integers(0, 256, (count, 8, 8), dtype=np.uint8)
-        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    write_parts(folder)
     return folder
 
 

@@ -48,6 +48,10 @@ def test_a_store_resumes_only_the_same_run(tmp_path):
     again = CellStore(tmp_path, SETTINGS, resume=True)
     assert again.has(cell.method, 5, 0)
     assert not again.has(cell.method, 6, 0) and not again.has(cell.method, 5, 10)
+    for content in ("{", "[]"):
+        (tmp_path / "settings.json").write_text(content)
+        with pytest.raises(ValueError, match=r"settings\.json is damaged .*; delete "):
+            CellStore(tmp_path, SETTINGS, resume=True)
     with pytest.raises(FileNotFoundError):
         again.get(cell.method, 6, 0)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.readme_table import replace_between
+from eval.pages import replace_between
 from eval.support_table import BEGIN, END, make_table, read_marks
 
 ROOT = Path(__file__).parents[1]

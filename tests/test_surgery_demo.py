@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from idx_files import write_idx
 
 from morse.compression import NetworkSurgery
-from morse.training.idx import IDX_IMAGES, IDX_LABELS
 from pipelines.network_surgery import (
     LAYERS,
     SurgeryConfig,
@@ -21,11 +21,6 @@ from pipelines.network_surgery import (
 RESULTS = Path(__file__).parents[1] / "eval/results/surgery"
 
 
-def write_idx(path, array, magic):
-    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-    path.write_bytes(magic.to_bytes(4, "big") + sizes + array.tobytes())
-
-
 @pytest.fixture
 def images(tmp_path):
     """Noisy images of ten easy classes."""
@@ -35,8 +30,8 @@ def images(tmp_path):
         labels = generator.integers(0, 10, count).astype(np.uint8)
         noise = generator.integers(0, 56, (count, 28, 28))
         pixels = (classes[labels] + noise).astype(np.uint8)
-        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", pixels, IDX_IMAGES)
-        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels, IDX_LABELS)
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", pixels)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
     return tmp_path
 
 

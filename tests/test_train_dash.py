@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from idx_files import write_idx
 from safetensors.torch import load_file
 
 from morse.cli import parse_config
@@ -20,10 +21,7 @@ OPTIONS = """--resolution 8 --block_out_channels 8 8 --train_batch_size 3 --max_
 @pytest.fixture(scope="module")
 def data_file(tmp_path_factory):
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8), dtype=np.uint8)
-    path = tmp_path_factory.mktemp("data") / "images-idx3-ubyte"
-    header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
-    path.write_bytes(header + images.tobytes())
-    return path
+    return write_idx(tmp_path_factory.mktemp("data") / "images-idx3-ubyte", images)
 
 
 def make_config(data_file, output_dir, *options):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from idx_files import write_idx
 from safetensors.torch import load_file
 
 from morse.cli import parse_config
@@ -23,9 +24,8 @@ def data_dir(tmp_path_factory):
     images = np.where(labels[:, None, None] == 0, 220, 40).astype(np.uint8)
     images = np.broadcast_to(images, (12, 8, 8)).copy()
     for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-        header = b"".join(n.to_bytes(4, "big") for n in (0x800 | array.ndim, *array.shape))
         for part in ("train", "t10k"):
-            (folder / f"{part}-{name}-ubyte").write_bytes(header + array.tobytes())
+            write_idx(folder / f"{part}-{name}-ubyte", array)
     return folder
 
 

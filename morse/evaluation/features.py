@@ -1,6 +1,5 @@
 """A small Fashion-MNIST classifier whose features the Fréchet distance is measured in."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from morse.evaluation.digests import file_sha256
 from morse.files import write_json
 from morse.training.checkpoint import atomic_save_file
 
@@ -192,7 +192,7 @@ def read_features_config(path: str | Path | None = None) -> dict[str, object]:
 
 def features_sha256() -> str:
     """Return the SHA-256 of the shipped classifier's weights, to be printed beside every figure."""
-    return hashlib.sha256(_existing(EMBEDDED / "model.safetensors").read_bytes()).hexdigest()
+    return file_sha256(_existing(EMBEDDED / "model.safetensors"))
 
 
 def _existing(file: Path) -> Path:

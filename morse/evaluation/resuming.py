@@ -1,10 +1,12 @@
-"""Folders of finished measurements that a stopped run goes on with."""
+"""Folders of finished work that a stopped run goes on with, if its settings are the same."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from morse.files import write_json
+
+SETTINGS_FILE = "settings.json"
 
 
 def open_folder(
@@ -20,16 +22,15 @@ def open_folder(
 
     Raises:
         FileExistsError: If the folder holds a run and `resume` is off.
-        ValueError: If that run had other settings.
+        ValueError: If that run had other settings, or the file with them is damaged.
     """
-    saved = folder / "settings.json"
-    if saved.exists():
+    if (folder / SETTINGS_FILE).exists():
         if not resume:
             raise FileExistsError(
                 f"output_dir {folder} holds a run already; go on with it by --resume, or name "
                 "another folder"
             )
-        before = json.loads(saved.read_text("utf-8"))
+        before = _read_settings(folder)
         for name, value in settings.items():
             if value != before.get(name) and not (may_lack and name not in before):
                 raise ValueError(
@@ -37,4 +38,43 @@ def open_folder(
                     "repeat its settings or name another output_dir"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(saved, settings)
+    write_json(folder / SETTINGS_FILE, settings)
+
+
+def check_images(folder: Path, settings: Mapping[str, object]) -> None:
+    """Check that a folder is free, or holds images made with just these settings.
+
+    Raises:
+        ValueError: If it holds anything else, or the file with its settings is damaged.
+    """
+    if not (folder / SETTINGS_FILE).exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} is not empty and has no {SETTINGS_FILE}, so nobody knows what made its "
+                "files; give another --output_dir"
+            )
+        return
+    found = _read_settings(folder)
+    told = "; ".join(
+        f"{key} was {_short(found.get(key))} and is {_short(settings.get(key))}"
+        for key in sorted({*settings, *found})
+        if settings.get(key) != found.get(key)
+    )
+    if told:
+        raise ValueError(
+            f"{folder} holds images of other settings ({told}); give another --output_dir, or "
+            "delete that folder"
+        )
+
+
+def _read_settings(folder: Path) -> dict[str, object]:
+    file = folder / SETTINGS_FILE
+    try:
+        return dict(json.loads(file.read_text("utf-8")).items())
+    except (ValueError, AttributeError) as error:  # no JSON, or another kind of it
+        raise ValueError(f"{file} is damaged ({error}); delete {folder}") from error
+
+
+def _short(value: object, most: int = 60) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,11 +1,10 @@
 """Settings of the ablation."""
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from morse.evaluation.ablation.rows import ROWS, Row
-from morse.training.common import replace_defaults, require
+from morse.settings import as_json, replace_defaults, require_least
 from morse.training.config import TrainDotConfig
 from morse.training.pairs import LossWeighting
 from morse.training.windows import TimestepSampling
@@ -21,6 +20,9 @@ QUICK: dict[str, object] = {
     "latency_batch_size": 2,
     "latency_rounds": 3,
 }
+LEAST = {
+    "seeds": 1, "workers": 1, "latency_batch_size": 1, "latency_rounds": 2, "cache_windows": 1,
+}  # fmt: skip
 # Settings that TrainDotConfig knows under the same name; every run of an ablation shares them.
 _TRAINING = (
     "max_train_steps", "train_batch_size", "learning_rate", "lr_warmup_steps", "ema_max_decay",
@@ -100,10 +102,7 @@ class AblationConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges, and take --quick's settings."""
-        least = {"seeds": 1, "workers": 1, "latency_batch_size": 1, "latency_rounds": 2}
-        for name, minimum in {**least, "cache_windows": 1}.items():
-            value = getattr(self, name)
-            require(value >= minimum, name, value, f"{minimum} or more")
+        require_least(self, LEAST)
         if self.from_json is None:
             if self.train_data_dir is None:
                 raise ValueError("train_data_dir is not given; name the folder of images")
@@ -159,4 +158,5 @@ class AblationConfig:
         """Return the settings that a run's result depends on, as JSON."""
         names = (*_TRAINING, "pipeline", "train_data_dir", "cache_windows", "validation_images")
         names += ("latency_batch_size", "latency_rounds")
-        return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
+        settings = as_json(self)
+        return {name: settings[name] for name in names}

@@ -40,8 +40,7 @@ def make_calls(
     Every round is at other timesteps, as every step of a run is.
     """
     dash, schedule = pipeline.dash.model, pipeline.dash.schedule
-    size = pipeline.resolution // (1 if pipeline.codec is None else pipeline.codec.factor)
-    shape = (batch_size, dash.config.in_channels, size, size)
+    shape = (batch_size, dash.config.in_channels, *pipeline.sample_size)
     sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
 
     def timestep(round_: int, share: float) -> torch.Tensor:

@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 from morse.evaluation.ablation.rows import PLAIN
 from morse.evaluation.ablation.statistics import Difference, paired_difference
+from morse.evaluation.report.markdown import pipe_table
 from morse.files import write_bytes, write_json
 
 SCHEMA_VERSION = 1
@@ -61,17 +62,15 @@ def find_winners(result: Result) -> list[RowFacts]:
 def compact_table(result: Result) -> str:
     """Return a short table of all rows, and which of them win, as Markdown."""
     rows = {row["name"]: row for row in result["rows"]}
-    lines = [
-        "| Dot | residual ratio | against its controls | time of an evaluation, plain = 1 |",
-        "|---|--:|---|--:|",
-    ]
+    header = ("Dot", "residual ratio", "against its controls", "time of an evaluation, plain = 1")
+    lines = []
     for row in result["rows"]:
         controls = () if row["name"] == PLAIN else row["controls"]
         against = "; ".join(_against(row, rows[name], 3) for name in controls)
-        lines.append(f"| {row['name']} | {_ratio(row)} | {against} | {_to_plain(row)} |")
+        lines.append((row["name"], _ratio(row), against, _to_plain(row)))
     winners = ", ".join(f"{row['name']} ({_ratio(row)})" for row in find_winners(result))
-    lines += ["", f"Better than the plain Dot and than their controls: {winners or 'none'}."]
-    return "\n".join(lines)
+    note = f"Better than the plain Dot and than their controls: {winners or 'none'}."
+    return f"{pipe_table(header, lines, '|---|--:|---|--:|')}\n\n{note}"
 
 
 def to_markdown(result: Result) -> str:
@@ -108,18 +107,16 @@ def to_markdown(result: Result) -> str:
 
 def _main_table(result: Result) -> str:
     rows = {row["name"]: row for row in result["rows"]}
-    lines = [
-        "| row | residual ratio | difference to plain | | against its other controls |",
-        "|---|--:|--:|---|---|",
-    ]
+    header = ("row", "residual ratio", "difference to plain", "", "against its other controls")
+    lines = []
     for row in result["rows"]:
         cells = [row["name"], _ratio(row), "", "", ""]
         if row["name"] != PLAIN:
             cells[2:4] = _difference(compare_rows(row, rows[PLAIN]))
             others = [name for name in row["controls"] if name != PLAIN]
             cells[4] = "; ".join(_against(row, rows[name], 4) for name in others)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return pipe_table(header, lines, "|---|--:|--:|---|---|")
 
 
 def _judgement_note(result: Result) -> str:
@@ -136,10 +133,8 @@ def _judgement_note(result: Result) -> str:
 
 
 def _cost_table(result: Result) -> str:
-    lines = [
-        "| row | parameters | not zero | file, kB | Dot, ms | time, plain = 1 | N | training, s |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    header = ("row", "parameters", "not zero", "file, kB", "Dot, ms", "time, plain = 1", "N")
+    lines = []
     for row in result["rows"]:
         latency = row["latency"]
         low, middle, high = (1e3 * s for s in latency["dot_seconds"]) if latency else (0, 0, 0)
@@ -152,8 +147,8 @@ def _cost_table(result: Result) -> str:
             f"{latency['speed_ratio']:.2f}" if latency else "",
             _mean_of(row, lambda run: run["cpu_seconds"], "{:.0f}"),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return pipe_table((*header, "training, s"), lines, "|---|" + "--:|" * 7)
 
 
 def _cost_note(result: Result) -> str:
@@ -172,23 +167,21 @@ def _detail_table(result: Result, prefix: str) -> str:
     names = [name for row in result["rows"] for run in row["runs"] for name in run["ratios"]]
     shown = [name for name in dict.fromkeys(names) if name.startswith(prefix)]
     heads = [name.partition("/")[2] or "all" for name in shown]
-    lines = [f"| row | {' | '.join(heads)} |", "|---|" + "--:|" * len(shown)]
-    for row in result["rows"]:
-        lines.append(f"| {row['name']} | {' | '.join(_ratio(row, name) for name in shown)} |")
-    return "\n".join(lines)
+    lines = [(row["name"], *(_ratio(row, name) for name in shown)) for row in result["rows"]]
+    return pipe_table(("row", *heads), lines, "|---|" + "--:|" * len(shown))
 
 
 def _row_table(result: Result) -> str:
     rows = {row["name"]: row for row in result["rows"]}
-    lines = ["| row | what it is | settings |", "|---|---|---|"]
+    lines = []
     for row in result["rows"]:
         settings = ", ".join(f"`{key}={value}`" for key, value in row["overrides"].items())
         text = row["description"]
         if row["same_size_as"]:
             sizes = (_count(each, "nonzero") for each in (row, rows[row["same_size_as"]]))
             text += " ({} parameters, for {})".format(*sizes)
-        lines.append(f"| {row['name']} | {text} | {settings} |")
-    return "\n".join(lines)
+        lines.append((row["name"], text, settings))
+    return pipe_table(("row", "what it is", "settings"), lines, "|---|---|---|")
 
 
 def _difference(found: Difference | None, digits: int = 4) -> tuple[str, str]:

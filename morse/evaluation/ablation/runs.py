@@ -122,7 +122,8 @@ def train_and_measure(
     dot = load_dot(folder, measured_on.pipeline.dash.model)
     counts = count_parameters(dot)
     size = disk_size(folder)
-    shutil.rmtree(folder / f"checkpoint-{config.max_train_steps}", ignore_errors=True)
+    for checkpoint in [*folder.rglob("checkpoint-*")]:  # of a first stage too
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return {
         "row": name,
         "seed": seed,

@@ -1,7 +1,5 @@
 """The benchmark: every method at every budget, in one JSON file with a table and a plot."""
 
-import dataclasses
-import json
 import math
 import time
 
@@ -23,13 +21,14 @@ from morse.evaluation.bench.parts import join_parts, part_folders
 from morse.evaluation.bench.real_images import open_real, read_real
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.store import CellStore
+from morse.evaluation.digests import file_sha256
 from morse.evaluation.environment import AUTOCAST, command_line, environment, resolve_device
-from morse.evaluation.fid.extractors import file_sha256
 from morse.evaluation.report.data import SCHEMA_VERSION, read_result
 from morse.evaluation.report.render import render
 from morse.evaluation.stats.points import Statistics
 from morse.evaluation.stats.summary import rounded, summarize
 from morse.files import write_json
+from morse.settings import as_json
 
 __all__ = ["BenchmarkConfig", "measure_benchmark", "run_benchmark"]
 
@@ -78,10 +77,10 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     extractor = choose_extractor(config, device)
     opened = open_real(config.real, extractor)
     bench = Bench(config)
-    deadline = time.monotonic() + (config.max_seconds or math.inf)
+    deadline = time.monotonic() + (math.inf if config.max_seconds is None else config.max_seconds)
     scales = bench.guidance_scales()
     conditions = [bench.conditions(scale) for scale in scales]  # what is wrong is told at once
-    identity = {**config.identity(), **bench.models}
+    identity = {**config.identity(), **bench.pipelines.models}
     identity["machine"] = environment(bench.device)  # times of two would not compare
     if config.prompt_embeds is not None:
         identity["prompt_embeds_sha256"] = file_sha256(config.prompt_embeds)
@@ -98,7 +97,7 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
         hasten_after_tables(parts)
     facts = [measure_cells(part) for part in parts]
     figures = [_summarize(part) for part in parts]
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    settings = as_json(config)
     result = {
         "schema_version": SCHEMA_VERSION,
         "command": command_line(),

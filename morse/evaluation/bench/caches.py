@@ -7,7 +7,7 @@ pipelines do. `_installed` sees to both, and removes every hook afterwards.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -103,7 +103,7 @@ def _no_transformer(denoiser: nn.Module) -> str:
     )
 
 
-def first_block_cache(pipe: "DiffusionPipeline", threshold: float) -> object:
+def first_block_cache(pipe: "DiffusionPipeline", threshold: float) -> AbstractContextManager[None]:
     """Skip all blocks but the first where its residual changed by less than `threshold`."""
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
@@ -111,7 +111,7 @@ def first_block_cache(pipe: "DiffusionPipeline", threshold: float) -> object:
     return _installed(pipe, lambda denoiser, _: apply_first_block_cache(denoiser, config))
 
 
-def pyramid_attention(pipe: "DiffusionPipeline", every: float) -> object:
+def pyramid_attention(pipe: "DiffusionPipeline", every: float) -> AbstractContextManager[None]:
     """Evaluate attention every so many steps between `BROADCAST_RANGE` (Zhao et al. 2024)."""
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
@@ -128,7 +128,7 @@ def pyramid_attention(pipe: "DiffusionPipeline", every: float) -> object:
     return _installed(pipe, install)
 
 
-def faster_cache(pipe: "DiffusionPipeline", every: float) -> object:
+def faster_cache(pipe: "DiffusionPipeline", every: float) -> AbstractContextManager[None]:
     """Leave out attention and the branch without a prompt in most steps (Lv et al. 2024)."""
     from diffusers.hooks import FasterCacheConfig, apply_faster_cache
 
@@ -147,7 +147,7 @@ def faster_cache(pipe: "DiffusionPipeline", every: float) -> object:
     return _installed(pipe, install)
 
 
-def taylorseer(pipe: "DiffusionPipeline", interval: float) -> object:
+def taylorseer(pipe: "DiffusionPipeline", interval: float) -> AbstractContextManager[None]:
     """Evaluate attention every so many steps, else extrapolate it linearly (Liu et al. 2025)."""
     from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from morse.evaluation.bench.latency import DOT_CHANNELS, DOT_LAYERS, DOT_RANK, FlopCounts
+from morse.evaluation.bench.latency import DOT_WORDS, FlopCounts
 from morse.evaluation.environment import command_line
+from morse.evaluation.report.markdown import pipe_table
 from morse.files import write_bytes, write_json
 
 NOT_MEASURED = "not measured"
@@ -29,7 +30,7 @@ def count_architectures(names: tuple[str, ...], file: Path) -> dict[str, object]
     result: dict[str, object] = {
         "command": command_line(),
         "how": "counted on torch's meta device at full depth, batch 1; a multiply-add counts 2",
-        "dot": f"extra blocks {DOT_CHANNELS}, {DOT_LAYERS} layers each, LoRA rank {DOT_RANK}",
+        "dot": DOT_WORDS,
         "entries": entries,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -51,15 +52,7 @@ def _count(name: str, counts: FlopCounts, num_down_blocks: int, merged: bool) ->
 
 def to_markdown(result: dict[str, object]) -> str:
     """Return the table of a result of `count_architectures`."""
-    lines = [
-        "# FLOPs of Dash and Dot",
-        f"{result['how'].capitalize()}. Dot: {result['dot']}. Random weights, which FLOPs do not "
-        "depend on. The ratio bounds N, how many times faster Dot is, from above where the device "
-        "is busy; N itself was not measured on these full-size models.",
-        f"```\n{result['command']}\n```",
-        "| architecture | m | LoRA | Dash, GFLOPs | Dot, GFLOPs | ratio | N |\n"
-        "|---|--:|---|--:|--:|--:|---|",
-    ]
+    rows = []
     for entry in result["entries"]:
         lora = "merged" if entry["merged"] else "separate"
         cells = [entry["arch"], str(entry["num_down_blocks"]), lora]
@@ -68,5 +61,14 @@ def to_markdown(result: dict[str, object]) -> str:
         else:
             cells += [f"{entry[key] / 1e9:,.1f}" for key in ("dash_flops", "dot_flops")]
             cells.append(f"{entry['flop_ratio']:.2f}")
-        lines[-1] += "\n| " + " | ".join([*cells, str(entry["speed_ratio"])]) + " |"
-    return "\n\n".join(lines) + "\n"
+        rows.append([*cells, str(entry["speed_ratio"])])
+    header = ("architecture", "m", "LoRA", "Dash, GFLOPs", "Dot, GFLOPs", "ratio", "N")
+    parts = [
+        "# FLOPs of Dash and Dot",
+        f"{result['how'].capitalize()}. Dot: {result['dot']}. Random weights, which FLOPs do not "
+        "depend on. The ratio bounds N, how many times faster Dot is, from above where the device "
+        "is busy; N itself was not measured on these full-size models.",
+        f"```\n{result['command']}\n```",
+        pipe_table(header, rows, "|---|--:|---|--:|--:|--:|---|"),
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from morse.evaluation.bench.feature_space import FeatureSpace
-from morse.evaluation.bench.grid import COLUMNS, grid_budgets, strip_png
+from morse.evaluation.bench.grid import image_grid, strip_name, strip_png
 from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS, Method
 from morse.evaluation.bench.runs import Samples, reference_images
 from morse.evaluation.bench.sampler import WARM_UP, Bench
 from morse.evaluation.bench.solvers import SOLVERS
-from morse.evaluation.bench.store import Cell, CellStore
+from morse.evaluation.bench.store import Cell, CellStore, reference_name
 from morse.evaluation.bench.tasks import PEER_SETTINGS
 from morse.evaluation.conditions import Conditions
 from morse.evaluation.environment import environment
@@ -93,7 +93,7 @@ def measure_cells(part: Part) -> dict[str, object]:
     return {
         "speed_ratio": speed,
         "speed_ratios": speeds,
-        "grid": _grid(config, store),
+        "grid": image_grid(config, store),
         "not_measured": _not_measured(part),
         "seeds_left_out": compared_seeds(part)[1],
     }
@@ -201,7 +201,7 @@ def _keep(
 ) -> None:
     """Score what was sampled, and put the figures and a strip of images into the store."""
     method, budget = task
-    store.once(_strip_name(task, seed), lambda: strip_png(samples.images))
+    store.once(strip_name(*task, seed), lambda: strip_png(samples.images))
     scores = scorer.score(samples.images)
     cell = Cell(
         method=method,
@@ -224,30 +224,3 @@ def _keep(
     print(f"{method.label}, {budget} LSD: {figures}", flush=True)
     if samples.note:
         print(f"  {samples.note}", flush=True)
-
-
-def reference_name(seed: int) -> str:
-    """Return the name that the reference of a repetition has in the store."""
-    return f"reference-seed{seed}"
-
-
-def _strip_name(task: Task, seed: int) -> str:
-    name = f"strip-{task[0].label}-lsd{task[1]}-seed{seed}"
-    return name.replace("+", "p").replace(" ", "-")
-
-
-def _grid(config: "BenchmarkConfig", store: CellStore) -> dict[str, object] | None:
-    """Collect strips of images, the reference's first; None where nothing was sampled."""
-    seed, budgets = config.seeds[0], grid_budgets(config.lsd)
-    chosen = [task for task in config.tasks() if task[1] in budgets and store.has(*task, seed)]
-    if not chosen:
-        return None
-    # The store holds all of them, since it holds these cells.
-    reference = strip_png(store.images(reference_name(seed), list))
-    label = f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} LSD"
-    rows = [{"label": label, "png_base64": reference}]
-    for method, budget in sorted(chosen, key=lambda task: task[1]):
-        png = store.once(_strip_name((method, budget), seed), str)
-        rows.append({"label": f"{method.label}, {budget} LSD", "png_base64": png})
-    count = min(COLUMNS, config.num_images)
-    return {"seeds": list(range(seed, seed + count)), "rows": rows}

@@ -15,8 +15,8 @@ from morse.evaluation.fid.feature_sets import (
     load_feature_set,
 )
 from morse.evaluation.fid.image_sets import ImageSet, open_image_set
-from morse.evaluation.fid.progress import progress_bar
 from morse.evaluation.metrics import feature_statistics
+from morse.evaluation.progress import progress_bar
 from morse.evaluation.scoring import distance_for
 
 MAX_REAL = 5000  # images that are read; kernels of all pairs are computed with those sampled

@@ -153,3 +153,8 @@ class CellStore:
 
 def _tensors_of(file: Path) -> Path:
     return file.with_suffix(".safetensors")
+
+
+def reference_name(seed: int) -> str:
+    """Return the name that the reference of a repetition has in the store."""
+    return f"reference-seed{seed}"

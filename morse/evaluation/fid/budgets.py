@@ -1,4 +1,4 @@
-"""What `morse eval fid` generates: the pipeline, its methods and what their images depend on."""
+"""What `morse eval fid` generates: the pipeline, its recipes and what their images depend on."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from morse.evaluation.conditions import make_conditions, read_prompts
-from morse.evaluation.fid.extractors import state_sha256
-from morse.evaluation.fid.generation import Method, Request, check_folder, generate
-from morse.evaluation.fid.progress import progress_bar
+from morse.evaluation.digests import state_sha256
+from morse.evaluation.fid.generation import Recipe, Request, check_folder, generate
+from morse.evaluation.progress import progress_bar
 from morse.plan import MorsePlan
 from morse.rates import adds_noise
 from morse.steps import count_evaluations
@@ -30,7 +30,7 @@ def generate_all(
     """Generate the images of every budget, and first of the reference if asked for.
 
     Returns:
-        The facts of each method: its row of the result, without scores.
+        The facts of each recipe: its row of the result, without scores.
 
     Raises:
         ValueError: If the pipeline has no Dot or no N for --lsd, or does not suit the
@@ -46,15 +46,15 @@ def generate_all(
         conditions=conditions,
         settings=_settings(config, pipe, device),
     )
-    rows, methods = [], list(_methods(config, pipe))
-    for method in methods:  # before any is sampled
-        check_folder(method, request, config.output_dir)
-    for method in methods:
-        with progress_bar(method.label, state.is_main_process) as on_images:
-            folder, changed = generate(pipe, method, request, config.output_dir, state, on_images)
+    rows, recipes = [], list(_recipes(config, pipe))
+    for recipe in recipes:  # before any is sampled
+        check_folder(recipe, request, config.output_dir)
+    for recipe in recipes:
+        with progress_bar(recipe.label, state.is_main_process) as on_images:
+            folder, changed = generate(pipe, recipe, request, config.output_dir, state, on_images)
         fallbacks = dict(sum((Counter(batch["fallbacks"]) for batch in changed), Counter()))
-        row = _row(method, folder, pipe.speed_ratio) | {"fallbacks": fallbacks}
-        row |= _cost(method, changed, config.num_images, pipe.speed_ratio)
+        row = _row(recipe, folder, pipe.speed_ratio) | {"fallbacks": fallbacks}
+        row |= _cost(recipe, changed, config.num_images, pipe.speed_ratio)
         rows.append({**row, "notes": _notes(config, pipe, fallbacks)})
     return rows
 
@@ -85,26 +85,26 @@ def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipel
     return pipe
 
 
-def _methods(config: "FidConfig", pipe: "DiffusionPipeline") -> Iterator[Method]:
+def _recipes(config: "FidConfig", pipe: "DiffusionPipeline") -> Iterator[Recipe]:
     if config.reference_steps is not None:
         steps = config.reference_steps
         label = f"reference, {steps} steps"
         made = count_evaluations(pipe, {}, steps)
-        yield Method(label, f"reference_{steps}_steps", "reference", steps, steps, made)
+        yield Recipe(label, f"reference_{steps}_steps", "reference", steps, steps, made)
     for steps in sorted(set(config.num_inference_steps)):
         made = count_evaluations(pipe, {}, steps)
-        yield Method(f"bare, {steps} steps", f"steps_{steps}", "baseline", steps, steps, made)
+        yield Recipe(f"bare, {steps} steps", f"steps_{steps}", "baseline", steps, steps, made)
     for lsd in sorted(set(config.lsd)):
         spent = pipe.plan_for(lsd)
         plan, options = MorsePlan.from_string(spent.plan), dict(spent.scheduler)
         names = f"Morse, {lsd:g} LSD", f"lsd_{lsd:g}"
-        yield Method(*names, "morse", plan, lsd, plan.num_dash, options)
+        yield Recipe(*names, "morse", plan, lsd, plan.num_dash, options)
 
 
 def _settings(
     config: "FidConfig", pipe: "DiffusionPipeline", device: torch.device
 ) -> dict[str, object]:
-    """Return what pixels depend on beside the method: weights, scheduler, precision, device."""
+    """Return what pixels depend on beside the recipe: weights, scheduler, precision, device."""
     from morse.denoisers import find_denoiser
 
     return {
@@ -121,7 +121,7 @@ def _settings(
 
 
 def _notes(config: "FidConfig", pipe: "DiffusionPipeline", fallbacks: dict[str, int]) -> list[str]:
-    """Say what may surprise in a method's figures."""
+    """Say what may surprise in a recipe's figures."""
     name = type(pipe.scheduler).__name__
     notes = [f"Dash ran in Dot's place: {fallbacks}"] if fallbacks else []
     if adds_noise(pipe.scheduler) and config.reference_steps is not None:
@@ -132,20 +132,20 @@ def _notes(config: "FidConfig", pipe: "DiffusionPipeline", fallbacks: dict[str, 
     return notes
 
 
-def _row(method: Method, folder: Path, speed_ratio: float | None) -> dict[str, object]:
-    planned = isinstance(method.steps, MorsePlan)
+def _row(recipe: Recipe, folder: Path, speed_ratio: float | None) -> dict[str, object]:
+    planned = isinstance(recipe.steps, MorsePlan)
     return {
-        "label": method.label,
-        "kind": method.kind,
-        "budget": method.budget,
-        "plan": str(method.steps) if planned else "",
+        "label": recipe.label,
+        "kind": recipe.kind,
+        "budget": recipe.budget,
+        "plan": str(recipe.steps) if planned else "",
         "speed_ratio": speed_ratio if planned else None,
         "source": str(folder),
     }
 
 
 def _cost(
-    method: Method,
+    recipe: Recipe,
     changed: Sequence[dict[str, object]],
     num_images: int,
     speed_ratio: float | None,
@@ -153,12 +153,12 @@ def _cost(
     """Return the evaluations of an image and their LSD, the mean where batches differ.
 
     Args:
-        method: The method.
+        recipe: The recipe.
         changed: The batches that did not go as planned, from `generate`.
         num_images: Of all batches.
         speed_ratio: N.
     """
-    cost = {"num_dash": method.num_dash, "num_dot": getattr(method.steps, "num_dot", 0)}
+    cost = {"num_dash": recipe.num_dash, "num_dot": getattr(recipe.steps, "num_dot", 0)}
     rest = num_images - sum(batch["num_images"] for batch in changed)
     if changed:
         for name, number in cost.items():

@@ -1,7 +1,5 @@
 """`morse eval fid`: distances between images and real ones, generated on the way if asked for."""
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +11,7 @@ from morse.evaluation.fid.extractors import (
     load_extractor,
 )
 from morse.evaluation.fid.feature_sets import is_statistics
+from morse.settings import as_json, given, require_least, require_positive
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +22,10 @@ GENERATION = (
     "dot", "scheduler", "lsd", "num_inference_steps", "speed_ratio", "reference_steps",
     "num_images", "seed", "guidance_scale", "dtype", "output_dir",
 )  # fmt: skip
+LEAST = {
+    "num_images": 2, "batch_size": 1, "kid_subset_size": 2, "lsd": 1, "num_inference_steps": 1,
+    "reference_steps": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,16 +129,8 @@ class FidConfig:
 
     def __post_init__(self) -> None:
         """Check ranges, and which options go together."""
-        for name, least in (("num_images", 2), ("batch_size", 1), ("kid_subset_size", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be {least} or more")
-        for name in ("lsd", "num_inference_steps"):
-            if min(getattr(self, name), default=1) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but each must be 1 or more")
-        if self.reference_steps is not None and self.reference_steps < 1:
-            raise ValueError(f"reference_steps is {self.reference_steps}, but must be 1 or more")
-        if self.speed_ratio is not None and self.speed_ratio <= 0:
-            raise ValueError(f"speed_ratio is {self.speed_ratio}, but must be positive")
+        require_least(self, LEAST)
+        require_positive(self, ("speed_ratio",))
         if self.fake is not None and self.pipeline is not None:
             raise ValueError("fake and pipeline were both given; give one of the two")
         if self.pipeline is not None:
@@ -152,6 +147,11 @@ class FidConfig:
             )
         if self.lpips and self.reference_steps is None:
             raise ValueError("lpips compares with a reference; give --reference_steps")
+        if self.lpips_weights is not None and not self.lpips:
+            raise ValueError(
+                f"lpips_weights is {self.lpips_weights}, but LPIPS is not asked for: give --lpips "
+                "as well, or leave the weights out"
+            )
 
     def _check_generation(self) -> None:
         if not (self.lsd or self.num_inference_steps):
@@ -161,14 +161,9 @@ class FidConfig:
             )
 
     def _check_sources(self) -> None:
-        given = [
-            each.name
-            for each in dataclasses.fields(self)
-            if each.name in GENERATION and getattr(self, each.name) != each.default
-        ]
-        if given:
+        if found := given(self, GENERATION):
             raise ValueError(
-                f"given without --pipeline: {', '.join(given)}; that is for generating images, so "
+                f"given without --pipeline: {', '.join(found)}; that is for generating images, so "
                 "give --pipeline, or leave it out"
             )
         if self.real is None or (self.fake is None and self.save_stats is None):
@@ -191,7 +186,7 @@ class FidConfig:
 
     def to_json(self) -> dict[str, object]:
         """Return the settings as JSON has them."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return as_json(self)
 
 
 def run_fid(config: FidConfig) -> dict[str, object] | None:

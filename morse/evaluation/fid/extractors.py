@@ -1,6 +1,5 @@
 """What turns images into the features that sets of images are compared in."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from morse.evaluation.digests import file_sha256, state_sha256
 from morse.evaluation.features import features_sha256, load_features
 from morse.evaluation.metrics import FRECHET_LABEL
 from morse.evaluation.torch_fidelity_loader import fidelity_module
@@ -120,25 +120,6 @@ def load_extractor(
         f"extractor is {name!r}; choose inception, clip, dinov2, {FASHION_MNIST} or your own "
         "network by module.path:Name"
     )
-
-
-def file_sha256(*files: Path) -> str:
-    """Return the SHA-256 of files' contents, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def state_sha256(network: nn.Module) -> str:
-    """Return the SHA-256 of a network's parameters and buffers, with their names."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _load_inception(weights: Path | None, device: torch.device) -> Extractor:

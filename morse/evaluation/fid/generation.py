@@ -1,7 +1,6 @@
 """Images written by a pipeline, one PNG a seed, by any number of processes with the same result."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from morse.evaluation.conditions import Conditions
 from morse.evaluation.fid.image_sets import ImageSet, image_files
 from morse.evaluation.report.pictures import to_picture
-from morse.files import write_json
+from morse.evaluation.resuming import SETTINGS_FILE, check_images
+from morse.files import replacing, write_json
 from morse.plan import MorsePlan
 from morse.saved_plans import scheduler_options
 
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
 
     from morse.switch import MorseRun
 
-SETTINGS_FILE = "settings.json"
 FALLBACKS = "fallbacks-*.json"  # * is the batch's first image
 
 
 @dataclass(frozen=True)
-class Method:
+class Recipe:
     """What makes one folder of images.
 
     Attributes:
@@ -54,7 +53,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Request:
-    """Which images to make, whatever the method.
+    """Which images to make, whatever the recipe.
 
     Attributes:
         num_images: Image i of `num_images` starts from seed `seed` + i.
@@ -78,23 +77,23 @@ class Request:
 
 def generate(
     pipe: "DiffusionPipeline",
-    method: Method,
+    recipe: Recipe,
     request: Request,
     output_dir: Path,
     state: "PartialState",
     on_images: Callable[[int, int], object] | None = None,
 ) -> tuple[Path, list[dict[str, object]]]:
-    """Write the images that `output_dir/method.folder` lacks; waits for all processes.
+    """Write the images that `output_dir/recipe.folder` lacks; waits for all processes.
 
     The batches are fixed by `request` alone and dealt out to the processes, and a batch of which
     any image is missing is sampled as a whole, so that no pixel depends on the number of processes
     or on where an earlier run was stopped. All processes must see the same `output_dir`.
 
     Args:
-        pipe: With Morse attached if the method has a plan.
-        method: How to sample.
+        pipe: With Morse attached if the recipe has a plan.
+        recipe: How to sample.
         request: Which images.
-        output_dir: Where the method's folder is or is made.
+        output_dir: Where the recipe's folder is or is made.
         state: Of accelerate: this process among all.
         on_images: Called with the numbers of images done and to do by this process.
 
@@ -105,8 +104,8 @@ def generate(
     Raises:
         ValueError: If the folder holds images of other settings, or an image is not finite.
     """
-    folder = output_dir / method.folder
-    content = check_folder(method, request, output_dir)
+    folder = output_dir / recipe.folder
+    content = check_folder(recipe, request, output_dir)
     state.wait_for_everyone()  # all have read before the first one writes
     if state.is_main_process and not (folder / SETTINGS_FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,11 +117,12 @@ def generate(
     if on_images is not None:
         on_images(done, total)
     for batch in mine:
-        images = _sample(pipe, method, request, batch)
-        if isinstance(method.steps, MorsePlan) and pipe.last_run.fallbacks:
+        images = _sample(pipe, recipe, request, batch)
+        if isinstance(recipe.steps, MorsePlan) and pipe.last_run.fallbacks:
             _record_fallbacks(folder, batch, pipe.last_run)
         for index in _missing(folder, batch):
-            _write_png(_file(folder, index), images[index - batch.start])
+            with replacing(_file(folder, index)) as temporary:
+                to_picture(images[index - batch.start]).save(temporary, "PNG")
         done += len(batch)
         if on_images is not None:
             on_images(done, total)
@@ -135,17 +135,17 @@ def generated_set(folder: Path, num_images: int) -> ImageSet:
     return image_files(folder, [_file(folder, index) for index in range(num_images)])
 
 
-def _settings(method: Method, request: Request) -> dict[str, object]:
+def _settings(recipe: Recipe, request: Request) -> dict[str, object]:
     """Return all that a folder's pixels depend on, as JSON gives it back."""
-    planned = isinstance(method.steps, MorsePlan)
+    planned = isinstance(recipe.steps, MorsePlan)
     # Only where there are any, so that folders made before there were can be gone on with.
     classes = request.conditions.class_labels
     rare = {"class_labels": classes} if classes else {}
-    if method.scheduler:
-        rare["plan_scheduler"] = method.scheduler
+    if recipe.scheduler:
+        rare["plan_scheduler"] = recipe.scheduler
     content = {
-        "steps": len(method.steps) if planned else method.steps,
-        "plan": str(method.steps) if planned else None,
+        "steps": len(recipe.steps) if planned else recipe.steps,
+        "plan": str(recipe.steps) if planned else None,
         "num_images": request.num_images,
         "seed": request.seed,
         "batch_size": request.batch_size,
@@ -157,47 +157,15 @@ def _settings(method: Method, request: Request) -> dict[str, object]:
     return json.loads(json.dumps(content))
 
 
-def check_folder(method: Method, request: Request, output_dir: Path) -> dict[str, object]:
-    """Check that a method's folder is free, or holds such images; returns its settings.
+def check_folder(recipe: Recipe, request: Request, output_dir: Path) -> dict[str, object]:
+    """Check that a recipe's folder is free, or holds such images; returns its settings.
 
     Raises:
         ValueError: If it holds images of other settings.
     """
-    content = _settings(method, request)
-    _check_settings(output_dir / method.folder, content)
+    content = _settings(recipe, request)
+    check_images(output_dir / recipe.folder, content)
     return content
-
-
-def _check_settings(folder: Path, content: dict[str, object]) -> None:
-    file = folder / SETTINGS_FILE
-    if not file.exists():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(
-                f"{folder} is not empty and has no {SETTINGS_FILE}, so nobody knows what made its "
-                "files; give another --output_dir"
-            )
-        return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        differing = [
-            key for key in sorted({*content, *found}) if content.get(key) != found.get(key)
-        ]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); delete {folder}") from error
-    if differing:
-        told = "; ".join(
-            f"{key} was {_short(found.get(key))} and is {_short(content.get(key))}"
-            for key in differing
-        )
-        raise ValueError(
-            f"{folder} holds images of other settings ({told}); give another --output_dir, or "
-            "delete that folder"
-        )
-
-
-def _short(value: object, most: int = 60) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _file(folder: Path, index: int) -> Path:
@@ -209,14 +177,14 @@ def _missing(folder: Path, batch: range) -> list[int]:
 
 
 def _sample(
-    pipe: "DiffusionPipeline", method: Method, request: Request, batch: range
+    pipe: "DiffusionPipeline", recipe: Recipe, request: Request, batch: range
 ) -> np.ndarray:
     """Sample one batch; returns bytes (B, H, W, C)."""
-    planned = isinstance(method.steps, MorsePlan)
-    settings = {"plan": method.steps} if planned else {"num_inference_steps": method.steps}
+    planned = isinstance(recipe.steps, MorsePlan)
+    settings = {"plan": recipe.steps} if planned else {"num_inference_steps": recipe.steps}
     settings |= request.conditions.arguments(batch)
     generators = [torch.Generator().manual_seed(request.seed + index) for index in batch]
-    with scheduler_options(pipe, method.scheduler):
+    with scheduler_options(pipe, recipe.scheduler):
         images = pipe(generator=generators, output_type=_output_type(pipe), **settings).images
     if isinstance(images, torch.Tensor):
         images = images.permute(0, 2, 3, 1).float().cpu()
@@ -228,7 +196,7 @@ def _sample(
     ]
     if broken:
         raise ValueError(
-            f"{method.label}: the images of seeds {broken[:10]} hold NaN or infinity"
+            f"{recipe.label}: the images of seeds {broken[:10]} hold NaN or infinity"
             f" ({len(broken)} of a batch of {len(batch)}); a pipeline in half precision may "
             "overflow: try --dtype float32 or bfloat16"
         )
@@ -246,10 +214,3 @@ def _record_fallbacks(folder: Path, batch: range, run: "MorseRun") -> None:
     content = {"num_images": len(batch), "num_dash": run.num_dash, "num_dot": run.num_dot}
     content["fallbacks"] = dict(run.fallbacks)
     write_json(folder / FALLBACKS.replace("*", f"{batch.start:08d}"), content)
-
-
-def _write_png(file: Path, pixels: np.ndarray) -> None:
-    """Write (H, W, C) bytes; other processes see no file or the whole file."""
-    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
-    to_picture(pixels).save(temporary, "PNG")
-    os.replace(temporary, file)

@@ -1,18 +1,16 @@
-"""Distances between sets of images in feature space, and fidelity to same-noise references."""
+"""Distances between sets of images in feature space."""
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from morse.evaluation.fid.extractors import Extractor
 from morse.evaluation.fid.feature_sets import FeatureSet
-from morse.evaluation.fid.image_sets import ImageSet, ReadingFacts, read_batches
-from morse.evaluation.fid.lpips import Lpips
-from morse.evaluation.metrics import feature_statistics, frechet_distance, psnr
+from morse.evaluation.fid.fidelity import FIDELITY, mean_score
+from morse.evaluation.metrics import feature_statistics, frechet_distance
 from morse.evaluation.report.scores import Score
-from morse.evaluation.scoring import AXES, Axis, structural_similarity
+from morse.evaluation.scoring import Axis
 from morse.evaluation.stats.frechet import Gaussians, frechet_distances
 from morse.evaluation.torch_fidelity_loader import fidelity_module
 
@@ -20,11 +18,6 @@ KID_SUBSETS, PRC_NEIGHBOURS, IS_SPLITS = 100, 3, 10  # the values of published f
 JACKKNIFE_GROUPS = 10
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 LOWER = {"frechet", "kernel_distance", "cmmd"}
-FIDELITY = {
-    "psnr": AXES["psnr"],
-    "ssim": AXES["ssim"],
-    "lpips": Axis("Same-noise LPIPS (AlexNet) to the reference", "", "lower", "fidelity"),
-}
 
 
 def axes(extractor: Extractor | None) -> dict[str, Axis]:
@@ -211,49 +204,4 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Score:
         text_features: Of the prompt of each image, (N, D), unit vectors.
     """
     cosines = (image_features.double() * text_features.cpu().double()).sum(dim=1)
-    return _mean(100 * cosines.clamp(min=0))
-
-
-def fidelity_scores(
-    images: ImageSet,
-    references: ImageSet,
-    batch_size: int,
-    lpips: Lpips | None = None,
-    device: torch.device | str = "cpu",
-    on_images: Callable[[int, int], object] | None = None,
-) -> dict[str, Score]:
-    """Compare images with references made from the same noise, one by one, as 8-bit RGB.
-
-    Args:
-        images: What is measured.
-        references: As many, in the same order.
-        batch_size: Images at a time.
-        lpips: From `load_lpips`; None leaves LPIPS out.
-        device: Where to compute, LPIPS's own.
-        on_images: Called with the numbers of images done and of all, for progress bars.
-
-    Returns:
-        Mean and standard error of "psnr", "ssim" and, if asked for, "lpips".
-    """
-    found: dict[str, list[Tensor]] = {}
-    for image, reference in zip(
-        _floats(images, batch_size, device), _floats(references, batch_size, device), strict=True
-    ):
-        found.setdefault("psnr", []).append(psnr(image, reference).cpu())
-        found.setdefault("ssim", []).append(structural_similarity(image, reference).cpu())
-        if lpips is not None:
-            found.setdefault("lpips", []).append(lpips(image, reference).cpu())
-        if on_images is not None:
-            on_images(sum(map(len, found["psnr"])), len(images))
-    return {axis: _mean(torch.cat(parts)) for axis, parts in found.items()}
-
-
-def _floats(images: ImageSet, batch_size: int, device: torch.device | str) -> Iterator[Tensor]:
-    for batch in read_batches(images, 3, batch_size, ReadingFacts(), strict=True):
-        yield batch.to(device).float() / 255
-
-
-def _mean(values: Tensor) -> Score:
-    values = values.double()
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
-    return Score(float(values.mean()), error)
+    return mean_score(100 * cosines.clamp(min=0))

@@ -16,16 +16,12 @@ from morse.evaluation.fid.feature_sets import (
     load_feature_set,
     save_statistics,
 )
+from morse.evaluation.fid.fidelity import fidelity_scores
 from morse.evaluation.fid.generation import generated_set
-from morse.evaluation.fid.image_metrics import (
-    axes,
-    clip_score,
-    feature_scores,
-    fidelity_scores,
-)
+from morse.evaluation.fid.image_metrics import axes, clip_score, feature_scores
 from morse.evaluation.fid.image_sets import open_image_set
 from morse.evaluation.fid.lpips import Lpips, load_lpips
-from morse.evaluation.fid.progress import progress_bar
+from morse.evaluation.progress import progress_bar
 from morse.evaluation.report.scores import Score
 
 if TYPE_CHECKING:

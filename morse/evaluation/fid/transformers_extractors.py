@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from morse.evaluation.fid.extractors import Extractor, file_sha256
+from morse.evaluation.digests import file_sha256
+from morse.evaluation.fid.extractors import Extractor
 
 FILES = ["*.json", "*.txt", "*.safetensors"]
 

@@ -43,13 +43,30 @@ def to_markdown(
     return "\n\n".join(parts) + "\n"
 
 
+def pipe_table(header: Iterable[str], rows: Iterable[Iterable[str]], rules: str) -> str:
+    """Join cells, which may hold Markdown, to a table.
+
+    Args:
+        header: The first line's; an empty one takes a single space.
+        rows: The other lines'.
+        rules: The line below the header, such as "|---|--:|".
+    """
+    first = _line(header).replace("|  |", "| |")
+    return "\n".join([first, rules, *map(_line, rows)])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def _table(table: Table) -> list[str]:
     num_figures = len(table.header) - table.num_text
-    lines = [list(map(_escape, table.header)), ["---"] * table.num_text + ["--:"] * num_figures]
+    rows = []
     for name, *cells in table.rows:
         shown = _escape(name)
-        lines.append([f"**{shown}**" if name in table.strong else shown, *map(_escape, cells)])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append([f"**{shown}**" if name in table.strong else shown, *map(_escape, cells)])
+    rules = _line(["---"] * table.num_text + ["--:"] * num_figures)
+    text = pipe_table(map(_escape, table.header), rows, rules)
     return [text, *[_paragraph(table.note)] * bool(table.note)]
 
 

@@ -1,4 +1,4 @@
-"""The progress bar of `morse eval fid`."""
+"""A progress bar over images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
