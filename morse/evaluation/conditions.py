@@ -108,7 +108,6 @@ def make_conditions(
     return Conditions(guidance_scale=guidance_scale)
 
 
-@torch.no_grad()
 def encode_once(pipes: Iterable["DiffusionPipeline"], conditions: Conditions) -> Conditions:
     """Encode prompts for all runs to come, and let the text encoders go.
 
@@ -122,22 +121,17 @@ def encode_once(pipes: Iterable["DiffusionPipeline"], conditions: Conditions) ->
         The conditions with embeddings for prompts; as they were, and the encoders in place, where
         there are none or the pipelines' class is none of Stable Diffusion, SDXL, SD3 and Flux.
     """
+    from morse.training.conditions import encode_prompts
+
     pipes = list(pipes)
     names = _ENCODED.get(_base_class(pipes[0]).__name__)
     if names is None or not conditions.prompts:
         return conditions
-    parameters = inspect.signature(pipes[0].encode_prompt).parameters
-    device = pipes[0]._execution_device
-    options: dict[str, object] = {"device": device, "num_images_per_prompt": 1}
-    options |= {name: None for name in ("prompt_2", "prompt_3") if name in parameters}
-    if "do_classifier_free_guidance" in parameters:
-        options["do_classifier_free_guidance"] = True
-    chunks = []
-    for start in range(0, len(conditions.prompts), _PROMPTS_AT_ONCE):
-        prompts = list(conditions.prompts[start : start + _PROMPTS_AT_ONCE])
-        # T5 overflows under autocast to float16.
-        with torch.autocast(device.type, enabled=False):
-            chunks.append(pipes[0].encode_prompt(prompt=prompts, **options))
+    prompts, device = conditions.prompts, pipes[0]._execution_device
+    chunks = [
+        encode_prompts(pipes[0], prompts[start : start + _PROMPTS_AT_ONCE], device)
+        for start in range(0, len(prompts), _PROMPTS_AT_ONCE)
+    ]
     rows = (torch.cat(each) for each in zip(*chunks, strict=True))
     for pipe in pipes:
         encoders = [name for name in pipe.components if name.startswith("text_encoder")]

@@ -91,6 +91,25 @@ def _class_encoder(device: torch.device, null: int | None) -> ConditionEncoder:
     return ConditionEncoder("classes", encode, None if null is None else encode([null]))
 
 
+@torch.no_grad()
+def encode_prompts(
+    pipe: "DiffusionPipeline", prompts: Sequence[str], device: torch.device
+) -> tuple[Tensor, ...]:
+    """Encode P prompts and, where the pipeline's kind has one, guidance's negative branch.
+
+    Returns:
+        What its `encode_prompt` returns: (P, ...) each, but for Flux's text ids.
+    """
+    parameters = inspect.signature(type(pipe).encode_prompt).parameters
+    options: dict[str, object] = {"device": device, "num_images_per_prompt": 1}
+    options |= {name: None for name in ("prompt_2", "prompt_3") if name in parameters}
+    if "do_classifier_free_guidance" in parameters:
+        options["do_classifier_free_guidance"] = True
+    # T5 overflows under autocast to float16.
+    with torch.autocast(device.type, enabled=False):
+        return pipe.encode_prompt(prompt=list(prompts), **options)
+
+
 def _text_encoder(pipe: "DiffusionPipeline", denoiser: nn.Module, size: int) -> ConditionEncoder:
     if pipe.text_encoder is None:
         raise ValueError(
@@ -98,19 +117,13 @@ def _text_encoder(pipe: "DiffusionPipeline", denoiser: nn.Module, size: int) -> 
             "needs for captions; save the pipeline with it."
         )
     time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=denoiser.device).float()
-    parameters = inspect.signature(type(pipe).encode_prompt).parameters
-    options = {"device": denoiser.device, "num_images_per_prompt": 1}
-    options |= {name: None for name in ("prompt_2", "prompt_3") if name in parameters}
     arrange = _arrangement(pipe, denoiser)
     parts = (getattr(pipe, f"text_encoder{number}", None) for number in ("", "_2", "_3"))
     models = tuple(part for part in parts if part is not None)
 
-    @torch.no_grad()
     def both(prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         _move(models, denoiser.device)
-        with torch.autocast(denoiser.device.type, enabled=False):
-            found = pipe.encode_prompt(prompt=prompts, do_classifier_free_guidance=True, **options)
-        named = arrange(found)
+        named = arrange(encode_prompts(pipe, prompts, denoiser.device))
         if "added_cond_kwargs.text_embeds" in named[0]:
             for inputs in named:
                 inputs["added_cond_kwargs.time_ids"] = time_ids.expand(len(prompts), -1)

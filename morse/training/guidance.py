@@ -56,15 +56,6 @@ class Conditions:
         """Give those of the positive branch alone."""
         return Conditions(self.positive)
 
-    def to(self, device: torch.device | str) -> "Conditions":
-        """Give the same on another device."""
-        positive, negative = (
-            {name: value.to(device) for name, value in part.items()}
-            for part in (self.positive, self.negative)
-        )
-        scale = self.guidance_scale
-        return Conditions(positive, negative, None if scale is None else scale.to(device))
-
     def take(self, rows: Tensor) -> "Conditions":
         """Choose rows, (N,), also repeatedly."""
         return Conditions(

@@ -6,13 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from morse.capture import map_tensors
 from morse.sampling import Dot, JumpPoint, dot_estimate
 from morse.training.frozen import FrozenDash
 from morse.training.guidance import Conditions, each_branch, guide
 
 LossWeighting = Literal["none", "gap"]
-_OF_JUMPS = ("sample", "timestep", "model_output", "trend", "guidance_scale")
-_OF_PAIRS = ("sample", "timestep", "base", "reused", "gap", "target")
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,14 @@ class Pairs:
         """Give the same pairs on another device, where Dash stays as it is."""
         moved: dict[tuple[object, ...], Tensor] = {}
 
-        def move(value: Tensor | None) -> Tensor | None:
-            if value is None:
-                return None
+        def move(value: Tensor) -> Tensor:
             # Without history or another space Dash's output is also the base: one copy does.
             key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
             if key not in moved:
                 moved[key] = value.to(device)
             return moved[key]
 
-        jump = {name: move(getattr(self.jump, name)) for name in _OF_JUMPS}
-        own = {name: move(getattr(self, name)) for name in _OF_PAIRS}
-        conditions = self.conditions.to(device)
-        return replace(self, jump=replace(self.jump, **jump), conditions=conditions, **own)
+        return replace(map_tensors(replace(self, dash=None), move), dash=self.dash)
 
     @property
     def guidance_scale(self) -> Tensor | None:

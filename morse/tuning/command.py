@@ -112,9 +112,9 @@ def tune_dot(config: TuneDotConfig) -> Path:
                 f"worse than before with {'; '.join(worse)}: try a lower --learning_rate, more "
                 "--num_images, or a lower --blend"
             )
-        # Another N would be measured at the first `lsd=`, and might pass the tuned plans over.
-        dot.register_to_config(speed_ratio=dot.config.speed_ratio or pipe.speed_ratio)
-        _save(dot, config, {"decibels_by_step": found, "decibels_as_saved": saved})
+        _save(
+            dot, pipe.speed_ratio, config, {"decibels_by_step": found, "decibels_as_saved": saved}
+        )
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return config.output_dir
@@ -225,14 +225,17 @@ def worse_plans(first: dict[str, float], last: dict[str, float]) -> list[str]:
     return [name for name in first if last[name] < first[name]]
 
 
-def _save(dot: "MorseDot", config: TuneDotConfig, found: dict[str, object]) -> None:
+def _save(
+    dot: "MorseDot", speed_ratio: float, config: TuneDotConfig, found: dict[str, object]
+) -> None:
     """Save the Dot; what was measured of its plans before holds no more."""
     unknown = {"psnr": None, "uniform_psnr": None, "num_images": None}
     plans = {
         name: [entry | unknown if "o" in entry["plan"] else entry for entry in entries]
         for name, entries in (dot.config.plans or {}).items()
     }
-    dot.register_to_config(plans=plans)
+    # Another N would be measured at the first `lsd=`, and might pass the tuned plans over.
+    dot.register_to_config(plans=plans, speed_ratio=dot.config.speed_ratio or speed_ratio)
     dot.save_pretrained(config.output_dir)
     facts = {
         "command": command_line(),

@@ -60,11 +60,11 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
     speed_ratio = _choose_speed_ratio(config, main, conditions)
     fits = config.fit_rounds + config.refine_rounds > 0 and "leapfrog" in config.solver
     judge_seeds, fit_seeds, mixture_seeds = _split_seeds(config)
+    # An overflow shows after few steps, before the many of the reference.
+    reference_images(sample_images(main, 2, judge_seeds[:1], 1, conditions=conditions))
     if mixture_seeds:
         # All pipelines have this Dot.
         main.dot.set_mixture(fit_mixture(main, mixture_seeds, config.batch_size, conditions))
-    # An overflow shows after few steps, before the many of the reference.
-    reference_images(sample_images(main, 2, judge_seeds[:1], 1, conditions=conditions))
     judged_on = follow(main, judge_seeds, config.batch_size, conditions)
     fitted_on = follow(main, fit_seeds, config.batch_size, conditions) if fits else None
     saved_plans = None if main.dot is None else main.dot.config.plans

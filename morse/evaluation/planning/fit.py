@@ -7,6 +7,7 @@ a start for another with more evaluations.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -153,9 +154,7 @@ def _least_squares(
         rows = to_rows(vector)
         return sample(rows) if _are_possible(rows) else None
 
-    def errors(images: Tensor | None) -> Tensor:
-        return _errors(images, reference)
-
+    errors = partial(_errors, reference=reference)
     tried = [(vector, run(vector)) for vector in starts]
     best, images = min(tried, key=lambda each: float(errors(each[1]).log().mean()))
     damping = _DAMPING
