@@ -45,7 +45,7 @@ def prepare_dot(pipe: DiffusionPipeline, dot: Dot | None, denoiser: nn.Module) -
         return
     dtype = getattr(unwrap(denoiser), "dtype", dot.dtype)
     if dot.dtype != dtype:
-        dot.to(dtype=dtype)
+        nn.Module.to(dot, dtype)  # without ModelMixin's warning
     # Offloading that was enabled before Morse does not know of the Dot, which is small.
     device = execution_device(unwrap(denoiser)) or pipe._execution_device
     if dot.device != device and not moves_weights(dot):

@@ -213,9 +213,8 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
             **with_sample_size(dash.config, options),
         )
         warn_unless_saving(dot, dot.conv_settings)
-        if dot.dtype != dash.dtype:
-            dot = dot.to(dtype=dash.dtype)
-        return dot.to(dash.device).bind(dash)
+        nn.Module.to(dot, dash.device, dash.dtype)  # without ModelMixin's warning
+        return dot.bind(dash)
 
     def forward(
         self, sample: Tensor, timestep: Tensor, jump: JumpPoint, **dash_kwargs: object

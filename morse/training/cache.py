@@ -152,7 +152,12 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
         "seed": config.seed,
         "captions": digest(repr(source.table.values)) if kind == "text" else None,
     } | describe_data(source, config)
-    return description | ({"conditions": conditions} if numbers is not None else {})
+    # What is as it always was is not said, so that older caches serve.
+    if numbers is not None:
+        description["conditions"] = conditions
+    if config.dtype != "float32":
+        description["dtype"] = config.dtype
+    return description
 
 
 def prepare_cache(
@@ -167,7 +172,7 @@ def prepare_cache(
     """
 
     def make(rows: range) -> dict[str, Tensor]:
-        # In full precision, whatever the training's: residuals are small differences.
+        # In Dash's precision, without the training's autocast: residuals are small differences.
         return _make_shard(source, config, rows.start // SHARD_WINDOWS, len(rows))
 
     paths = make_shards(

@@ -23,6 +23,13 @@ class TrainDotConfig(TrainingConfig):
     pretrained_model_name_or_path: str = field(
         metadata={"help": "folder or hub id of the pipeline whose denoiser is the Dash"}
     )
+    dtype: Literal["float32", "float16", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "precision of the frozen networks, but for the autoencoder; half takes half "
+            "the memory and evaluates faster on a GPU; with mixed_precision fp16 or bf16 alike"
+        },
+    )
     resolution: int | None = field(
         default=None,
         metadata={"help": "height and width of images; what the denoiser is made for if not given"},

@@ -169,11 +169,11 @@ def _probe(
     dash = pipeline.dash
     timestep = dash.schedule.timesteps[:1].expand(len(sample))
     inputs = conditions.inputs()
-    teacher = read_teacher(dash.model, whole.dot, sample, timestep, inputs)
-    output = dash.model(sample, timestep=timestep, return_dict=False, **inputs)[0]
-    jump = JumpPoint(sample, timestep, output)
 
     def run() -> Tensor:
-        return whole.dot(sample, timestep, jump, **inputs)
+        output = dash.model(sample, timestep=timestep, return_dict=False, **inputs)[0]
+        return whole.dot(sample, timestep, JumpPoint(sample, timestep, output), **inputs)
 
-    return read_student(dash.model, whole.dot, run, [])[1], teacher
+    with dash.autocast():
+        teacher = read_teacher(dash.model, whole.dot, sample, timestep, inputs)
+        return read_student(dash.model, whole.dot, run, [])[1], teacher

@@ -26,6 +26,12 @@ def check_dot_settings(config: "TrainDotConfig") -> None:
         config.cache_pairs,
         "at least 1",
     )
+    wanted = {"float16": "fp16", "bfloat16": "bf16"}.get(config.dtype, config.mixed_precision)
+    if config.mixed_precision != wanted:
+        raise ValueError(
+            f"dtype is {config.dtype} and mixed_precision {config.mixed_precision}, but Dot's own "
+            f"float32 layers share Dash's weights; give --mixed_precision {wanted} too"
+        )
     check_prune_settings(config)
     _check_progressive(config)
     _check_gate(config)

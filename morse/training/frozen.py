@@ -1,11 +1,13 @@
 """The pipeline of a training run, with its Dash: evaluated and never changed."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from morse.capture import map_tensors
 from morse.dot.guidance import DotGuidance
 from morse.history import extrapolate
 from morse.spaces import BaseSpace, Rates, rebase
@@ -40,6 +42,7 @@ class FrozenDash:
         history: How many estimates before it Dot uses; see `MorseDot`.
         extrapolation_cap: How far the base follows them; see `MorseDot`.
         guidance: What Dot corrects under guidance; see `MorseDot`.
+        dtype: The precision of its weights.
     """
 
     model: nn.Module
@@ -49,6 +52,7 @@ class FrozenDash:
     history: int = 0
     extrapolation_cap: float = 1.0
     guidance: DotGuidance = "branches"
+    dtype: torch.dtype = torch.float32
 
     @torch.no_grad()
     def __call__(
@@ -57,12 +61,21 @@ class FrozenDash:
         """Evaluate at `sample` (B, C, H, W) and positions (B,), giving (B, G, C_out, H, W)."""
         branches = conditions.branches
         output = self.model(
-            each_branch(sample, branches),
+            each_branch(sample, branches).to(self.dtype),
             timestep=each_branch(self.schedule.timesteps[position], branches),
             return_dict=False,
-            **conditions.inputs(),
+            **map_tensors(conditions.inputs(), self._rounded),
         )[0]
         return output.float().unflatten(0, (-1, branches))
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def autocast(self) -> AbstractContextManager:
+        """Give what a Dot runs in that shares weights of less precision than its own."""
+        if self.dtype == torch.float32:
+            return nullcontext()  # whatever is in force stays so
+        return torch.autocast(self.schedule.device.type, self.dtype)
 
     def guided(self, outputs: Tensor, guidance_scale: Tensor | None, like: Tensor) -> Tensor:
         """Combine branches (B, G, C_out, H, W) into what the solver steps with, shaped as `like`.
@@ -171,12 +184,23 @@ class FrozenPipeline:
 
 
 def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> FrozenPipeline:
-    """Load the pipeline that `config` names and freeze it."""
+    """Load the pipeline that `config` names and freeze it.
+
+    Raises:
+        ValueError: If its precision is none that the device trains in, or it is not handled.
+    """
     from morse.pipeline import MorsePipeline, absent_components
 
+    if config.dtype == "float16" and device.type == "cpu":
+        raise ValueError(
+            "dtype is float16, in which a CPU does not train; give --dtype bfloat16 "
+            "--mixed_precision bf16, or leave both away"
+        )
     name = config.pretrained_model_name_or_path
-    # Else text encoders come in the precision that they were saved in, and others in float32.
-    options = {"dtype": torch.float32, **absent_components(name)}
+    # Said of text encoders too, which else come in the precision that they were saved in. Some
+    # autoencoders, SDXL's for one, overflow in float16.
+    dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
+    options = {"dtype": dtypes, **absent_components(name)}
     pipe = MorsePipeline.from_pretrained(name, **options).to(device)
     found = freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
     if config.guidance == "guided":
@@ -216,7 +240,13 @@ def freeze_pipeline(
     schedule, prediction_type = read_schedule(pipe.scheduler, patches)
     encoder = make_encoder(pipe, denoiser, resolution)
     return FrozenPipeline(
-        FrozenDash(denoiser, schedule.to(denoiser.device), prediction_type, base_space or "raw"),
+        FrozenDash(
+            denoiser,
+            schedule.to(denoiser.device),
+            prediction_type,
+            base_space or "raw",
+            dtype=denoiser.dtype,
+        ),
         codec,
         encoder,
         resolution,

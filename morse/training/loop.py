@@ -78,12 +78,13 @@ def _new_dot(
     """Build the Dot of `config` with seeded weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return MorseDot.from_dash(
+        dot = MorseDot.from_dash(
             dash,
             **{name: getattr(config, name) for name in DOT_OPTIONS},
             conv_options=parse_conv_options(config.conv_options),
             sample_size=None if config.resample == "nearest" else sample_size,
         )
+    return nn.Module.float(dot)  # whatever Dash is in: updates are too small for half precision
 
 
 def window_loss(

@@ -152,7 +152,8 @@ def dot_outputs(dot: Dot, pairs: Pairs) -> Tensor:
 
     # DistributedDataParallel hides what its module has.
     residual.independent = getattr(getattr(dot, "module", dot), "independent", False)
-    estimate = dot_estimate(residual, pairs.sample, pairs.timestep, pairs.jump, pairs.base)
+    with pairs.dash.autocast():
+        estimate = dot_estimate(residual, pairs.sample, pairs.timestep, pairs.jump, pairs.base)
     return estimate.float().unflatten(0, (-1, pairs.conditions.branches))
 
 

@@ -54,7 +54,8 @@ def sequence_residuals(dot: nn.Module, pairs: Pairs, num_steps: int) -> Tensor:
         guidance_scale=None if scale is None else scale.chunk(num_steps)[0],
     )
     steps = zip(pairs.sample.chunk(num_steps), pairs.timestep.chunk(num_steps), strict=True)
-    return torch.cat([dot(sample, timestep, jump, **inputs) for sample, timestep in steps])
+    with pairs.dash.autocast():
+        return torch.cat([dot(sample, timestep, jump, **inputs) for sample, timestep in steps])
 
 
 def sequence_loss(dot: nn.Module, pairs: Pairs, config: "TrainDotConfig") -> Tensor:
