@@ -1,38 +1,39 @@
 """`morse plan`: search plans for a pipeline, and save them with its Dot or as schedulers."""
 
-import json
-import shutil
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate, product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.loading import load_pipelines
-from morse.evaluation.bench.methods import REFERENCE_SOLVER, REFERENCE_STEPS
+from morse.evaluation.bench.methods import REFERENCE_SOLVER
 from morse.evaluation.bench.runs import reference_images, sample_images
 from morse.evaluation.bench.solvers import SPACING
 from morse.evaluation.conditions import Conditions, encode_once, make_conditions
-from morse.evaluation.environment import autocast, command_line, environment
+from morse.evaluation.environment import autocast
 from morse.evaluation.metrics import psnr
+from morse.evaluation.planning.beside import bare_from, is_bare, next_budget, without_dot
 from morse.evaluation.planning.best_fit import Trajectories, candidate_of, fit_best, follow
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture, fit_mixture
+from morse.evaluation.planning.results import (
+    check_output,
+    describe,
+    earlier_searches,
+    save_scheduler,
+    write_found,
+)
 from morse.evaluation.planning.search import Candidate, Evaluate, Found, Space, search_plan
-from morse.files import write_json
 from morse.plan import MorsePlan
 from morse.rates import own_parameters
-from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options, with_options
-from morse.settings import as_json
+from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options
 from morse.steps import shorten_plan
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-
     from morse.pipeline import MorsePipeline
 
 __all__ = ["PlanConfig", "run_plan"]
@@ -45,7 +46,7 @@ def run_plan(config: PlanConfig) -> None:
         FileExistsError: If `output_dir` holds a Dot with plans that the search would not go on
             from.
     """
-    _check_output(config)
+    check_output(config)
     pipes = _load(config)
     with autocast(pipes[REFERENCE_SOLVER].device, config.mixed_precision):
         _search(config, pipes)
@@ -69,66 +70,83 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
     fitted_on = follow(main, fit_seeds, config.batch_size, conditions) if fits else None
     saved_plans = None if main.dot is None else main.dot.config.plans
     plans = {name: list(saved) for name, saved in (saved_plans or {}).items()}
-    report, curves = _earlier_searches(config), {}
+    report, curves = earlier_searches(config), {}
     for solver, lsd in product(config.solver, config.lsd):
         pipe = pipes[solver]
         name = type(pipe.scheduler).__name__
         known = [entry for entry in plans.get(name, ()) if is_saved_for(entry, pipe.scheduler)]
-        same = [entry for entry in known if entry["lsd"] == lsd]
+        stop = next_budget(lsd, known, config.lsd)
+        replaced = [
+            entry
+            for entry in known
+            if entry["lsd"] == lsd or (is_bare(entry) and lsd < entry["lsd"] < stop)
+        ]
         evaluate = make_judge(config, pipe, judged_on)
         with remembering(find_denoiser(pipe)):
-            space = Space(
-                lsd=lsd,
-                speed_ratio=speed_ratio,
-                grids=config.grids(solver),
-                ratios=config.ratios,
-                with_dot=pipe.dot is not None,
-                with_mixture=pipe.dot is not None and pipe.dot.mixture is not None,
-                shorten=make_shorten(pipe),
-            )
-            starts = [candidate_of(entry) for entry in same]
+            starts = [candidate_of(entry) for entry in replaced if entry["lsd"] == lsd]
+            space = _space(config, pipe, solver, lsd, speed_ratio)
             found = search_plan(evaluate, space, starts, config.max_rounds)
             if fits and solver == "leapfrog":
                 found = fit_best(config, found, evaluate, pipe, fitted_on, curves, known)
-        saved = SavedPlan(
-            lsd=lsd,
-            plan=found.best.plan,
-            scheduler={**_spacing(pipe), **dict(found.best.options)},
-            speed_ratio=speed_ratio,
-            psnr=round(found.psnr, 3),
-            uniform_psnr=round(found.uniform_psnr, 3),
-            num_images=config.num_images,
-            solver_options=read_solver_options(pipe.scheduler),
-        )
-        kept = [entry for entry in plans.get(name, ()) if entry not in same]
-        plans[name] = sorted([*kept, saved.to_config()], key=lambda entry: entry["lsd"])
-        report.append(_report(solver, saved, found))
+            bare = bare_from(found, evaluate, lsd, stop, speed_ratio) if pipe.dot else None
+        best = _saved(config, pipe, lsd, found.best, speed_ratio, found)
+        saved = [best]
+        if second := without_dot(found):
+            saved.append(_saved(config, pipe, lsd, second, speed_ratio))
+        if bare:
+            saved.append(_saved(config, pipe, *bare, speed_ratio))
+        kept = [entry for entry in plans.get(name, ()) if entry not in replaced]
+        kept += [each.to_config() for each in saved]
+        plans[name] = sorted(kept, key=lambda entry: entry["lsd"])
+        report.append(describe(solver, best, found))
         print(
-            f"{solver} {lsd} LSD: {saved.plan} ({saved.grid}) {saved.psnr:.2f} dB "
-            f"(uniform {found.uniform.plan}: {saved.uniform_psnr:.2f} dB)",
+            f"{solver} {lsd} LSD: {best.plan} ({best.grid}) {best.psnr:.2f} dB "
+            f"(uniform {found.uniform.plan}: {best.uniform_psnr:.2f} dB)"
+            + (f"; from {bare[0]} LSD on the bare solver is better" if bare else ""),
             flush=True,
         )
-        _save_scheduler(config.output_dir / f"{solver}-{lsd}", pipe.scheduler, found)
-        _write(config, main, plans, report, speed_ratio)
+        save_scheduler(config.output_dir / f"{solver}-{lsd}", pipe.scheduler, found)
+        write_found(config, main, plans, report, speed_ratio)
 
 
-def _check_output(config: PlanConfig) -> None:
-    """Refuse to overwrite the Dot and plans of an earlier search that this one would not keep."""
-    folder = config.output_dir
-    goes_on = config.dot is not None and Path(config.dot).resolve() == folder.resolve()
-    if (folder / "config.json").exists() and not goes_on:
-        raise FileExistsError(
-            f"output_dir is {folder}, which holds a Dot with its plans; go on from them with "
-            f"--dot {folder}, or name another folder"
-        )
+def _space(
+    config: PlanConfig, pipe: "MorsePipeline", solver: str, lsd: int, speed_ratio: float
+) -> Space:
+    return Space(
+        lsd=lsd,
+        speed_ratio=speed_ratio,
+        grids=config.grids(solver),
+        ratios=config.ratios,
+        with_dot=pipe.dot is not None,
+        with_mixture=pipe.dot is not None and pipe.dot.mixture is not None,
+        shorten=make_shorten(pipe),
+    )
 
 
-def _earlier_searches(config: PlanConfig) -> list[dict[str, object]]:
-    """Read what earlier searches into this folder told of solvers and budgets not searched now."""
-    file = config.output_dir / "plan_search.json"
-    earlier = json.loads(file.read_text())["searches"] if file.exists() else []
-    again = set(product(config.solver, config.lsd))
-    return [each for each in earlier if (each["solver"], each["lsd"]) not in again]
+def _saved(
+    config: PlanConfig,
+    pipe: "MorsePipeline",
+    lsd: int,
+    candidate: Candidate,
+    speed_ratio: float,
+    found: Found | None = None,
+) -> SavedPlan:
+    """Give a candidate as it is saved; with its PSNR if it is the best that was `found`."""
+    judged = {}
+    if found is not None:
+        judged = {
+            "psnr": round(found.psnr, 3),
+            "uniform_psnr": round(found.uniform_psnr, 3),
+            "num_images": config.num_images,
+        }
+    return SavedPlan(
+        lsd=lsd,
+        plan=candidate.plan,
+        scheduler={**_spacing(pipe), **dict(candidate.options)},
+        speed_ratio=speed_ratio,
+        solver_options=read_solver_options(pipe.scheduler),
+        **judged,
+    )
 
 
 def _load(config: PlanConfig) -> "dict[str, MorsePipeline]":
@@ -194,58 +212,3 @@ def _spacing(pipe: "MorsePipeline") -> dict[str, object]:
     """Give the option by which a user's scheduler lays the grid that a plan was judged on."""
     taken = own_parameters(pipe.scheduler)
     return {name: pipe.scheduler.config[name] for name in SPACING if name in taken}
-
-
-def _report(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:
-    def judged(values: dict[Candidate, float]) -> list[dict[str, object]]:
-        best_first = sorted(values, key=values.__getitem__, reverse=True)
-        return [
-            {"plan": each.plan, "scheduler": dict(each.options), "psnr": round(values[each], 3)}
-            for each in best_first
-        ]
-
-    return {
-        "solver": solver,
-        **saved.to_config(),
-        "uniform": {"plan": found.uniform.plan, "scheduler": dict(found.uniform.options)},
-        "tried": judged(found.tried),
-        "fits": judged(found.fitted),
-    }
-
-
-def _save_scheduler(folder: Path, scheduler: "SchedulerMixin", found: Found) -> None:
-    """Save the best steps of Dash alone that were fitted, or what the fit began with.
-
-    They need no Morse but its scheduler. One that an earlier run has left is removed where no steps
-    of Dash alone were fitted.
-    """
-    all_dash = [each for each in found.fitted if set(each.plan) == {"D"}]
-    if all_dash:
-        options = dict(max(all_dash, key=found.fitted.__getitem__).options)
-        with_options(scheduler, options).save_pretrained(folder)
-    elif folder.is_dir():
-        shutil.rmtree(folder)
-
-
-def _write(
-    config: PlanConfig,
-    main: "MorsePipeline",
-    plans: dict[str, list[dict[str, object]]],
-    report: list[dict[str, object]],
-    speed_ratio: float,
-) -> None:
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    if main.dot is not None:
-        # With its N, or a call with `lsd=` would first measure another, and might pass plans over.
-        known = main.dot.config.speed_ratio or speed_ratio
-        main.dot.register_to_config(plans=plans, speed_ratio=known)
-        main.dot.save_pretrained(config.output_dir)
-    facts = {
-        "command": command_line(),
-        "environment": environment(main.device, config.mixed_precision),
-        "speed_ratio": speed_ratio,
-        "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps",
-        "settings": as_json(config),
-        "searches": report,
-    }
-    write_json(config.output_dir / "plan_search.json", facts)

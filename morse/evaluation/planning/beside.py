@@ -1,0 +1,78 @@
+"""Plans saved beside the best of a budget: for slower Dots, and for budgets that have none.
+
+`morse.saved_plans.find_saved_plan` runs a plan for budgets of up to twice its own, fitted ones as
+they are. By then the bare solver, which spends all of the budget, may have become better.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from morse.evaluation.planning.search import Candidate, Evaluate, Found
+from morse.plan import MorsePlan
+
+
+def without_dot(found: Found) -> Candidate | None:
+    """Give the best of the fitted plans without Dot, where the best of all has it.
+
+    `lsd=` runs it where Dot is too slow for the other.
+    """
+    if "o" not in found.best.plan:
+        return None
+    others = [each for each in found.fitted if "o" not in each.plan]
+    return max(others, key=found.fitted.__getitem__, default=None)
+
+
+def bare_from(
+    found: Found, evaluate: Evaluate, lsd: int, stop: int, speed_ratio: float
+) -> tuple[int, Candidate] | None:
+    """Find the least budget at which the bare solver is better than what would be run there.
+
+    Between a budget where it is not and one where it is the budgets are halved, on few images.
+
+    Args:
+        found: What the search for `lsd` ended with.
+        evaluate: Judges a candidate.
+        lsd: The budget.
+        stop: The least budget above it that another plan is saved for, or 2 * lsd + 1.
+        speed_ratio: N.
+
+    Returns:
+        That budget, with as many evaluations of Dash on the grid that was best for `lsd`; None if
+        there is none below `stop`.
+    """
+    best, is_fitted = found.best, _is_fitted(found.best.options)
+    bare = [each for each in found.tried if set(each.plan) == {"D"}]
+    if stop <= lsd + 1 or not bare or not (is_fitted or set(best.plan) - {"D"}):
+        return None
+    grid = max(bare, key=found.tried.__getitem__).options
+    rest = -MorsePlan.from_string(best.plan).cost(speed_ratio) + 1e-9
+
+    def all_dash(budget: int) -> Candidate:
+        return Candidate("D" * budget, grid)
+
+    def is_better(budget: int) -> bool:
+        further = "" if is_fitted else "D" * max(0, int(budget + rest))
+        run = Candidate(best.plan + further, best.options)
+        return evaluate(all_dash(budget), True) > evaluate(run, True)
+
+    low, high = lsd, stop - 1
+    if not is_better(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_better(middle) else (middle, high)
+    return high, all_dash(high)
+
+
+def next_budget(lsd: int, known: Sequence[Mapping[str, object]], budgets: Sequence[int]) -> int:
+    """Give the least budget above `lsd` with a plan or to be searched; 2 * lsd + 1 at most."""
+    others = [entry["lsd"] for entry in known if not is_bare(entry)]
+    return min(each for each in (*others, *budgets, 2 * lsd + 1) if each > lsd)
+
+
+def is_bare(entry: Mapping[str, object]) -> bool:
+    """Tell whether a saved plan is nothing but the bare solver, as `bare_from` gives it."""
+    return set(entry["plan"]) == {"D"} and not _is_fitted(entry["scheduler"].items())
+
+
+def _is_fitted(options: Sequence[tuple[str, object]]) -> bool:
+    return any(name == "fitted_steps" for name, _ in options)
