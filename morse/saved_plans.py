@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 # N differs by a tenth between measurements and by a fifth between processors, so a plan's cost by
 # some per cent: that must not decide between this plan and one for three quarters of the budget.
 _MAX_OVERDRAFT = 0.05
-CHOOSE_TIMESTEPS = (
+_CHOOSE_TIMESTEPS = (
     "num_inference_steps",
     "timesteps",
     "sigmas",
-    "strength",
     "denoising_start",
     "denoising_end",
 )
@@ -126,8 +125,13 @@ def find_saved_plan(
 
 
 def chooses_timesteps(arguments: Mapping[str, object]) -> bool:
-    """Tell whether a pipeline's call chooses or cuts its timesteps itself."""
-    return any(arguments.get(name) is not None for name in CHOOSE_TIMESTEPS)
+    """Tell whether a pipeline's call chooses or cuts its timesteps itself.
+
+    At a strength of 1, which inpainting has by default, it makes whole runs.
+    """
+    strengths = (arguments.get(name) for name in ("strength", "denoise_strength"))
+    is_cut = any(strength is not None and strength < 1 for strength in strengths)
+    return is_cut or any(arguments.get(name) is not None for name in _CHOOSE_TIMESTEPS)
 
 
 # One for each pipeline, and not in it: copies and pickles take no locks.

@@ -2,11 +2,12 @@
 
 from threading import Event, Thread
 
+import pytest
 from tiny_pipelines import loop_pipeline
 from torch import nn
 
 from morse import LeapfrogScheduler
-from morse.saved_plans import scheduler_options
+from morse.saved_plans import chooses_timesteps, scheduler_options
 
 
 def make_pipe():
@@ -15,6 +16,21 @@ def make_pipe():
 
 def power(pipe):
     return pipe.scheduler.config.timestep_power
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"strength": 0.8}, True),
+        ({"strength": 1.0, "num_inference_steps": None}, False),  # as inpainting has it
+        ({"strength": 1.0, "denoise_strength": 0.5}, True),
+        ({"strength": None}, False),
+        ({"strength": 1.0, "num_inference_steps": 5}, True),
+        ({"timesteps": [999]}, True),
+    ],
+)
+def test_whole_runs_do_not_choose_timesteps(arguments, expected):
+    assert chooses_timesteps(arguments) == expected
 
 
 def test_options_within_others():

@@ -129,6 +129,10 @@ class TrainingConfig(RunConfig):
     dataset_name: str | None = field(
         default=None, metadata={"help": "dataset on the Hugging Face hub, instead of a folder"}
     )
+    dataset_config_name: str | None = field(
+        default=None,
+        metadata={"help": "configuration of that dataset, where it has several"},
+    )
     image_column: str = field(
         default="image", metadata={"help": "column of a hub dataset that holds the images"}
     )
@@ -140,6 +144,11 @@ class TrainingConfig(RunConfig):
             raise ValueError(
                 f"train_data_dir is {self.train_data_dir} and dataset_name is "
                 f"{self.dataset_name}; give exactly one of the two"
+            )
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError(
+                f"dataset_config_name is {self.dataset_config_name!r}, but it is for datasets on "
+                "the hub; give --dataset_name too, or leave --dataset_config_name away"
             )
 
 
@@ -208,7 +217,7 @@ def make_ema(parameters: Iterable[nn.Parameter], config: RunConfig) -> "EMAModel
 
 def make_accelerator(config: RunConfig) -> "Accelerator":
     """Build the accelerator, and on CUDA allow TF32 and the search for fast convolutions."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
@@ -217,12 +226,15 @@ def make_accelerator(config: RunConfig) -> "Accelerator":
         )
     # Processes wait for the one that validates or makes a longer part of a cache.
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    # Buffers are alike in all; sent before each pass, one that is evaluated several times before
+    # its gradients would find those that it kept changed.
+    alike = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
-        kwargs_handlers=[waiting],
+        kwargs_handlers=[waiting, alike],
     )
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
