@@ -1,7 +1,7 @@
 """MorsePipeline: any diffusers pipeline together with its Dot, loaded and saved as one."""
 
-import json
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -55,7 +55,8 @@ class MorsePipeline:
 
         Args:
             pretrained_model_name_or_path: "fashion-mnist" or "fashion-mnist-text" (both come with
-                the package), a folder, or the id of a pipeline on the hub.
+                the package), a folder, or the id of a pipeline on the hub. A component that it was
+                saved without, such as the largest text encoder of SD3, is None.
             dot: A Dot, or where one is saved (see `load_dot`); None for the one saved with the
                 pipeline, if any.
             scheduler: A scheduler, or the name of one (`morse.schedulers.SCHEDULERS`), made with
@@ -66,6 +67,7 @@ class MorsePipeline:
                 `revision` is the pipeline's, and with it of a Dot that is saved there.
 
         Raises:
+            OSError: If something is missing there, or weights are not in safetensors.
             ValueError: If the Dot belongs to another Dash, the scheduler is unknown, or a Dot of
                 the user's own class is saved with the pipeline and `dot` is not given.
         """
@@ -93,7 +95,18 @@ class MorsePipeline:
             # Plain diffusers would load the folder too, with warnings about its `dot`.
             loader = morse_class(getattr(diffusers, config["_class_name"]), True)
             kwargs["dot"] = None
-        return cls.from_pipe(loader.from_pretrained(path, **kwargs), dot, scheduler, merge_lora)
+        kwargs = _absent_components(config) | kwargs
+        try:
+            pipe = loader.from_pretrained(path, **kwargs)
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            raise OSError(
+                f"{path} has not all its weights in safetensors, and pickles are not read; convert "
+                f"it once with diffusers, {config['_class_name']}.from_pretrained({str(path)!r})"
+                '.save_pretrained("converted"), and give that folder.'
+            ) from error
+        return cls.from_pipe(pipe, dot, scheduler, merge_lora)
 
     @classmethod
     def from_pipe(
@@ -172,14 +185,12 @@ def _load_variant(
     return MorseDot.from_pretrained(path, subfolder=subfolder, **kwargs)
 
 
-def absent_components(path: str | os.PathLike) -> dict[str, None]:
-    """Name the components that a folder was saved without, such as the largest text encoder of SD3.
+def _absent_components(config: Mapping[str, object]) -> dict[str, None]:
+    """Name the components that a pipeline was saved without, by its model_index.json.
 
-    diffusers opens such a folder only if it is told that each of them is None, as the result does.
+    diffusers opens it only if it is told that each of them is None, as the result does.
     """
-    file = Path(path) / "model_index.json"
-    entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {name: None for name, value in entries.items() if value == [None, None]}
+    return {name: None for name, value in config.items() if value == [None, None]}
 
 
 def _resolve(path: str | os.PathLike) -> str | os.PathLike:

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         args.model, controlnet=controlnet, use_safetensors=True
     )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = MorsePipeline.from_pipe(pipe, args.dot, scheduler="dpmsolver++")
+    pipe = MorsePipeline.from_pipe(pipe, args.dot, scheduler="leapfrog")
     image = pipe(
         args.prompt,
         image=load_image(args.image),

@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dot", help="its Dot; the one saved with the model if not given")
     parser.add_argument("--class_label", type=int, default=207)
     parser.add_argument("--lsd", type=float, default=10)
-    parser.add_argument("--scheduler", default="dpmsolver++", help="the one of its saved plans")
+    parser.add_argument("--scheduler", default="leapfrog", help="the one of its saved plans")
     parser.add_argument("--output", default="dit.png")
     args = parser.parse_args(argv)
 

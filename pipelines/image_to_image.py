@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(args.model, use_safetensors=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = MorsePipeline.from_pipe(pipe, args.dot, scheduler="dpmsolver++")
+    pipe = MorsePipeline.from_pipe(pipe, args.dot, scheduler="leapfrog")
     # The budget is that of the evaluations that are made: `strength` is allowed for.
     image = pipe(
         args.prompt,

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--guidance_scale", type=float, default=7.5)
     parser.add_argument("--lsd", type=float, default=10)
-    parser.add_argument("--scheduler", default="dpmsolver++", help="the one of its saved plans")
+    parser.add_argument("--scheduler", default="leapfrog", help="the one of its saved plans")
     parser.add_argument("--output", default="stable_diffusion.png")
     args = parser.parse_args(argv)
 

@@ -7,7 +7,9 @@ import torch
 from idx_files import write_idx
 from PIL import Image, PngImagePlugin
 
+from morse.cli import parse_config
 from morse.training.batches import StepBatches, step_loader
+from morse.training.dash import TrainDashConfig
 from morse.training.data import open_images, to_model_range
 from morse.training.idx import IDX_IMAGES, IDX_LABELS, fit_images, read_idx
 
@@ -191,8 +193,12 @@ def hub(monkeypatch):
     """A function that makes parts into the only data set of the hub."""
 
     def make(**parts):
-        found = {"get_dataset_split_names": lambda name: list(parts),
-                 "load_dataset": lambda name, split: parts[split]}  # fmt: skip
+        def load(name, config_name, split):
+            return parts[split] if config_name is None else parts[config_name][split]
+
+        found = {"get_dataset_split_names": lambda name, config_name: list(
+                     parts if config_name is None else parts[config_name]),
+                 "load_dataset": load}  # fmt: skip
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(**found))
 
     return make
@@ -239,6 +245,24 @@ def test_a_hub_data_sets_captions_are_texts(hub, caption):
         open_images(None, "someone/pictures", 4, 1, caption_column="text")
     test = open_images(None, "someone/pictures", 4, 1, "test", caption_column="text")
     assert test.captions == ["a bag"]
+
+
+def test_a_hub_data_set_of_several_configurations(hub, monkeypatch):
+    parts = {"train": Rows(image=grey(3)), "test": Rows(image=grey(1))}
+    hub(large=parts, small={"train": Rows(image=grey(2))})
+    assert len(open_images(None, "a/b", 4, 1, dataset_config_name="large")) == 3
+    assert len(open_images(None, "a/b", 4, 1, "test", dataset_config_name="large")) == 1
+    assert len(open_images(None, "a/b", 4, 1, dataset_config_name="small")) == 2
+
+    def refuse(name, config_name):
+        raise ValueError("Config name is missing. Please pick one among ['large', 'small']")
+
+    monkeypatch.setattr(sys.modules["datasets"], "get_dataset_split_names", refuse)
+    with pytest.raises(ValueError, match=r"dataset_config_name is None: .*'large', 'small'"):
+        open_images(None, "a/b", 4, 1)
+    options = ["--train_data_dir", "images", "--output_dir", "x", "--dataset_config_name", "large"]
+    with pytest.raises(SystemExit):
+        parse_config(TrainDashConfig, options)
 
 
 def test_an_unfit_image_of_the_hub_is_named(hub):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ConfigMixin, DDPMPipeline, DiffusionPipeline, ModelMixin, PNDMScheduler
+from tiny_text import sd3_pipeline, tokenizer
 
 from morse import MorseDot, MorsePipeline, enable_morse
 from morse.rates import adds_noise
@@ -37,6 +38,21 @@ def test_the_folder_is_one_of_plain_diffusers_and_a_dot(saved):
     path, _ = saved
     index = json.loads((path / "model_index.json").read_text())
     assert index["_class_name"] == "DDPMPipeline" and index["dot"] == [None, "MorseDot"]
+
+
+def test_components_that_a_pipeline_was_saved_without(tmp_path):
+    sd3_pipeline().save_pretrained(tmp_path)
+    own = tokenizer()
+    pipe = MorsePipeline.from_pretrained(tmp_path, tokenizer_3=own)
+    assert pipe.text_encoder_3 is None and pipe.tokenizer_3 is own
+
+
+def test_weights_that_are_not_in_safetensors(saved):
+    path = saved[0]
+    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(OSError, match=r'DDPMPipeline.from_pretrained.*save_pretrained."converted"'):
+        MorsePipeline.from_pretrained(path)
 
 
 def test_components_of_an_enabled_pipeline(saved):

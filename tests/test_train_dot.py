@@ -3,9 +3,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +23,10 @@ from morse.training.common import make_accelerator
 from morse.training.graphs import GraphedDot
 from morse.training.loop import TrainDotConfig, build_dot, train_dot
 from morse.training.pairs import weighted_loss
+from morse.training.run import TrainingRun
 from morse.training.shards import make_shards
 from morse.training.start import inherit
 
-ROOT = Path(__file__).parents[1]
 OPTIONS = """--train_batch_size 3 --max_train_steps 5 --lr_warmup_steps 2 --learning_rate 1e-2
     --checkpointing_steps 2 --logging_steps 2 --validation_steps 0 --validation_images 4 --seed 3
     --num_down_blocks 1 --block_out_channels 4 --lora_rank 2"""
@@ -215,7 +214,7 @@ class TestCache:
         assert_same_run(first, second)
 
     def test_missing_shards_alone_are_made(self, run, tmp_path, monkeypatch):
-        monkeypatch.setattr("morse.training.cache.SHARD_WINDOWS", 32)
+        monkeypatch.setattr("morse.training.cache_sizes._LARGEST_SHARD", 17_000)  # 32 windows
         options = ("--cache_pairs", "70", "--window_steps", "1", "--max_train_steps", "1")
         folder = tmp_path / "pairs"
         run(*options, "--cache_dir", str(folder))
@@ -324,27 +323,33 @@ def test_good_checkpoints_stay_when_training_breaks(
     assert kept == {"checkpoint-1", "checkpoint-2"}
 
 
+def train_and_die_in_the_fourth_step(words):
+    one_pass = TrainingRun._forward_backward
+
+    def last_pass(run, batch, micro_step):
+        loss = one_pass(run, batch, micro_step)
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+    torch.set_num_threads(1)  # those of the process before a fork are not there
+    AcceleratorState._reset_state(reset_partial_state=True)
+    TrainingRun._forward_backward = last_pass
+    train_dot(parse_config(TrainDotConfig, words))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_in_a_step_and_resumed_gives_the_same_bits(base, data_dir, tmp_path, whole_run):
-    program = """
-import os, signal, sys
-from morse.cli import parse_config
-from morse.training.loop import TrainDotConfig, train_dot
-from morse.training.run import TrainingRun
-one_pass = TrainingRun._forward_backward
-def die_in_the_fourth_step(run, batch, micro_step):
-    loss = one_pass(run, batch, micro_step)
-    if run.step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return loss
-TrainingRun._forward_backward = die_in_the_fourth_step
-train_dot(parse_config(TrainDotConfig, sys.argv[1:]))
-"""
     given = arguments(base, data_dir, tmp_path / "run")
-    command = [sys.executable, "-c", program, *given]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # A fork spares the imports, but cannot use a GPU that was used before.
+    start = "spawn" if torch.cuda.is_available() else "fork"
+    process = get_context(start).Process(target=train_and_die_in_the_fourth_step, args=(given,))
+    process.start()
+    process.join(100)
+    process.kill()  # if it hangs, which the step of the checkpoint would tell
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (tmp_path / "run" / "config.json").exists()
     config = parse_config(TrainDotConfig, given)
     with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):

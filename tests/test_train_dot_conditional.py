@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from morse import MorseDot, MorsePipeline, enable_morse
 from morse.cli import parse_config
 from morse.training.cache import WindowCache, _describe, _join, prepare_cache
+from morse.training.cache_sizes import window_shards
 from morse.training.common import make_accelerator
 from morse.training.conditions import ConditionEncoder
 from morse.training.frozen import load_frozen_pipeline
@@ -163,9 +164,12 @@ class TestStableDiffusion:
         run(*options, "--max_train_steps", "1")
         assert len(found) == rests
 
-    def test_latents_are_encoded_once(self, source, run):
+    def test_latents_are_encoded_once(self, source, run, monkeypatch):
+        monkeypatch.setattr("morse.training.cache_sizes._LARGEST_SHARD", 600)  # four latents
         folder = run("--cache_latents", "--max_train_steps", "1")
-        cached = load_file(folder / "latents" / "latents-00000.safetensors")["latents"]
+        parts = sorted((folder / "latents").glob("*.safetensors"))
+        assert len(parts) == 3
+        cached = torch.cat([load_file(part)["latents"] for part in parts])
         images, _ = source
         assert_close(cached.float(), images.clean(images.__getitems__(list(range(10)))),
                      rtol=1e-3, atol=1e-3)  # fmt: skip
@@ -207,8 +211,11 @@ class TestCache:
         assert len(cache.shards) == 2
         return sorted((source[1].output_dir / "pairs").glob("*.safetensors"))
 
-    def test_a_caption_is_kept_once(self, shards):
+    def test_a_caption_is_kept_once(self, source, shards):
         shard = load_file(shards[0])
+        assert window_shards(*source)(32) == sum(
+            value.nbytes for name, value in shard.items() if not name.startswith("negative")
+        )
         assert shard["conditions/encoder_hidden_states"].shape == (3, 8, 8)
         assert shard["negative/encoder_hidden_states"].shape == (1, 8, 8)
         assert shard["outputs"].shape == (32, 4, 2, 4, 4, 4)

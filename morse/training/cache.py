@@ -1,6 +1,6 @@
 """Windows kept on disk: Dash is evaluated once, and Dot trains on the result for many epochs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,19 +9,26 @@ from torch import Tensor
 
 from morse.dot.fingerprint import fingerprint, quantization_of
 from morse.training.batches import StepBatches
+from morse.training.cache_sizes import (
+    MOST_ROWS,
+    choose_rows,
+    note_rows,
+    size_on_disk,
+    window_shards,
+)
 from morse.training.common import step_generator
 from morse.training.conditions import ConditionTable
 from morse.training.config import TrainDotConfig
 from morse.training.frozen import FrozenPipeline
 from morse.training.guidance import Conditions
-from morse.training.shards import digest, make_shards, read_shard
+from morse.training.shards import digest, gather_rows, make_shards, read_shard
 from morse.training.source import ConditionedImages, describe_data, draw_windows
 from morse.training.windows import Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SHARD_WINDOWS = 4096
+SHARD_WINDOWS = MOST_ROWS
 # On a CPU, features of more than a few images at a time fall out of its cache: twice as slow.
 _BATCH_SIZES = {"cpu": 32}
 _DEFAULT_BATCH_SIZE = 512
@@ -170,18 +177,25 @@ def prepare_cache(
     Raises:
         ValueError: If the folder holds a cache made with other settings.
     """
+    folder = config.cache_dir or config.output_dir / "pairs"
+    total, shard_bytes = config.cache_pairs, window_shards(source, config)
+    size = choose_rows(folder, SHARD_WINDOWS, shard_bytes)
+    on_disk = size_on_disk(total, size, shard_bytes)
+    accelerator.print(f"cache: {total} windows, {on_disk} in {folder}")
+    # Shards hold whole batches: both are powers of two.
+    batch_size = min(_batch_size(source.pipeline), size)
 
     def make(rows: range) -> dict[str, Tensor]:
         # In Dash's precision, without the training's autocast: residuals are small differences.
-        return _make_shard(source, config, rows.start // SHARD_WINDOWS, len(rows))
+        return _make_shard(source, config, rows.start // size, rows, batch_size)
 
     paths = make_shards(
-        folder=config.cache_dir or config.output_dir / "pairs",
+        folder=folder,
         name="windows",
-        total=config.cache_pairs,
-        shard_size=SHARD_WINDOWS,
-        label=f"evaluating Dash, {SHARD_WINDOWS} windows a shard",
-        describe=lambda: _describe(source, config),
+        total=total,
+        shard_size=size,
+        label=f"evaluating Dash, {size} windows a shard",
+        describe=lambda: _describe(source, config) | note_rows(size, SHARD_WINDOWS),
         make=make,
         accelerator=accelerator,
     )
@@ -205,10 +219,9 @@ def _stored(window: Window) -> dict[str, Tensor]:
 
 
 def _make_shard(
-    source: ConditionedImages, config: TrainDotConfig, number: int, size: int
+    source: ConditionedImages, config: TrainDotConfig, number: int, rows: range, batch_size: int
 ) -> dict[str, Tensor]:
-    batch_size = _batch_size(source.pipeline)
-    first, count = number * SHARD_WINDOWS // batch_size, -(-size // batch_size)
+    first, count = rows.start // batch_size, -(-len(rows) // batch_size)
     batches = StepBatches(len(source), batch_size, config.seed, first, count)
 
     def stored() -> Iterator[dict[str, Tensor]]:
@@ -216,9 +229,9 @@ def _make_shard(
             generator = step_generator(config.seed, number, step, source.pipeline.device)
             yield _stored(draw_windows(source, config, source.__getitems__(indices), generator))
 
-    found = _gathered(stored(), size)
+    found = gather_rows(stored(), len(rows))
     if source.numbers is not None:
-        indices = torch.tensor([index for batch in batches for index in batch])[:size]
+        indices = torch.tensor([index for batch in batches for index in batch])[: len(rows)]
         different, found["rows"] = source.numbers[indices].unique(return_inverse=True)
         found |= _conditions(source.table, different)
     return found
@@ -227,23 +240,7 @@ def _make_shard(
 def _conditions(table: ConditionTable, numbers: Tensor) -> dict[str, Tensor]:
     """Give what a shard keeps of the captions or classes of these numbers, on the CPU."""
     chunks = (table.look_up(chunk).positive for chunk in numbers.split(_ENCODED_AT_ONCE))
-    found = _gathered(chunks, len(numbers))
+    found = gather_rows(chunks, len(numbers))
     found = {f"{_TABLE}{name}": value for name, value in found.items()}
     negative = table.encoder.negative or {}
     return found | {f"{_NEGATIVE}{name}": value.cpu() for name, value in negative.items()}
-
-
-def _gathered(parts: Iterable[dict[str, Tensor]], size: int) -> dict[str, Tensor]:
-    """Join the first `size` rows by name on the CPU, each part moved there at once.
-
-    A shard may exceed a GPU's memory, and twice its size the CPU's: rows go where they stay.
-    """
-    found: dict[str, Tensor] = {}
-    start = 0
-    for part in parts:
-        for name, value in part.items():
-            if name not in found:
-                found[name] = value.new_empty(size, *value.shape[1:], device="cpu")
-            found[name][start : start + len(value)] = value[: size - start]
-        start += len(next(iter(part.values())))
-    return found

@@ -59,7 +59,10 @@ class TrainDotConfig(TrainingConfig):
     )
     even_guidance: bool = field(
         default=True,
-        metadata={"help": "keep high scales from dominating the loss: by 1 / ((1 - w)^2 + w^2)"},
+        metadata={
+            "help": "keep high scales from dominating the loss: by 1 / ((1 - w)^2 + w^2); the "
+            "paper's loss is unweighted: --no-even_guidance"
+        },
     )
     base_space: BaseSpace | None = field(
         default=None,
@@ -85,9 +88,7 @@ class TrainDotConfig(TrainingConfig):
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on Dash's layers"})
     lora_alpha: float | None = field(
         default=None,
-        metadata={
-            "help": "scale of the LoRA times its rank; if not given that of init_from, or the rank"
-        },
+        metadata={"help": "scale times rank of the LoRA; if not given init_from's, or the rank"},
     )
     conv: Conv = field(
         default="conv",
@@ -127,9 +128,7 @@ class TrainDotConfig(TrainingConfig):
     )
     history: Literal[0, 1] = field(
         default=0,
-        metadata={
-            "help": "earlier estimates of Dash that Dot uses besides the latest; 0 is the paper"
-        },
+        metadata={"help": "earlier estimates of Dash that Dot uses, too; 0 as in the paper"},
     )
     extrapolation_cap: float = field(
         default=1.0,
@@ -162,7 +161,8 @@ class TrainDotConfig(TrainingConfig):
         metadata={"help": "evaluate Dash once, for so many windows, and train on these"},
     )
     cache_dir: Path | None = field(
-        default=None, metadata={"help": "where the cache lies; output_dir/pairs if not given"}
+        default=None,
+        metadata={"help": "where the cache lies; output_dir/pairs or latents if not given"},
     )
     cache_latents: bool = field(
         default=False,

@@ -91,7 +91,8 @@ def open_training_images(
 ) -> ImageDataset:
     """Open the images that a training's settings name; the rest is as for `open_images`."""
     source, column = (config.train_data_dir, config.dataset_name), config.image_column
-    return open_images(*source, resolution, channels, split, column, caption_column)
+    further = (column, caption_column, config.dataset_config_name)
+    return open_images(*source, resolution, channels, split, *further)
 
 
 def open_images(
@@ -102,6 +103,7 @@ def open_images(
     split: Literal["train", "test"] = "train",
     image_column: str = "image",
     caption_column: str | None = None,
+    dataset_config_name: str | None = None,
 ) -> ImageDataset:
     """Open images from exactly one source and give all of them the same size.
 
@@ -118,6 +120,7 @@ def open_images(
         image_column: The column of a hub dataset that holds the images.
         caption_column: Where captions are found: a column of the hub dataset, or a name in the
             nearest `metadata.jsonl`, an image's folder's or one's above; None for no captions.
+        dataset_config_name: The configuration of a hub dataset that has several.
 
     Raises:
         FileNotFoundError: `train_data_dir` doesn't exist.
@@ -133,7 +136,8 @@ def open_images(
             "give exactly one of the two"
         )
     if dataset_name is not None:
-        return _open_hub(dataset_name, resolution, channels, split, image_column, caption_column)
+        names = (dataset_name, dataset_config_name)
+        return _open_hub(*names, resolution, channels, split, image_column, caption_column)
     path = Path(train_data_dir)
     if not path.exists():
         raise FileNotFoundError(f"train_data_dir is {path}, which does not exist")
@@ -218,13 +222,14 @@ def held_out_rows(length: int, split: str) -> range | list[int]:
 
 def _open_hub(
     name: str,
+    config_name: str | None,
     resolution: int,
     channels: int,
     split: str,
     column: str,
     caption_column: str | None,
 ) -> ImageDataset:
-    train, test = load_parts(name, labelled=caption_column is None)
+    train, test = load_parts(name, config_name, labelled=caption_column is None)
     if test is None:
         rows = train.select(held_out_rows(len(train), split))
     else:

@@ -189,19 +189,18 @@ def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> Froz
     Raises:
         ValueError: If its precision is none that the device trains in, or it is not handled.
     """
-    from morse.pipeline import MorsePipeline, absent_components
+    from morse.pipeline import MorsePipeline
 
     if config.dtype == "float16" and device.type == "cpu":
         raise ValueError(
             "dtype is float16, in which a CPU does not train; give --dtype bfloat16 "
             "--mixed_precision bf16, or leave both away"
         )
-    name = config.pretrained_model_name_or_path
     # Said of text encoders too, which else come in the precision that they were saved in. Some
     # autoencoders, SDXL's for one, overflow in float16.
     dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
-    options = {"dtype": dtypes, **absent_components(name)}
-    pipe = MorsePipeline.from_pretrained(name, **options).to(device)
+    name = config.pretrained_model_name_or_path
+    pipe = MorsePipeline.from_pretrained(name, dtype=dtypes).to(device)
     found = freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
     if config.guidance == "guided":
         check_one_pass(pipe, found.guidance_scale)
@@ -238,18 +237,9 @@ def freeze_pipeline(
     resolution = choose_resolution(resolution, denoiser, factor, patch_size)
     patches = (resolution // factor // patch_size) ** 2
     schedule, prediction_type = read_schedule(pipe.scheduler, patches)
+    schedule, base = schedule.to(denoiser.device), base_space or "raw"
+    dash = FrozenDash(denoiser, schedule, prediction_type, base, dtype=denoiser.dtype)
     encoder = make_encoder(pipe, denoiser, resolution)
-    return FrozenPipeline(
-        FrozenDash(
-            denoiser,
-            schedule.to(denoiser.device),
-            prediction_type,
-            base_space or "raw",
-            dtype=denoiser.dtype,
-        ),
-        codec,
-        encoder,
-        resolution,
-        denoiser.config.in_channels if codec is None else codec.image_channels,
-        choose_guidance(guidance_scale, encoder),
-    )
+    channels = denoiser.config.in_channels if codec is None else codec.image_channels
+    scales = choose_guidance(guidance_scale, encoder)
+    return FrozenPipeline(dash, codec, encoder, resolution, channels, scales)

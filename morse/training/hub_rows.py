@@ -10,16 +10,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def load_parts(name: str, labelled: bool = True) -> "tuple[Dataset, Dataset | None]":
+def load_parts(
+    name: str, config_name: str | None = None, labelled: bool = True
+) -> "tuple[Dataset, Dataset | None]":
     """Load a dataset's part to train on, and the one to test on if it has one.
 
     Args:
         name: Of the dataset.
+        config_name: Of its configuration, where it has several.
         labelled: Whether class numbers count. Then, where `train` has them and `test` has not, as
             that of a benchmark whose answers are secret, `validation` takes its place, if it does.
 
     Raises:
-        ValueError: If the `datasets` package is missing.
+        ValueError: If the `datasets` package is missing, or there is no such configuration.
     """
     try:
         from datasets import get_dataset_split_names, load_dataset
@@ -28,14 +31,19 @@ def load_parts(name: str, labelled: bool = True) -> "tuple[Dataset, Dataset | No
             f"dataset_name is {name!r}, which needs the `datasets` package; "
             "run `pip install datasets` or give train_data_dir instead"
         ) from error
-    names = get_dataset_split_names(name)
-    train = load_dataset(name, split="train")
+    try:
+        names = get_dataset_split_names(name, config_name)
+    except ValueError as error:  # which lists those that there are
+        raise ValueError(
+            f"dataset_name is {name!r} and dataset_config_name is {config_name!r}: {error}"
+        ) from error
+    train = load_dataset(name, config_name, split="train")
     if "test" not in names:
         return train, None
     labelled = labelled and read_labels(train) is not None
     for part in ("test", "validation"):
         if part in names:
-            rows = load_dataset(name, split=part)
+            rows = load_dataset(name, config_name, split=part)
             if not labelled or read_labels(rows) is not None:
                 return train, rows
     return train, None

@@ -56,7 +56,7 @@ def read_files(files: list[Path], resolution: int, channels: int, indices: list[
     images = []
     for path in (files[index] for index in indices):
         with _naming(path), Image.open(path) as image:
-            images.append(_fit(image, resolution, channels))
+            images.append(fit_image(image, resolution, channels))
     return torch.stack(images)
 
 
@@ -67,7 +67,7 @@ def read_rows(
     images = []
     for index in indices:
         with _naming(f"row {index} (of its part) in image_column {column!r}"):
-            images.append(_fit(rows[index][column], resolution, channels))
+            images.append(fit_image(rows[index][column], resolution, channels))
     return torch.stack(images)
 
 
@@ -79,7 +79,7 @@ def _naming(name: object) -> Iterator[None]:
         raise ValueError(f"{name} cannot be read as an image: {error}; remove it") from error
 
 
-def _fit(image: Image.Image, resolution: int, channels: int) -> Tensor:
-    """Crop the centre square and resize it, (C, resolution, resolution)."""
+def fit_image(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    """Crop the centre square and resize it, (C, resolution, resolution) uint8."""
     image = to_channels(ImageOps.exif_transpose(image), channels)
     return to_bytes(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))

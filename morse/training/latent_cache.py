@@ -7,16 +7,21 @@ import torch
 from torch import Tensor
 
 from morse.dot.fingerprint import fingerprint
-from morse.training.cache import SHARD_WINDOWS
+from morse.training.cache_sizes import (
+    MOST_ROWS,
+    choose_rows,
+    latent_bytes,
+    note_rows,
+    size_on_disk,
+)
 from morse.training.config import TrainDotConfig
 from morse.training.data import ImageDataset, in_batches
-from morse.training.shards import make_shards, read_shard, require_noted
+from morse.training.shards import gather_rows, make_shards, read_shard, require_noted
 from morse.training.source import ConditionedImages, describe_data
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SHARD_IMAGES = SHARD_WINDOWS
 _BATCH_SIZE = 32  # images that are read at a time; the codec takes as many of them as fit
 
 
@@ -34,34 +39,39 @@ def cache_latents(
     # Captions and labels are read anew, so that latents of other images would get wrong ones.
     if config.resume_from_checkpoint is None:
         require_noted(folder, "image_files")
+    image_bytes = latent_bytes(pipeline)
+    size = choose_rows(folder, MOST_ROWS, lambda rows: rows * image_bytes)
+    on_disk = size_on_disk(len(source), size, lambda rows: rows * image_bytes)
+    accelerator.print(f"cache: latents of {len(source)} images, {on_disk} in {folder}")
 
     def describe() -> dict[str, object]:
-        return {
+        own = {
             "vae": fingerprint(pipeline.codec.vae),
             "scaling": pipeline.codec.constants,
             "resolution": pipeline.resolution,
-        } | describe_data(source, config)
+        }
+        return own | describe_data(source, config) | note_rows(size, MOST_ROWS)
 
     paths = make_shards(
         folder=folder,
         name="latents",
         total=len(source),
-        shard_size=SHARD_IMAGES,
-        label=f"encoding, {SHARD_IMAGES} images a shard",
+        shard_size=size,
+        label=f"encoding, {size} images a shard",
         describe=describe,
-        make=lambda rows: {"latents": _encode(source, rows)},
+        make=lambda rows: _encode(source, rows),
         accelerator=accelerator,
     )
     shards = [read_shard(path)["latents"] for path in paths]
-    images = ImageDataset(partial(_fetch, shards), len(source))
+    images = ImageDataset(partial(_fetch, shards, size), len(source))
     return ConditionedImages(images, pipeline, source.numbers, source.table)
 
 
-def _encode(source: ConditionedImages, rows: range) -> Tensor:
+def _encode(source: ConditionedImages, rows: range) -> dict[str, Tensor]:
     batches = in_batches(source, rows, _BATCH_SIZE)
-    return torch.cat([source.clean(batch).half().cpu() for batch in batches])
+    return gather_rows(({"latents": source.clean(batch).half()} for batch in batches), len(rows))
 
 
-def _fetch(shards: list[Tensor], indices: list[int]) -> Tensor:
-    rows = (divmod(index, SHARD_IMAGES) for index in indices)
+def _fetch(shards: list[Tensor], shard_size: int, indices: list[int]) -> Tensor:
+    rows = (divmod(index, shard_size) for index in indices)
     return torch.stack([shards[shard][row] for shard, row in rows])

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,17 +83,39 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     return read_tensors(path, "delete that file alone, and the next run makes it anew")
 
 
+def gather_rows(parts: Iterable[dict[str, Tensor]], size: int) -> dict[str, Tensor]:
+    """Join the first `size` rows by name on the CPU, each part moved there at once.
+
+    A shard may exceed a GPU's memory, and twice its size the CPU's: rows go where they stay.
+    """
+    found: dict[str, Tensor] = {}
+    start = 0
+    for part in parts:
+        for name, value in part.items():
+            if name not in found:
+                found[name] = value.new_empty(size, *value.shape[1:], device="cpu")
+            found[name][start : start + len(value)] = value[: size - start]
+        start += len(next(iter(part.values())))
+    return found
+
+
+def read_description(folder: Path) -> dict[str, object] | None:
+    """Give what a folder is noted to hold; None if there is no cache."""
+    path = folder / _DESCRIPTION
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def _claim(folder: Path, description: dict[str, object]) -> None:
     """Note what a folder holds, or check that it holds just this."""
-    path = folder / _DESCRIPTION
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    noted = read_description(folder)
+    if noted is None:
         if any(folder.glob("*.safetensors")):
             raise FileExistsError(f"cache_dir is {folder}, which holds other safetensors files.")
-        write_json(path, description)
+        write_json(folder / _DESCRIPTION, description)
         return
     # What earlier versions did not note can't be compared.
-    found = {**description, **json.loads(path.read_text(encoding="utf-8"))}
+    found = {**description, **noted}
     if found != description:
         differing = sorted(key for key in found if found[key] != description.get(key))
         raise ValueError(
@@ -108,8 +130,8 @@ def require_noted(folder: Path, name: str) -> None:
     Raises:
         ValueError: If the folder holds a cache whose description lacks `name`.
     """
-    path = folder / _DESCRIPTION
-    if path.exists() and name not in json.loads(path.read_text(encoding="utf-8")):
+    noted = read_description(folder)
+    if noted is not None and name not in noted:
         raise ValueError(
             f"cache_dir is {folder}, whose contents an earlier version made without noting "
             f"{name}, so that they may be of others; give another --cache_dir or delete it."

@@ -127,8 +127,9 @@ def _classes(images: ImageDataset, pipeline: FrozenPipeline) -> tuple[list[int],
 
 def describe_data(source: ConditionedImages, config: "TrainDotConfig") -> dict[str, object]:
     """Say which images a cache is made of, as JSON has it."""
+    data, part = str(config.train_data_dir or config.dataset_name), config.dataset_config_name
     return {
-        "data": str(config.train_data_dir or config.dataset_name),
+        "data": data if part is None else f"{data}, {part}",
         "image_column": config.image_column,
         "images": len(source),
         "image_files": None if source.images.contents is None else source.images.contents(),
