@@ -238,7 +238,7 @@ def test_bad_inputs():
 def test_examples():
     seen = set()
     for module in (dnr, dnr_cell, dnr_clips):
-        for test in doctest.DocTestFinder().find(module):
+        for test in doctest.DocTestFinder().find(module, globs={}):
             if test.examples:
                 assert doctest.DocTestRunner().run(test).failed == 0
                 seen.add(test.name.split(".")[-1])

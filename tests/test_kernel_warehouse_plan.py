@@ -201,14 +201,11 @@ def test_nothing_nonlocal_warns_of_nothing():
 
 
 def test_examples():
-    for module in (kernel_warehouse, kernel_warehouse_layers):
-        for test in doctest.DocTestFinder(recurse=True).find(module):
-            if test.name.split(".")[-1] in (
-                "Warehouse",
-                "KWConv1d",
-                "KWConv2d",
-                "KWConv3d",
-                "KWLinear",
-            ):
-                assert test.examples, test.name
+    layers = {"KWConv1d", "KWConv2d", "KWConv3d", "KWLinear"}
+    for module, names in ((kernel_warehouse, {"Warehouse"}), (kernel_warehouse_layers, layers)):
+        seen = set()
+        for test in doctest.DocTestFinder().find(module, globs={}):
+            if test.examples:
                 assert doctest.DocTestRunner().run(test).failed == 0
+                seen.add(test.name.split(".")[-1])
+        assert seen == names

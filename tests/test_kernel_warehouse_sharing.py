@@ -114,7 +114,7 @@ def test_temperature_of_fresh_trained_and_official_layers():
     assert_close(fresh["layers"][0](draw(layer)), layer(draw(layer)), rtol=0, atol=0)
 
     set_temperature(fresh, 1.0)
-    fresh.load_state_dict({k: v for k, v in state.items() if "_extra_state" not in k})
+    fresh.load_state_dict({k: v for k, v in state.items() if "temperature" not in k})
     assert fresh["layers"][0].temperature == 0.0
     set_temperature(fresh, 0.7)
     fresh.load_state_dict({}, strict=False)
@@ -166,8 +166,7 @@ def test_compiles_without_breaks_or_recompiling(case, backend):
     for tau in (1.0, 0.5, 0.4, 0.3):
         layer.set_temperature(tau)
         assert_close(compiled(x), layer(x))
-    # Once for the first temperature, once for all others.
-    assert counter.frame_count <= 2
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 

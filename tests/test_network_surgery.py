@@ -43,7 +43,7 @@ def adam(network):
 
 @pytest.mark.parametrize("module", [network_surgery, sparse])
 def test_examples(module):
-    result = doctest.testmod(module)
+    result = doctest.testmod(module, globs={})
     assert result.attempted > 3 and result.failed == 0
 
 

@@ -9,7 +9,7 @@ from test_network_surgery import adam, make_network, raw, train
 from torch import nn
 from torch.nn import functional
 
-from morse.compression import NetworkSurgery
+from morse.compression import NetworkSurgery, save_sparse
 
 
 def test_finalize_keeps_outputs_and_objects():
@@ -92,9 +92,9 @@ def test_finalize_leaves_copies_alone():
     assert [type(layer) for layer in network] == [type(layer) for layer in make_network()[0]]
 
 
-def test_an_average_of_raw_weights_takes_the_latest_masks():
+def test_an_average_of_raw_weights_takes_the_latest_masks_and_is_finished(tmp_path):
     network, x, y = make_network()
-    surgery = NetworkSurgery(network, c_rate=0.5, gamma=0.0)
+    surgery = NetworkSurgery(network, c_rate=0.5, gamma=0.0, iter_stop=5)
     average = torch.optim.swa_utils.AveragedModel(network)
     optimizer = adam(network)
     for _ in range(5):
@@ -103,6 +103,25 @@ def test_an_average_of_raw_weights_takes_the_latest_masks():
     for name, mask in surgery.masks.items():
         layer, own = name.split(".")
         assert torch.equal(getattr(average.module[int(layer)], own) != 0, mask)
+    for refuse in (NetworkSurgery, lambda module: save_sparse(module, tmp_path / "average")):
+        with pytest.raises(ValueError, match="into the module of a copy of the surgery"):
+            refuse(average.module)
+    before = network(x)
+    twin = copy.deepcopy(surgery)
+    twin.module.load_state_dict(average.module.state_dict())
+    assert torch.equal(twin.finalize()(x), average(x)) and torch.equal(network(x), before)
+    save_sparse(twin.module, tmp_path / "average")
+    assert not surgery.finalized and not torch.equal(average(x), before)
+
+
+def test_layers_pruned_in_part_have_their_order_back():
+    layer = nn.Linear(3, 2)
+    order = list(layer.parameters())
+    surgery = NetworkSurgery(layer, c_rate=-1.0, prune_bias=False, iter_stop=1)
+    assert [parameter.dim() for parameter in layer.parameters()] == [1, 2]
+    surgery.step()
+    surgery.finalize()
+    assert all(a is b for a, b in zip(layer.parameters(), order, strict=True))
 
 
 def test_state_dicts_hold_raw_weights_and_masks():

@@ -1,13 +1,20 @@
+import doctest
+
 import pytest
 import torch
 from torch.nn import functional
 
-from morse.distillation import NORMLoss, norm_weight
-from morse.distillation.norm import IMAGENET_STAGES
+from morse.distillation import IMAGENET_STAGES, NORMLoss, af_dcd, norm, norm_transform, norm_weight
 
 
 def random(*shape, seed=1, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("module", [norm, norm_transform, af_dcd])
+def test_examples(module):
+    result = doctest.testmod(module, globs={})
+    assert result.attempted > 1 and result.failed == 0
 
 
 def test_loss_formula_gradient_and_zero():

@@ -40,7 +40,7 @@ def make(shape, dtype=torch.float32, seed=0, **more):
 
 
 def test_examples():
-    done = doctest.testmod(odconv)
+    done = doctest.testmod(odconv, globs={})
     assert done.attempted >= 5 and not done.failed
 
 
@@ -240,8 +240,7 @@ def test_compiles_without_breaks_or_recompiling(shape):
     for temperature in (1.0, 30.0, 29.0, 28.0):
         layer.set_temperature(temperature)
         assert_close(compiled(x), layer(x))
-    # Once for the first temperature, once for all others.
-    assert counter.frame_count <= 2
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 
@@ -274,7 +273,7 @@ def test_temperature_survives_own_checkpoints_only(tmp_path):
     assert fresh[1].temperature == 7.5
     assert_close(fresh(x), network(x), rtol=0, atol=0)
 
-    official = {k: v for k, v in network.state_dict().items() if "_extra_state" not in k}
+    official = {k: v for k, v in network.state_dict().items() if k != "1.temperature"}
     assert "1.attention.channel_fc.bias" in official
     fresh.load_state_dict(official)
     assert fresh[1].temperature == 1.0

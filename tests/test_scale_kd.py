@@ -48,7 +48,7 @@ def make_loss(dtype=torch.float64, **options):
 
 @pytest.mark.parametrize("module", [cross_attention, dual_view, scale_kd, teacher_perception])
 def test_examples(module):
-    result = doctest.testmod(module)
+    result = doctest.testmod(module, globs={})
     assert result.attempted > 1 and result.failed == 0
 
 

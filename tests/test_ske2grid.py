@@ -52,7 +52,7 @@ MODULES = [ske2grid, ske2grid_index, ske2grid_layout, ske2grid_upsampling]
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples(module):
-    done = doctest.testmod(module)
+    done = doctest.testmod(module, globs={})
     assert done.attempted >= 4 and not done.failed
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from morse.compression.surgery_mask import Flips, MaskedLayer, Thresholds, check_state
+from morse.compression.surgery_mask import Flips, MaskedLayer, Thresholds
+from morse.compression.surgery_state import check_state, draw_each, read_thresholds
 from morse.compression.surgery_targets import PerLayer, check_settings, find_targets, per_layer
 
 
@@ -19,8 +20,9 @@ class NetworkSurgery:
     """Prunes a network's weights while it trains, and splices back those that grow again.
 
     Each weight has a mask of 0 or 1; the network computes with their product, but the gradient
-    reaches the raw weight unmasked, so that a pruned weight goes on moving. Call `step` before
-    each training forward, train as usual, and `finalize` at the end.
+    reaches the raw weight unmasked, so that a pruned weight goes on moving. Call `step` once before
+    each update of the weights (with gradient accumulation, before the first of its forwards), train
+    as usual, and `finalize` at the end.
 
     At the first step, each layer's thresholds are computed once, from the mean m and the standard
     deviation s of |w| over all of its parameters with masks: with t = max(m + c_rate * s, 0), a
@@ -28,7 +30,13 @@ class NetworkSurgery:
     iteration i < iter_stop with probability (1 + gamma * i) ** -power; later its masks stay.
 
     The masks are buffers of the module, so they follow it in `to`, `deepcopy` and DDP's broadcast
-    (wrap it after this). Parameters stay the same objects, for optimizers made before.
+    (wrap it after this). Parameters stay the same objects, for optimizers made before. Yet where a
+    layer is pruned in part (`prune_bias`, `include`, `exclude`), their order is another until
+    `finalize`: make after this what counts them, such as averages and optimizers to resume.
+
+    A moving average of the module has raw weights and masks too. To finish it, load it into a copy:
+    `twin = copy.deepcopy(surgery)`, `twin.module.load_state_dict(average.module.state_dict())` and
+    `twin.finalize()`, which returns the finished average; the training may go on.
 
     Args:
         module: Network to prune, trained before (thresholds come from its weights).
@@ -53,8 +61,10 @@ class NetworkSurgery:
             frozen, nothing is left to prune, or the module is under another surgery.
 
     Example:
-        >>> layer = nn.Linear(4, 2)
-        >>> _ = nn.init.constant_(layer.bias, 0.5)
+        >>> import torch
+        >>> from morse.compression import NetworkSurgery
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> _ = torch.nn.init.constant_(layer.bias, 0.5)
         >>> weight = [[1.0, 0.1, 2.0, 0.2], [0.3, -3.0, 0.1, -0.2]]
         >>> _ = layer.weight.data.copy_(torch.tensor(weight))
         >>> surgery = NetworkSurgery(layer, c_rate=0.0, iter_stop=1, prune_bias=False)
@@ -134,7 +144,7 @@ class NetworkSurgery:
     def step(
         self, iteration: int | None = None, draws: Mapping[str, float] | None = None
     ) -> dict[str, bool]:
-        """Update the masks; call it once before each training forward.
+        """Update the masks; call it once before each update of the weights.
 
         Args:
             iteration: Iteration i, at least that of the latest step; by default the one after it,
@@ -159,7 +169,7 @@ class NetworkSurgery:
             self._thresholds = {
                 name: layer.measure(self.low, self.high) for name, layer in self._layers.items()
             }
-        drawn = self._draw(draws or {})
+        drawn = draw_each(self._layers, self.generator, draws or {})
         self.iteration = iteration
         self._flips = dict.fromkeys(self.masks, Flips(0, 0))
         chance = (1 + self.gamma * iteration) ** -self.power
@@ -228,11 +238,7 @@ class NetworkSurgery:
             raise ValueError(f"generator is no state of one: {error}") from error
         for name, mask in self.masks.items():
             mask.copy_(state_dict[f"masks.{name}"])
-        self._thresholds = {
-            name: Thresholds(*state_dict[f"thresholds.{name}"].tolist())
-            for name in self._layers
-            if f"thresholds.{name}" in state_dict
-        }
+        self._thresholds = read_thresholds(state_dict, self._layers)
         self.iteration = int(state_dict["iteration"])
         self.frozen = bool(state_dict["frozen"])
         self._flips = dict.fromkeys(self.masks, Flips(0, 0))
@@ -240,13 +246,3 @@ class NetworkSurgery:
     def _check_open(self, action: str) -> None:
         if self.finalized:
             raise ValueError(f"{action}() after finalize(): the masks are gone; start another one.")
-
-    def _draw(self, given: Mapping[str, float]) -> dict[str, float]:
-        for name, draw in given.items():
-            if name not in self._layers:
-                raise ValueError(f"draws has {name!r}; the layers are {list(self._layers)}.")
-            if not 0 <= draw <= 1:
-                raise ValueError(f"draws must be in [0, 1], got {draw!r} for layer {name!r}.")
-        source = {"generator": self.generator, "device": self.generator.device}
-        drawn = torch.rand(len(self._layers), **source).tolist()
-        return dict(zip(self._layers, drawn, strict=True)) | dict(given)

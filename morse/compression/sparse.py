@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from morse.compression.sparse_codes import decode_gaps, encode_gaps, pack_bits, unpack_bits
-from morse.compression.surgery_mask import WeightMask
+from morse.compression.surgery_mask import check_unmasked
 from morse.files import write_bytes
 
 FORMAT = "morse.compression.sparse"
@@ -57,12 +57,15 @@ def save_sparse(
             for float16.
 
     Example:
+        >>> import pathlib
         >>> import tempfile
-        >>> layer = nn.Linear(1000, 100)
+        >>> import torch
+        >>> from morse.compression import load_sparse, save_sparse
+        >>> layer = torch.nn.Linear(1000, 100)
         >>> layer.weight.data[layer.weight.abs() < 0.03] = 0  # leaves 5 %
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_sparse(layer, f"{folder}/layer.safetensors")
-        ...     size = Path(folder, "layer.safetensors").stat().st_size
+        ...     size = pathlib.Path(folder, "layer.safetensors").stat().st_size
         ...     state = load_sparse(f"{folder}/layer.safetensors")
         >>> torch.equal(state["weight"], layer.weight), size < 0.1 * 4 * 100_100
         (True, True)
@@ -113,8 +116,7 @@ def load_sparse(path: str | PathLike[str]) -> dict[str, Tensor]:
 def _state(state_or_module: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     state = state_or_module
     if isinstance(state, nn.Module):
-        if any(isinstance(part, WeightMask) for part in state.modules()):
-            raise ValueError("the module is under surgery; save what finalize() returns.")
+        check_unmasked(state, "save what finalize() returns")
         state = state.state_dict()
     if not isinstance(state, Mapping):
         raise TypeError(

@@ -5,7 +5,6 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -42,6 +41,15 @@ class WeightMask(nn.Module):
         with torch.no_grad():
             difference = raw * self.mask - raw
         return raw + difference
+
+
+def check_unmasked(module: nn.Module, first: str) -> None:
+    """Raise ValueError, saying what to do first, if the module has masks."""
+    if any(isinstance(part, WeightMask) for part in module.modules()):
+        raise ValueError(
+            f"the module is under surgery; {first}. Is it a copy, such as a moving average, load "
+            "its state dict into the module of a copy of the surgery: see NetworkSurgery."
+        )
 
 
 class MaskedLayer:
@@ -153,23 +161,3 @@ def _own_class(module: nn.Module) -> None:
     shared = type(module)
     content = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, content)
-
-
-def check_state(
-    given: Mapping[str, Tensor], own: Mapping[str, Tensor], layers: Iterable[str]
-) -> None:
-    """Raise ValueError unless the names and shapes of a surgery's state are its own ones.
-
-    There are thresholds of no layer, as before the first step, or of all.
-    """
-    expected = {k: tuple(v.shape) for k, v in own.items() if not k.startswith("thresholds.")}
-    if any(name.startswith("thresholds.") for name in given):
-        expected |= {f"thresholds.{name}": (len(Thresholds._fields),) for name in layers}
-    found = {name: tuple(value.shape) for name, value in given.items()}
-    wrong = sorted(k for k in found | expected if found.get(k) != expected.get(k))
-    if wrong:
-        listed = ", ".join(f"{k} {found.get(k)} for {expected.get(k)}" for k in wrong)
-        raise ValueError(
-            "state_dict must be that of a surgery on the same parameters (shape got for shape "
-            f"wanted, None if there is none: {listed})."
-        )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from morse.compression.surgery_mask import WeightMask
+from morse.compression.surgery_mask import check_unmasked
 
 PerLayer = float | Mapping[str, float]
 
@@ -51,8 +51,7 @@ def find_targets(
         ValueError: For a module under another surgery, a pattern that matches nothing, a frozen
             parameter asked for by name, a parameter that two layers share, or if nothing is left.
     """
-    if any(isinstance(part, WeightMask) for part in module.modules()):
-        raise ValueError("module is under another surgery; finalize() that one before.")
+    check_unmasked(module, "finalize() that one before")
     include, exclude = _patterns(include), _patterns(exclude) or ()
     entries = list(_entries(module))
     _check_known(exclude, module)

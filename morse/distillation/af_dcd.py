@@ -82,6 +82,8 @@ class AfDCDLoss(nn.Module):
         ValueError: If an argument is out of its range.
 
     Example:
+        >>> import torch
+        >>> from morse.distillation import AfDCDLoss
         >>> loss = AfDCDLoss(6, 8, channel_groups=2, pool_size=0, reduction="mean")
         >>> student, teacher = torch.randn(2, 6, 8, 8), torch.randn(2, 8, 8, 8)
         >>> out = loss(student, teacher, rng=torch.Generator().manual_seed(0))

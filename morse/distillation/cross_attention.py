@@ -49,6 +49,8 @@ class CrossAttentionProjector(nn.Module):
         ValueError: If an argument is out of its range, or Ct is not divisible by `num_heads`.
 
     Example:
+        >>> import torch
+        >>> from morse.distillation import CrossAttentionProjector
         >>> projector = CrossAttentionProjector(6, 16, (8, 8), (4, 4), num_heads=4, norm="group")
         >>> projector(torch.zeros(2, 6, 4, 4)).shape  # 16 positions of 6 -> 64 tokens of 16
         torch.Size([2, 64, 16])

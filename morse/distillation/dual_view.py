@@ -42,6 +42,7 @@ class DualViewMimicking(nn.Module):
 
     Example:
         >>> import torch
+        >>> from morse.distillation import DualViewMimicking
         >>> teacher = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
         >>> tokens = 3 * teacher.flatten(2).transpose(1, 2)  # (B, H * W, C)
         >>> losses = DualViewMimicking()(tokens, tokens + 1, teacher)

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from morse.distillation.functional import at_least_float32
 
-# (share of training at which the stage ends, factor) of the authors' two training scripts.
+# (share of training at which the stage ends, factor) of the authors' two training scripts, for
+# `norm_weight`.
 CIFAR_STAGES = ((10 / 240, 0.1), (20 / 240, 0.5), (180 / 240, 1.0), (210 / 240, 0.5), (1.0, 0.1))
 IMAGENET_STAGES = ((5 / 100, 0.1), (15 / 100, 0.5), (60 / 100, 0.9), (80 / 100, 0.5), (1.0, 0.1))
 
@@ -24,7 +25,8 @@ def norm_weight(progress: float, stages: tuple[tuple[float, float], ...] = CIFAR
     Args:
         progress: Share of training done, in [0, 1]; their epoch / number of epochs.
         stages: (end, factor) of each stage, a stage's end belonging to the next one; ends
-            increase up to 1.0, which still has the last factor.
+            increase up to 1.0, which still has the last factor. `CIFAR_STAGES` are those of the
+            authors' 240 epochs on CIFAR-100, `IMAGENET_STAGES` those of their 100 on ImageNet.
 
     Raises:
         ValueError: If `progress` is outside [0, 1], or the ends do not increase up to 1.
@@ -40,8 +42,9 @@ def norm_weight(progress: float, stages: tuple[tuple[float, float], ...] = CIFAR
 class NORMLoss(nn.Module):
     """weight * sum over segments n of mean((E_n - T)^2) (NORM, arXiv:2305.13803); no parameters.
 
-    Segment n of the expanded student feature E is its block of channels from n*Ct to (n+1)*Ct. For
-    features whose scale changes, such as a denoiser's, divide by the teacher feature's variance.
+    `NORMTransform`, which stands in the student, makes the expanded student feature E. Segment n is
+    its block of channels from n*Ct to (n+1)*Ct. For features whose scale changes, such as a
+    denoiser's, divide by the teacher feature's variance.
 
     Args:
         n: Number of segments N, at least 1.
@@ -59,7 +62,12 @@ class NORMLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> teacher = torch.randn(2, 6, 8, 8)
+        >>> from morse.distillation import NORMLoss, NORMTransform
+        >>> feature, teacher = torch.randn(2, 6, 5, 5), torch.randn(2, 8, 5, 5)
+        >>> out, expanded = NORMTransform(6, 8, n=4)(feature)  # `out` goes on through the student
+        >>> loss = NORMLoss(n=4)(expanded, teacher)
+        >>> bool(loss > 0)
+        True
         >>> NORMLoss(n=4)(teacher.repeat(1, 4, 1, 1), teacher).item()  # all 4 segments are equal
         0.0
     """

@@ -37,11 +37,13 @@ class NORMTransform(nn.Module):
         ValueError: For an argument out of its range, and for init="identity" without the residual.
 
     Example:
+        >>> import torch
+        >>> from morse.distillation import NORMTransform
         >>> transform, feature = NORMTransform(6, 8, n=4).eval(), torch.randn(2, 6, 5, 5)
         >>> out, expanded = transform(feature)
         >>> out.shape, expanded.shape
         (torch.Size([2, 6, 5, 5]), torch.Size([2, 32, 5, 5]))
-        >>> layer = nn.Conv2d(6, 3, 1)
+        >>> layer = torch.nn.Conv2d(6, 3, 1)
         >>> torch.allclose(transform.fold(layer)(feature), layer(out), atol=1e-4)
         True
     """
@@ -76,10 +78,8 @@ class NORMTransform(nn.Module):
             raise ValueError(
                 "init='identity' needs residual=True: with W2 = 0 nothing else is left."
             )
-        self.in_channels = in_channels
-        self.teacher_channels = teacher_channels
-        self.n = n
-        self.residual = residual
+        self.in_channels, self.teacher_channels = in_channels, teacher_channels
+        self.n, self.residual = n, residual
 
         def make_norm(channels: int) -> nn.Module:
             return nn.BatchNorm2d(channels, eps, momentum) if norm == "batch" else nn.Identity()
@@ -237,9 +237,7 @@ def _check_kind(layer: nn.Module, in_channels: int) -> None:
 
 def _check_takes_shift(layer: nn.Linear | nn.Conv2d) -> None:
     if layer.bias is None:
-        raise ValueError(
-            "next_layer must have a bias for the transform's shift; give it a zero one."
-        )
+        raise ValueError("next_layer must have a bias to take the shift up; give it a zero one.")
     if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros":
         return
     same = layer.padding == "same" and max(layer.kernel_size) > 1

@@ -60,7 +60,9 @@ class ScaleKDLoss(nn.Module):
             teacher where `tpp` begins.
         last: The student's last feature, in the teacher's last width; None for none.
         tpp: The teacher's layers between the two. Without it the middle tokens are compared as
-            they are, and both taps have learned queries.
+            they are, and both taps have learned queries. As a part of this module they follow its
+            `to` and `half`, which convert the teacher itself, and stand in its state dict, from
+            which names that begin with "tpp." and "last_tpp." can be left out.
         last_tpp: More frozen layers, for the last tokens (the authors' for a ViT teacher: its last
             block).
         detach_query: Stop the last tap's gradient at its queries; the authors let it train the
@@ -71,9 +73,11 @@ class ScaleKDLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from morse.distillation import ScaleKDLoss, TapConfig, TeacherParameterPerception
         >>> mid = TapConfig(6, 8, (4, 4), num_heads=2)
         >>> last = TapConfig(8, 12, (4, 4), num_heads=3)
-        >>> scale_kd = ScaleKDLoss(mid, last, TeacherParameterPerception(nn.Linear(8, 12)))
+        >>> tpp = TeacherParameterPerception(torch.nn.Linear(8, 12))
+        >>> scale_kd = ScaleKDLoss(mid, last, tpp)
         >>> maps = (torch.randn(2, channels, 4, 4) for channels in (6, 8, 12))
         >>> out = scale_kd(*maps)
         >>> list(out.terms), bool(out.loss > 0)

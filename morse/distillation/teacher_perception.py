@@ -33,6 +33,8 @@ class TeacherParameterPerception(nn.Module):
 
     Example:
         >>> import torch
+        >>> from torch import nn
+        >>> from morse.distillation import TeacherParameterPerception
         >>> tpp = TeacherParameterPerception(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)))
         >>> tokens = torch.ones(1, 3, 4, requires_grad=True)
         >>> tpp.train()(tokens).sum().backward()

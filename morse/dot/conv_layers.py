@@ -29,12 +29,20 @@ _HEARD = _Heard()
 class _InDot:
     """Mixed into a dynamic layer: its temperature is not saved, and its block tells it the time.
 
-    diffusers' loading knows parameters and buffers alone, hence no extra state.
+    It is a number and no buffer: what a file does not hold may get no memory when diffusers loads
+    it.
     """
 
-    get_extra_state = nn.Module.get_extra_state
-    set_extra_state = nn.Module.set_extra_state
     _load_from_state_dict = nn.Module._load_from_state_dict
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set the temperature; ValueError if the layer cannot take it."""
+        self.temperature = self.checked_temperature(temperature)
+
+    _begin_at = set_temperature
+
+    def _read_temperature(self) -> float:
+        return self.temperature
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve, with the kernel of the time heard last if the layer listens to it."""

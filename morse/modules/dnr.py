@@ -27,6 +27,7 @@ class DynamicNormRelay(nn.Module):
     with a at 0: the layer begins as a plain norm, and training opens it channel by channel.
 
     >>> import torch
+    >>> from morse.modules import DynamicNormRelay
     >>> norm = DynamicNormRelay(8)
     >>> x = torch.randn(2, 8, 4, 4)
     >>> y, state = norm(x)            # the first step of a relay

@@ -15,6 +15,7 @@ class RelayState(NamedTuple):
     """A plain value: the relay's hidden and cell state, each (layers, N, D).
 
     >>> import torch
+    >>> from morse.modules import RelayState
     >>> state = RelayState(torch.zeros(1, 4, 8), torch.ones(1, 4, 8))
     >>> state.index([2, 0]).to(torch.float64).detach().c.shape
     torch.Size([1, 2, 8])
@@ -44,6 +45,7 @@ class RelayCell(nn.Module):
     passes c' through a sigmoid, not tanh, is the authors'.
 
     >>> import torch
+    >>> from morse.modules import RelayCell
     >>> cell = RelayCell(8)
     >>> state = cell(torch.ones(2, 8))
     >>> state = cell(torch.ones(2, 8), state)

@@ -19,6 +19,7 @@ class CrossTemporalNorm(DynamicNormRelay):
     statistics, which move the running ones once a group. The defaults are the authors' layer.
 
     >>> import torch
+    >>> from morse.modules import CrossTemporalNorm
     >>> norm = CrossTemporalNorm(8, n_segment=4, num_groups=2)
     >>> norm(torch.randn(3 * 4, 8, 5, 5)).shape
     torch.Size([12, 8, 5, 5])

@@ -16,7 +16,6 @@ from morse.modules.gridconv_attention import (
     GridAttention,
     check_input,
     check_sizes,
-    checked_temperature,
 )
 from morse.modules.node_matrix import checked_grid
 
@@ -72,6 +71,7 @@ class GridConv2d(nn.Module):
 
     Example:
         >>> import torch
+        >>> from morse.modules import GridConv2d, grid_temperature
         >>> conv = GridConv2d(2, 16, dynamic=True, grid_shape=(5, 5))
         >>> conv(torch.randn(4, 2, 5, 5)).shape
         torch.Size([4, 16, 5, 5])
@@ -98,7 +98,7 @@ class GridConv2d(nn.Module):
         """Create both branches and, if dynamic, the attention."""
         super().__init__()
         check_sizes(in_channels, kernel_size, out_channels)
-        checked_temperature(temperature)
+        GridAttention.checked_temperature(temperature)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.paddings = kernel_size, _checked_paddings(paddings)
         self.grid_shape = None if grid_shape is None else checked_grid(grid_shape)
@@ -136,7 +136,7 @@ class GridConv2d(nn.Module):
         ValueError unless it is above 0.
         """
         if self.attention is None:
-            checked_temperature(t)
+            GridAttention.checked_temperature(t)
         else:
             self.attention.set_temperature(t)
 

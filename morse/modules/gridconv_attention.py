@@ -7,11 +7,12 @@ Source: Kang, Liu, Yao, Wang and Wu, AAAI 2023 (arXiv 2302.08760), and its code.
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morse.modules.kernel_stack import kaiming_
 from morse.modules.node_matrix import checked_grid
+from morse.modules.temperature import WithTemperature
 
 AttentionNorm = Literal["batch", "layer"]
 
@@ -42,6 +43,7 @@ def grid_temperature(
         ValueError: If an argument is out of its range.
 
     Example:
+        >>> from morse.modules import grid_temperature
         >>> grid_temperature(0, 0, 100), grid_temperature(5, 0, 100)
         (30.0, 15.5)
     """
@@ -52,19 +54,20 @@ def grid_temperature(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= iteration < iterations_per_epoch:
         raise ValueError(f"iteration must be in 0 to {iterations_per_epoch - 1}, got {iteration}")
-    start, end = checked_temperature(start), checked_temperature(end)
+    start, end = map(GridAttention.checked_temperature, (start, end))
     total = epochs * iterations_per_epoch
     done = min(epoch * iterations_per_epoch + iteration, total - 1)
     return end + (1 - done / total) * (start - end)
 
 
-class GridAttention(nn.Module):
+class GridAttention(WithTemperature):
     """D-GridConv's attention: (B, C, H, W) -> gates (B, k*k, H, W) in (0, 1).
 
     Global average pool, 1x1 convolution to max(int(C / reduction), min_hidden), batch norm, ReLU,
     1x1 convolution, sigmoid(. / temperature). There is a gate for each tap (row by row) and cell,
     and none a channel. The temperature is a buffer: checkpoints keep it. Dicts without one, such
-    as the authors' renamed, leave it as it is.
+    as the authors' renamed, leave it as it is, at 30 in a new layer. Theirs were trained down to
+    about 1: with n iterations an epoch, `set_temperature(module, grid_temperature(9, n - 1, n))`.
 
     Args:
         in_channels: Input channels C, at least 1.
@@ -81,12 +84,13 @@ class GridAttention(nn.Module):
 
     Example:
         >>> import torch
+        >>> from morse.modules import GridAttention
         >>> gates = GridAttention(8, (5, 5))(torch.randn(2, 8, 5, 5))
         >>> gates.shape, bool(((gates > 0) & (gates < 1)).all())
         (torch.Size([2, 9, 5, 5]), True)
     """
 
-    temperature: Tensor
+    own_weight = "squeeze.weight"
 
     def __init__(
         self,
@@ -116,14 +120,18 @@ class GridAttention(nn.Module):
         # On a map of one pixel, group norm with one group is layer norm.
         self.norm = nn.BatchNorm2d(hidden) if norm == "batch" else nn.GroupNorm(1, hidden)
         self.expand = nn.Conv2d(hidden, kernel_size**2 * math.prod(self.grid_shape), 1)
-        self.register_buffer("temperature", torch.tensor(checked_temperature(temperature)))
+        self._begin_at(temperature)
         for layer in (self.squeeze, self.expand):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            kaiming_(layer.weight)
         nn.init.zeros_(self.expand.bias)
 
-    def set_temperature(self, t: float) -> None:
-        """Set what divides the logits; ValueError unless it is above 0."""
-        self.temperature.fill_(checked_temperature(t))
+    @staticmethod
+    def checked_temperature(temperature: float) -> float:
+        """Return what divides the logits; ValueError unless above 0."""
+        # Infinity is allowed: all gates are 1/2 there.
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        return float(temperature)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the gates; ValueError for another shape, or one sample in batch norm's training.
@@ -139,12 +147,7 @@ class GridAttention(nn.Module):
             )
         hidden = functional.relu(self.norm(self.squeeze(x.mean((2, 3), keepdim=True))))
         logits = self.expand(hidden).view(len(x), self.kernel_size**2, *self.grid_shape)
-        return (logits / self.temperature).sigmoid()
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        if prefix + "squeeze.weight" in state_dict:
-            state_dict.setdefault(prefix + "temperature", self.temperature.clone())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        return (logits / self._read_temperature()).sigmoid()
 
 
 def check_sizes(in_channels: int, kernel_size: int, out_channels: int = 1) -> None:
@@ -161,11 +164,3 @@ def check_input(x: Tensor, channels: int, grid: tuple[int, int] | None) -> None:
     if x.dim() != 4 or x.shape[1] != channels or grid not in (None, tuple(x.shape[2:])):
         height, width = grid or ("H", "W")
         raise ValueError(f"x must be (B, {channels}, {height}, {width}), got {tuple(x.shape)}")
-
-
-def checked_temperature(temperature: float) -> float:
-    """Return the temperature as a float; ValueError unless it is above 0."""
-    # Infinity is allowed: all gates are 1/2 there.
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    return float(temperature)

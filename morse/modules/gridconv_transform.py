@@ -65,6 +65,7 @@ class SemanticGridTransform(nn.Module):
 
     Example:
         >>> import torch
+        >>> from morse.modules import SemanticGridTransform
         >>> sgt = SemanticGridTransform(17, (5, 5))
         >>> pose = torch.randn(4, 17, 2)
         >>> sgt(pose).shape

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn import functional
+
+Size = int | tuple[int, ...]
 
 
 class KernelStack(nn.Module):
@@ -23,6 +26,28 @@ class KernelStack(nn.Module):
 def kaiming_(weight: Tensor) -> None:
     """Draw a kernel, a matrix or cells as the authors of these layers do."""
     nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+def convolve(x: Tensor, kernels: Tensor, place: tuple[Size, Size, Size], groups: int) -> Tensor:
+    """Convolve each sample with its own kernel, as more groups, or all with one.
+
+    Args:
+        x: (B, I, positions...) on one to three axes.
+        kernels: (B or 1, O, I/groups, taps...).
+        place: Stride, padding and dilation.
+        groups: Of one kernel.
+    """
+    function = (functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 3]
+    if len(kernels) == 1:
+        return function(x, kernels[0], None, *place, groups)
+    folded = x.reshape(1, -1, *x.shape[2:])
+    y = function(folded, kernels.flatten(0, 1), None, *place, groups * len(x))
+    return y.view(len(x), kernels.shape[1], *y.shape[2:])
+
+
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Add a bias (O,) to (B, O, positions...), in whose dtype: under autocast that is the lower."""
+    return y if bias is None else y + bias.to(y.dtype).view(-1, *(1,) * (y.dim() - 2))
 
 
 def check_cond(cond: Tensor | None, batch_size: int, cond_dim: int | None) -> None:

@@ -80,7 +80,7 @@ class CellAttention(nn.Module):
         super()._load_from_state_dict(*args)
         self._assign_cells()
 
-    def forward(self, source: Tensor, temperature: float) -> Tensor:
+    def forward(self, source: Tensor, temperature: Tensor | float) -> Tensor:
         """Compute the attentions (the contrasting-driven attention function)."""
         if isinstance(self.norm1, nn.BatchNorm1d) and self.norm1.training and len(source) == 1:
             raise ValueError(

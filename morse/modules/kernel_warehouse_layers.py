@@ -7,23 +7,22 @@ one conditioning row.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from morse.modules.kernel_stack import check_cond
+from morse.modules.kernel_stack import add_bias, check_cond, convolve
 from morse.modules.kernel_warehouse_attention import AttentionSettings, CellAttention
 from morse.modules.kernel_warehouse_plan import KernelShape, LayerPlan
-from morse.modules.temperature import TemperatureInState
+from morse.modules.temperature import WithTemperature
 
 
 class BuildOrderError(RuntimeError, ValueError):
     """A warehouse or one of its layers was used before `build`, or extended after it."""
 
 
-class WarehouseConv(TemperatureInState):
+class WarehouseConv(WithTemperature):
     """A convolution whose kernel is mixed of a warehouse's cells; the base of all its layers.
 
     A layer's names in state dicts are the authors', so theirs load, at temperature 0, once the bank
-    is renamed (see `Warehouse`). Ours also hold the temperature, as the tensor `_extra_state`.
+    is renamed (see `Warehouse`). Ours also hold the temperature, a buffer.
     """
 
     axes: int
@@ -56,7 +55,8 @@ class WarehouseConv(TemperatureInState):
         self.kernel_size = taps
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.bias = nn.Parameter(torch.zeros(out_ch)) if bias else None
-        self.temperature, self.cond_dim = 1.0, None
+        self._begin_at(1.0)
+        self.cond_dim: int | None = None
         # In a tuple, so that the bank is no child of each layer but the one of the network.
         self._warehouse: tuple[nn.Module, ...] = ()
 
@@ -73,11 +73,12 @@ class WarehouseConv(TemperatureInState):
         self.cond_dim, self._layout = settings.cond_dim, layer
         self._warehouse = (warehouse,)
 
-    def set_temperature(self, temperature: float) -> None:
-        """Set how much of the initial assignment is mixed in; in [0, 1], or ValueError."""
+    @staticmethod
+    def checked_temperature(temperature: float) -> float:
+        """Return how much of the initial assignment is mixed in; ValueError unless in [0, 1]."""
         if not 0 <= temperature <= 1:
             raise ValueError(f"temperature must be in [0, 1], got {temperature}")
-        self.temperature = float(temperature)
+        return float(temperature)
 
     def reset_parameters(self) -> None:
         """Initialise the attention and the bias anew; the cells are the warehouse's."""
@@ -112,15 +113,7 @@ class WarehouseConv(TemperatureInState):
         x = self._channels_second(x)
         kernel = self._assemble(self._attend(x, cond))
         place = self.stride, self.padding, self.dilation
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[self.axes - 1]
-        if len(kernel) == 1:
-            y = convolve(x, kernel[0], None, *place, self.groups)
-        else:
-            folded = x.reshape(1, -1, *x.shape[2:])
-            y = convolve(folded, kernel.flatten(0, 1), None, *place, self.groups * len(x))
-            y = y.view(len(x), self.out_channels, *y.shape[2:])
-        # The bias takes the output's dtype, which under autocast is lower than its own.
-        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *(1,) * self.axes)
+        return add_bias(convolve(x, kernel, place, self.groups), self.bias)
 
     def _attend(self, x: Tensor, cond: Tensor | None) -> Tensor:
         if not self._warehouse:
@@ -132,7 +125,7 @@ class WarehouseConv(TemperatureInState):
         if len(x) == 0:  # any kernel serves no sample, and one gives the result its shape
             return self.attention.temp_bias[None, :, :-1]
         source = x.flatten(2).mean(2) if cond is None else cond
-        return self.attention(source, self.temperature)
+        return self.attention(source, self._read_temperature())
 
     def _channels_second(self, x: Tensor) -> Tensor:
         """Check the input and return it as (B, I, positions...)."""

@@ -8,13 +8,14 @@ Shapes: B samples, I input and O output channels, k x k taps, g groups, n candid
 attention, which is B, or 1 when all samples share one conditioning row.
 """
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from morse.modules.kernel_stack import KernelStack, kaiming_
+from morse.modules.kernel_stack import KernelStack, add_bias, convolve, kaiming_
 from morse.modules.odconv_attention import (
     AttentionNorm,
     KernelAttention,
@@ -22,18 +23,17 @@ from morse.modules.odconv_attention import (
     check_inputs,
     check_sizes,
     check_source,
-    checked_temperature,
     head_widths,
     hidden_width,
     mix_candidates,
     square,
 )
-from morse.modules.temperature import TemperatureInState
+from morse.modules.temperature import WithTemperature
 
 Init = Literal["official", "identity"]
 
 
-class ODConv2d(TemperatureInState, KernelStack):
+class ODConv2d(WithTemperature, KernelStack):
     """A convolution with one kernel a sample: (B, I, H, W) -> (B, O, H', W').
 
     A small squeeze-and-excite head turns the pooled input, or `cond`, into four attentions. Its
@@ -41,7 +41,7 @@ class ODConv2d(TemperatureInState, KernelStack):
     candidate no kernel attention, and a depthwise layer (I = O = g) no filter gate.
 
     State dicts have the authors' names, so theirs load as they are. The temperature is in ours
-    alone, as the tensor `_extra_state`; after loading theirs it is 1.
+    alone, a buffer; after loading theirs it is 1.
 
     >>> import torch
     >>> from morse.modules import ODConv2d, linear_temperature, set_temperature
@@ -49,7 +49,7 @@ class ODConv2d(TemperatureInState, KernelStack):
     >>> set_temperature(conv, linear_temperature(step=50, total=100))
     1
     >>> x = torch.ones(2, 8, 5, 5)
-    >>> conv(x).shape, conv.assembled_kernel(x).shape, conv.temperature
+    >>> conv(x).shape, conv.assembled_kernel(x).shape, conv.temperature.item()
     (torch.Size([2, 16, 5, 5]), torch.Size([2, 16, 8, 3, 3]), 15.5)
 
     Args:
@@ -107,7 +107,7 @@ class ODConv2d(TemperatureInState, KernelStack):
         self.kernel_size = square(kernel_size)
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.kernel_num, self.cond_dim, self.init = kernel_num, cond_dim, init
-        self.set_temperature(temperature)
+        self._begin_at(temperature)
         self.weight = nn.Parameter(
             torch.empty(kernel_num, out_channels, in_channels // groups, *2 * (self.kernel_size,))
         )
@@ -173,9 +173,12 @@ class ODConv2d(TemperatureInState, KernelStack):
         offsets = noise * (offsets - offsets.mean(0))
         self.weight.copy_((kernel + offsets) * 2**self.attention.num_gates)
 
-    def set_temperature(self, temperature: float) -> None:
-        """Set what divides the attention logits; finite and above 0, or ValueError."""
-        self.temperature = checked_temperature(temperature)
+    @staticmethod
+    def checked_temperature(temperature: float) -> float:
+        """Return what divides the attention logits; ValueError unless finite and above 0."""
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+        return float(temperature)
 
     def attentions(self, x: Tensor, cond: Tensor | None = None) -> dict[str, Tensor | None]:
         """Compute the four attentions; None where the layer lacks one.
@@ -193,7 +196,7 @@ class ODConv2d(TemperatureInState, KernelStack):
         """
         check_inputs(x, cond, self.in_channels, self.cond_dim)
         source = x.mean((2, 3)) if cond is None else cond
-        return self.attention(source, self.temperature)
+        return self.attention(source, self._read_temperature())
 
     def assembled_kernel(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Assemble each sample's kernel with all four attentions (ODConv, Equation 2).
@@ -210,25 +213,15 @@ class ODConv2d(TemperatureInState, KernelStack):
         Takes and raises what `attentions` does; returns (B, O, H', W').
         """
         gates = self.attentions(x, cond)
+        place = self.stride, self.padding, self.dilation
         if len(x) == 0:  # any kernel serves no sample, and one gives the result its shape
-            return self._conv(x, self.weight[0], self.groups, self.bias)
+            return add_bias(convolve(x, self.weight[:1], place, self.groups), self.bias)
         if len(gates["channel"]) == 1:
             kernel = assemble_kernel(self.weight, gates, self.groups)[0]
-            return self._conv(x, kernel, self.groups, self.bias)
+            return functional.conv2d(x, kernel, self.bias, *place, self.groups)
         # Gating the input and the output costs less than gating every sample's kernel.
         x = x * gates["channel"][:, :, None, None]
-        kernel = mix_candidates(self.weight, gates)
-        if len(kernel) == 1:
-            y = self._conv(x, kernel[0], self.groups)
-        else:
-            folded = x.reshape(1, -1, *x.shape[2:])
-            y = self._conv(folded, kernel.flatten(0, 1), self.groups * len(x))
-            y = y.view(len(x), self.out_channels, *y.shape[2:])
+        y = convolve(x, mix_candidates(self.weight, gates), place, self.groups)
         if gates["filter"] is not None:
             y = y * gates["filter"][:, :, None, None]
-        # The bias takes the output's dtype, which under autocast is lower than its own.
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
-
-    def _conv(self, x: Tensor, kernel: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
-        place = self.stride, self.padding, self.dilation
-        return functional.conv2d(x, kernel, bias, *place, groups)
+        return add_bias(y, self.bias)

@@ -1,4 +1,4 @@
-"""ODConv's attention: a squeeze-and-excite head with one output an axis, and its temperature.
+"""ODConv's attention: a squeeze-and-excite head with one output an axis.
 
 Source: Li, Zhou and Yao, ICLR 2022 (arXiv 2209.07947), section 3.2. `morse.modules.odconv` has the
 layer and the meaning of the letters in shapes.
@@ -73,7 +73,7 @@ class KernelAttention(nn.Module):
                 nn.init.zeros_(head.weight) if zero_heads else kaiming_(head.weight)
                 nn.init.zeros_(head.bias)
 
-    def forward(self, source: Tensor, temperature: float) -> dict[str, Tensor | None]:
+    def forward(self, source: Tensor, temperature: Tensor | float) -> dict[str, Tensor | None]:
         """Return what `ODConv2d.attentions` does: "kernel" by softmax, the others by sigmoid."""
         if isinstance(self.bn, nn.BatchNorm2d) and self.bn.training and len(source) == 1:
             raise ValueError(
@@ -178,10 +178,3 @@ def check_source(conv: nn.Conv2d, noise: float) -> None:
         )
     if not noise >= 0:
         raise ValueError(f"noise must be at least 0, got {noise}")
-
-
-def checked_temperature(temperature: float) -> float:
-    """Return the temperature as a float; ValueError unless it is finite and above 0."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
-    return float(temperature)

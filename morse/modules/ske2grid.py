@@ -68,6 +68,7 @@ class ProgressiveSchedule:
         ValueError: If there is none, or grids do not increase.
 
     Example:
+        >>> from morse.modules import ProgressiveSchedule, SkeletonToGrid, StageSpec
         >>> stages = [StageSpec((5, 5), 100, lr=0.1), StageSpec((6, 6), 50, lr=0.1)]
         >>> schedule = ProgressiveSchedule(stages)
         >>> schedule.stage(99), schedule.stage(100)

@@ -42,6 +42,7 @@ class GraphNodeIndexTransform(nn.Module):
 
     Example:
         >>> import torch
+        >>> from morse.modules import GraphNodeIndexTransform
         >>> git = GraphNodeIndexTransform(3, init=[2, 0, 1])
         >>> x = torch.tensor([[[10.0], [11.0], [12.0]]])
         >>> git(x).flatten().tolist()

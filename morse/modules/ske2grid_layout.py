@@ -78,6 +78,7 @@ class SkeletonToGrid(nn.Module):
 
     Example:
         >>> import torch
+        >>> from morse.modules import SkeletonToGrid
         >>> layout = SkeletonToGrid(17, [(5, 5)], trainable="extra")
         >>> pose = torch.randn(4, 17, 2)
         >>> layout(pose).shape

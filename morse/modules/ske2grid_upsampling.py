@@ -42,6 +42,7 @@ class UpsamplingTransform(nn.Module):
 
     Example:
         >>> import torch
+        >>> from morse.modules import UpsamplingTransform
         >>> upt = UpsamplingTransform(17, 25)
         >>> torch.allclose(upt(torch.ones(1, 17, 2)), torch.ones(1, 25, 2))
         True

@@ -1,7 +1,6 @@
 """The temperature that dynamic layers begin training with: one schedule, one setter for all."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,64 +9,60 @@ from torch import Tensor, nn
 def set_temperature(module: nn.Module, temperature: float) -> int:
     """Set the temperature of every dynamic layer in `module`, itself included.
 
+    A moving average of a network is to have the network's temperature. torch's `AveragedModel`
+    takes it over in each update, since it is a buffer; with `use_buffers=True` it averages it, and
+    a copy whose parameters alone are averaged keeps its own: call this for such a model too.
+
     Returns how many there are (none in a `Warehouse`, whose layers are the network's); ValueError
     if one cannot take `temperature`, and then none has it: `ODConv2d` takes any finite one above 0,
-    the layers of a `Warehouse` those in [0, 1].
+    `GridConv2d` an infinite one too, the layers of a `Warehouse` those in [0, 1].
     """
-    layers = list(dict.fromkeys(_dynamic_layers(module)))
-    before = [float(layer.temperature) for layer in layers]
-    try:
-        for layer in layers:
-            layer.set_temperature(temperature)
-    except ValueError:
-        for layer, old in zip(layers, before, strict=True):
-            layer.set_temperature(old)
-        raise
+    layers = [part for part in module.modules() if isinstance(part, WithTemperature)]
+    for layer in layers:
+        layer.checked_temperature(temperature)
+    for layer in layers:
+        layer.set_temperature(temperature)
     return len(layers)
 
 
-def _dynamic_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Find the layers with a temperature, but not the parts of them that hold it."""
-    if hasattr(module, "set_temperature") and hasattr(module, "temperature"):
-        if module.temperature is not None:
-            yield module
-    else:
-        for child in module.children():
-            yield from _dynamic_layers(child)
-
-
-class TemperatureInState(nn.Module):
-    """A layer whose state dicts hold its temperature too, as the tensor `_extra_state`.
+class WithTemperature(nn.Module):
+    """A layer whose temperature is a buffer: files, copies and averages of models know these.
 
     Attributes:
-        temperature: Of the layer now.
-        final_temperature: Where the schedule ends: what dicts without one, such as the authors',
-            were trained to.
+        temperature: Of the layer now, ().
+        final_temperature: What state dicts without a temperature, such as the authors', were
+            trained to; None if that is not known, and the layer's own stays.
         own_weight: The name of a weight, by which whole dicts are told from parts.
     """
 
-    temperature: float
-    final_temperature: float
+    temperature: Tensor
+    final_temperature: float | None = None
     own_weight: str
 
-    def get_extra_state(self) -> Tensor:
-        """Return the temperature as a tensor, which safetensors can hold."""
-        return _as_state(self.temperature)
+    @staticmethod
+    def checked_temperature(temperature: float) -> float:
+        """Return the temperature as a float; ValueError if the layer cannot take it."""
+        raise NotImplementedError
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore the temperature."""
-        self.set_temperature(float(state))
+    def set_temperature(self, temperature: float) -> None:
+        """Set the temperature; ValueError if the layer cannot take it."""
+        self.temperature.fill_(self.checked_temperature(temperature))
+
+    def _begin_at(self, temperature: float) -> None:
+        self.register_buffer("temperature", torch.tensor(self.checked_temperature(temperature)))
+
+    def _read_temperature(self) -> Tensor:
+        # A copy for the backward pass, which may follow after another `set_temperature`.
+        return self.temperature.clone() if torch.is_grad_enabled() else self.temperature
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        whole = prefix + self.own_weight in state_dict
-        temperature = self.final_temperature if whole else self.temperature
-        state_dict.setdefault(prefix + "_extra_state", _as_state(temperature))
+        name, weight = prefix + "temperature", state_dict.get(prefix + self.own_weight)
+        value = state_dict.pop(prefix + "_extra_state", None)  # where earlier files have it
+        if value is None and weight is not None and self.final_temperature is not None:
+            value = torch.tensor(self.final_temperature, device=weight.device)
+        value = self.temperature.clone() if value is None else value.to(self.temperature.dtype)
+        state_dict.setdefault(name, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _as_state(temperature: float) -> Tensor:
-    """Hold a temperature exactly, and on the CPU whatever the default device."""
-    return torch.tensor(temperature, dtype=torch.float64, device="cpu")
 
 
 def linear_temperature(step: int, total: int, start: float = 30.0, end: float = 1.0) -> float:
