@@ -240,9 +240,12 @@ class TestOwnDot:
     """Any callable can be the Dot."""
 
     def test_zeros_are_reuse(self, pipe):
+        enable_morse(pipe, MorseDot.from_dash(pipe.unet, num_down_blocks=1, lora_rank=2))
+        reuse = sample(pipe, plan="DoooDo")  # an untrained Dot's residuals are zero
         enable_morse(pipe, lambda x, t, jump: torch.zeros_like(x))
-        sample(pipe, plan="DoooDo")
+        assert torch.equal(sample(pipe, plan="DoooDo"), reuse)
         assert pipe.last_run.num_dot == 4
+        assert not torch.equal(sample(pipe, plan="DDDDDD"), reuse)
 
     def test_dash_itself_as_an_independent_dot_changes_nothing(self, pipe):
         expected = sample(pipe, num_inference_steps=5)

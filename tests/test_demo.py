@@ -104,7 +104,7 @@ def test_an_unknown_device_is_named(tiny_folder, monkeypatch):  # noqa: F811
 
 @pytest.mark.slow
 def test_the_embedded_default_runs_quickly(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo_sampling, "REFERENCE_STEPS", 40)
+    monkeypatch.setattr(demo_sampling, "REFERENCE_STEPS", 20)
     config = DemoConfig(num_images=2, lsd=(4, 8), speed_ratio=6.0, output_dir=tmp_path)
     rows = run_demo(config)
     best = {row.budget: row.psnr for row in rows if row.solver == "dpmsolver++"}

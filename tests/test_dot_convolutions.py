@@ -505,9 +505,10 @@ class TestTraining:
         pipe.set_progress_bar_config(disable=True)
         assert pipe(plan="DoDo", batch_size=2, output_type="pt").images.isfinite().all()
         assert pipe.last_run.num_dot == 2
-        capsys.readouterr()
-        train_dot(replace(again, resume_from_checkpoint="latest", conv_annealing_steps=3))
-        assert "conv_annealing_steps" in capsys.readouterr().out
+        if kind is self.KINDS[0]:
+            capsys.readouterr()
+            train_dot(replace(again, resume_from_checkpoint="latest", conv_annealing_steps=3))
+            assert "conv_annealing_steps" in capsys.readouterr().out
 
     def test_a_saved_dot_is_at_the_final_temperature(self, given):
         with pytest.warns(UserWarning, match=r"steps is 4, but.* ends after 2 updates"):

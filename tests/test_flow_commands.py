@@ -148,22 +148,6 @@ def test_text_encoders_that_were_saved_in_half_precision_are_loaded_as_the_rest(
     assert bare.text_encoder.dtype == bare.text_encoder_2.dtype == torch.float32
 
 
-@pytest.mark.slow
-def test_steps_are_fitted_to_stable_diffusion_3(tmp_path, monkeypatch):
-    monkeypatch.setattr(best_fit, "REFERENCE_STEPS", 10)
-    sd3_pipeline().save_pretrained(tmp_path / "sd3")
-    prompts = {"prompts": ("cat", "dog"), "guidance_scale": 4.0}
-    settings = PlanConfig(
-        pipeline=str(tmp_path / "sd3"), output_dir=tmp_path / "steps", **prompts, **PLAN
-    )
-    run_plan(settings)
-    pipe = sd3_pipeline()
-    pipe.scheduler = FlowMatchLeapfrogScheduler.from_pretrained(tmp_path / "steps/leapfrog-3")
-    assert pipe.scheduler.config.shift == 3.0
-    images = pipe("cat", num_inference_steps=3, output_type="np").images
-    assert images.shape[0] == 1
-
-
 class ExactNoise(torch.nn.Module):
     """The exact estimate of epsilon for data of N(0, 1/4), told a fractional timestep."""
 

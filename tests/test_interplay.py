@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -53,8 +54,9 @@ def test_the_lora_of_the_dot_in_these_tests_is_visible(pipe):
 
 @pytest.mark.supports("interplay", "`.to(dtype)`")
 class TestPrecision:
-    @BOTH
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        ("merge_lora", "dtype"), [(True, torch.bfloat16), (False, torch.float16)]
+    )
     def test_another_one(self, merge_lora, dtype):
         def treat(pipe):
             pipe.to(dtype)
@@ -405,8 +407,13 @@ class TestCalls:
 
     @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
     def test_pictures(self, pipe, output_type):
-        images = latents(pipe, plan=PLAN, output_type=output_type)
+        bare, all_dash, images = (
+            latents(pipe, output_type=output_type, **how)
+            for how in ({"num_inference_steps": 3}, {"plan": "DDD"}, {"plan": PLAN})
+        )
         assert len(images) == 2 and type(pipe).__name__ == "StableDiffusionPipeline"
+        for one, other, third in zip(bare, all_dash, images, strict=True):
+            assert np.array_equal(one, other) and type(one) is type(other) is type(third)
 
     def test_a_callback_sees_every_step_and_may_change_the_sample(self):
         seen = []

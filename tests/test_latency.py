@@ -20,13 +20,10 @@ from morse.evaluation.bench.measuring import hasten_after_tables
 def test_flops_of_stable_diffusion_are_those_counted_by_hand():
     # 0.80 TFLOPs at 64x64 latents; the blocks at 1/16 of the positions cost 1/17.5 of that, and
     # Dot's own blocks of 96 and 160 channels the rest.
-    counts = FlopCounts("sd15")
-    merged, separate = (counts.of(2, merged) for merged in (True, False))
-    for counted in (merged, separate):
-        assert counted["dash_flops"] == pytest.approx(0.803e12, rel=1e-3)
-        assert 12 < counted["flop_ratio"] < 15
-        assert counted["flop_ratio"] == counted["dash_flops"] / counted["dot_flops"]
-    assert merged["dot_flops"] < separate["dot_flops"]
+    counted = FlopCounts("sd15").of(2, True)
+    assert counted["dash_flops"] == pytest.approx(0.803e12, rel=1e-3)
+    assert 12 < counted["flop_ratio"] < 15
+    assert counted["flop_ratio"] == counted["dash_flops"] / counted["dot_flops"]
 
 
 def test_a_transformer_without_text_scales_with_its_tokens():
@@ -90,6 +87,13 @@ def tiny(monkeypatch):
     known = {"unet": unet, "dit": dit, "sd3": _tiny("sd3"), "flux": _tiny("flux")}
     monkeypatch.setattr(architectures, "ARCHITECTURES", known)
     monkeypatch.setattr(latency, "DOT_CHANNELS", (8, 8))
+
+
+def test_a_merged_lora_has_no_flops_of_its_own(tiny):
+    counts = FlopCounts("unet")
+    merged, separate = (counts.of(2, merged) for merged in (True, False))
+    assert merged["dash_flops"] == separate["dash_flops"]
+    assert merged["dot_flops"] < separate["dot_flops"]
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """`morse plan`: how it loads, encodes prompts and keeps what an earlier search has found."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from evaluation_fixtures import QUICK_PLAN
@@ -9,7 +11,7 @@ from safetensors.torch import save_file
 from tiny_pipelines import xl_unet
 from tiny_text import dit_pipeline, sd3_pipeline, text_pipeline, xl_pipeline
 
-from morse import MorseDot, MorsePipeline
+from morse import FlowMatchLeapfrogScheduler, MorseDot, MorsePipeline
 from morse.evaluation.bench.loading import decode_in_full
 from morse.evaluation.conditions import Conditions, encode_once
 from morse.evaluation.planning import best_fit, command
@@ -94,6 +96,18 @@ class TestSearch:
         found = MorseDot.from_pretrained(run(speed_ratio=3.5))
         assert found.config.speed_ratio == 7.0
 
+    def test_n_is_measured_where_nothing_says_it(self, run, monkeypatch):
+        measured = []
+
+        def measure(pipe, **kwargs):
+            measured.append((pipe.dot.is_merged, len(kwargs["prompt_embeds"])))
+            return SimpleNamespace(speed_ratio=4.5)
+
+        monkeypatch.setattr("morse.calls.MorseCalls.measure_speed_ratio", measure)
+        found = run()
+        assert MorseDot.from_pretrained(found).config.speed_ratio == 4.5
+        assert measured == [(True, 2)]  # once, with the images that plans are judged on
+
     def test_a_dot_that_is_there_is_not_overwritten(self, run):
         found = run(speed_ratio=4.0)
         before = (found / "config.json").read_bytes()
@@ -144,13 +158,19 @@ def test_bad_settings_are_named(tmp_path, options, message):
 
 
 @pytest.mark.slow
-def test_steps_are_fitted_in_half_precision(tmp_path, monkeypatch):
+def test_steps_are_fitted_to_stable_diffusion_3_in_half_precision(tmp_path, monkeypatch):
     monkeypatch.setattr(best_fit, "REFERENCE_STEPS", 10)
     sd3_pipeline().save_pretrained(tmp_path / "sd3")
-    settings = {**QUICK_PLAN, "device": "cpu", "dtype": "bfloat16", "prompts": PROMPTS}
-    run_plan(PlanConfig(pipeline=str(tmp_path / "sd3"), output_dir=tmp_path / "steps", **settings))
+    settings = {**QUICK_PLAN, "device": "cpu", "dtype": "bfloat16", "fit_margin": 99.0}
+    settings |= {"prompts": PROMPTS, "guidance_scale": 4.0, "output_dir": tmp_path / "steps"}
+    run_plan(PlanConfig(pipeline=str(tmp_path / "sd3"), **settings))
     (search,) = json.loads((tmp_path / "steps/plan_search.json").read_text())["searches"]
-    assert search["psnr"] > 0 and (tmp_path / "steps/leapfrog-3").is_dir()
+    assert search["psnr"] > 0
+    pipe = sd3_pipeline()
+    pipe.scheduler = FlowMatchLeapfrogScheduler.from_pretrained(tmp_path / "steps/leapfrog-3")
+    assert pipe.scheduler.config.shift == 3.0
+    images = pipe("cat", num_inference_steps=3, output_type="np").images
+    assert images.shape[0] == 1 and np.isfinite(images).all()
 
 
 def test_n_cannot_be_measured_without_a_prompt():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from evaluation_fixtures import QUICK_PLAN, tiny_folder  # noqa: F401
 
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.bench.runs import Samples, reference_images
-from morse.evaluation.planning import best_fit, command, memory
+from morse.evaluation.planning import best_fit, command, memory, mixture, results
 from morse.evaluation.planning.best_fit import known_rows
 from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
@@ -415,10 +416,10 @@ def test_the_scheduler_saved_is_the_best_judged_on_all_images(tmp_path):
     found = Found(plain, 30.0, plain, 30.0, {plain: 35.0}, {plain: 30.0, fitted: 29.0})
     for worst, has_steps in ((29.0, False), (31.0, True)):
         found.fitted[fitted] = worst
-        command._save_scheduler(tmp_path / "leapfrog-2", LeapfrogScheduler(), found)
+        results.save_scheduler(tmp_path / "leapfrog-2", LeapfrogScheduler(), found)
         saved = LeapfrogScheduler.from_pretrained(tmp_path / "leapfrog-2")
         assert bool(saved.config.fitted_steps) == has_steps
-    command._save_scheduler(tmp_path / "leapfrog-2", LeapfrogScheduler(), Found(plain, 1, plain, 1))
+    results.save_scheduler(tmp_path / "leapfrog-2", LeapfrogScheduler(), Found(plain, 1, plain, 1))
     assert not (tmp_path / "leapfrog-2").exists()
 
 
@@ -500,21 +501,28 @@ def test_a_plan_brings_its_grid_with_it(tmp_path):
     }
 
 
+@pytest.fixture(scope="module")
+def searched(tiny_folder, tmp_path_factory):  # noqa: F811
+    found = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(best_fit, "REFERENCE_STEPS", 20)
+        run_plan(PlanConfig(pipeline=str(tiny_folder), output_dir=found, fit_margin=99.0, **QUICK))
+    return found
+
+
 @pytest.mark.slow
-def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(best_fit, "REFERENCE_STEPS", 20)
-    run_plan(PlanConfig(pipeline=str(tiny_folder), output_dir=tmp_path, fit_margin=99.0, **QUICK))
-    report = json.loads((tmp_path / "plan_search.json").read_text())
+def test_command(tiny_folder, searched):  # noqa: F811
+    report = json.loads((searched / "plan_search.json").read_text())
     (search,) = report["searches"]
     assert search["psnr"] >= search["uniform_psnr"] and len(search["tried"]) > 5
     fitted = {fit["plan"] for fit in search["fits"] if "fitted_steps" in fit["scheduler"]}
     assert len(fitted) == 2 and set(fitted) <= {each["plan"] for each in search["tried"]}
-    pipe = MorsePipeline.from_pretrained(tiny_folder, dot=tmp_path, scheduler="leapfrog")
+    pipe = MorsePipeline.from_pretrained(tiny_folder, dot=searched, scheduler="leapfrog")
     pipe.set_progress_bar_config(disable=True)
     pipe.speed_ratio = 6.0
     pipe(lsd=3, generator=torch.Generator().manual_seed(0))
     assert str(pipe.last_run.plan) == search["plan"]
-    scheduler = LeapfrogScheduler.from_pretrained(tmp_path / "leapfrog-3")
+    scheduler = LeapfrogScheduler.from_pretrained(searched / "leapfrog-3")
     best = next(fit["scheduler"] for fit in search["fits"] if fit["plan"] == "DDD")
     assert {name: scheduler.config[name] for name in best} == best
 
@@ -522,7 +530,8 @@ def test_command(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
 @pytest.mark.slow
 def test_a_mixture_is_fitted_and_saved_with_the_dot(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(best_fit, "REFERENCE_STEPS", 20)
-    settings = {**QUICK, "lsd": (2,), "mixture_images": 24, "max_rounds": 0, "fit_margin": 99.0}
+    monkeypatch.setattr(mixture, "_STEPS", 5)
+    settings = {**QUICK, "lsd": (2,), "mixture_images": 20, "max_rounds": 0, "fit_margin": 99.0}
     settings |= {"timestep_power": (1.0,), "refine_rounds": 0}
     run_plan(PlanConfig(pipeline=str(tiny_folder), output_dir=tmp_path, **settings))
     report = json.loads((tmp_path / "plan_search.json").read_text())
@@ -536,19 +545,18 @@ def test_a_mixture_is_fitted_and_saved_with_the_dot(tiny_folder, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_second_search_goes_on_from_the_first(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_second_search_goes_on_from_the_first(tiny_folder, searched, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(best_fit, "REFERENCE_STEPS", 20)
-    results = []
-    for rounds in (1, 0):
-        settings = {**QUICK, "max_rounds": 0, "fit_rounds": 0, "refine_rounds": rounds}
-        settings |= {"timestep_power": (1.0,)}
-        dot = str(tmp_path) if results else None
-        run_plan(PlanConfig(pipeline=str(tiny_folder), dot=dot, output_dir=tmp_path, **settings))
-        report = json.loads((tmp_path / "plan_search.json").read_text())
-        results.append(report["searches"][0])
-    assert "fitted_steps" in results[0]["scheduler"]
+    again = shutil.copytree(searched, tmp_path / "again")
+    settings = {**QUICK, "max_rounds": 0, "fit_rounds": 0, "refine_rounds": 0}
+    run_plan(PlanConfig(pipeline=str(tiny_folder), dot=str(again), output_dir=again, **settings))
+    first, second = (
+        json.loads((folder / "plan_search.json").read_text())["searches"][0]
+        for folder in (searched, again)
+    )
+    assert "fitted_steps" in first["scheduler"] and second["fits"] == []
     for name in ("plan", "scheduler", "psnr"):
-        assert results[1][name] == results[0][name]
+        assert second[name] == first[name]
 
 
 @pytest.mark.slow

@@ -48,7 +48,9 @@ class TestGrowth:
 
     def test_a_mixture_is_not_grown(self, dash, start):
         start.set_mixture(GaussianMixture(2, 1, (1, 16, 16)))
-        grow(self.make(dash, 8, 32), start)
+        dot = self.make(dash, 8, 32)
+        grow(dot, start)
+        assert dot.mixture is None
 
     def test_as_wide_as_dash_all_is_kept(self, dash, start):
         dot = self.make(dash, 8, 32)  # Dash's first layer has 32 channels

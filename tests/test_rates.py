@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from morse import MorseDot, enable_morse
 from morse.rates import adds_noise, choose_base_space, noise_rates, prediction_type
+from morse.schedulers import make_scheduler
 from morse.spaces import from_clean, rebase, to_clean
 
 KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -294,5 +295,8 @@ def test_a_pipeline_in_half_precision(dtype):
 
 
 def test_flow_matching_with_fresh_noise_keeps_the_clean_image():
-    assert choose_base_space(diffusers.FlowMatchLCMScheduler(), None) == "x0"
-    assert choose_base_space(diffusers.FlowMatchEulerDiscreteScheduler(), None) == "raw"
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    lcm = make_scheduler("lcm", flow.config)
+    assert type(lcm) is diffusers.FlowMatchLCMScheduler and adds_noise(lcm)
+    assert choose_base_space(lcm, None) == "x0"
+    assert choose_base_space(flow, None) == "raw" and not adds_noise(flow)

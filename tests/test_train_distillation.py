@@ -2,12 +2,8 @@
 
 import copy
 import doctest
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +27,6 @@ from morse.training.loop import TrainDotConfig, build_dot, train_dot, window_los
 from morse.training.source import draw_windows, open_source
 from morse.training.windows import pick_pairs
 
-ROOT = Path(__file__).parents[1]
 OPTIONS = """--train_batch_size 2 --max_train_steps 3 --lr_warmup_steps 1 --learning_rate 1e-2
     --checkpointing_steps 2 --logging_steps 1 --validation_steps 0 --validation_images 2 --seed 3
     --num_down_blocks 1 --block_out_channels 4 --lora_rank 2"""
@@ -170,23 +165,6 @@ def test_cached_windows_and_on_policy_ones(make_config, capsys):
         found = weights(train_dot(make_config(*options)))
         assert "Dash is evaluated once more for each training pair" in capsys.readouterr().out
         assert found["conv_out.weight"].any() and found["conv_out.bias"].any()  # begun at zero
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_cache_and_all_gradients(base, data_dir, tmp_path):
-    given = ["--pretrained_model_name_or_path", base, "--train_data_dir", data_dir,
-             "--output_dir", tmp_path / "run", *OPTIONS.split(), "--cache_pairs", "9",
-             "--window_steps", "2", "--distill", *ALL]  # fmt: skip
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "training/train_dot.py", *map(str, given)]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 2/3") == 1
-    assert MorseDot.from_pretrained(tmp_path / "run").config.lora_rank == 2
 
 
 @pytest.mark.parametrize(

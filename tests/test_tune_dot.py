@@ -1,10 +1,7 @@
 """Tuning a Dot through whole runs: gradients, targets, the command, and what it saves."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -38,7 +35,6 @@ from morse.tuning.loss import run_loss
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import SHARD_SAMPLES, _describe
 
-ROOT = Path(__file__).parents[1]
 # Begun where there is little noise, for a random Dash takes samples far away.
 ROWS = [[400.0, 0.4, 0.0, 0.0], [300.0, 0.5, 0.2, 0.3], [200.0, 0.5, 0.1, 0.1], [90.0, 1, 0, 0]]
 PLANS = (
@@ -328,22 +324,6 @@ def test_targets_are_made_once_and_are_the_runs_of_dash(whole_run, tune, folder)
         tune("--cache_dir", str(cache), "--seed", "4")
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_work(folder, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    launch += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    given = arguments(folder, tmp_path / "run", "--num_images", "300", "--train_batch_size", "16",
-                      "--max_train_steps", "2", "--validation_steps", "0")  # fmt: skip
-    command = [*launch, str(ROOT / "training/tune_dot.py"), *given]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "run/targets").glob("targets-*.safetensors"))) == 2
-    assert MorseDot.from_pretrained(tmp_path / "run").config.plans
-
-
 def test_a_text_pipeline_is_tuned_on_its_guided_latents_or_images(tmp_path):
     pipe = text_pipeline()
     torch.manual_seed(1)
@@ -457,4 +437,4 @@ def test_a_dit_is_tuned_through_its_images():
     conditions = make_conditions(pipe, (), ("0",), guidance_scale=1.0)
     images = SampledRun(pipe, [run], conditions, 0)(torch.arange(2), 0)
     images.sum().backward()
-    assert any(parameter.grad is not None for parameter in dot.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in dot.parameters())
