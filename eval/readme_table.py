@@ -43,29 +43,14 @@ MAX_BUDGETS = 6
 PLANNED = "Morse-Leapfrog as planned"
 # Of many rows at each guidance scale: the best without training, Morse, and what Dot is worth.
 GUIDED_ROWS = (
-    "DPM++ 2M",
-    "Leapfrog",
-    "PFDiff-DDIM",
-    "Morse-DPM++ 2M r1.5",
-    PLANNED,
-    "Reuse-DPM++ 2M r1.5",
-)
+    "DPM++ 2M", "Leapfrog", "PFDiff-DDIM", "Morse-DPM++ 2M r1.5", PLANNED, "Reuse-DPM++ 2M r1.5",
+)  # fmt: skip
 # Of the searched plans' report: each solver with and without the mixture, and as planned.
 PLANNED_ROWS = (
-    "DDIM",
-    "DPM++ 2M",
-    "UniPC",
-    "Leapfrog",
-    "Leapfrog, power 1.5",
-    "PFDiff-DDIM",
-    "Mixture-DPM++ 2M",
-    "Mixture-UniPC",
-    "Mixture-Leapfrog",
-    "Morse-DPM++ 2M r1.75",
-    "Morse-DPM++ 2M as planned",
-    "Morse-UniPC as planned",
-    PLANNED,
-)
+    "DDIM", "DPM++ 2M", "UniPC", "Leapfrog", "Leapfrog, power 1.5", "PFDiff-DDIM",
+    "Mixture-DPM++ 2M", "Mixture-UniPC", "Mixture-Leapfrog",
+    "Morse-DPM++ 2M r1.75", "Morse-DPM++ 2M as planned", "Morse-UniPC as planned", PLANNED,
+)  # fmt: skip
 
 
 def load_result(folder: str) -> Result:
@@ -73,16 +58,13 @@ def load_result(folder: str) -> Result:
     return read_result(ROOT / "eval/results" / folder / "benchmark.json")
 
 
-def make_table(
-    result: Result, psnr_errors: bool = False, names: tuple[str, ...] | None = None
-) -> str:
+def make_table(result: Result, names: tuple[str, ...] | None = None) -> str:
     """Return Fréchet distance and PSNR of training-free solvers, Morse and controls, as Markdown.
 
     Under guidance a first column says how strong it is.
 
     Args:
         result: The benchmark's JSON.
-        psnr_errors: Show the standard errors of PSNR too: for few images.
         names: Rows to show; None for all of these kinds.
 
     Raises:
@@ -108,7 +90,7 @@ def make_table(
     for scale, name in dict.fromkeys((scale, name) for scale, name, _ in by_scale):
         cells = [f"{scale:g}"] if guided else []
         cells.append(f"**{name}**" if name in morse else name)
-        cells += [_cell(result, rows.get((scale, name, each)), psnr_errors) for each in budgets]
+        cells += [_cell(result, rows.get((scale, name, each))) for each in budgets]
         lines.append(cells)
     notes = [f"\n{mark} measured on {place}" for place, mark in footnotes(result).items()]
     return "\n".join([pipe_table(heads, lines, "|---" * len(heads) + "|"), *notes])
@@ -122,16 +104,14 @@ def shown_budgets(result: Result) -> list[float]:
     return [budgets[round(i * last / max(count - 1, 1))] for i in range(count)]
 
 
-def _cell(result: Result, row: Measured | None, psnr_errors: bool) -> str:
+def _cell(result: Result, row: Measured | None) -> str:
     if row is None:
         return "not measured"
     axes = {axis.name: axis for axis in read_axes(result)}
     frechet, psnr = (read_score(row, axes[name]) for name in ("frechet", "psnr"))
     mark = footnotes(result).get(elsewhere(result, row))
     distance = frechet.text(2) if frechet else unscored_text(row, axes["frechet"])
-    fidelity = unscored_text(row, axes["psnr"])
-    if psnr:
-        fidelity = psnr.text(1) if psnr_errors else f"{psnr.value:.1f}"
+    fidelity = psnr.text(1) if psnr else unscored_text(row, axes["psnr"])
     return " ".join(filter(None, (f"{distance}, {fidelity}", mark)))
 
 
@@ -191,6 +171,8 @@ def _largest_cost(result: Result, entry: Measured) -> float:
 def make_speeds(entries: list[dict[str, object]]) -> str:
     """Return N at each batch size, as Markdown, of `morse bench --latency_only --compile`.
 
+    In brackets is N from a quick Dash and a slow Dot to the reverse, by their quartiles.
+
     Args:
         entries: The JSON's "speed_ratios".
     """
@@ -199,10 +181,11 @@ def make_speeds(entries: list[dict[str, object]]) -> str:
         "N, LoRA separate": (False, "eager"),
         "N, Dash and Dot compiled": (True, "compiled"),
     }
-    found = {
-        (entry["batch_size"], entry["merged"], entry["mode"]): f"{entry['speed_ratio']:.1f}"
-        for entry in entries
-    }
+    found = {}
+    for entry in entries:
+        (fast, _, slow), (dot_fast, _, dot_slow) = entry["dash_seconds"], entry["dot_seconds"]
+        text = f"{entry['speed_ratio']:.1f} ({fast / dot_slow:.1f}–{slow / dot_fast:.1f})"
+        found[entry["batch_size"], entry["merged"], entry["mode"]] = text
     lines = [
         (str(size), *(found[size, *how] for how in columns.values()))
         for size in sorted({size for size, *_ in found})
@@ -232,9 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
         (BEST_TRAINING_FREE, BEST_WITH_MIXTURE, "DPM++ 2M"),
     ),
     "table": lambda: make_table(load_result("fashion_mnist")),
-    "planned": lambda: make_table(
-        load_result("fashion_mnist/planned"), psnr_errors=True, names=PLANNED_ROWS
-    ),
+    "planned": lambda: make_table(load_result("fashion_mnist/planned"), names=PLANNED_ROWS),
     "speeds": lambda: make_speeds(
         json.loads((RESULTS / "latency.json").read_text("utf-8"))["speed_ratios"]
     ),

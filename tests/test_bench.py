@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from evaluation_fixtures import independent_folder, short_reference, tiny_folder
 
 from morse.dot.mixture import GaussianMixture
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark
+from morse.evaluation.bench.grid import image_grid
 from morse.evaluation.bench.methods import AS_PLANNED, KINDS, Method
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.tasks import CHOOSABLE
@@ -49,6 +52,10 @@ def test_bad_settings_are_named():
         BenchmarkConfig(max_seconds=0)
     with pytest.raises(ValueError, match="speed_ratio is -1; it must be more than 0"):
         BenchmarkConfig(speed_ratio=-1)
+    with pytest.raises(ValueError, match="lossless_delta has 'fid=1'"):
+        BenchmarkConfig(lossless_delta=("fid=1",))
+    with pytest.raises(ValueError, match="lossless_delta is chosen before a result is measured"):
+        BenchmarkConfig(lossless_delta=("psnr=1",), from_json=Path("benchmark.json"))
     with pytest.raises(ValueError, match="with arch everything is timed anew: leave it out"):
         BenchmarkConfig(arch=("sd15",), resume=True)
 
@@ -151,6 +158,19 @@ def test_deepcache_is_sampled_within_its_budget(config):
     assert bench.measure_peer(method, UNCONDITIONAL)["cached_lsd"] > 0
 
 
+def test_the_grid_shows_what_engaged(config):
+    peers = dataclasses.replace(config, kinds=("baseline",), peers=("deepcache",))
+    store = SimpleNamespace(
+        has=lambda method, budget, seed: True,
+        is_engaged=lambda method, budget, seed: method.setting != "interval 2",
+        images=lambda name, make: torch.zeros(2, 1, 4, 4),
+        once=lambda name, make: "",
+    )
+    labels = [row["label"] for row in image_grid(peers, store)["rows"]]
+    assert "DeepCache-DDIM interval 3, 2 LSD" in labels
+    assert not any("interval 2" in label for label in labels)
+
+
 def test_a_solver_that_cannot_use_the_whole_budget_says_so(config):
     bench = Bench(dataclasses.replace(config, solvers=("heun",)))
     samples = bench.sample(Method("heun"), 4, range(2), 4.0, UNCONDITIONAL)
@@ -167,6 +187,7 @@ def test_morse_as_planned_is_what_a_call_does(config):
     method = Method("leapfrog", "morse", setting=AS_PLANNED)
     samples = bench.sample(method, 3, range(2), 4.0, UNCONDITIONAL)
     assert (samples.plan, samples.note) == ("DooD", "timestep_power 2.0")
+    assert samples.scheduler_options == {"timestep_power": 2.0}
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     images = pipe(batch_size=2, lsd=3, generator=generators, output_type="np").images
     assert torch.equal(samples.images, torch.from_numpy(images).permute(0, 3, 1, 2).float())

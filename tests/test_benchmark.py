@@ -40,6 +40,7 @@ def config(tiny_folder, independent_folder, tmp_path_factory):  # noqa: F811
         latency_batch_sizes=(1,),
         num_replicates=2,
         seeds=(0, 10),
+        lossless_delta=("psnr=0.3",),
         kinds=("baseline", "morse", "reuse", "independent"),
         peers=("none",),
         device="cpu",
@@ -64,6 +65,10 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     assert result["not_measured"] == [] and result["seeds_left_out"] == []
     assert all(not row["fallbacks"] for row in result["rows"])
     assert result["settings"]["seeds"] == [0, 10]
+    assert result["settings"]["lossless_delta"] == ["psnr=0.3"]
+    assert len(result["models"]["dot_sha256"]) == len(result["models"]["independent_dot_sha256"])
+    assert result["models"]["dash"]["class"] == "UNet2DModel"
+    assert "DeepCache" not in result["packages"]  # it is installed, but did not run
     assert [entry["merged"] for entry in result["speed_ratios"]] == [True, False]
     # A Dot that starts at zero is reuse, so Morse and its control agree here.
     rows = {(row["kind"], row["solver"], row["budget"]): row for row in result["rows"]}
@@ -78,6 +83,9 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     for wanted in ("Fréchet distance (Fashion-MNIST classifier features)", "Reuse-DDIM r1.5", "±"):
         assert wanted in text
     assert "FID" not in text
+    assert f"Dot: sha256 {result['models']['dot_sha256'][:12]}; independent Dot" in text
+    for words in ("has 2 replicates, fewer than 1,000", "No peak memory: it is measured on CUDA"):
+        assert words in text
 
     # Resuming measures nothing again; redrawing needs the JSON only.
     monkeypatch.setattr(sampler, "sample_images", None)
@@ -90,6 +98,8 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     with pytest.raises(FileExistsError):
         run_benchmark(config)
+    with pytest.raises(ValueError, match=r"lossless_delta is \['psnr=9'\], but the run"):
+        run_benchmark(dataclasses.replace(config, resume=True, lossless_delta=("psnr=9",)))
 
     # A repetition that lacks a cell would be averaged with others for some methods alone.
     folder = tmp_path / "partial"

@@ -73,6 +73,7 @@ def test_what_did_not_engage_is_listed_and_nowhere_else(result):
         names = [row[0] for row in table.rows]
         assert (title == "Methods that did not engage") == any("TeaCache" in name for name in names)
     assert "no step was skipped" in all_text(result)
+    assert "changed no picture, or changed pictures and saved no time" in all_text(result)
     labels = {curve.label for panel in quality_panels(result) for curve in panel.curves}
     assert labels == {*METHODS, "DeepCache-DDIM (interval 3)"} - {"DeepCache-DDIM"}
 
@@ -108,6 +109,8 @@ def test_errors_are_left_out_where_there_are_none(result, tmp_path):
     files = render(plain, tmp_path)
     text = (tmp_path / "benchmark.md").read_text()
     assert "±" not in text and not re.search(r"\[\d", text) and "None" not in text
+    without_cuda = all_text(plain | {"device": "AMD EPYC, 2 threads"})
+    assert "No peak memory: it is measured" in without_cuda and "No peak memory" not in text
     assert "MiB" not in text and "Lossless" not in text and "Pictures" not in text
     assert len(files) == 3
     for panel in quality_panels(plain):
@@ -124,6 +127,15 @@ def test_rows_from_another_device_are_marked(result):
     lsd, _, seconds, _ = quality_panels(plain)
     missing = {c.label for c in lsd.curves} - {c.label for c in seconds.curves}
     assert missing == {"Reuse-DPM++ 2M r1.75"}  # other machines' seconds are not comparable
+
+
+def test_a_small_bootstrap_and_packages_are_told(result):
+    def words(number):
+        settings = result["settings"] | {"num_replicates": number}
+        return all_text(result | {"settings": settings, "packages": {"tomesd": "0.1.3"}})
+
+    assert "has 30 replicates, fewer than 1,000" in words(30) and "bootstrap has" not in words(1000)
+    assert "There was no bootstrap" in words(0) and "python 3.12.3, tomesd 0.1.3." in words(0)
 
 
 def test_unknown_kinds_come_last(result):

@@ -1,5 +1,6 @@
 """Peers on transformer blocks: they change images, and leave no trace afterwards."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -212,7 +213,7 @@ def test_a_peer_that_does_nothing_is_told(pipes):
     measured = measure_peer(pipes["dit"], method, 2, WANTED["dit"])
     assert not measured["engaged"] and "bit for bit" in measured["note"]
     images = sample_images(pipes["dit"], 4, range(2), 2, conditions=WANTED["dit"])
-    changes, note = peer_facts(method, measured, images, [0.1] * 4)
+    changes, note = peer_facts(method, measured, images, [0.1] * 4, lambda: images.images)
     assert changes["engaged"] is False and note.startswith("4 steps of ")
 
 
@@ -221,14 +222,33 @@ def test_costs_are_in_evaluations_of_the_bare_pipeline():
     measured = {"step_lsd": 0.8, "bare_seconds": 2.0, "engaged": True, "note": ""}
     assert peer_steps(tomesd, 8, measured) == 10 and peer_steps(tomesd, 0.5, measured) == 1
     images = Samples(torch.zeros(4, 1, 2, 2), 10, 0, 9.0, "", {}, (4.0, 4.0), 2)
-    changes, note = peer_facts(tomesd, measured, images, [])
+    changes, note = peer_facts(tomesd, measured, images, [], None)
     assert changes == {"lsd": 8.0, "engaged": True} and note == "10 steps of 0.80 LSD"
     # An adaptive one is timed: 20 calls of 1 s where a bare one takes 2 s.
     cache = Method("ddim", "fbcache", setting="threshold 0.1")
-    changes, note = peer_facts(cache, measured, images, [1.0] * 20)
+    changes, note = peer_facts(cache, measured, images, [1.0] * 20, None)
     assert changes == {"lsd": 5.0, "engaged": True} and note == "10 steps of 0.50 LSD"
-    changes, note = peer_facts(cache, measured, images, [2.0] * 20)
+    changes, note = peer_facts(cache, measured, images, [2.0] * 20, lambda: torch.ones(2, 1, 2, 2))
     assert changes["engaged"] is False and "took 100%" in note
+    # A gain of 15 % is believed where the first batch's pictures are others than the bare ones.
+    for bare, engaged in ((torch.ones(2, 1, 2, 2), True), (torch.zeros(2, 1, 2, 2), False)):
+        changes, note = peer_facts(cache, measured, images, [1.7] * 20, lambda bare=bare: bare)
+        assert changes["engaged"] is engaged and ("bit for bit" in note) is not engaged
+
+
+def test_cache_dits_default_is_its_own(monkeypatch):
+    package = pytest.importorskip("cache_dit")
+    seen = []
+    monkeypatch.setattr(
+        package, "enable_cache", lambda model, cache_config: seen.append(cache_config)
+    )
+    monkeypatch.setattr(package, "disable_cache", lambda model: None)
+    pipe = tiny_dit()
+    for setting in PEER_SETTINGS["cache-dit"][:2]:
+        with peers.apply_peer(pipe, Method("ddim", "cache-dit", setting=setting)):
+            pass
+    assert seen[0] == package.DBCacheConfig()
+    assert (seen[1].Fn_compute_blocks, seen[1].residual_diff_threshold) == (1, 0.05)
 
 
 def test_tuned_timesteps_are_the_authors_own_and_between():
@@ -245,15 +265,32 @@ def test_tuned_timesteps_are_the_authors_own_and_between():
         again.set_timesteps(10)
         assert torch.equal(again.sigmas, tuned.sigmas)
     alphas = scheduler.alphas_cumprod
-    for steps in (1, 2, 5, 7, 20, 50):
+    for steps in (1, 2, 5, 7, 20, 50, 300, 1000):
         found = ays.ays_timesteps("StableDiffusion", steps, alphas)
         assert len(found) == steps and found[0] == 999 and sorted(set(found))[::-1] == found
-    # Nineteen steps hold the ten, and between two of them the geometric mean of their noise.
-    found = ays.ays_timesteps("StableDiffusion", 19, alphas)
+    # Twenty steps hold the ten, and between two of them the geometric mean of their noise.
+    found = ays.ays_timesteps("StableDiffusion", 20, alphas)
     assert found[::2] == ays.AysSchedules["StableDiffusionTimesteps"]
     sigmas = ((1 - alphas) / alphas).sqrt()
     mean = (sigmas[found[6]] * sigmas[found[8]]).sqrt()
     assert sigmas[found[7] - 1] < mean < sigmas[found[7] + 1]
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion", "StableDiffusionXL"])
+@pytest.mark.parametrize("steps", [5, 10, 20, 30])
+def test_the_noise_levels_are_the_authors(name, steps):
+    """Eleven, the last of them .029, to one more than steps; the last of those is not evaluated."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = (1 - betas).cumprod(0)
+    sigmas = ((1 - alphas) / alphas).sqrt()
+    levels = np.log([*ays.AysSchedules[f"{name}Sigmas"][:-1], 0.0291671582])
+    wanted = np.interp(np.linspace(0, 10, steps + 1)[:-1], np.arange(11), levels)
+    found = ays.ays_timesteps(name, steps, alphas)
+    # Timesteps are whole: at the clean end the next one has a fifth more noise.
+    np.testing.assert_allclose(sigmas[found].log(), wanted, atol=0.02 if steps < 20 else 0.11)
+    last = {5: 0.399, 10: 0.152, 20: 0.066, 30: 0.050}
+    if name == "StableDiffusion":
+        assert sigmas[found[-1]] == pytest.approx(last[steps], abs=2e-3)
 
 
 def wide_unet(width=768, attention_on_top=False):

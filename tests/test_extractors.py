@@ -63,7 +63,7 @@ def test_inception_equals_torch_fidelitys_own(inception):
     expected = network(random_images())
     torch.testing.assert_close((features, logits), expected, rtol=0, atol=0)
     assert extractor.sha256 == file_sha256(file) and "TensorFlow 1" in extractor.resize
-    assert extractor.resizes and extractor.channels == 3
+    assert extractor.resizes and extractor.has_logits and extractor.channels == 3
 
 
 def test_missing_inception_weights_say_where_they_are_and_how_to_convert(tmp_path):

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +11,20 @@ from evaluation_fixtures import tiny_folder  # noqa: F401
 from PIL import Image
 from test_extractors import clip_folder, inception  # noqa: F401
 from tiny_pipelines import stable_diffusion, text_unet
+from tiny_text import text_pipeline
 from torch import nn
+from transformers import BatchFeature
 
 from morse import MorseDot, MorsePipeline, enable_morse
 from morse.cli import parse_config
-from morse.evaluation.ablation.workers import one_thread
+from morse.evaluation.bench.config import BenchmarkConfig
 from morse.evaluation.features import extract_features, load_features, load_reference
 from morse.evaluation.fid.budgets import _recipes
 from morse.evaluation.fid.command import FidConfig, run_fid
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
-
-CHECKOUT = Path(__file__).parent.parent
+from morse.evaluation.planning.config import PlanConfig
+from morse.evaluation.prompts import read_prompts
+from morse.tuning.config import TuneDotConfig
 
 
 class Colours(nn.Module):
@@ -75,6 +75,12 @@ def test_generation_and_metrics_in_one_go(tiny_folder, tmp_path, capsys):  # noq
     for row in (bare, *planned):
         assert set(row["scores"]) == {"frechet", "psnr", "ssim"}
         assert row["num_images"] == 5 and "singular" in row["notes"][0]
+    for row in result["rows"]:
+        assert (
+            row["timestep_spacing"] == "trailing"
+        )  # as in bench, though the pipeline says nothing
+        assert row["made_with"]["num_threads"] == [torch.get_num_threads()]
+        assert len(row["made_with"]["dot_sha256"]) == 64 and "prompts" not in row["made_with"]
     for row in planned:
         assert row["lsd"] == row["num_dash"] + row["num_dot"] / 4 <= row["budget"]
     # The figures are those of the files on the disk.
@@ -101,7 +107,9 @@ def test_generation_and_metrics_in_one_go(tiny_folder, tmp_path, capsys):  # noq
 def test_a_budget_is_spent_as_a_call_spends_it(tiny_folder, tmp_path):  # noqa: F811
     dot = MorseDot.from_pretrained(tiny_folder, subfolder="dot")
     entry = {"lsd": 2, "plan": "Dooo", "scheduler": {"timestep_power": 2.0}}
-    dot.register_to_config(plans={"LeapfrogScheduler": [entry]}, speed_ratio=4.0)
+    as_ddim = {"lsd": 2, "plan": "DD", "scheduler": {"timestep_spacing": "trailing"}}
+    plans = {"LeapfrogScheduler": [entry], "DDIMScheduler": [as_ddim]}
+    dot.register_to_config(plans=plans, speed_ratio=4.0)
     dot.save_pretrained(tmp_path / "dot")
     config = FidConfig(
         real="fashion-mnist",
@@ -114,18 +122,59 @@ def test_a_budget_is_spent_as_a_call_spends_it(tiny_folder, tmp_path):  # noqa: 
         device="cpu",
     )
     (row,) = run_fid(config)["rows"]
-    assert row["plan"] == "Dooo"
+    assert row["plan"] == "Dooo" and row["timestep_spacing"] is None
     pipe = MorsePipeline.from_pretrained(tiny_folder, dot=tmp_path / "dot", scheduler="leapfrog")
     expected = pipe(lsd=2, generator=torch.Generator().manual_seed(0), output_type="np").images
     written = np.array(Image.open(tmp_path / "out" / "lsd_2" / "00000000.png")) / 255
     np.testing.assert_allclose(written, expected[0, :, :, 0], atol=0.003)
+    # A saved plan lies on its own grid, and what it is compared with on the same.
+    both = replace(config, num_inference_steps=(2,), scheduler="ddim")
+    for scheduler, spacing in (("ddim", None), (None, "leading"), ("DDIMScheduler", "leading")):
+        out = tmp_path / f"{scheduler}-{spacing}"
+        options = {"scheduler": scheduler, "timestep_spacing": spacing, "output_dir": out}
+        if scheduler is None:
+            options["lsd"] = ()
+        bare, *planned = run_fid(replace(both, **options))["rows"]
+        assert bare["timestep_spacing"] == (spacing or "trailing")
+        for row in planned:
+            assert (row["plan"], row["timestep_spacing"]) == ("DD", "trailing")
+            files = [Path(each["source"]) / "00000001.png" for each in (bare, row)]
+            same = files[0].read_bytes() == files[1].read_bytes()
+            told = [note for note in row["notes"] if "--timestep_spacing trailing" in note]
+            assert (same, len(told)) == ((True, 0) if spacing is None else (False, 1))
+    with pytest.raises(ValueError, match="LeapfrogScheduler has none"):
+        run_fid(replace(config, timestep_spacing="leading"))
     with pytest.raises(ValueError, match="plan_scheduler was"):
         dot.register_to_config(plans=None)
         dot.save_pretrained(tmp_path / "dot")
         run_fid(config)
+    dot.register_to_config(speed_ratio=None)
+    dot.save_pretrained(tmp_path / "dot")
+    with pytest.raises(ValueError, match=r"measure_speed_ratio\(batch_size=16\)"):
+        run_fid(config)
 
 
-def test_two_folders_in_the_features_of_a_users_network(tmp_path):
+class Blackout(nn.Module):
+    """A safety checker to which every image is unsafe."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, images, clip_input):
+        return torch.zeros_like(images), [True] * len(images)
+
+
+def test_no_safety_checker_blacks_out_what_is_measured(tmp_path, monkeypatch):
+    pipe, pixels = text_pipeline(), BatchFeature({"pixel_values": torch.zeros(1)})
+    pipe.register_modules(safety_checker=Blackout(), feature_extractor=lambda *_, **__: pixels)
+    assert not pipe("cat", num_inference_steps=1, output_type="np").images.any()
+    loaded = enable_morse(pipe, None)
+    monkeypatch.setattr(MorsePipeline, "from_pretrained", lambda *_, **__: loaded)
+    options = {"class_names": ("cat",), "num_inference_steps": (1,), "num_images": 2}
+    run_fid(FidConfig(pipeline="text", output_dir=tmp_path, device="cpu", **options))
+    assert all(np.array(Image.open(file)).any() for file in (tmp_path / "steps_1").glob("*.png"))
+
+
+def test_two_folders_in_the_features_of_a_users_network(tmp_path, capsys):
     real = write_images(tmp_path / "real", seed=0)
     fake = write_images(tmp_path / "fake", count=10, seed=1, shift=40)
     result = run_fid(FidConfig(real=real, fake=fake, extractor=OWN, device="cpu"))
@@ -134,6 +183,8 @@ def test_two_folders_in_the_features_of_a_users_network(tmp_path):
     assert set(result["rows"][0]["scores"]) == {"frechet", "kernel_distance", "precision", "recall"}
     assert result["axes"]["kernel_distance"]["title"] == f"Kernel distance (features of {OWN})"
     assert result["extractor"]["feature_dim"] == 6
+    assert result["rows"][0]["kid_subset_size"] == 5
+    assert "lower is better, over subsets of 5 images" in " ".join(capsys.readouterr().out.split())
     same = run_fid(FidConfig(real=real, fake=real, extractor=OWN, device="cpu"))
     assert score(same) == pytest.approx(0, abs=1e-6)
     assert score(result) > 0.01
@@ -152,6 +203,26 @@ def test_statistics_serve_as_the_real_images(tmp_path):
     assert score(loaded) == pytest.approx(score(direct), rel=1e-9)
     assert loaded["real"]["num_images"] == 12
     assert set(loaded["rows"][0]["scores"]) == {"frechet"}
+
+
+def test_images_are_cropped_and_resized_as_training_does_where_asked(tmp_path, capsys):
+    real = write_images(tmp_path / "real", size=(12, 8))
+    fake = write_images(tmp_path / "fake", seed=1, size=(8, 10))
+    options = {"fake": fake, "extractor": OWN, "device": "cpu"}
+    config, stats = FidConfig(real=real, **options), str(tmp_path / "stats.npz")
+    assert "--resolution brings" in " ".join(run_fid(config)["rows"][0]["notes"])
+    result = run_fid(replace(config, resolution=8, save_stats=Path(stats)))
+    sides = (result["real"], result["rows"][0])
+    assert [side["reading"]["sizes"] for side in sides] == [{"8x8": 12}] * 2
+    assert result["settings"]["resolution"] == 8 and not result["warnings"]
+    assert "brought to 8x8, as in training" in " ".join(capsys.readouterr().out.split())
+    with np.load(stats) as content:
+        assert content["resolution"] == 8
+    again = run_fid(FidConfig(real=stats, resolution=8, **options))
+    assert score(again) == pytest.approx(score(result), rel=1e-9) and not again["warnings"]
+    assert "resized to 8x8" in run_fid(FidConfig(real=stats, **options))["warnings"][0]
+    with pytest.raises(ValueError, match="give --resolution 8"):
+        run_fid(FidConfig(real=stats, resolution=4, **options))
 
 
 def test_mixed_sizes_are_an_error_where_the_extractor_does_not_resize(tmp_path):
@@ -224,7 +295,16 @@ def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path, caps
     result = run_fid(FidConfig(num_inference_steps=(2,), num_images=2, **config))
     assert "nothing will be measured: give --real" in capsys.readouterr().out
     assert result["rows"][0]["scores"] == {} and result["extractor"] is None
-    assert len(list((tmp_path / "out" / "steps_2").glob("*.png"))) == 2
+    images = tmp_path / "out" / "steps_2"
+    assert len(list(images.glob("*.png"))) == 2
+    # Classes alone give a score without real images.
+    options = {"extractor": "fashion-mnist", "device": "cpu"}
+    config |= {**options, "num_inference_steps": (2,), "num_images": 10}
+    generated, alone = run_fid(FidConfig(**config)), run_fid(FidConfig(fake=str(images), **options))
+    assert set(generated["rows"][0]["scores"]) == {"inception_score"}
+    assert score(alone, "inception_score") == score(generated, "inception_score")
+    assert "nothing will be measured" not in capsys.readouterr().out
+    assert not [note for note in generated["rows"][0]["notes"] if "singular" in note]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +326,9 @@ def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path, caps
         ({"real": "a", "fake": "b", "lpips_weights": Path("w")}, "give --lpips as well"),
         ({"pipeline": "p", "output_dir": Path("o"), "lsd": (0.5,)}, "lsd is .* 1 or more each"),
         ({"pipeline": "p", "lsd": (5,), "speed_ratio": 0.0}, "speed_ratio is 0.0; it must be"),
+        ({"real": "a", "fake": "b", "dataset_config_name": "c"}, "give hub:NAME as --real"),
+        ({"real": "hub:a", "fake": "b", "resolution": 0}, "resolution is 0; it must be 1 or more"),
+        ({"real": "a", "fake": "b", "prompts": ("nowhere.txt",)}, "nowhere.txt, which does not"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
@@ -263,17 +346,20 @@ def test_the_command_line():
     assert (shortest.real, shortest.output_dir) == ("fashion-mnist", Path("fid_output"))
 
 
-def test_prompts_need_some_text(tmp_path):
-    from morse.evaluation.conditions import read_prompts
-
-    (tmp_path / "p.txt").write_text("a cat\n\n  a dog \n")
-    assert read_prompts(tmp_path / "p.txt") == ("a cat", "a dog")
-    assert read_prompts(None) == ()
-    (tmp_path / "p.txt").write_text("\n")
+def test_prompts_are_texts_or_a_file_of_them(tmp_path):
+    file = tmp_path / "prompts"
+    file.write_text("a cat\n\n  a dog \n")
+    assert read_prompts((str(file),)) == ("a cat", "a dog")
+    for texts in ((), ("a cat",), ("a cat" * 1000,), (str(file), "a dog")):
+        assert read_prompts(texts) == texts
+    argv = ["--prompts", str(file), "--output_dir", "o", "--pretrained_model_name_or_path", "p"]
+    for settings in (BenchmarkConfig, PlanConfig, TuneDotConfig):
+        assert parse_config(settings, argv).prompts == ("a cat", "a dog")
+    file.write_text("\n")
     with pytest.raises(ValueError, match="no prompt"):
-        read_prompts(tmp_path / "p.txt")
-    with pytest.raises(FileNotFoundError):
-        read_prompts(tmp_path / "nowhere.txt")
+        read_prompts((str(file),))
+    with pytest.raises(ValueError, match=r"nowhere\.txt, which does not exist"):
+        read_prompts((str(tmp_path / "nowhere.txt"),))
 
 
 def test_prompts_give_a_clip_score(clip_folder, tmp_path):  # noqa: F811
@@ -281,7 +367,7 @@ def test_prompts_give_a_clip_score(clip_folder, tmp_path):  # noqa: F811
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
     options = {"extractor": "clip", "clip_model": str(clip_folder), "device": "cpu"}
     options |= {"real": real, "fake": fake, "batch_size": 2}
-    result = run_fid(FidConfig(**options, prompts=tmp_path / "p.txt"))
+    result = run_fid(FidConfig(**options, prompts=(str(tmp_path / "p.txt"),)))
     assert {"cmmd", "clip_score", "frechet"} < set(result["rows"][0]["scores"])
     extractor = FidConfig(**options).load_extractor(torch.device("cpu"))
     pixels = [np.array(Image.open(file)) for file in sorted(Path(fake).glob("*.png"))]
@@ -289,11 +375,12 @@ def test_prompts_give_a_clip_score(clip_folder, tmp_path):  # noqa: F811
     text = extractor.embed_text(["a cat", "a dog"] * 2 + ["a cat"])
     expected = 100 * (extractor.compute(images)[0] * text).sum(dim=1).clamp(min=0).mean()
     assert score(result, "clip_score") == pytest.approx(float(expected), rel=1e-4)
-    named = run_fid(FidConfig(**options, class_names=("a cat", "a dog")))
-    assert score(named, "clip_score") == score(result, "clip_score")
+    for name in ("class_names", "prompts"):
+        named = run_fid(FidConfig(**options, **{name: ("a cat", "a dog")}))
+        assert score(named, "clip_score") == score(result, "clip_score")
     (Path(fake) / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="which prompt belongs to which image"):
-        run_fid(FidConfig(**options, prompts=tmp_path / "p.txt"))
+        run_fid(FidConfig(**options, prompts=(str(tmp_path / "p.txt"),)))
 
 
 def test_schedulers_that_draw_noise_are_told(tiny_folder, tmp_path):  # noqa: F811
@@ -303,37 +390,3 @@ def test_schedulers_that_draw_noise_are_told(tiny_folder, tmp_path):  # noqa: F8
         config = FidConfig(**options, scheduler=scheduler, output_dir=tmp_path / scheduler)
         notes = [note for note in run_fid(config)["rows"][1]["notes"] if "fresh noise" in note]
         assert len(notes) == count
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_digits_of_one(tiny_folder, tmp_path, capsys):  # noqa: F811
-    script = [str(CHECKOUT / "eval" / "fid.py")]
-    options = ["--pipeline", str(tiny_folder), "--real", "fashion-mnist", "--device", "cpu"]
-    options += ["--scheduler", "ddim", "--lsd", "2", "--speed_ratio", "4", "--num_images", "11"]
-    options += ["--batch_size", "3", "--reference_steps", "4"]
-    # Without a GPU the launcher's only way to several processes on one machine is this name.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    launch += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    outputs = {name: tmp_path / name for name in ("one", "two")}
-    files = {name: tmp_path / f"{name}.json" for name in outputs}
-    one, two = (
-        [*options, "--output_dir", str(outputs[name]), "--json", str(files[name])]
-        for name in outputs
-    )
-    with one_thread():
-        run_fid(parse_config(FidConfig, one))
-    assert capsys.readouterr().out.count("real images:") == 1
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, *script, *two], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("real images:") == 1
-    results = [[row["scores"] for row in json.loads(f.read_text())["rows"]] for f in files.values()]
-    pictures = [
-        {path.name: path.read_bytes() for path in (out / "lsd_2").iterdir()}
-        for out in outputs.values()
-    ]
-    assert results[0] == results[1] and len(results[0]) == 2
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 12

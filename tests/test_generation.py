@@ -1,6 +1,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from morse.evaluation.conditions import UNCONDITIONAL, Conditions, make_conditions
 from morse.evaluation.fid.budgets import _cost
+from morse.evaluation.fid.folders import image_file, threads_notes
 from morse.evaluation.fid.generation import Recipe, Request, generate, generated_set
 from morse.evaluation.fid.image_sets import open_image_set
 from morse.pipeline import MorsePipeline
@@ -105,6 +107,40 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(pipe, tmp_path):
     assert files(folder) == files(whole)
     assert (folder / "00000000.png").stat().st_mtime_ns == kept
     assert done == [(0, 5), (2, 5), (4, 5), (5, 5)]
+
+
+def test_a_folder_may_grow(pipe, tmp_path):
+    whole, _ = generate(pipe, BARE, REQUEST, tmp_path / "whole", alone())
+    few, done = replace(REQUEST, num_images=5), []
+    folder, _ = generate(pipe, BARE, few, tmp_path / "grown", alone())
+    (folder / "fallbacks-00000004.json").write_text("{}")
+    grown = generate(pipe, BARE, REQUEST, tmp_path / "grown", alone(), lambda *n: done.append(n))
+    assert grown == (folder, []) and files(folder) == files(whole)
+    assert done[0] == (0, 3)  # the fifth image was in a batch cut short, and is made anew
+    with pytest.raises(ValueError, match="num_images was 7 and is 5"):
+        generate(None, BARE, few, tmp_path / "grown", alone())
+
+
+def test_runs_with_other_numbers_of_threads_are_told(pipe, tmp_path):
+    folder, _ = generate(pipe, BARE, REQUEST, tmp_path, alone())  # an earlier version's
+    for threads in (1, 2):
+        assert threads_notes(folder) == []
+        image_file(folder, 1).unlink()
+        request = replace(REQUEST, settings={"pipeline": "tiny", "num_threads": [threads]})
+        generate(pipe, BARE, request, tmp_path, alone())
+    assert "made with 1, then 2 CPU threads" in threads_notes(folder)[0]
+    generate(None, BARE, REQUEST, tmp_path, alone())
+    assert json.loads((folder / "settings.json").read_text())["num_threads"] == [1, 2]
+
+
+def test_batch_size_changes_pixels_by_rounding_at_most(pipe, tmp_path):
+    pictures = []
+    for size in (1, 3):
+        request = replace(REQUEST, num_images=3, batch_size=size)
+        folder, _ = generate(pipe, MORSE, request, tmp_path / str(size), alone())
+        opened = [np.array(Image.open(image_file(folder, index))) for index in range(3)]
+        pictures.append(np.stack(opened).astype(int))
+    np.testing.assert_allclose(*pictures, rtol=0, atol=1)
 
 
 def test_nothing_is_sampled_when_all_images_are_there(pipe, tmp_path):

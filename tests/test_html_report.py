@@ -143,6 +143,21 @@ def browse(file, folder):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome")
+def test_what_a_page_complains_of_would_be_seen(tmp_path):
+    """The control of the tests below, framed as theirs: what is logged, thrown and refused."""
+    policy = "default-src 'none'; script-src 'unsafe-inline'"
+    (tmp_path / "probed.html").write_text(
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><img src="third.png">'
+        "<script>console.error('first'); throw new Error('second')</script>",
+        encoding="utf-8",
+    )
+    (tmp_path / "frame.html").write_text(FRAME.replace("WIDTH", "400"), encoding="utf-8")
+    _, console = browse(tmp_path / "frame.html", tmp_path)
+    for word in ("first", "second", "third.png"):
+        assert any(word in line for line in console), word
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome")
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_shows_the_page(text, tmp_path, width):
     probed = tmp_path / "probed.html"

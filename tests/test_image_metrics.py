@@ -165,6 +165,7 @@ def test_statistics_alone_allow_the_frechet_distance_only():
     alone = FeatureSet("statistics", real.mean, real.covariance, None)
     fake = feature_set(random_features(50, seed=1), logits=torch.randn(50, 4))
     assert set(feature_scores(extractor(), alone, fake)) == {"frechet", "inception_score"}
+    assert set(feature_scores(extractor(), None, fake)) == {"inception_score"}
     everything = {"frechet", "kernel_distance", "precision", "recall", "cmmd"}
     assert set(feature_scores(extractor("clip"), real, feature_set(fake.features))) == everything
 

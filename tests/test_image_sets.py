@@ -4,7 +4,9 @@ import torch
 from idx_files import write_idx
 from PIL import Image
 
-from morse.evaluation.fid.image_sets import ReadingFacts, open_image_set, read_batches
+from morse.evaluation.fid.image_sets import ReadingFacts, SetOptions, open_image_set
+from morse.evaluation.fid.reading import read_batches
+from morse.training.data import open_images
 
 
 def save(folder, name, mode="RGB", size=(8, 6), value=100):
@@ -13,9 +15,9 @@ def save(folder, name, mode="RGB", size=(8, 6), value=100):
     Image.new(mode, size, colour).save(folder / name)
 
 
-def read(folder, channels=3, strict=False, batch_size=2):
+def read(folder, channels=3, strict=False, batch_size=2, **options):
     facts = ReadingFacts()
-    images = open_image_set(str(folder))
+    images = open_image_set(str(folder), SetOptions(**options))
     return list(read_batches(images, channels, batch_size, facts, strict)), facts
 
 
@@ -36,6 +38,23 @@ def test_a_change_of_size_begins_a_batch_and_is_told(tmp_path):
     batches, facts = read(tmp_path)
     assert [tuple(batch.shape[2:]) for batch in batches] == [(6, 8), (4, 4)]
     assert facts.notes("set")[0] == "set: sizes are mixed: 8x6 (1), 4x4 (1)"
+
+
+def test_images_are_brought_to_one_size_as_by_training(tmp_path):
+    gradient = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned by a quarter
+    for name in ("images", "idx"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(gradient).save(tmp_path / "images" / "a.png")
+    Image.fromarray(gradient).save(tmp_path / "images" / "b.png", exif=turned)
+    write_idx(tmp_path / "idx" / "train-images-idx3-ubyte", gradient.transpose(2, 0, 1))
+    for name, channels, sizes in (("images", 3, (4, 16)), ("idx", 1, (4, 7, 16))):
+        for size in sizes:
+            batches, facts = read(tmp_path / name, channels, batch_size=8, resolution=size)
+            expected = open_images(tmp_path / name, None, size, channels)
+            assert torch.equal(torch.cat(batches), expected.fetch(list(range(len(expected)))))
+            assert facts.sizes == {f"{size}x{size}": len(expected)} and not facts.notes("set")
 
 
 def test_grey_images_are_replicated_and_counted(tmp_path):
@@ -104,11 +123,11 @@ def test_idx_folders_have_splits(tmp_path):
         array = np.full((5, 28, 28), value, np.uint8)
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", array)
     for split, value in (("train", 3), ("test", 7)):
-        images = open_image_set(str(tmp_path), split)
+        images = open_image_set(str(tmp_path), SetOptions(split))
         (batch,) = read_batches(images, 1, 8, ReadingFacts())
         assert batch.shape == (5, 1, 28, 28) and batch.unique().tolist() == [value]
     with pytest.raises(FileNotFoundError, match="split is 'validation'"):
-        open_image_set(str(tmp_path), "validation")
+        open_image_set(str(tmp_path), SetOptions("validation"))
 
 
 def test_a_hub_data_set_without_the_package_says_what_to_install(monkeypatch):
@@ -122,10 +141,20 @@ def test_a_hub_data_set_is_read_by_row(monkeypatch):
         column_names = ("image", "label")
 
     rows = Rows({"image": Image.new("L", (4, 4), value)} for value in (1, 2))
-    module = type("Module", (), {"load_dataset": staticmethod(lambda name, split: rows)})
+
+    def load_dataset(name, config_name, split):
+        if config_name not in (None, "plain"):
+            raise ValueError("BuilderConfig 'other' not found. Available: ['plain']")
+        return rows
+
+    module = type("Module", (), {"load_dataset": staticmethod(load_dataset)})
     monkeypatch.setitem(__import__("sys").modules, "datasets", module)
-    images = open_image_set("hub:some/name", "test")
+    images = open_image_set("hub:some/name", SetOptions("test"))
     (batch,) = read_batches(images, 1, 8, ReadingFacts())
     assert batch[:, 0, 0, 0].tolist() == [1, 2]
+    named = open_image_set("hub:some/name", SetOptions("test", dataset_config_name="plain"))
+    assert (images.name, named.name) == ("hub:some/name (test)", "hub:some/name (plain, test)")
+    with pytest.raises(ValueError, match=r"dataset_config_name 'other' .* \['plain'\]"):
+        open_image_set("hub:some/name", SetOptions(dataset_config_name="other"))
     with pytest.raises(ValueError, match="image_column is 'img'"):
-        open_image_set("hub:some/name", "test", "img")
+        open_image_set("hub:some/name", SetOptions("test", "img"))

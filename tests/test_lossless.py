@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from morse.evaluation.stats.curves import Curve
-from morse.evaluation.stats.lossless import lossless_test
+from morse.evaluation.stats.lossless import lossless_test, read_deltas
 
 COSTS = np.arange(2.0, 101.0)
 NUM_REPLICATES = 400
@@ -39,6 +39,25 @@ def test_one_seed_takes_the_bootstraps_error_and_says_so():
     result = lossless_test(curve, None, 10, errors, 1.5)
     assert result["delta_from"] == "bootstrap" and result["lossless"]
     assert result["delta"] == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_given_margin_takes_the_place_of_both():
+    curve, by_seed, errors = noisy_case()
+    for seeds in (by_seed, None):
+        loose, strict = (lossless_test(curve, seeds, 10, errors, 1.5, d) for d in (0.05, 1e-4))
+        assert (loose["delta"], loose["delta_from"], loose["lossless"]) == (0.05, "given", True)
+        assert (strict["delta"], strict["lossless"]) == (1e-4, False)
+    alone = lossless_test(Curve(COSTS, 1 / COSTS[None]), None, 10, np.array([1 / 15]), 1.5, 0.05)
+    assert alone["delta"] == 0.05 and alone["lossless"] is None
+
+
+def test_margins_are_named_by_axis():
+    assert read_deltas(("PSNR=0.3", "frechet=2e-2")) == {"psnr": 0.3, "frechet": 0.02}
+    for wrong in ("psnr", "psnr=", "psnr=0", "psnr=inf", "fid=1", "=1"):
+        with pytest.raises(ValueError, match=f"lossless_delta has '{wrong}'.*kernel_to_reference"):
+            read_deltas((wrong,))
+    with pytest.raises(ValueError, match="each once"):
+        read_deltas(("psnr=1", "PSNR=2"))
 
 
 def test_without_replicates_nothing_is_claimed():

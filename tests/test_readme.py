@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from report_fixtures import full_result
 from report_older import without_errors
 
@@ -15,11 +16,14 @@ from eval.readme_table import (
     PLANNED,
     TABLES,
     make_factors,
+    make_speeds,
     make_table,
     shown_budgets,
     update,
 )
+from morse.cli import parse_config
 from morse.evaluation.bench.methods import BEST_TRAINING_FREE, BEST_WITH_MIXTURE
+from morse.evaluation.demo import DemoConfig
 from morse.evaluation.stats.curves import STATUS, Place
 
 ROOT, MODULE = Path(__file__).parents[1], "eval.readme_table"
@@ -38,6 +42,19 @@ def test_links_and_pictures_are_there(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     assert targets
     assert not [target for target in targets if not (page.parent / target).exists()]
+    for target in targets:
+        if target.endswith(".png"):
+            with Image.open(page.parent / target) as picture:
+                picture.verify()
+
+
+def test_how_the_readmes_picture_was_made_is_told():
+    text = PAGES[1].read_text(encoding="utf-8")
+    command = re.search(r"`morse (demo .*)`, copied to `docs/fashion_mnist_demo\.png`", text)[1]
+    config = parse_config(DemoConfig, command.split()[1:])
+    assert (config.lsd, config.speed_ratio) == ((5, 8), 6)
+    with Image.open(ROOT / "docs/fashion_mnist_demo.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 500
 
 
 def test_a_changed_figure_changes_the_table(monkeypatch):
@@ -61,8 +78,7 @@ def test_the_table_has_training_free_solvers_morse_and_controls():
         "**Morse-DPM++ 2M r1.75**",
         "Reuse-DPM++ 2M r1.75",
     ]
-    assert "| 5.20 ± 0.10, 22.6 |" in lines[2]
-    assert "| 5.20 ± 0.10, 22.6 ± 0." in make_table(full_result(), psnr_errors=True)
+    assert "| 5.20 ± 0.10, 22.6 ± 0." in lines[2]
     older = make_table(without_errors(full_result()))
     assert "| 5.20, 22.6 |" in older
     assert older.endswith("\n\n† measured on AMD EPYC, 2 threads, float64")
@@ -83,6 +99,14 @@ def test_guidance_has_a_column_and_its_rows_together():
         ["| 3", "DDIM"],
         ["| 3", "**Morse-DDIM r2**"],
     ]
+
+
+def test_speeds_have_what_their_quartiles_allow():
+    entry = {"batch_size": 1, "speed_ratio": 5.0}
+    entry |= {"dash_seconds": [0.9, 1.0, 1.2], "dot_seconds": [0.15, 0.2, 0.3]}
+    kinds = ((True, "eager"), (False, "eager"), (True, "compiled"))
+    lines = make_speeds([entry | {"merged": m, "mode": mode} for m, mode in kinds]).splitlines()
+    assert lines[2] == "| 1 |" + " 5.0 (3.0–8.0) |" * 3
 
 
 def test_factors_have_an_interval_or_a_bound():
@@ -144,7 +168,7 @@ def test_a_bound_is_of_the_baseline_itself():
 def test_what_is_not_finite_is_said_in_the_table():
     result = full_result()
     result["rows"][0]["scores"]["frechet"]["value"] = float("nan")
-    assert "| not finite, 22.6 |" in make_table(result)
+    assert "| not finite, 22.6 ± 0." in make_table(result)
 
 
 def test_many_budgets_are_thinned_with_both_ends_kept():

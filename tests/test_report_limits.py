@@ -233,6 +233,19 @@ def test_the_largest_factor_that_passed_is_lossless(result):
         "none (δ 0.05)",
         "none (δ 0.05)",
     ]
+    text = all_text(result)
+    assert "between this run's own 3 seeds: it comes from the run itself and was not fixed" in text
     untested = [e | {"lossless": None, "delta": None} for e in result["lossless"]]
     cells = find(result | {"lossless": untested}, "Lossless factors", "PSNR")
     assert set(cells["Morse-DPM++ 2M r1.75"].values()) == {"not tested"}
+
+
+def test_where_margins_come_from_is_told(result):
+    own = [entry | {"delta_from": "bootstrap"} for entry in result["lossless"]]
+    given = [entry | {"axis": "ssim", "delta_from": "given"} for entry in result["lossless"]]
+    text = all_text(result | {"lossless": own})
+    assert "δ is the bootstrap's standard error of that solver's own figure" in text
+    assert "lossless_delta" not in text
+    text = all_text(result | {"lossless": own + given})
+    assert "δ (Same-noise SSIM to the reference: 0.05) was fixed before anything" in text
+    assert "δ (Same-noise PSNR to the reference) is the bootstrap's" in text

@@ -294,10 +294,27 @@ def test_the_same_cells_give_the_same_figures(result):
 
 
 def test_figures_are_rounded():
-    assert rounded({"a": [1.23456789, (2, None)], "b": True}) == {
+    options = {"fitted_steps": [[999.123456789, 0.5]]}
+    assert rounded({"a": [1.23456789, (2, None)], "b": True, "scheduler_options": options}) == {
         "a": [1.23457, [2, None]],
         "b": True,
+        "scheduler_options": options,
     }
+
+
+def test_rows_carry_what_their_steps_were_laid_with():
+    options = {"fitted_steps": [[999.123456789, 0.5]]}
+    cells = [quality_cell(DDIM, 4, 1.0), quality_cell(FAST, 4, 0.5, scheduler_options=options)]
+    rows = summarize(cells, REAL, references(0), Statistics(num_replicates=0))["rows"]
+    assert [row["scheduler_options"] for row in rows] == [{}, options]
+
+
+def test_a_given_margin_is_of_its_axis_alone():
+    cells = make_cells((4, 6, 8, 12), (4,))
+    tests = summarize(cells, REAL, references(0), STATISTICS, deltas={"psnr": 0.5})["lossless"]
+    found = {(e["axis"], e["delta_from"]) for e in tests}
+    assert ("psnr", "given") in found and ("ssim", "bootstrap") in found
+    assert {e["delta"] for e in select(tests, axis="psnr")} == {0.5}
 
 
 def test_without_real_images_there_is_the_distance_to_the_reference():

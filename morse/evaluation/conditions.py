@@ -149,24 +149,6 @@ def call_parameters(pipe: "DiffusionPipeline") -> Mapping[str, inspect.Parameter
     return inspect.signature(_base_class(pipe).__call__).parameters
 
 
-def read_prompts(file: Path | None) -> tuple[str, ...]:
-    """Read a file of prompts, one a line; empty lines are left out, and None has none.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it has no prompt.
-    """
-    if file is None:
-        return ()
-    if not file.is_file():
-        raise FileNotFoundError(f"prompts is {file}, which does not exist")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise ValueError(f"prompts is {file}, which has no prompt; write one a line")
-    return prompts
-
-
 def _of_text(
     pipe: "DiffusionPipeline",
     prompts: tuple[str, ...],

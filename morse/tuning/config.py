@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from morse.evaluation.bench.solvers import check_solvers
+from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
 from morse.settings import require
 from morse.training.common import RunConfig
 
@@ -76,7 +77,7 @@ class TuneDotConfig(RunConfig):
             "row; the one that this run begins with if left out"
         },
     )
-    prompts: tuple[str, ...] = field(default=(), metadata={"help": "for a text pipeline"})
+    prompts: tuple[str, ...] = field(default=(), metadata={"help": PROMPTS_HELP})
     prompt_embeds: Path | None = field(
         default=None,
         metadata={"help": "safetensors file, for a text pipeline without a text encoder"},
@@ -108,7 +109,8 @@ class TuneDotConfig(RunConfig):
     logging_steps: int = field(default=10, metadata={"help": "updates between two logged losses"})
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges, and read prompts that are in a file."""
+        object.__setattr__(self, "prompts", read_prompts(self.prompts))
         super().__post_init__()
         check_solvers(self.solver)
         for name in ("num_images", "validation_images", "target_lsd"):

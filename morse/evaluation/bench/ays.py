@@ -1,7 +1,9 @@
 """Align Your Steps (Sabour et al. 2024, arXiv 2404.14507): timesteps tuned for one model.
 
-The authors give ten for each model, as diffusers has them in `AysSchedules`; for other numbers of
-steps they advise to interpolate the noise levels log-linearly, which is done here.
+The authors give eleven noise levels for each model: those of ten timesteps, which diffusers has in
+`AysSchedules`, and the least of the model's schedule, .029 for Stable Diffusion 1.5 and XL. For
+other numbers of steps they interpolate all eleven log-linearly to one level more than there are
+steps, and put 0 in the place of the last, so that it is never evaluated.
 """
 
 from typing import TYPE_CHECKING
@@ -46,16 +48,14 @@ def ays_timesteps(name: str, steps: int, alphas_cumprod: Tensor) -> list[int]:
         steps: At least 1.
         alphas_cumprod: Of the noise schedule, (T,).
     """
-    tuned = AysSchedules[f"{name}Timesteps"]
-    if steps == len(tuned):
-        return list(tuned)
     alphas = alphas_cumprod.double().numpy()
     log_sigmas = np.log((1 - alphas) / alphas) / 2  # increasing in the timestep
-    places, wanted = np.linspace(0, 1, len(tuned)), np.linspace(0, 1, steps)
-    logs = np.interp(wanted, places, log_sigmas[tuned])
+    tuned = log_sigmas[[*AysSchedules[f"{name}Timesteps"], 0]]
+    places, wanted = np.linspace(0, 1, len(tuned)), np.linspace(0, 1, steps + 1)[:-1]
+    logs = np.interp(wanted, places, tuned)
     found = np.interp(logs, log_sigmas, np.arange(len(alphas))).round().astype(int).tolist()
     for index in range(1, steps):  # rounding must not give two steps the same timestep
-        found[index] = max(min(found[index], found[index - 1] - 1), 0)
+        found[index] = max(min(found[index], found[index - 1] - 1), steps - 1 - index)
     return found
 
 

@@ -17,6 +17,7 @@ from morse.evaluation.bench.measuring import (
     hasten_after_tables,
     measure_cells,
 )
+from morse.evaluation.bench.packages import package_versions
 from morse.evaluation.bench.parts import join_parts, part_folders
 from morse.evaluation.bench.real_images import open_real, read_real
 from morse.evaluation.bench.sampler import Bench
@@ -25,6 +26,7 @@ from morse.evaluation.digests import file_sha256
 from morse.evaluation.environment import AUTOCAST, command_line, environment, resolve_device
 from morse.evaluation.report.data import SCHEMA_VERSION, read_result
 from morse.evaluation.report.render import render
+from morse.evaluation.stats.lossless import read_deltas
 from morse.evaluation.stats.points import Statistics
 from morse.evaluation.stats.summary import rounded, summarize
 from morse.files import write_json
@@ -80,10 +82,11 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     deadline = time.monotonic() + (math.inf if config.max_seconds is None else config.max_seconds)
     scales = bench.guidance_scales()
     conditions = [bench.conditions(scale) for scale in scales]  # what is wrong is told at once
-    identity = {**config.identity(), **bench.pipelines.models}
-    identity["machine"] = environment(bench.device)  # times of two would not compare
+    models = dict(bench.pipelines.models)
     if config.prompt_embeds is not None:
-        identity["prompt_embeds_sha256"] = file_sha256(config.prompt_embeds)
+        models["prompt_embeds_sha256"] = file_sha256(config.prompt_embeds)
+    identity = {**config.identity(), **models}
+    identity["machine"] = environment(bench.device)  # times of two would not compare
     identity["extractor"] = None if extractor is None else extractor.identity()
     folders = part_folders(config.output_dir, scales)
     stores = [CellStore(folder, identity, config.resume) for folder in folders]
@@ -98,10 +101,13 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     facts = [measure_cells(part) for part in parts]
     figures = [_summarize(part) for part in parts]
     settings = as_json(config)
+    kinds = {row["kind"] for part in figures for row in part["rows"]}
     result = {
         "schema_version": SCHEMA_VERSION,
         "command": command_line(),
         **conditions_facts(parts[0]),
+        "models": models,
+        "packages": package_versions(kinds),
         "settings": {name: settings[name] for name in settings if name not in UNTOLD},
         **join_parts(scales, facts, figures),
     }
@@ -118,7 +124,9 @@ def _summarize(part: Part) -> dict[str, object]:
     asked = [(*task, seed) for task in config.tasks() for seed in seeds]
     cells = [part.store.get(*cell) for cell in asked if part.store.has(*cell)]
     statistics = Statistics(config.num_replicates, device=part.space.kernel_device)
-    return rounded(summarize(cells, part.space.real, references, statistics, part.space.axes))
+    deltas = read_deltas(config.lossless_delta)
+    space = part.space
+    return rounded(summarize(cells, space.real, references, statistics, space.axes, deltas))
 
 
 def measure_architectures(config: BenchmarkConfig) -> dict[str, object]:

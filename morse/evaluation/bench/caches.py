@@ -26,7 +26,10 @@ BROADCAST_RANGE = (100, 800)
 SKIP_RANGE = (-1, 681)  # FasterCache's own default
 # What TaylorSeer's authors extrapolate; diffusers' own pattern misses DiT's `attn1`.
 EXTRAPOLATED = (r".*blocks\.\d+\.(attn\d*|ff|ff_context)",)
-WARM_UP_STEPS = 2  # in which cache-dit evaluates everything
+# cache-dit's own threshold, which goes with its own eight first blocks and eight steps of warm-up.
+DEFAULT_THRESHOLD = 0.08
+# With other thresholds: one block, and two steps, or few steps would be nothing but warm-up.
+FOR_FEW_STEPS = {"Fn_compute_blocks": 1, "max_warmup_steps": 2}
 
 
 def tomesd_obstacle(pipe: "DiffusionPipeline") -> str | None:
@@ -165,12 +168,8 @@ def cache_dit(pipe: "DiffusionPipeline", threshold: float) -> Iterator[None]:
     import cache_dit as package
 
     denoiser = find_denoiser(pipe)
-    config = package.DBCacheConfig(
-        Fn_compute_blocks=1,
-        Bn_compute_blocks=0,
-        max_warmup_steps=WARM_UP_STEPS,
-        residual_diff_threshold=threshold,
-    )
+    own = {} if threshold == DEFAULT_THRESHOLD else FOR_FEW_STEPS
+    config = package.DBCacheConfig(residual_diff_threshold=threshold, **own)
 
     def refresh() -> None:
         package.refresh_context(denoiser, num_inference_steps=len(pipe.scheduler.timesteps))

@@ -2,23 +2,20 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from morse.evaluation.bench.architectures import ARCHITECTURES, find_architecture
+from morse.evaluation.bench.architectures import ARCHITECTURES
+from morse.evaluation.bench.checks import check_settings
 from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.presets import left_out
-from morse.evaluation.bench.solvers import SOLVERS, check_solvers
+from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS, list_tasks
 from morse.evaluation.fid.extractors import ExtractorOptions
-from morse.settings import as_json, require, require_least, require_positive
+from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
+from morse.settings import as_json
 
 PEER_NAMES = tuple(PEER_SETTINGS)
-LEAST = {
-    "num_images": 2, "num_reference_images": 2, "batch_size": 1, "num_replicates": 0,
-    "guidance_scale": 0, "lsd": 1, "baseline_lsd": 1,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,7 @@ class BenchmarkConfig:
             "alias": "pretrained_model_name_or_path",
         },
     )
-    prompts: tuple[str, ...] = field(
-        default=(), metadata={"help": "for a text pipeline; image i takes prompt i modulo all"}
-    )
+    prompts: tuple[str, ...] = field(default=(), metadata={"help": PROMPTS_HELP})
     class_names: tuple[str, ...] = field(
         default=(),
         metadata={"help": "the same as prompts; for a class-conditional pipeline names or numbers"},
@@ -175,6 +170,13 @@ class BenchmarkConfig:
     num_replicates: int = field(
         default=1000, metadata={"help": "bootstrap replicates for intervals; 0 for none"}
     )
+    lossless_delta: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "margins of the lossless test, such as psnr=0.3 frechet=0.02, fixed before "
+            "anything is measured; of other axes the deviation between seeds"
+        },
+    )
     max_seconds: float | None = field(
         default=None, metadata={"help": "begin no measurement after so long; --resume goes on"}
     )
@@ -200,39 +202,9 @@ class BenchmarkConfig:
     )
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        check_solvers((*self.solvers, *self.control_solvers, *self.planned_solvers))
-        for name in self.arch:
-            find_architecture(name)
-        if self.compile and self.cuda_graphs:
-            raise ValueError("compile is True and so is cuda_graphs; choose one")
-        if self.flops_only and not self.arch:
-            raise ValueError("flops_only counts architectures; name some with --arch")
-        if self.resume and self.arch:
-            raise ValueError(
-                "resume goes on with samples, but with arch everything is timed anew: leave it out"
-            )
-        for name, known in (("kinds", CHOOSABLE), ("peers", (*PEER_NAMES, "none"))):
-            unknown = sorted(set(getattr(self, name)) - set(known))
-            if unknown:
-                raise ValueError(f"{name} has {unknown}, choose from {list(known)}")
-        require_least(self, LEAST)
-        require_positive(self, ("speed_ratio", "max_seconds"))
-        for name in ("ddim_ratios", "dpm_ratios"):
-            ratios = getattr(self, name)
-            possible = all(ratio >= 1 or ratio == 0 for ratio in ratios)
-            require(possible, name, ratios, "1 or more each, or 0 for none")
-        if self.real is not None and self.extractor in ("auto", "none"):
-            raise ValueError(
-                f"real is {self.real}, but extractor is {self.extractor}: name what to compare "
-                "images in, such as --extractor inception"
-            )
-        gaps = [later - seed for seed, later in pairwise(sorted(self.seeds))]
-        if self.num_images is not None and min(gaps, default=self.num_images) < self.num_images:
-            raise ValueError(
-                f"seeds is {self.seeds}, but image i of a repetition has seed + i: keep them "
-                f"num_images = {self.num_images} apart, or repetitions share images"
-            )
+        """Check the ranges, and read prompts that are in a file."""
+        object.__setattr__(self, "prompts", read_prompts(self.prompts))
+        check_settings(self)
 
     def resolved(self) -> "BenchmarkConfig":
         """Fill in what depends on the device and on --quick."""
@@ -251,7 +223,8 @@ class BenchmarkConfig:
         """Return the settings that a cell depends on, as JSON; a resumed run may only add cells."""
         names = ("pipeline", "dot", "independent_dot", "num_images", "batch_size", "speed_ratio")
         names += ("num_reference_images", "merge_lora", "mixed_precision", "device", "compile")
-        names += ("cuda_graphs", "prompts", "class_names", "prompt_embeds")
+        # No cell depends on the margins, but they are to be chosen before there is one.
+        names += ("cuda_graphs", "prompts", "class_names", "prompt_embeds", "lossless_delta")
         # Earlier versions called it so, and their runs go on.
         settings = as_json(self)
         return {name: settings[name] for name in names} | {"features": settings["extractor"]}

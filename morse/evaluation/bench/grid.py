@@ -42,9 +42,17 @@ def strip_name(method: Method, budget: int, seed: int) -> str:
 
 
 def image_grid(config: "BenchmarkConfig", store: CellStore) -> dict[str, object] | None:
-    """Collect strips of images, the reference's first; None where nothing was sampled."""
+    """Collect strips of images, the reference's first; None where nothing was sampled.
+
+    What did not engage is left out, as everywhere.
+    """
     seed, budgets = config.seeds[0], grid_budgets(config.lsd)
-    chosen = [task for task in config.tasks() if task[1] in budgets and store.has(*task, seed)]
+    wanted = [task for task in config.tasks() if task[1] in budgets and store.has(*task, seed)]
+    chosen = [
+        task
+        for task in wanted
+        if all(store.is_engaged(*task, each) for each in config.seeds if store.has(*task, each))
+    ]
     if not chosen:
         return None
     # The store holds all of them, since it holds these cells.

@@ -82,14 +82,12 @@ def load_bare(
             of another kind.
     """
     from morse.attach import disable_morse
-    from morse.pipeline import MorsePipeline, absent_components
+    from morse.pipeline import MorsePipeline
 
     torch_device = resolve_device(device)
     with _quiet_loading():
-        absent = absent_components(pipeline)
         # Else text encoders come in the precision that they were saved in, and others in float32.
-        options = {"dtype": dtype, **absent}
-        loaded = MorsePipeline.from_pretrained(pipeline, dot=dot, **options).to(torch_device)
+        loaded = MorsePipeline.from_pretrained(pipeline, dot=dot, dtype=dtype).to(torch_device)
     if loaded.dot is None and needs_dot:
         raise ValueError(
             f"pipeline {pipeline!r} has no Dot; give one with --dot, or train one with "

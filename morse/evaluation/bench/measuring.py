@@ -218,6 +218,7 @@ def _keep(
         note=samples.note,
         peak_memory_mib=samples.peak_memory_mib,
         batch_seconds=samples.quartiles,
+        scheduler_options=samples.scheduler_options,
     )
     store.add(cell)
     figures = f"{scorer.summary(scores)}, {samples.seconds:.1f} s"

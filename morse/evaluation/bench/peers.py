@@ -22,6 +22,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench import caches
@@ -32,7 +33,7 @@ from morse.evaluation.bench.deepcache import (
     deepcache_steps,
     measure_deepcache,
 )
-from morse.evaluation.bench.engagement import LEAST_GAIN, timed, why_not_engaged
+from morse.evaluation.bench.engagement import timed, why_not_engaged
 from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.runs import Samples, sample_images
 from morse.evaluation.conditions import Conditions
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MEASURED_STEPS = 12  # at most, in which every peer but DeepCache is tried out
+# A peer that saves less may have skipped nothing, and timing's noise look like a gain.
+DOUBTFUL_LSD = 0.8
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ def peer_facts(
     measured: dict[str, object],
     samples: Samples,
     seconds: list[float],
+    sample_bare: Callable[[], Tensor],
 ) -> tuple[dict[str, object], str]:
     """Tell what a peer's images cost.
 
@@ -164,6 +168,8 @@ def peer_facts(
         measured: What `measure_peer` returned.
         samples: Its images.
         seconds: Of each call of the denoiser while they were sampled.
+        sample_bare: Returns the bare pipeline's first batch of as many steps, (B, C, H, W); called
+            where an adaptive peer saved so little that it may not have engaged at this budget.
 
     Returns:
         Attributes of `Samples` to change (num_dash, lsd, engaged), and a note.
@@ -178,8 +184,10 @@ def peer_facts(
     if PEERS[method.kind].adaptive:
         batches = len(samples.images) / samples.batch_size  # the last may be smaller
         step_lsd = sum(seconds) / (measured["bare_seconds"] * steps * batches)
-        if engaged and step_lsd > 1 - LEAST_GAIN:
-            engaged, note = False, why_not_engaged(False, step_lsd)
+        if engaged and step_lsd > DOUBTFUL_LSD:
+            bare = sample_bare()
+            note = why_not_engaged(torch.equal(bare, samples.images[: len(bare)]), step_lsd)
+            engaged = not note
     told = f"{steps} steps of {step_lsd:.2f} LSD"
     return {"lsd": steps * step_lsd, "engaged": engaged}, _join(told, note)
 

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +40,7 @@ class Samples:
         engaged: Whether the method did anything that the bare pipeline does not.
         note: What a reader of the figures should know; "" for nothing.
         num_broken: How many images were not finite; they are black.
+        scheduler_options: What a saved plan set of the scheduler's options, to lay its steps.
     """
 
     images: Tensor
@@ -55,6 +56,7 @@ class Samples:
     engaged: bool = True
     note: str = ""
     num_broken: int = 0
+    scheduler_options: dict[str, object] = field(default_factory=dict)
 
     def spent(self, speed_ratio: float) -> float:
         """Return the cost in LSD where Dot is `speed_ratio` times as fast as Dash."""
@@ -126,6 +128,7 @@ def sample_images(
         peak_memory_mib=torch.cuda.max_memory_allocated(pipe.device) / 2**20 if on_cuda else None,
         note="; ".join(filter(None, (grid, broken if num_broken else ""))),
         num_broken=num_broken,
+        scheduler_options=options,
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.engagement import timed
 from morse.evaluation.bench.methods import Method
@@ -147,7 +149,14 @@ class Bench:
         if method.kind == "shrunk":
             changes = {"num_dash": 0, "num_dot": samples.num_dash}
         elif method.kind in PEERS:
-            changes, told = peer_facts(method, peer, samples, seconds)
+
+            def sample_bare() -> Tensor:
+                few = seeds[:batch_size]
+                with self._autocast():
+                    bare = sample_images(pipe, steps, few, batch_size, conditions=conditions)
+                return bare.images
+
+            changes, told = peer_facts(method, peer, samples, seconds, sample_bare)
             notes.append(told)
         return dataclasses.replace(samples, note="; ".join(filter(None, notes)), **changes)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -32,6 +32,7 @@ class Cell:
         lsd: LSD spent.
         seconds: Wall time for all images.
         batch_seconds: Quartiles of the full batches' wall times; None for fewer than two batches.
+        scheduler_options: Options that the plan's steps were laid with, fitted ones in full.
         fallbacks: Why Dash ran in Dot's place, and how often.
         scores: What the images are like, one by one.
         engaged: Whether the method did anything that the bare pipeline does not.
@@ -53,6 +54,7 @@ class Cell:
     note: str = ""
     peak_memory_mib: float | None = None
     batch_seconds: tuple[float, float, float] | None = None
+    scheduler_options: dict[str, object] = field(default_factory=dict)
 
     @property
     def images_per_second(self) -> float:
@@ -91,6 +93,10 @@ class CellStore:
     def has(self, method: Method, budget: int, seed: int) -> bool:
         """Tell whether this cell is measured."""
         return self._file(method, budget, seed).exists()
+
+    def is_engaged(self, method: Method, budget: int, seed: int) -> bool:
+        """Tell whether the method of a measured cell did anything; reads no tensors."""
+        return json.loads(self._file(method, budget, seed).read_text()).get("engaged", True)
 
     def add(self, cell: Cell) -> None:
         """Save a cell; it appears whole or not at all."""

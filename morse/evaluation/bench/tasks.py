@@ -9,15 +9,17 @@ if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
 
 # Each peer (`bench.peers`) and what it is measured with; the number at the end is its parameter.
-# The first is what its authors recommend or its code defaults to.
+# The first is the default of the library that it comes from; of DeepCache and PAB, which leave
+# nothing out by default, what the example in their documentation has.
 PEER_SETTINGS = {
     "deepcache": ("interval 3", "interval 2", "interval 5"),
     "tomesd": ("ratio 0.5", "ratio 0.25", "ratio 0.75"),
-    "fbcache": ("threshold 0.1", "threshold 0.05", "threshold 0.2"),
+    "fbcache": ("threshold 0.05", "threshold 0.1", "threshold 0.2"),
     "pab": ("every 2", "every 3", "every 4"),
     "fastercache": ("every 2", "every 3", "every 4"),
-    "taylorseer": ("interval 3", "interval 2", "interval 5"),
-    "cache-dit": ("threshold 0.1", "threshold 0.05", "threshold 0.2"),
+    "taylorseer": ("interval 5", "interval 3", "interval 2"),
+    # The other thresholds are run with less that is always evaluated, for budgets of few steps.
+    "cache-dit": ("default threshold 0.08", "threshold 0.05", "threshold 0.1", "threshold 0.2"),
 }
 CHOOSABLE = tuple(kind for kind in KINDS if kind not in PEER_SETTINGS)
 # Kinds that work with one solver alone, the one that their authors use.

@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from morse.evaluation.conditions import make_conditions, read_prompts
+from morse.evaluation.bench.solvers import make_solver
+from morse.evaluation.conditions import make_conditions
 from morse.evaluation.digests import state_sha256
+from morse.evaluation.fid.folders import read_settings, threads_notes
 from morse.evaluation.fid.generation import Recipe, Request, check_folder, generate
 from morse.evaluation.progress import progress_bar
+from morse.evaluation.prompts import read_prompts
 from morse.plan import MorsePlan
-from morse.rates import adds_noise
+from morse.rates import adds_noise, own_parameters
 from morse.steps import count_evaluations
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
-    from morse.evaluation.fid.command import FidConfig
+    from morse.evaluation.fid.config import FidConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -30,10 +33,11 @@ def generate_all(
     """Generate the images of every budget, and first of the reference if asked for.
 
     Returns:
-        The facts of each recipe: its row of the result, without scores.
+        The facts of each recipe: its row of the result, without scores. "made_with" has what is
+        recorded with its images, but for the prompts.
 
     Raises:
-        ValueError: If the pipeline has no Dot or no N for --lsd, or does not suit the
+        ValueError: If the pipeline has no Dot or no N for --lsd, or does not suit the scheduler,
             prompts or classes.
     """
     pipe = _load_pipeline(config, device)
@@ -53,23 +57,29 @@ def generate_all(
         with progress_bar(recipe.label, state.is_main_process) as on_images:
             folder, changed = generate(pipe, recipe, request, config.output_dir, state, on_images)
         fallbacks = dict(sum((Counter(batch["fallbacks"]) for batch in changed), Counter()))
-        row = _row(recipe, folder, pipe.speed_ratio) | {"fallbacks": fallbacks}
+        row = _row(recipe, folder, pipe) | {"fallbacks": fallbacks}
         row |= _cost(recipe, changed, config.num_images, pipe.speed_ratio)
-        rows.append({**row, "notes": _notes(config, pipe, fallbacks)})
+        notes = [*_notes(config, pipe, recipe, fallbacks), *threads_notes(folder)]
+        made_with = {k: v for k, v in read_settings(folder).items() if k != "prompts"}
+        rows.append({**row, "made_with": made_with, "notes": notes})
     return rows
 
 
 def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipeline":
-    """Load the pipeline, with its Dot if there is one, and the N that plans are made with."""
+    """Load the pipeline, with its Dot if there is one, and the N that plans are made with.
+
+    A safety checker is left out, as by `morse bench`: images that it blacks out would be measured.
+    """
     from morse.pipeline import MorsePipeline
 
     pipe = MorsePipeline.from_pretrained(
-        config.pipeline,
-        dot=config.dot,
-        scheduler=config.scheduler,
-        dtype=DTYPES[config.dtype],
+        config.pipeline, dot=config.dot, dtype=DTYPES[config.dtype]
     ).to(device)
+    if config.scheduler is not None or config.timestep_spacing is not None:
+        MorsePipeline.from_pipe(pipe, scheduler=_make_scheduler(config, pipe.scheduler))
     pipe.set_progress_bar_config(disable=True)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.register_modules(safety_checker=None)
     if config.speed_ratio is not None:
         pipe.speed_ratio = config.speed_ratio
     if config.lsd and pipe.dot is None:
@@ -79,10 +89,43 @@ def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipel
         )
     if config.lsd and pipe.speed_ratio is None:
         raise ValueError(
-            "Dot's config does not say how many times faster it is than Dash, and a measured "
-            "figure would change the plans from run to run; give it by --speed_ratio"
+            "Dot's config does not say how many times faster it is than Dash, and one measured "
+            "anew would change the plans from run to run; give it by --speed_ratio, measured once "
+            f"by MorsePipeline.from_pretrained({config.pipeline!r}, dot={config.dot!r})"
+            ".measure_speed_ratio(batch_size=16), with a prompt for text, on the device that you "
+            "use; or run `morse plan`, which saves it with the Dot"
         )
     return pipe
+
+
+def _make_scheduler(config: "FidConfig", own: "SchedulerMixin") -> "SchedulerMixin":
+    """Make the scheduler asked for, on the grid that `morse bench` and `morse plan` lay with it.
+
+    So the bare solver's steps lie as those of saved plans, which bring their spacing.
+
+    Raises:
+        ValueError: If it is unknown, or does not take the spacing asked for.
+    """
+    from morse.schedulers import remake
+
+    name, spacing, made = config.scheduler, config.timestep_spacing, own
+    if name is not None:
+        # Of the classes PNDM's alone needs a grid of its own, which its short name stands for.
+        made = make_solver("pndm" if name in ("PNDM", "PNDMScheduler") else name, own.config)
+    if spacing is None:
+        return made
+    if "timestep_spacing" not in own_parameters(made):
+        raise ValueError(
+            f"timestep_spacing is {spacing!r}, but {type(made).__name__} has none; leave it out"
+        )
+    return remake(type(made), {**made.config, "timestep_spacing": spacing})
+
+
+def _spacing(recipe: Recipe, pipe: "DiffusionPipeline") -> str | None:
+    """Tell how a recipe's steps are spaced; None of a scheduler that has no such option."""
+    if "timestep_spacing" not in own_parameters(pipe.scheduler):
+        return None
+    return recipe.scheduler.get("timestep_spacing", pipe.scheduler.config.timestep_spacing)
 
 
 def _recipes(config: "FidConfig", pipe: "DiffusionPipeline") -> Iterator[Recipe]:
@@ -104,9 +147,13 @@ def _recipes(config: "FidConfig", pipe: "DiffusionPipeline") -> Iterator[Recipe]
 def _settings(
     config: "FidConfig", pipe: "DiffusionPipeline", device: torch.device
 ) -> dict[str, object]:
-    """Return what pixels depend on beside the recipe: weights, scheduler, precision, device."""
+    """Return what pixels depend on beside the recipe: weights, scheduler, precision, device.
+
+    Of a CPU also the number of threads, on which only rounding depends.
+    """
     from morse.denoisers import find_denoiser
 
+    threads = {"num_threads": [torch.get_num_threads()]} if device.type == "cpu" else {}
     return {
         "pipeline": config.pipeline,
         "denoiser_sha256": state_sha256(find_denoiser(pipe)),
@@ -117,10 +164,13 @@ def _settings(
         },
         "dtype": config.dtype,
         "device": device.type,
+        **threads,
     }
 
 
-def _notes(config: "FidConfig", pipe: "DiffusionPipeline", fallbacks: dict[str, int]) -> list[str]:
+def _notes(
+    config: "FidConfig", pipe: "DiffusionPipeline", recipe: Recipe, fallbacks: dict[str, int]
+) -> list[str]:
     """Say what may surprise in a recipe's figures."""
     name = type(pipe.scheduler).__name__
     notes = [f"Dash ran in Dot's place: {fallbacks}"] if fallbacks else []
@@ -129,17 +179,25 @@ def _notes(config: "FidConfig", pipe: "DiffusionPipeline", fallbacks: dict[str, 
             f"{name} draws fresh noise at each step, so images of other numbers of steps are other "
             "images and fidelity to the reference says little; give --scheduler dpmsolver++, say"
         )
+    spacing = _spacing(recipe, pipe)
+    if spacing is not None and spacing != pipe.scheduler.config.timestep_spacing:
+        notes.append(
+            f"{recipe.label}: its saved plan's timestep_spacing is {spacing}, that of the bare "
+            f"pipeline's steps {pipe.scheduler.config.timestep_spacing}; --timestep_spacing "
+            f"{spacing} lays both alike"
+        )
     return notes
 
 
-def _row(recipe: Recipe, folder: Path, speed_ratio: float | None) -> dict[str, object]:
+def _row(recipe: Recipe, folder: Path, pipe: "DiffusionPipeline") -> dict[str, object]:
     planned = isinstance(recipe.steps, MorsePlan)
     return {
         "label": recipe.label,
         "kind": recipe.kind,
         "budget": recipe.budget,
         "plan": str(recipe.steps) if planned else "",
-        "speed_ratio": speed_ratio if planned else None,
+        "speed_ratio": pipe.speed_ratio if planned else None,
+        "timestep_spacing": _spacing(recipe, pipe),
         "source": str(folder),
     }
 

@@ -47,6 +47,7 @@ class Extractor:
             are any, class logits (B, K), else None.
         embed_text: Maps B prompts to unit vectors (B, D) in the same space, where there is one.
         is_standard: Whether it is the model that FD-DINOv2 or CMMD are defined with.
+        has_logits: Whether `compute` gives class logits.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Extractor:
     compute: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     embed_text: Callable[[list[str]], Tensor] | None = None
     is_standard: bool = True
+    has_logits: bool = False
 
     @property
     def titles(self) -> dict[str, str]:
@@ -157,6 +159,7 @@ def _load_inception(weights: Path | None, device: torch.device) -> Extractor:
         channels=3,
         resizes=True,
         compute=lambda images: network(images.to(device)),
+        has_logits=True,
     )
 
 
@@ -177,6 +180,7 @@ def _load_fashion_mnist(device: torch.device) -> Extractor:
         channels=1,
         resizes=False,
         compute=compute,
+        has_logits=True,
     )
 
 

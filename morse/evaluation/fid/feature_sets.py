@@ -13,12 +13,12 @@ from torch import Tensor
 from morse.evaluation.features import load_reference
 from morse.evaluation.fid.extractors import FASHION_MNIST, Extractor
 from morse.evaluation.fid.image_sets import (
+    AS_IT_IS,
     ImageSet,
-    ReadingFacts,
-    describe_sizes,
+    SetOptions,
     open_image_set,
-    read_batches,
 )
+from morse.evaluation.fid.reading import read_features
 from morse.evaluation.metrics import feature_statistics
 from morse.files import write_bytes
 
@@ -36,6 +36,8 @@ class FeatureSet:
         num_images: How many images they are of; None where a file does not say.
         features: (N, D), float32, on the CPU; None where only statistics are known.
         logits: (N, K) class logits, if the extractor gives any.
+        resolution: Height and width that the images were cropped and resized to; None if they were
+            not, or where a file does not say.
         facts: What was met while reading, for results.
         notes: The same in words, for people.
     """
@@ -46,6 +48,7 @@ class FeatureSet:
     num_images: int | None
     features: Tensor | None = None
     logits: Tensor | None = None
+    resolution: int | None = None
     facts: dict[str, object] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -71,8 +74,7 @@ def load_feature_set(
     extractor: Extractor,
     batch_size: int = 64,
     strict: bool = False,
-    split: str = "train",
-    image_column: str = "image",
+    options: SetOptions = AS_IT_IS,
     on_images: Callable[[int, int], object] | None = None,
 ) -> FeatureSet:
     """Load statistics, or extract the features of images.
@@ -83,8 +85,7 @@ def load_feature_set(
         extractor: What the features are of.
         batch_size: Images at a time.
         strict: Raise at an unreadable image instead of leaving it out.
-        split: See `open_image_set`.
-        image_column: See `open_image_set`.
+        options: How images are read; of statistics' images their resolution is compared with it.
         on_images: See `extract_feature_set`.
     """
     if source == FASHION_MNIST:
@@ -95,8 +96,8 @@ def load_feature_set(
             )
         return FeatureSet("Fashion-MNIST's training images", *load_reference(), 60_000)
     if source.endswith(STATISTICS_SUFFIX):
-        return load_statistics(Path(source), extractor)
-    images = open_image_set(source, split, image_column)
+        return load_statistics(Path(source), extractor, options.resolution)
+    images = open_image_set(source, options)
     return extract_feature_set(images, extractor, batch_size, strict, on_images)
 
 
@@ -126,63 +127,19 @@ def extract_feature_set(
         num_images=facts.num_images,
         features=features,
         logits=logits,
+        resolution=images.resolution,
         facts=facts.to_json(),
         notes=facts.notes(images.name),
     )
 
 
-@torch.no_grad()
-def read_features(
-    images: ImageSet,
-    extractor: Extractor,
-    batch_size: int = 64,
-    strict: bool = False,
-    on_images: Callable[[int, int], object] | None = None,
-) -> tuple[Tensor, Tensor | None, ReadingFacts]:
-    """Extract the features of every readable image, in order.
-
-    Args:
-        images: The set.
-        extractor: What the features are of.
-        batch_size: Images at a time.
-        strict: Raise at an unreadable image instead of leaving it out.
-        on_images: Called with the number of images done and of all images, for progress bars.
-
-    Returns:
-        Features (N, D) and, if the extractor gives any, class logits (N, K), float32 on the CPU,
-        and what was met while reading.
-
-    Raises:
-        ValueError: If sizes are mixed and the extractor does not resize, if features are not
-            finite, or if no image can be read.
-    """
-    facts, features, logits = ReadingFacts(), [], []
-    for batch in read_batches(images, extractor.channels, batch_size, facts, strict):
-        if len(facts.sizes) > 1 and not extractor.resizes:
-            raise ValueError(
-                f"{images.name} has images of different sizes, {describe_sizes(facts.sizes)}, but "
-                f"extractor {extractor.name} does not resize; give them one size"
-            )
-        batch_features, batch_logits = extractor.compute(batch)
-        features.append(batch_features.float().cpu())
-        if batch_logits is not None:
-            logits.append(batch_logits.float().cpu())
-        if on_images is not None:
-            on_images(facts.num_images + len(facts.unreadable), len(images))
-    found = torch.cat(features)
-    if not found.isfinite().all():
-        raise ValueError(
-            f"extractor {extractor.name} gives features of {images.name} that are "
-            "not finite; check its weights"
-        )
-    return found, torch.cat(logits) if logits else None, facts
-
-
 def save_statistics(path: Path, features: FeatureSet, extractor: Extractor) -> None:
     """Write mu (D,) and sigma (D, D), float64, in pytorch-fid's layout, which ignores the rest.
 
-    The rest is the number of images and what the features are of; `load_statistics` checks it.
+    The rest is the number of images, what size they were brought to if they were, and what the
+    features are of; `load_statistics` checks it.
     """
+    cropped = {} if features.resolution is None else {"resolution": np.int64(features.resolution)}
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.savez(
@@ -190,24 +147,30 @@ def save_statistics(path: Path, features: FeatureSet, extractor: Extractor) -> N
         mu=features.mean.numpy(),
         sigma=features.covariance.numpy(),
         num_images=np.int64(features.num_images),
+        **cropped,
         **extractor.identity(),
     )
     write_bytes(path, content.getvalue())
 
 
-def load_statistics(path: Path, extractor: Extractor) -> FeatureSet:
+def load_statistics(path: Path, extractor: Extractor, resolution: int | None = None) -> FeatureSet:
     """Read statistics written by `save_statistics` or by pytorch-fid.
+
+    Args:
+        path: The file.
+        extractor: What the other features are of.
+        resolution: What the other images are cropped and resized to, if they are.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, of another layout, or of another extractor.
+        ValueError: If it is damaged, of another layout, of another extractor or another resolution.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
         with np.load(path, allow_pickle=False) as content:
             # Other tools' files may hold images too, or objects.
-            known = {"mu", "sigma", "num_images", *extractor.identity()}
+            known = {"mu", "sigma", "num_images", "resolution", *extractor.identity()}
             arrays = {name: content[name] for name in content.files if name in known}
         mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
@@ -226,10 +189,27 @@ def load_statistics(path: Path, extractor: Extractor) -> FeatureSet:
                 f"{path} was made with {key} {arrays[key]}, but this is {wanted}; statistics of "
                 "different features cannot be compared"
             )
-    known = "extractor" in arrays
-    num_images = int(arrays["num_images"]) if "num_images" in arrays else None
-    note = (
-        f"{path} does not say which extractor it was made with; it is taken to be this one, "
-        f"resized by {extractor.resize}: pytorch-fid and clean-fid resize otherwise"
+    num_images, cropped = (
+        int(arrays[key]) if key in arrays else None for key in ("num_images", "resolution")
     )
-    return FeatureSet(str(path), mean, covariance, num_images, notes=[] if known else [note])
+    notes = _resolution_notes(path, cropped, resolution)
+    if "extractor" not in arrays:
+        notes.append(
+            f"{path} does not say which extractor it was made with; it is taken to be this one, "
+            f"resized by {extractor.resize}: pytorch-fid and clean-fid resize otherwise"
+        )
+    return FeatureSet(str(path), mean, covariance, num_images, resolution=cropped, notes=notes)
+
+
+def _resolution_notes(path: Path, found: int | None, wanted: int | None) -> list[str]:
+    """Compare what a file's images were brought to with what others are, and say what differs."""
+    if found == wanted:
+        return []
+    if found is None:
+        return [f"{path} does not say that its images were brought to {wanted}x{wanted}, too"]
+    if wanted is None:
+        return [f"{path} is of images that were cropped and resized to {found}x{found}"]
+    raise ValueError(
+        f"{path} is of images that were cropped and resized to {found}x{found}, but resolution is "
+        f"{wanted}; give --resolution {found}, or the images"
+    )

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from morse.evaluation.fid.image_sets import ImageSet, ReadingFacts, read_batches
+from morse.evaluation.fid.image_sets import ImageSet, ReadingFacts
 from morse.evaluation.fid.lpips import Lpips
+from morse.evaluation.fid.reading import read_batches
 from morse.evaluation.metrics import psnr
 from morse.evaluation.report.scores import Score
 from morse.evaluation.scoring import AXES, Axis, structural_similarity

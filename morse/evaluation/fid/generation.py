@@ -11,9 +11,16 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline
 
 from morse.evaluation.conditions import Conditions
+from morse.evaluation.fid.folders import (
+    FALLBACKS,
+    check_settings,
+    fallbacks_file,
+    image_file,
+    missing_images,
+    record_settings,
+)
 from morse.evaluation.fid.image_sets import ImageSet, image_files
 from morse.evaluation.report.pictures import to_picture
-from morse.evaluation.resuming import SETTINGS_FILE, check_images
 from morse.files import replacing, write_json
 from morse.plan import MorsePlan
 from morse.saved_plans import scheduler_options
@@ -23,8 +30,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from morse.switch import MorseRun
-
-FALLBACKS = "fallbacks-*.json"  # * is the batch's first image
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,11 @@ class Request:
     Attributes:
         num_images: Image i of `num_images` starts from seed `seed` + i.
         seed: Of image 0.
-        batch_size: Consecutive images that make one batch, on every number of processes.
+        batch_size: Consecutive images that make one batch, on every number of processes. Another
+            changes no image's noise, and pixels no more than rounding does.
         conditions: What each image is of.
-        settings: What else the images depend on; recorded in each folder.
+        settings: What else the images depend on; recorded in each folder. On a CPU "num_threads"
+            has the number of threads, in a list: a folder may be gone on with by another.
     """
 
     num_images: int
@@ -86,8 +93,11 @@ def generate(
     """Write the images that `output_dir/recipe.folder` lacks; waits for all processes.
 
     The batches are fixed by `request` alone and dealt out to the processes, and a batch of which
-    any image is missing is sampled as a whole, so that no pixel depends on the number of processes
-    or on where an earlier run was stopped. All processes must see the same `output_dir`.
+    any image is missing is sampled as a whole, so that no pixel depends on the number of processes,
+    on where an earlier run was stopped or on how many images it was to make. Rounding depends on
+    the number of a CPU's threads, which `accelerate launch` sets to 1, and on the size of batches:
+    with others the noise is the same, and pixels agree to about 1/255. All processes must see the
+    same `output_dir`.
 
     Args:
         pipe: With Morse attached if the recipe has a plan.
@@ -107,10 +117,10 @@ def generate(
     folder = output_dir / recipe.folder
     content = check_folder(recipe, request, output_dir)
     state.wait_for_everyone()  # all have read before the first one writes
-    if state.is_main_process and not (folder / SETTINGS_FILE).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS_FILE, content)
-    missing = [batch for batch in request.batches() if _missing(folder, batch)]
+    if state.is_main_process:
+        record_settings(folder, content, request.batches())
+    state.wait_for_everyone()  # what is to be made anew is gone
+    missing = [batch for batch in request.batches() if missing_images(folder, batch)]
     state.wait_for_everyone()  # all have listed the same before the first one adds images
     mine = missing[state.process_index :: state.num_processes]
     done, total = 0, sum(len(batch) for batch in mine)
@@ -120,8 +130,8 @@ def generate(
         images = _sample(pipe, recipe, request, batch)
         if isinstance(recipe.steps, MorsePlan) and pipe.last_run.fallbacks:
             _record_fallbacks(folder, batch, pipe.last_run)
-        for index in _missing(folder, batch):
-            with replacing(_file(folder, index)) as temporary:
+        for index in missing_images(folder, batch):
+            with replacing(image_file(folder, index)) as temporary:
                 to_picture(images[index - batch.start]).save(temporary, "PNG")
         done += len(batch)
         if on_images is not None:
@@ -132,7 +142,7 @@ def generate(
 
 def generated_set(folder: Path, num_images: int) -> ImageSet:
     """Return the first `num_images` images of a folder that `generate` filled, in seed order."""
-    return image_files(folder, [_file(folder, index) for index in range(num_images)])
+    return image_files(folder, [image_file(folder, index) for index in range(num_images)])
 
 
 def _settings(recipe: Recipe, request: Request) -> dict[str, object]:
@@ -158,22 +168,14 @@ def _settings(recipe: Recipe, request: Request) -> dict[str, object]:
 
 
 def check_folder(recipe: Recipe, request: Request, output_dir: Path) -> dict[str, object]:
-    """Check that a recipe's folder is free, or holds such images; returns its settings.
+    """Check that a recipe's folder is free, or holds such images or fewer; returns its settings.
 
     Raises:
         ValueError: If it holds images of other settings.
     """
     content = _settings(recipe, request)
-    check_images(output_dir / recipe.folder, content)
+    check_settings(output_dir / recipe.folder, content)
     return content
-
-
-def _file(folder: Path, index: int) -> Path:
-    return folder / f"{index:08d}.png"
-
-
-def _missing(folder: Path, batch: range) -> list[int]:
-    return [index for index in batch if not _file(folder, index).exists()]
 
 
 def _sample(
@@ -213,4 +215,4 @@ def _record_fallbacks(folder: Path, batch: range, run: "MorseRun") -> None:
     """Keep with the images what they cost, where that was not what was planned."""
     content = {"num_images": len(batch), "num_dash": run.num_dash, "num_dot": run.num_dot}
     content["fallbacks"] = dict(run.fallbacks)
-    write_json(folder / FALLBACKS.replace("*", f"{batch.start:08d}"), content)
+    write_json(fallbacks_file(folder, batch.start), content)

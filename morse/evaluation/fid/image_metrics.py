@@ -32,7 +32,7 @@ def axes(extractor: Extractor | None) -> dict[str, Axis]:
 
 def feature_scores(
     extractor: Extractor,
-    real: FeatureSet,
+    real: FeatureSet | None,
     fake: FeatureSet,
     kid_subset_size: int = 1000,
     device: torch.device | str = "cpu",
@@ -40,11 +40,12 @@ def feature_scores(
     """Measure everything that the two sets allow.
 
     Statistics alone allow the Fréchet distance; features of both sets also the kernel distance,
-    precision and recall, and with CLIP the CMMD; class logits the Inception score.
+    precision and recall, and with CLIP the CMMD; class logits the Inception score, without real
+    images too.
 
     Args:
         extractor: What the features are of.
-        real: The reference; may be statistics alone.
+        real: The reference; may be statistics alone, or None.
         fake: What is measured.
         kid_subset_size: Images in a subset of the kernel distance.
         device: Where to compute the distances between all pairs of images.
@@ -52,6 +53,19 @@ def feature_scores(
     Raises:
         ValueError: If the sets have features of different lengths.
     """
+    scores = {} if real is None else _distances(extractor, real, fake, kid_subset_size, device)
+    if fake.logits is not None and len(fake.logits) >= IS_SPLITS:
+        scores["inception_score"] = inception_score(fake.logits)
+    return scores
+
+
+def _distances(
+    extractor: Extractor,
+    real: FeatureSet,
+    fake: FeatureSet,
+    kid_subset_size: int,
+    device: torch.device | str,
+) -> dict[str, Score]:
     if len(real.mean) != len(fake.mean):
         raise ValueError(
             f"{real.name} has {len(real.mean)} features an image and {fake.name} "
@@ -68,8 +82,6 @@ def feature_scores(
             scores["precision"], scores["recall"] = precision_recall(*moved)
         if extractor.name == "clip":
             scores["cmmd"] = cmmd(*pair)
-    if fake.logits is not None and len(fake.logits) >= IS_SPLITS:
-        scores["inception_score"] = inception_score(fake.logits)
     return scores
 
 
@@ -111,7 +123,7 @@ def kernel_distance(real: Tensor, fake: Tensor, subset_size: int = 1000) -> Scor
         subset_size: m; at most half of the smaller set is taken.
     """
     smallest = min(len(real), len(fake))
-    subset_size = min(subset_size, smallest // 2)
+    subset_size = kernel_subset_size(smallest, subset_size)
     sides = fake.double(), real.double()  # CLIP's kernels are all near 1
     found = fidelity_module("metric_kid").kid_features_to_metric(
         *sides, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, verbose=False
@@ -119,6 +131,11 @@ def kernel_distance(real: Tensor, fake: Tensor, subset_size: int = 1000) -> Scor
     spread = found["kernel_inception_distance_std"]
     error = spread * math.sqrt(subset_size / (smallest - subset_size) + 1 / KID_SUBSETS)
     return Score(found["kernel_inception_distance_mean"], error)
+
+
+def kernel_subset_size(smallest: int, asked: int) -> int:
+    """Return how many of the smaller set's images a subset of the kernel distance has."""
+    return min(asked, smallest // 2)
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[Score, Score]:

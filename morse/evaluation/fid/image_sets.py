@@ -1,28 +1,17 @@
-"""Sets of images to be measured: folders, IDX files or hub data sets, read in batches of bytes."""
+"""Sets of images to be measured: folders, IDX files or hub data sets."""
 
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from morse.training.data import IDX_PREFIXES
-from morse.training.idx import IDX_IMAGES, IDX_IMAGES_NAME, read_idx
-from morse.training.image_reading import (
-    BROKEN,
-    IMAGE_SUFFIXES,
-    has_alpha,
-    is_image,
-    to_bytes,
-    to_channels,
-)
+from morse.training.idx import IDX_IMAGES, IDX_IMAGES_NAME, fit_images, read_idx
+from morse.training.image_reading import IMAGE_SUFFIXES, is_image
 
 HUB = "hub:"
 NAMED_FILES = 10  # unreadable files that a result lists by name
@@ -36,15 +25,39 @@ class ImageSet:
         name: What to call the set in results: its path, or its name on the hub.
         names: What to call each image in errors.
         open: Opens image i.
+        resolution: Each image's centre square is resized to this height and width as it is read;
+            None takes images as they are.
     """
 
     name: str
     names: list[str]
     open: Callable[[int], Image.Image]
+    resolution: int | None = None
 
     def __len__(self) -> int:
         """Give the number of images, readable or not."""
         return len(self.names)
+
+
+@dataclass(frozen=True)
+class SetOptions:
+    """How a source is read; which of it matters depends on the source.
+
+    Attributes:
+        split: "train" or "test": which IDX file of a folder; any split of a hub data set.
+        image_column: The column of a hub data set that holds the images.
+        dataset_config_name: The configuration of a hub data set that has several.
+        resolution: Height and width that images are given as training gives them; None for
+            images as they are.
+    """
+
+    split: str = "train"
+    image_column: str = "image"
+    dataset_config_name: str | None = None
+    resolution: int | None = None
+
+
+AS_IT_IS = SetOptions()
 
 
 @dataclass
@@ -57,7 +70,8 @@ class ReadingFacts:
         grey: Grey images whose channel was replicated because colour was wanted.
         to_grey: Colour images turned to luma because grey was wanted.
         alpha: Images with transparency, composited on white.
-        sizes: How many images have each size, "width x height".
+        sizes: How many images have each size, "width x height", once they are cropped and resized
+            if that is asked for.
     """
 
     num_images: int = 0
@@ -108,21 +122,20 @@ def describe_sizes(sizes: Counter[str], most: int = 5) -> str:
     return listed + (f" and {len(sizes) - most} more" if len(sizes) > most else "")
 
 
-def open_image_set(source: str, split: str = "train", image_column: str = "image") -> ImageSet:
+def open_image_set(source: str, options: SetOptions = AS_IT_IS) -> ImageSet:
     """Open a set of images.
 
     Args:
         source: A folder, searched recursively for image files or holding IDX files; an IDX file;
             or "hub:NAME" for a data set of the Hugging Face hub.
-        split: "train" or "test": which IDX file of a folder; any split of a hub data set.
-        image_column: The column of a hub data set that holds the images.
+        options: How it is read.
 
     Raises:
         FileNotFoundError: If there is nothing at `source`.
         ValueError: If it holds no images.
     """
     if source.startswith(HUB):
-        return _open_hub(source.removeprefix(HUB), split, image_column)
+        return _open_hub(source.removeprefix(HUB), options)
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(
@@ -130,14 +143,16 @@ def open_image_set(source: str, split: str = "train", image_column: str = "image
             f'in .npz, "fashion-mnist", or {HUB}NAME for a data set of the hub'
         )
     if path.is_file():
-        return _open_idx(path)
+        return _open_idx(path, options.resolution)
     idx_files = sorted(path.glob(f"*{IDX_IMAGES_NAME}*"))
     if idx_files:
-        chosen = [file for file in idx_files if file.name.startswith(IDX_PREFIXES.get(split, "-"))]
+        start = IDX_PREFIXES.get(options.split, "-")
+        chosen = [file for file in idx_files if file.name.startswith(start)]
         if not chosen:
-            raise FileNotFoundError(f"split is {split!r}, but {path} has only {idx_files}")
-        return _open_idx(chosen[0])
-    return image_files(path, list(filter(is_image, path.rglob("*"))))
+            raise FileNotFoundError(f"split is {options.split!r}, but {path} has only {idx_files}")
+        return _open_idx(chosen[0], options.resolution)
+    images = image_files(path, list(filter(is_image, path.rglob("*"))))
+    return replace(images, resolution=options.resolution)
 
 
 def image_files(folder: Path, files: list[Path]) -> ImageSet:
@@ -161,15 +176,17 @@ def _natural_order(file: Path) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
-def _open_idx(path: Path) -> ImageSet:
+def _open_idx(path: Path, resolution: int | None) -> ImageSet:
     array = read_idx(path, IDX_IMAGES)
     if array.size == 0:
         raise ValueError(f"{path} holds no images (its shape is {array.shape})")
+    if resolution is not None:  # by training's rule for these, which may be a border
+        array = fit_images(torch.from_numpy(array)[:, None], resolution)[:, 0].numpy()
     names = [f"{path}[{i}]" for i in range(len(array))]
-    return ImageSet(str(path), names, lambda i: Image.fromarray(array[i]))
+    return ImageSet(str(path), names, lambda i: Image.fromarray(array[i]), resolution)
 
 
-def _open_hub(name: str, split: str, column: str) -> ImageSet:
+def _open_hub(name: str, options: SetOptions) -> ImageSet:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -177,69 +194,16 @@ def _open_hub(name: str, split: str, column: str) -> ImageSet:
             f"{HUB}{name} needs the `datasets` package; run `pip install datasets` or give a "
             "folder instead"
         ) from error
-    rows = load_dataset(name, split=split)
+    config_name, split, column = options.dataset_config_name, options.split, options.image_column
+    try:
+        rows = load_dataset(name, config_name, split=split)
+    except ValueError as error:  # which lists the configurations, or splits, that there are
+        raise ValueError(
+            f"{HUB}{name} with dataset_config_name {config_name!r} and split {split!r}: {error}"
+        ) from error
     if column not in rows.column_names:
         raise ValueError(f"image_column is {column!r}; {name} has columns {rows.column_names}")
     names = [f"{name}/{split}[{i}]" for i in range(len(rows))]
-    return ImageSet(f"{HUB}{name} ({split})", names, lambda i: rows[i][column])
-
-
-def read_batches(
-    images: ImageSet, channels: int, batch_size: int, facts: ReadingFacts, strict: bool = False
-) -> Iterator[Tensor]:
-    """Read a set in order, in batches of images of one size.
-
-    Pixels are those of the file: EXIF rotation is left alone, as pytorch-fid and torch-fidelity do.
-
-    Args:
-        images: The set.
-        channels: 1 for grey, 3 for colour.
-        batch_size: At most so many images a batch; a change of size begins a new one.
-        facts: Filled while reading.
-        strict: Raise at the first unreadable image instead of leaving it out.
-
-    Yields:
-        (B, channels, H, W), uint8.
-
-    Raises:
-        ValueError: If an image cannot be read and `strict` is on, or if none can.
-    """
-
-    def read(index: int) -> tuple[Tensor, Image.Image] | Exception:
-        try:
-            with images.open(index) as image:
-                return to_bytes(to_channels(image, channels)), image
-        except BROKEN as error:
-            return error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for first in range(0, len(images), batch_size):
-            chunk = range(first, min(first + batch_size, len(images)))
-            kept = []
-            for index, result in zip(chunk, pool.map(read, chunk), strict=True):
-                if isinstance(result, Exception):
-                    _note_unreadable(images.names[index], result, facts, strict)
-                else:
-                    _note(result[1], channels, facts)
-                    kept.append(result[0])
-            for _, run in groupby(kept, key=lambda pixels: pixels.shape):
-                yield torch.stack(list(run))
-    if not facts.num_images:
-        raise ValueError(
-            f"{images.name}: none of {len(images)} images can be read: {facts.unreadable[0]}"
-        )
-
-
-def _note_unreadable(name: str, error: Exception, facts: ReadingFacts, strict: bool) -> None:
-    if strict:
-        raise ValueError(f"{name} cannot be read as an image: {error}; remove it") from error
-    facts.unreadable.append(f"{name} ({error})")
-
-
-def _note(image: Image.Image, channels: int, facts: ReadingFacts) -> None:
-    is_grey = image.mode in ("L", "LA", "1")
-    facts.num_images += 1
-    facts.grey += is_grey and channels == 3
-    facts.to_grey += not is_grey and channels == 1
-    facts.alpha += has_alpha(image)
-    facts.sizes[f"{image.width}x{image.height}"] += 1
+    part = ", ".join(filter(None, (config_name, split)))
+    known_as = f"{HUB}{name} ({part})"
+    return ImageSet(known_as, names, lambda i: rows[i][column], options.resolution)

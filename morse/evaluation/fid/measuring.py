@@ -1,12 +1,11 @@
 """The measuring half of `morse eval fid`: from images to scores."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from morse.evaluation.conditions import read_prompts
 from morse.evaluation.environment import command_line, environment
 from morse.evaluation.fid.extractors import Extractor
 from morse.evaluation.fid.feature_sets import (
@@ -18,16 +17,27 @@ from morse.evaluation.fid.feature_sets import (
 )
 from morse.evaluation.fid.fidelity import fidelity_scores
 from morse.evaluation.fid.generation import generated_set
-from morse.evaluation.fid.image_metrics import axes, clip_score, feature_scores
+from morse.evaluation.fid.image_metrics import (
+    IS_SPLITS,
+    axes,
+    clip_score,
+    feature_scores,
+    kernel_subset_size,
+)
 from morse.evaluation.fid.image_sets import open_image_set
 from morse.evaluation.fid.lpips import Lpips, load_lpips
 from morse.evaluation.progress import progress_bar
+from morse.evaluation.prompts import read_prompts
 from morse.evaluation.report.scores import Score
 
 if TYPE_CHECKING:
-    from morse.evaluation.fid.command import FidConfig
+    from morse.evaluation.fid.config import FidConfig
 
 SCHEMA_VERSION = 1
+NOTHING = (
+    "nothing will be measured: give --real for distances, --reference_steps for PSNR, --extractor "
+    "inception for the Inception score"
+)
 
 
 def check_real(config: "FidConfig", extractor: Extractor | None) -> None:
@@ -35,9 +45,20 @@ def check_real(config: "FidConfig", extractor: Extractor | None) -> None:
     if config.real is None:
         return
     if is_statistics(config.real):
-        load_feature_set(config.real, extractor)
+        load_feature_set(config.real, extractor, options=config.set_options)
     else:
-        open_image_set(config.real, config.split, config.image_column)
+        open_image_set(config.real, config.set_options)
+
+
+def measures_nothing(config: "FidConfig", extractor: Extractor | None) -> bool:
+    """Tell whether the rows that are asked for will have no score."""
+    if config.real is not None or config.reference_steps is not None:
+        return False
+    if extractor is None or is_statistics(config.fake or ""):
+        return True
+    has_words = config.prompts or config.class_names
+    has_classes = extractor.has_logits and config.num_images >= IS_SPLITS
+    return not (has_classes or (extractor.embed_text is not None and has_words))
 
 
 def measure(
@@ -63,7 +84,8 @@ def measure(
         if config.fake is not None:
             fake = _load(config, config.fake, extractor)
             row = {"label": Path(config.fake).name, "kind": "images", "source": config.fake}
-            rows.append(_finish(row, real, fake, _scores(config, extractor, real, fake, device)))
+            scores = _scores(config, extractor, real, fake, device)
+            rows.append(_finish(config, row, real, fake, scores))
     else:
         lpips = load_lpips(config.lpips_weights, device) if config.lpips else None
         rows = [
@@ -105,8 +127,7 @@ def _load(config: "FidConfig", source: str, extractor: Extractor) -> FeatureSet:
             extractor,
             batch_size=config.batch_size,
             strict=config.strict,
-            split=config.split,
-            image_column=config.image_column,
+            options=config.set_options,
             on_images=on_images,
         )
 
@@ -122,8 +143,9 @@ def _measure_generated(
 ) -> dict[str, object]:
     images, scores, fake = generated_set(Path(row["source"]), config.num_images), {}, None
     if extractor is not None:
+        fitted = replace(images, resolution=config.resolution)
         with progress_bar(f"features of {row['label']}", shown=True) as on_images:
-            fake = extract_feature_set(images, extractor, config.batch_size, True, on_images)
+            fake = extract_feature_set(fitted, extractor, config.batch_size, True, on_images)
         scores = _scores(config, extractor, real, fake, device)
     reference = next((other for other in rows if other["kind"] == "reference"), None)
     if reference is not None and reference is not row:
@@ -132,7 +154,7 @@ def _measure_generated(
             scores |= fidelity_scores(
                 images, references, config.batch_size, lpips, device, on_images
             )
-    return _finish({**row, "num_images": config.num_images}, real, fake, scores)
+    return _finish(config, {**row, "num_images": config.num_images}, real, fake, scores)
 
 
 def _scores(
@@ -142,9 +164,7 @@ def _scores(
     fake: FeatureSet,
     device: torch.device,
 ) -> dict[str, Score]:
-    scores = {}
-    if real is not None:
-        scores |= feature_scores(extractor, real, fake, config.kid_subset_size, device)
+    scores = feature_scores(extractor, real, fake, config.kid_subset_size, device)
     prompts = _prompts(config)
     if prompts and extractor.embed_text is not None and fake.features is not None:
         if fake.facts["num_unreadable"]:
@@ -172,6 +192,7 @@ def _prompts(config: "FidConfig") -> tuple[str, ...]:
 
 
 def _finish(
+    config: "FidConfig",
     row: dict[str, object],
     real: FeatureSet | None,
     fake: FeatureSet | None,
@@ -179,10 +200,18 @@ def _finish(
 ) -> dict[str, object]:
     """Add to a row what was measured and what to keep in mind."""
     side = {} if fake is None else _reading(fake)
-    notes = [*row.get("notes", []), *([] if fake is None else [*fake.notes, *fake.warnings()])]
+    if "kernel_distance" in scores:  # of so few images it may be less than asked for
+        smallest = min(real.num_images, fake.num_images)
+        side["kid_subset_size"] = kernel_subset_size(smallest, config.kid_subset_size)
+    notes = [*row.get("notes", []), *([] if fake is None else fake.notes)]
+    if None not in (real, fake):
+        notes += fake.warnings()  # of distances between the two
     sizes = [set(each.facts.get("sizes", ())) for each in (real, fake) if each is not None]
     if len(sizes) == 2 and all(sizes) and sizes[0] != sizes[1]:
-        notes.append("real images have other sizes than these, and resizing tells them apart")
+        notes.append(
+            "real images have other sizes than these, and resizing tells them apart; --resolution "
+            "brings all to one size"
+        )
     told = {
         axis: {"value": score.value, "standard_error": score.standard_error}
         for axis, score in scores.items()

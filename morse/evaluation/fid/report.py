@@ -23,8 +23,9 @@ def print_result(result: dict[str, object], console: "Console | None" = None) ->
         # A terminal too narrow wraps lines; it must not cost digits.
         width = max(console.width, console.measure(table, options=wide).maximum)
         Console(file=console.file, width=width).print(table)
-        for axis in result["axes"].values():
-            console.print(f"{axis['title']}: {axis['better']} is better", highlight=False)
+        for name, axis in result["axes"].items():
+            text = f"{axis['title']}: {axis['better']} is better{_subsets(result, name)}"
+            console.print(text, highlight=False)
     extractor, real = result["extractor"], result["real"]
     if extractor is not None:
         console.print(
@@ -34,9 +35,20 @@ def print_result(result: dict[str, object], console: "Console | None" = None) ->
         )
     if real is not None:
         console.print(f"real images: {real['name']}, {_count(real['num_images'])}", highlight=False)
+    if size := result["settings"]["resolution"]:
+        text = f"images were brought to {size}x{size}, as in training, before they were measured"
+        console.print(text, highlight=False)
     notes = [*result["warnings"], *(note for row in result["rows"] for note in row["notes"])]
     for note in dict.fromkeys(notes):
         console.print(note, style="yellow", highlight=False)
+
+
+def _subsets(result: dict[str, object], axis: str) -> str:
+    """Tell the sizes of the kernel distance's subsets, which are those asked for or fewer."""
+    sizes = {row["kid_subset_size"] for row in result["rows"] if "kid_subset_size" in row}
+    if axis != "kernel_distance" or not sizes:
+        return ""
+    return f", over subsets of {' and '.join(map(str, sorted(sizes)))} images"
 
 
 def _count(num_images: int | None) -> str:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.planning.search import UNIFORM_RATIOS
+from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
 from morse.settings import require_least, require_positive
 
 
@@ -79,7 +80,7 @@ class PlanConfig:
             "begin for next to nothing; 0: the one that Dot has, if any"
         },
     )
-    prompts: tuple[str, ...] = field(default=(), metadata={"help": "for a text pipeline"})
+    prompts: tuple[str, ...] = field(default=(), metadata={"help": PROMPTS_HELP})
     prompt_embeds: Path | None = field(
         default=None,
         metadata={"help": "safetensors file, for a text pipeline without a text encoder"},
@@ -102,7 +103,8 @@ class PlanConfig:
     device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto takes a GPU"})
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges, and read prompts that are in a file."""
+        object.__setattr__(self, "prompts", read_prompts(self.prompts))
         check_solvers(self.solver)
         ones = ("num_images", "num_quick_images", "num_fit_images", "batch_size", "lsd", "ratios")
         zeros = ("fit_rounds", "refine_rounds", "mixture_images")

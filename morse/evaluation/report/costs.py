@@ -153,7 +153,10 @@ def not_engaged_section(result: Result) -> Section:
     lines = tuple(
         (row_name(row), f"{row['budget']:g}", row.get("note") or "no reason given") for row in rows
     )
-    text = "They ran, but changed nothing, so they appear in no other table or plot."
+    text = (
+        "They ran, but changed no picture, or changed pictures and saved no time, as the last "
+        "column says; so they appear in no other table or plot."
+    )
     table = Table("Did not engage", ("method", "budget, LSD", "why"), lines, num_text=3)
     title = "Methods that did not engage"
     return Section(title, (text,), (table,)) if rows else Section(title)

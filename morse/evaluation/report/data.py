@@ -3,6 +3,8 @@
 Schema 4 adds "against_best" to each row and "cheaper" to each speed-up. Schema 3 added a
 `guidance_scale` to each row, speed-up and test, and "guidance": what belongs to one guidance scale
 as a whole. Schema 2 knew no guidance, and reads as one part of it.
+"models", "packages" and a row's "scheduler_options" say what a result is repeated with; they and a
+test's "delta_from" are left out of older ones.
 Seeds from which not all was measured are in "seeds_left_out", of the whole or of a guidance scale.
 """
 

@@ -28,6 +28,10 @@ class Axis(scoring.Axis):
         """The short title without what is compared with, such as "Same-noise PSNR"."""
         return self.short_title.partition(" to ")[0]
 
+    def is_distance(self, distance: str) -> bool:
+        """Tell whether this is the distance "frechet" or "kernel", to whichever images."""
+        return self.name in (distance, f"{distance}_to_reference")
+
     @property
     def direction(self) -> str:
         """Such as "dB, higher is better"."""

@@ -11,9 +11,19 @@ from morse.evaluation.report.data import (
     headline_axes,
     morse_names,
     read_axes,
+    used_seeds,
 )
 
 BESTS = (BEST_TRAINING_FREE, BEST_WITH_MIXTURE)
+NOT_FIXED = "it comes from the run itself and was not fixed beforehand; with few images it is wide."
+# What δ is, by an entry's "delta_from".
+ORIGINS = {
+    "given": "was fixed before anything was measured, by --lossless_delta.",
+    "seeds": "is what that solver's own figure deviates by between this run's own {} seeds: "
+    f"{NOT_FIXED}",
+    "bootstrap": "is the bootstrap's standard error of that solver's own figure, for this run has "
+    f"one seed: {NOT_FIXED}",
+}
 COSTS = {"lsd": "cost in LSD", "seconds": "cost in wall seconds"}
 
 
@@ -102,11 +112,28 @@ def lossless_section(result: Result) -> Section:
     text = (
         f"The largest factor f such that at it and at every smaller one tried a method is no worse "
         f"than the {BEST_TRAINING_FREE} at f times its cost: the one-sided 95 % upper bound of how "
-        "much worse it is stays below the margin δ. δ is what that solver's own figure varies by "
-        "between seeds (from one seed: its standard error), so with few images it is wide. None: "
-        "no factor passed. Only factors within the training-free solvers' measured costs are tried."
+        "much worse it is stays below the margin δ. None: no factor passed. Only factors within "
+        "the training-free solvers' measured costs are tried."
     )
-    return Section("Lossless factors", (text,) if tables else (), tuple(tables))
+    texts = (text, *_margin_words(result)) if tables else ()
+    return Section("Lossless factors", texts, tuple(tables))
+
+
+def _margin_words(result: Result) -> list[str]:
+    """Say where margins come from, and that those which were not given come from the run itself."""
+    num_seeds, found = len(used_seeds(result)), {}
+    for axis in read_axes(result):
+        tested = (e for e in result.get("lossless", ()) if e["axis"] == axis.name)
+        entry = next((e for e in tested if e["delta"] is not None), None)
+        if entry is not None:
+            source = entry.get("delta_from") or ("seeds" if num_seeds > 1 else "bootstrap")
+            given = f": {entry['delta']:g} {axis.unit}".rstrip() if source == "given" else ""
+            found.setdefault(source, []).append(f"{axis.short_title}{given}")
+    words = []
+    for source, axes in found.items():
+        of = f" ({'; '.join(axes)})" if len(found) > 1 or source == "given" else ""
+        words.append(f"δ{of} {ORIGINS[source].format(num_seeds)}")
+    return words
 
 
 def _lossless_text(entries: list[Measured]) -> str:

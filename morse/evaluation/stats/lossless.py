@@ -1,11 +1,37 @@
 """The lossless test: is a method surely no worse than the baseline with more budget?"""
 
+from collections.abc import Iterable
+
 import numpy as np
 
+from morse.evaluation.scoring import AXES
 from morse.evaluation.stats.curves import Curve
 
 FACTORS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 CONFIDENCE = 0.95
+
+
+def read_deltas(texts: Iterable[str]) -> dict[str, float]:
+    """Read margins such as "psnr=0.3", an axis' name in the JSON (of any case) and its delta.
+
+    Raises:
+        ValueError: If one has another form, an axis is unknown or named twice, or a delta is not
+            more than 0.
+    """
+    deltas: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.lower().partition("=")
+        try:
+            delta = float(number)
+        except ValueError:
+            delta = float("nan")
+        if name not in AXES or name in deltas or not 0 < delta < float("inf"):
+            raise ValueError(
+                f"lossless_delta has {text!r}; it must be an axis, each once, and a number above "
+                f"0, such as psnr=0.3; the axes are {list(AXES)}"
+            )
+        deltas[name] = delta
+    return deltas
 
 
 def lossless_test(
@@ -14,12 +40,14 @@ def lossless_test(
     cost: float,
     errors: np.ndarray,
     factor: float,
+    given: float | None = None,
 ) -> dict[str, object]:
     """Test for non-inferiority at `factor` times a method's cost.
 
     The loss is the method's error at `cost` less the baseline's at `factor * cost`. The method is
     lossless at this factor if the one-sided 95 % upper bound of the loss, from the bootstrap, is
-    under delta: what the baseline's own figure at that cost varies by from seed to seed.
+    under delta. Where that was not given, it is what the baseline's own figure at that cost varies
+    by from seed to seed, and so not known before the images are.
 
     Args:
         curve: The baseline's, R rows: all images, then bootstrap replicates.
@@ -28,10 +56,11 @@ def lossless_test(
         cost: What the method pays, in LSD.
         errors: The method's error, (R,), lower is better.
         factor: How much more the baseline may pay.
+        given: Delta, in the axis' unit, where it was chosen before anything was measured.
 
     Returns:
-        "factor", "difference", "upper_bound", "delta", "delta_from" ("seeds" or "bootstrap")
-        and "lossless"; without replicates the last four are None where they need them.
+        "factor", "difference", "upper_bound", "delta", "delta_from" ("given", "seeds" or
+        "bootstrap") and "lossless"; without replicates the last four are None where they need them.
 
     Raises:
         ValueError: If the baseline was not measured at `factor * cost`.
@@ -39,7 +68,9 @@ def lossless_test(
     baseline = curve.error_at(factor * cost)
     losses = errors - baseline
     delta, source = None, None
-    if by_seed is not None:
+    if given is not None:
+        delta, source = given, "given"
+    elif by_seed is not None:
         delta, source = float(by_seed.error_at(factor * cost).std(ddof=1)), "seeds"
     elif len(baseline) > 2:
         delta, source = float(baseline[1:].std(ddof=1)), "bootstrap"

@@ -31,6 +31,7 @@ from morse.evaluation.stats.points import (
 )
 
 COSTS = ("lsd", "seconds")
+OPTIONS = "scheduler_options"  # of a row
 
 
 def summarize(
@@ -39,6 +40,7 @@ def summarize(
     references: Mapping[int, Tensor],
     statistics: Statistics | None = None,
     titled: Mapping[str, Axis] = AXES,
+    deltas: Mapping[str, float] | None = None,
 ) -> dict[str, object]:
     """Return "axes", "rows", "baseline_curves", "speedups" and "lossless".
 
@@ -51,6 +53,7 @@ def summarize(
             is 0 there are only the axes that need no features.
         statistics: How; the defaults if left out.
         titled: What axes are called (`axes_of` the extractor's titles).
+        deltas: Margins of the lossless test that were given, by axis.
     """
     statistics = statistics or Statistics()
     everything = make_points(cells, real, references, statistics)
@@ -65,7 +68,11 @@ def summarize(
         ],
         "baseline_curves": {axis: _describe(best[axis], axis) for axis in axes},
         "speedups": [entry for axis in axes for entry in _speedups(points, axis)],
-        "lossless": [entry for axis in axes for entry in _lossless(points, best[axis], axis)],
+        "lossless": [
+            entry
+            for axis in axes
+            for entry in _lossless(points, best[axis], axis, (deltas or {}).get(axis))
+        ],
     }
 
 
@@ -82,6 +89,7 @@ def _row(point: Point, axes: Sequence[str]) -> dict[str, object]:
         "num_dash": first.num_dash,
         "num_dot": first.num_dot,
         "plan": first.plan,
+        OPTIONS: first.scheduler_options,
         "fallbacks": dict(fallbacks),
         "engaged": all(cell.engaged for cell in cells),
         "note": "; ".join(dict.fromkeys(cell.note for cell in cells if cell.note)),
@@ -169,7 +177,10 @@ def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]
 
 
 def _lossless(
-    points: Sequence[Point], best: Sequence[tuple[float, Point]], axis: str
+    points: Sequence[Point],
+    best: Sequence[tuple[float, Point]],
+    axis: str,
+    given: float | None,
 ) -> Iterator[dict[str, object]]:
     """Test every method against the best training-free solver with more LSD, where measured."""
     curve = make_curve(best, axis)
@@ -183,13 +194,18 @@ def _lossless(
         for factor in FACTORS:
             if curve.covers(factor * point.lsd):
                 errors = point.errors(axis)
-                yield head | lossless_test(curve, by_seed, point.lsd, errors, factor)
+                yield head | lossless_test(curve, by_seed, point.lsd, errors, factor, given)
 
 
 def rounded(value: object, digits: int = 6) -> object:
-    """Return nested lists and dictionaries with each float cut to so many significant digits."""
+    """Return nested lists and dictionaries with each float cut to so many significant digits.
+
+    Options of a scheduler stay whole: they are no figures, but what a row is repeated with.
+    """
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {key: rounded(part, digits) for key, part in value.items()}
+        return {
+            key: part if key == OPTIONS else rounded(part, digits) for key, part in value.items()
+        }
     return [rounded(part, digits) for part in value] if isinstance(value, (list, tuple)) else value

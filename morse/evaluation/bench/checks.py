@@ -1,0 +1,63 @@
+"""What the benchmark's settings must be, beyond their types."""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from morse.evaluation.bench.architectures import find_architecture
+from morse.evaluation.bench.solvers import check_solvers
+from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS
+from morse.evaluation.stats.lossless import read_deltas
+from morse.settings import require, require_least, require_positive
+
+if TYPE_CHECKING:
+    from morse.evaluation.bench.config import BenchmarkConfig
+
+LEAST = {
+    "num_images": 2, "num_reference_images": 2, "batch_size": 1, "num_replicates": 0,
+    "guidance_scale": 0, "lsd": 1, "baseline_lsd": 1,
+}  # fmt: skip
+
+
+def check_settings(config: "BenchmarkConfig") -> None:
+    """Check the ranges, and that settings suit each other.
+
+    Raises:
+        ValueError: For the first that is wrong.
+    """
+    check_solvers((*config.solvers, *config.control_solvers, *config.planned_solvers))
+    for name in config.arch:
+        find_architecture(name)
+    if config.compile and config.cuda_graphs:
+        raise ValueError("compile is True and so is cuda_graphs; choose one")
+    if config.flops_only and not config.arch:
+        raise ValueError("flops_only counts architectures; name some with --arch")
+    if config.resume and config.arch:
+        raise ValueError(
+            "resume goes on with samples, but with arch everything is timed anew: leave it out"
+        )
+    for name, known in (("kinds", CHOOSABLE), ("peers", (*PEER_SETTINGS, "none"))):
+        unknown = sorted(set(getattr(config, name)) - set(known))
+        if unknown:
+            raise ValueError(f"{name} has {unknown}, choose from {list(known)}")
+    if read_deltas(config.lossless_delta) and config.from_json is not None:
+        raise ValueError(
+            "lossless_delta is chosen before a result is measured, and from draws one that is: "
+            "leave it out"
+        )
+    require_least(config, LEAST)
+    require_positive(config, ("speed_ratio", "max_seconds"))
+    for name in ("ddim_ratios", "dpm_ratios"):
+        ratios = getattr(config, name)
+        possible = all(ratio >= 1 or ratio == 0 for ratio in ratios)
+        require(possible, name, ratios, "1 or more each, or 0 for none")
+    if config.real is not None and config.extractor in ("auto", "none"):
+        raise ValueError(
+            f"real is {config.real}, but extractor is {config.extractor}: name what to compare "
+            "images in, such as --extractor inception"
+        )
+    gaps = [later - seed for seed, later in pairwise(sorted(config.seeds))]
+    if config.num_images is not None and min(gaps, default=config.num_images) < config.num_images:
+        raise ValueError(
+            f"seeds is {config.seeds}, but image i of a repetition has seed + i: keep them "
+            f"num_images = {config.num_images} apart, or repetitions share images"
+        )

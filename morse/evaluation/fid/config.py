@@ -1,0 +1,230 @@
+"""What `morse eval fid` measures, and generates before: its settings."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from morse.evaluation.fid.extractors import (
+    FASHION_MNIST,
+    Extractor,
+    ExtractorOptions,
+    load_extractor,
+)
+from morse.evaluation.fid.feature_sets import is_statistics
+from morse.evaluation.fid.image_sets import HUB, SetOptions
+from morse.evaluation.prompts import read_prompts
+from morse.settings import as_json, given, require_least, require_positive
+
+if TYPE_CHECKING:
+    import torch
+
+# What only generating takes.
+GENERATION = (
+    "dot", "scheduler", "timestep_spacing", "lsd", "num_inference_steps", "speed_ratio",
+    "reference_steps", "num_images", "seed", "guidance_scale", "dtype", "output_dir",
+)  # fmt: skip
+LEAST = {
+    "num_images": 2, "batch_size": 1, "kid_subset_size": 2, "lsd": 1, "num_inference_steps": 1,
+    "reference_steps": 1, "resolution": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FidConfig:
+    """Measure FID and other distances of images, or of those that a pipeline makes first."""
+
+    real: str | None = field(
+        default=None,
+        metadata={
+            "help": 'folder, IDX file, hub:NAME, statistics .npz, or "fashion-mnist", which is the '
+            "default for the embedded pipeline of that name"
+        },
+    )
+    fake: str | None = field(
+        default=None, metadata={"help": "likewise, what is measured; or give --pipeline"}
+    )
+    pipeline: str | None = field(
+        default=None, metadata={"help": "fashion-mnist, a folder or a hub id: generate images"}
+    )
+    dot: str | None = field(
+        default=None, metadata={"help": "a Dot's folder; the pipeline's own if left out"}
+    )
+    scheduler: str | None = field(
+        default=None, metadata={"help": "ddim, dpmsolver++, ...; the pipeline's own if left out"}
+    )
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = field(
+        default=None,
+        metadata={
+            "help": "where steps lie but those of saved plans, which bring theirs; if left out as "
+            "in `morse bench` and `morse plan`, trailing, with --scheduler, else the pipeline's own"
+        },
+    )
+    lsd: tuple[float, ...] = field(
+        default=(), metadata={"help": "budgets to generate within by Dash and Dot, in LSD"}
+    )
+    num_inference_steps: tuple[int, ...] = field(
+        default=(), metadata={"help": "numbers of steps to generate with by the bare pipeline"}
+    )
+    speed_ratio: float | None = field(
+        default=None, metadata={"help": "N to plan with; what Dot's config says if left out"}
+    )
+    reference_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "also measure PSNR and SSIM to the bare pipeline's images of so many steps"
+        },
+    )
+    lpips: bool = field(
+        default=False,
+        metadata={"help": "and LPIPS, which needs --lpips_weights"},
+    )
+    lpips_weights: Path | None = field(
+        default=None, metadata={"help": "safetensors file of torchvision's AlexNet"}
+    )
+    num_images: int = field(default=5000, metadata={"help": "images to generate for each budget"})
+    seed: int = field(default=0, metadata={"help": "image i starts from the noise of seed + i"})
+    batch_size: int = field(
+        default=64,
+        metadata={
+            "help": "consecutive images sampled, or read, at a time; each has its noise whatever "
+            "this is, and pixels agree to rounding"
+        },
+    )
+    prompts: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "texts, or one file of them, one a line; image i takes i modulo all"},
+    )
+    class_names: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "prompts in turn; for a class-conditional pipeline names or numbers"},
+    )
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "the pipeline's own if left out"}
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = field(
+        default="float32", metadata={"help": "the pipeline's"}
+    )
+    output_dir: Path = field(
+        default=Path("fid_output"),
+        metadata={"help": "folder for generated images; goes on where it was, also to more"},
+    )
+    extractor: str | None = field(
+        default=None,
+        metadata={
+            "help": "inception, clip, dinov2, fashion-mnist, or your own nn.Module by "
+            "module.path:Name; if left out inception, or fashion-mnist where --real is. Without "
+            "--real it gives the Inception score, or with prompts CLIP's"
+        },
+    )
+    inception_weights: Path | None = field(
+        default=None, metadata={"help": "safetensors file of Inception-v3 of 2015"}
+    )
+    clip_model: str = field(
+        default=ExtractorOptions.clip_model, metadata={"help": "folder or hub id"}
+    )
+    dinov2_model: str = field(
+        default=ExtractorOptions.dinov2_model, metadata={"help": "folder or hub id"}
+    )
+    kid_subset_size: int = field(
+        default=1000, metadata={"help": "at most half of the images is taken"}
+    )
+    split: str = field(default="train", metadata={"help": "of IDX folders and hub data sets"})
+    image_column: str = field(default="image", metadata={"help": "of hub data sets"})
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "of hub data sets that have several configurations"}
+    )
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "crop the centre square of all images and resize it to this, as training does "
+            "with its images; if left out they are taken as they are"
+        },
+    )
+    strict: bool = field(
+        default=False, metadata={"help": "fail at an unreadable image instead of leaving it out"}
+    )
+    save_stats: Path | None = field(
+        default=None, metadata={"help": "write the real images' mu and sigma to this .npz file"}
+    )
+    json: Path | None = field(default=None, metadata={"help": "also write the result to this file"})
+    device: str = field(
+        default="auto", metadata={"help": "cpu, cuda or another torch device; auto takes a GPU"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges, and which options go together."""
+        require_least(self, LEAST)
+        require_positive(self, ("speed_ratio",))
+        read_prompts(self.prompts)  # an error is told before anything is loaded
+        if self.fake is not None and self.pipeline is not None:
+            raise ValueError("fake and pipeline were both given; give one of the two")
+        if self.pipeline is not None:
+            own = self.pipeline == FASHION_MNIST and self.extractor in (None, FASHION_MNIST)
+            if self.real is None and own:
+                object.__setattr__(self, "real", FASHION_MNIST)
+            self._check_generation()
+        else:
+            self._check_sources()
+        if self.dataset_config_name is not None and not self._reads_hub():
+            raise ValueError(
+                f"dataset_config_name is {self.dataset_config_name!r}, but it is for data sets of "
+                f"the hub; give {HUB}NAME as --real or --fake, or leave it out"
+            )
+        if self.save_stats is not None and (self.real is None or is_statistics(self.real)):
+            raise ValueError(
+                f"save_stats writes the statistics of real images, but real is {self.real}; give "
+                "a folder or another source of images"
+            )
+        if self.lpips and self.reference_steps is None:
+            raise ValueError("lpips compares with a reference; give --reference_steps")
+        if self.lpips_weights is not None and not self.lpips:
+            raise ValueError(
+                f"lpips_weights is {self.lpips_weights}, but LPIPS is not asked for: give --lpips "
+                "as well, or leave the weights out"
+            )
+
+    def _check_generation(self) -> None:
+        if not (self.lsd or self.num_inference_steps):
+            raise ValueError(
+                "pipeline was given without a budget; give --lsd for Dash and Dot, "
+                "--num_inference_steps for the bare pipeline, or both"
+            )
+
+    def _check_sources(self) -> None:
+        if found := given(self, GENERATION):
+            raise ValueError(
+                f"given without --pipeline: {', '.join(found)}; that is for generating images, so "
+                "give --pipeline, or leave it out"
+            )
+        alone = self.fake is not None and self.extractor is not None
+        if not alone and (self.real is None or (self.fake is None and self.save_stats is None)):
+            raise ValueError(
+                "give --real and --fake, --pipeline or --save_stats; or --fake and --extractor for "
+                "what needs no real images"
+            )
+
+    def _reads_hub(self) -> bool:
+        return any(source.startswith(HUB) for source in (self.real, self.fake) if source)
+
+    @property
+    def set_options(self) -> SetOptions:
+        """How sources of images are read."""
+        part = (self.split, self.image_column, self.dataset_config_name)
+        return SetOptions(*part, self.resolution)
+
+    @property
+    def extractor_name(self) -> str:
+        """The extractor asked for, or the default one."""
+        default = FASHION_MNIST if self.real == FASHION_MNIST else "inception"
+        return self.extractor or default
+
+    def load_extractor(self, device: "torch.device") -> Extractor | None:
+        """Load the extractor; None where nothing is measured in feature space."""
+        if self.real is None and self.extractor is None:
+            return None
+        options = ExtractorOptions(self.inception_weights, self.clip_model, self.dinov2_model)
+        return load_extractor(self.extractor_name, device, options)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the settings as JSON has them."""
+        return as_json(self)

@@ -1,0 +1,96 @@
+"""Folders of generated images: what they were made with, and which of them are there."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from morse.evaluation.resuming import SETTINGS_FILE, check_images
+from morse.files import write_json
+
+FALLBACKS = "fallbacks-*.json"  # * is the batch's first image
+_THREADS = "num_threads"
+
+
+def image_file(folder: Path, index: int) -> Path:
+    """Return where image `index` is."""
+    return folder / f"{index:08d}.png"
+
+
+def fallbacks_file(folder: Path, first: int) -> Path:
+    """Return where it is kept that the batch of image `first` on did not go as planned."""
+    return folder / FALLBACKS.replace("*", f"{first:08d}")
+
+
+def missing_images(folder: Path, batch: range) -> list[int]:
+    """Return which of a batch's images are not there."""
+    return [index for index in batch if not image_file(folder, index).exists()]
+
+
+def read_settings(folder: Path) -> dict[str, object]:
+    """Return what is recorded of a folder's images; empty where nothing can be read."""
+    try:
+        found = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_settings(folder: Path, content: Mapping[str, object]) -> None:
+    """Check that a folder is free, or that its images are the first of those to be made.
+
+    Args:
+        folder: The folder.
+        content: All that its pixels depend on, as JSON has it; "num_images" may be more than
+            before, and "num_threads", by which pixels change no more than rounding does, another.
+
+    Raises:
+        ValueError: If it holds images of other settings.
+    """
+    before = read_settings(folder)
+    may_differ = {_THREADS: before[_THREADS]} if _THREADS in before else {}
+    if 0 < before.get("num_images", 0) < content["num_images"]:
+        may_differ["num_images"] = before["num_images"]
+    check_images(folder, _without_threads(content) | may_differ)
+
+
+def record_settings(folder: Path, content: Mapping[str, object], batches: list[range]) -> None:
+    """Record what a folder's images are made with; for one process, before any adds images.
+
+    A folder that is to hold more than before loses those of its last batch if that was cut short:
+    they are made anew in a whole one, so that no pixel depends on how many there were at first.
+
+    Args:
+        folder: Made if missing.
+        content: As `check_settings` found right.
+        batches: All that it is to hold.
+    """
+    before = read_settings(folder)
+    count = before.get("num_images", content["num_images"])
+    if count < content["num_images"]:
+        first = count - count % content["batch_size"]
+        for index in range(first, count):
+            image_file(folder, index).unlink(missing_ok=True)
+        fallbacks_file(folder, first).unlink(missing_ok=True)
+    threads = list(before.get(_THREADS, ()))
+    if any(missing_images(folder, batch) for batch in batches):
+        threads += [number for number in content.get(_THREADS, ()) if number not in threads]
+    settings = _without_threads(content) | ({_THREADS: threads} if threads else {})
+    if settings != before:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS_FILE, settings)
+
+
+def threads_notes(folder: Path) -> list[str]:
+    """Warn where runs with different numbers of threads made a folder's images."""
+    threads = read_settings(folder).get(_THREADS, [])
+    if len(threads) < 2:
+        return []
+    numbers = ", then ".join(map(str, threads))
+    return [
+        f"{folder.name}: made with {numbers} CPU threads; with another number of them the same "
+        "noise gives pixels that may differ by rounding"
+    ]
+
+
+def _without_threads(content: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in content.items() if name != _THREADS}
