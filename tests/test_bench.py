@@ -56,6 +56,10 @@ def test_bad_settings_are_named():
         BenchmarkConfig(lossless_delta=("fid=1",))
     with pytest.raises(ValueError, match="lossless_delta is chosen before a result is measured"):
         BenchmarkConfig(lossless_delta=("psnr=1",), from_json=Path("benchmark.json"))
+    with pytest.raises(ValueError, match=r"has \['kernel'\], but with extractor none and"):
+        BenchmarkConfig(lossless_delta=("psnr=1", "kernel=1"), extractor="none")
+    with pytest.raises(ValueError, match=r"has \['frechet'\], but with extractor clip"):
+        BenchmarkConfig(lossless_delta=("frechet=1",), extractor="clip")
     with pytest.raises(ValueError, match="with arch everything is timed anew: leave it out"):
         BenchmarkConfig(arch=("sd15",), resume=True)
 
@@ -98,6 +102,7 @@ def test_baselines_and_morse_are_measured_first():
     solvers = {method.solver for method, _ in tasks if method.kind == "morse"}
     assert solvers == set(BenchmarkConfig().solvers)
     assert {method.solver for method, _ in tasks if method.kind == "pfdiff"} == {"ddim"}
+    assert {m.label for m, _ in tasks if m.kind == "ays"} == {"AYS-DPM++ 2M 11 levels"}
     alone = BenchmarkConfig(solvers=("leapfrog",), kinds=("baseline", "pfdiff"), peers=("none",))
     assert {method.label for method, _ in alone.tasks()} == {"Leapfrog", "PFDiff-DDIM"}
     # What Morse is compared with has the solvers of its strongest rows, and no holes.

@@ -215,6 +215,9 @@ def test_a_peer_that_does_nothing_is_told(pipes):
     images = sample_images(pipes["dit"], 4, range(2), 2, conditions=WANTED["dit"])
     changes, note = peer_facts(method, measured, images, [0.1] * 4, lambda: images.images)
     assert changes["engaged"] is False and note.startswith("4 steps of ")
+    # In so many steps it does: what it did in the trial's is forgotten.
+    changes, note = peer_facts(method, measured, images, [0.0] * 4, None)
+    assert changes["engaged"] is True and note == "4 steps of 0.00 LSD"
 
 
 def test_costs_are_in_evaluations_of_the_bare_pipeline():
@@ -228,7 +231,7 @@ def test_costs_are_in_evaluations_of_the_bare_pipeline():
     cache = Method("ddim", "fbcache", setting="threshold 0.1")
     changes, note = peer_facts(cache, measured, images, [1.0] * 20, None)
     assert changes == {"lsd": 5.0, "engaged": True} and note == "10 steps of 0.50 LSD"
-    changes, note = peer_facts(cache, measured, images, [2.0] * 20, lambda: torch.ones(2, 1, 2, 2))
+    changes, note = peer_facts(cache, measured, images, [2.0] * 20, None)
     assert changes["engaged"] is False and "took 100%" in note
     # A gain of 15 % is believed where the first batch's pictures are others than the bare ones.
     for bare, engaged in ((torch.ones(2, 1, 2, 2), True), (torch.zeros(2, 1, 2, 2), False)):

@@ -123,6 +123,7 @@ def test_a_budget_is_spent_as_a_call_spends_it(tiny_folder, tmp_path):  # noqa: 
     )
     (row,) = run_fid(config)["rows"]
     assert row["plan"] == "Dooo" and row["timestep_spacing"] is None
+    assert "timestep_spacing" not in row["made_with"]["scheduler_config"]
     pipe = MorsePipeline.from_pretrained(tiny_folder, dot=tmp_path / "dot", scheduler="leapfrog")
     expected = pipe(lsd=2, generator=torch.Generator().manual_seed(0), output_type="np").images
     written = np.array(Image.open(tmp_path / "out" / "lsd_2" / "00000000.png")) / 255
@@ -170,8 +171,17 @@ def test_no_safety_checker_blacks_out_what_is_measured(tmp_path, monkeypatch):
     loaded = enable_morse(pipe, None)
     monkeypatch.setattr(MorsePipeline, "from_pretrained", lambda *_, **__: loaded)
     options = {"class_names": ("cat",), "num_inference_steps": (1,), "num_images": 2}
-    run_fid(FidConfig(pipeline="text", output_dir=tmp_path, device="cpu", **options))
+    config = FidConfig(pipeline="text", output_dir=tmp_path, device="cpu", **options)
+    run_fid(config)
     assert all(np.array(Image.open(file)).any() for file in (tmp_path / "steps_1").glob("*.png"))
+    # Images of an earlier version, which the checker may have blacked out, are not gone on with.
+    file = tmp_path / "steps_1" / "settings.json"
+    noted = json.loads(file.read_text())
+    assert noted.pop("safety_checker") == "left out"
+    file.write_text(json.dumps(noted))
+    loaded.register_modules(safety_checker=Blackout())
+    with pytest.raises(ValueError, match="safety_checker was null"):
+        run_fid(config)
 
 
 def test_two_folders_in_the_features_of_a_users_network(tmp_path, capsys):
@@ -266,6 +276,10 @@ def test_what_is_missing_is_told_before_sampling(tiny_folder, tmp_path):  # noqa
         run_fid(FidConfig(real=nowhere, extractor=OWN, output_dir=out, **config))
     with pytest.raises(ValueError, match="statistics of extractor fashion-mnist"):
         run_fid(FidConfig(real="fashion-mnist", extractor=OWN, output_dir=out, **config))
+    with pytest.raises(ValueError, match="resolution is 28, but fashion-mnist"):
+        run_fid(FidConfig(real="fashion-mnist", resolution=28, output_dir=out, **config))
+    with pytest.raises(ValueError, match=r"alone extractor .* measures nothing; give --real"):
+        run_fid(FidConfig(fake=str(tmp_path / "real"), extractor=OWN, device="cpu"))
     assert not out.exists()
 
 
@@ -350,7 +364,8 @@ def test_prompts_are_texts_or_a_file_of_them(tmp_path):
     file = tmp_path / "prompts"
     file.write_text("a cat\n\n  a dog \n")
     assert read_prompts((str(file),)) == ("a cat", "a dog")
-    for texts in ((), ("a cat",), ("a cat" * 1000,), (str(file), "a dog")):
+    single = [("cat.",), ("and/or a cat",), ("a cat" * 1000,)]
+    for texts in ((), *single, ("a.b", "c/d"), (str(file), "a dog")):
         assert read_prompts(texts) == texts
     argv = ["--prompts", str(file), "--output_dir", "o", "--pretrained_model_name_or_path", "p"]
     for settings in (BenchmarkConfig, PlanConfig, TuneDotConfig):
@@ -360,6 +375,9 @@ def test_prompts_are_texts_or_a_file_of_them(tmp_path):
         read_prompts((str(file),))
     with pytest.raises(ValueError, match=r"nowhere\.txt, which does not exist"):
         read_prompts((str(tmp_path / "nowhere.txt"),))
+    for mistyped in ("prompts.json", "data/prompts", "no where.txt"):
+        with pytest.raises(ValueError, match="which does not exist"):
+            read_prompts((mistyped,))
 
 
 def test_prompts_give_a_clip_score(clip_folder, tmp_path):  # noqa: F811
@@ -388,5 +406,9 @@ def test_schedulers_that_draw_noise_are_told(tiny_folder, tmp_path):  # noqa: F8
     options |= {"reference_steps": 3, "device": "cpu"}
     for scheduler, count in (("ddpm", 1), ("ddim", 0), ("sde-dpmsolver++", 1)):
         config = FidConfig(**options, scheduler=scheduler, output_dir=tmp_path / scheduler)
-        notes = [note for note in run_fid(config)["rows"][1]["notes"] if "fresh noise" in note]
+        result = run_fid(config)
+        notes = [note for note in result["rows"][1]["notes"] if "fresh noise" in note]
         assert len(notes) == count
+    # DPM-Solver's config has an infinity, which JSON has no word for.
+    json.dumps(result, allow_nan=False)
+    assert result["rows"][1]["made_with"]["scheduler_config"]["lambda_min_clipped"] == "-inf"

@@ -155,6 +155,15 @@ def test_images_of_other_settings_are_not_mixed(pipe, tmp_path):
         generate(pipe, BARE, other, tmp_path, alone())
     assert 'pipeline was "tiny" and is "other"; seed was 5 and is 6' in str(caught.value)
     assert "output_dir" in str(caught.value)
+    one, two = ({"scheduler_config": {"steps_offset": 0, "eta": eta}} for eta in (0, 1))
+    generate(pipe, BARE, replace(REQUEST, settings=one), tmp_path / "config", alone())
+    with pytest.raises(ValueError, match=r"settings \(scheduler_config\.eta was 0 and is 1\)"):
+        generate(None, BARE, replace(REQUEST, settings=two), tmp_path / "config", alone())
+    # An earlier version noted how steps are spaced also of schedulers that have no such option.
+    noted = json.loads((tmp_path / "config" / "steps_2" / "settings.json").read_text())
+    noted["scheduler_config"]["timestep_spacing"] = "leading"
+    (tmp_path / "config" / "steps_2" / "settings.json").write_text(json.dumps(noted))
+    generate(None, BARE, replace(REQUEST, settings=one), tmp_path / "config", alone())
 
 
 def test_a_foreign_folder_is_not_written_to(pipe, tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from morse.evaluation.stats.curves import Curve
-from morse.evaluation.stats.lossless import lossless_test, read_deltas
+from morse.evaluation.stats.lossless import lossless_test, margins_left_over, read_deltas
 
 COSTS = np.arange(2.0, 101.0)
 NUM_REPLICATES = 400
@@ -58,6 +58,12 @@ def test_margins_are_named_by_axis():
             read_deltas((wrong,))
     with pytest.raises(ValueError, match="each once"):
         read_deltas(("psnr=1", "PSNR=2"))
+
+
+def test_margins_of_axes_that_are_not_measured_are_told():
+    texts = ("psnr=0.3", "Kernel=1")
+    assert margins_left_over(texts, ("psnr", "kernel")) == ""
+    assert "for kernel, which is not measured here" in margins_left_over(texts, ("psnr", "ssim"))
 
 
 def test_without_replicates_nothing_is_claimed():

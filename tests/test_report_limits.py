@@ -249,3 +249,7 @@ def test_where_margins_come_from_is_told(result):
     text = all_text(result | {"lossless": own + given})
     assert "δ (Same-noise SSIM to the reference: 0.05) was fixed before anything" in text
     assert "δ (Same-noise PSNR to the reference) is the bootstrap's" in text
+    assert "Of no use" not in text
+    settings = result["settings"] | {"lossless_delta": ["psnr=1", "kernel=1"]}
+    text = all_text(result | {"settings": settings})
+    assert "Of no use is the margin given for kernel, which is not measured here" in text

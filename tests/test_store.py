@@ -45,7 +45,10 @@ def test_a_store_resumes_only_the_same_run(tmp_path):
         CellStore(tmp_path, SETTINGS, resume=False)
     with pytest.raises(ValueError, match="num_images is 9"):
         CellStore(tmp_path, {"num_images": 9}, resume=True)
-    again = CellStore(tmp_path, SETTINGS, resume=True)
+    # A margin chosen after a run of an earlier version would not have been fixed before it.
+    with pytest.raises(ValueError, match=r"lossless_delta is \['psnr=1'\], but .* has \[\]"):
+        CellStore(tmp_path, {**SETTINGS, "lossless_delta": ["psnr=1"]}, resume=True)
+    again = CellStore(tmp_path, {**SETTINGS, "lossless_delta": []}, resume=True)
     assert again.has(cell.method, 5, 0)
     assert not again.has(cell.method, 6, 0) and not again.has(cell.method, 5, 10)
     for content in ("{", "[]"):

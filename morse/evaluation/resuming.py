@@ -1,7 +1,7 @@
 """Folders of finished work that a stopped run goes on with, if its settings are the same."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from morse.files import write_json
@@ -10,7 +10,11 @@ SETTINGS_FILE = "settings.json"
 
 
 def open_folder(
-    folder: Path, settings: Mapping[str, object], resume: bool, may_lack: bool = False
+    folder: Path,
+    settings: Mapping[str, object],
+    resume: bool,
+    may_lack: bool = False,
+    absent: Mapping[str, object] | None = None,
 ) -> None:
     """Note a run's settings in its folder, or check that it goes on with the same.
 
@@ -19,6 +23,7 @@ def open_folder(
         settings: What finished measurements depend on.
         resume: Whether the folder may hold some already.
         may_lack: Whether settings may be new, of which an earlier version noted nothing.
+        absent: What new settings count as where they were not noted; others may be anything then.
 
     Raises:
         FileExistsError: If the folder holds a run and `resume` is off.
@@ -30,7 +35,7 @@ def open_folder(
                 f"output_dir {folder} holds a run already; go on with it by --resume, or name "
                 "another folder"
             )
-        before = _read_settings(folder)
+        before = {**(absent or {}), **_read_settings(folder)}
         for name, value in settings.items():
             if value != before.get(name) and not (may_lack and name not in before):
                 raise ValueError(
@@ -55,12 +60,7 @@ def check_images(folder: Path, settings: Mapping[str, object]) -> None:
             )
         return
     found = _read_settings(folder)
-    told = "; ".join(
-        f"{key} was {_short(found.get(key))} and is {_short(settings.get(key))}"
-        for key in sorted({*settings, *found})
-        if settings.get(key) != found.get(key)
-    )
-    if told:
+    if told := "; ".join(_differences(found, settings)):
         raise ValueError(
             f"{folder} holds images of other settings ({told}); give another --output_dir, or "
             "delete that folder"
@@ -73,6 +73,18 @@ def _read_settings(folder: Path) -> dict[str, object]:
         return dict(json.loads(file.read_text("utf-8")).items())
     except (ValueError, AttributeError) as error:  # no JSON, or another kind of it
         raise ValueError(f"{file} is damaged ({error}); delete {folder}") from error
+
+
+def _differences(
+    found: Mapping[str, object], settings: Mapping[str, object], within: str = ""
+) -> Iterator[str]:
+    """Name each setting that differs, and those within settings that have several of their own."""
+    for key in sorted({*settings, *found}):
+        was, now = found.get(key), settings.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now, f"{within}{key}.")
+        elif was != now:
+            yield f"{within}{key} was {_short(was)} and is {_short(now)}"
 
 
 def _short(value: object, most: int = 60) -> str:

@@ -39,11 +39,7 @@ def check_settings(config: "BenchmarkConfig") -> None:
         unknown = sorted(set(getattr(config, name)) - set(known))
         if unknown:
             raise ValueError(f"{name} has {unknown}, choose from {list(known)}")
-    if read_deltas(config.lossless_delta) and config.from_json is not None:
-        raise ValueError(
-            "lossless_delta is chosen before a result is measured, and from draws one that is: "
-            "leave it out"
-        )
+    _check_margins(config)
     require_least(config, LEAST)
     require_positive(config, ("speed_ratio", "max_seconds"))
     for name in ("ddim_ratios", "dpm_ratios"):
@@ -60,4 +56,24 @@ def check_settings(config: "BenchmarkConfig") -> None:
         raise ValueError(
             f"seeds is {config.seeds}, but image i of a repetition has seed + i: keep them "
             f"num_images = {config.num_images} apart, or repetitions share images"
+        )
+
+
+def _check_margins(config: "BenchmarkConfig") -> None:
+    """Refuse margins that come too late, or of axes that surely are not measured."""
+    deltas = read_deltas(config.lossless_delta)
+    if deltas and config.from_json is not None:
+        raise ValueError(
+            "lossless_delta is chosen before a result is measured, and from draws one that is: "
+            "leave it out"
+        )
+    possible = ["psnr", "ssim"]
+    if config.extractor != "none":
+        possible += ["frechet_to_reference", "kernel_to_reference"]
+        if config.real is not None or config.extractor in ("auto", "fashion-mnist"):
+            possible += ["frechet", "kernel"]
+    if lacking := sorted(set(deltas) - set(possible)):
+        raise ValueError(
+            f"lossless_delta has {lacking}, but with extractor {config.extractor} and real "
+            f"{config.real} there is no such axis; those that there may be are {sorted(possible)}"
         )

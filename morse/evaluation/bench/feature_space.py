@@ -25,7 +25,15 @@ from morse.evaluation.fid.extractors import (
 from morse.evaluation.fid.feature_sets import FeatureSet, read_features
 from morse.evaluation.fid.image_sets import ImageSet, describe_sizes
 from morse.evaluation.report.pictures import to_bytes, to_picture
-from morse.evaluation.scoring import AXES, Axis, Scorer, axes_of, distance_for, is_fashion_like
+from morse.evaluation.scoring import (
+    AXES,
+    Axis,
+    Scorer,
+    axes_of,
+    axis_names,
+    distance_for,
+    is_fashion_like,
+)
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
@@ -67,6 +75,10 @@ class FeatureSpace:
     def axes(self) -> dict[str, Axis]:
         """Every axis there may be, with titles that name the extractor."""
         return AXES if self.extractor is None else axes_of(self.extractor.titles)
+
+    def axes_measured(self, features: Tensor) -> list[str]:
+        """Name the axes that are measured where an image's features are like these, (N, D)."""
+        return axis_names(features.shape[1], self.real is not None)
 
     @property
     def kernel_device(self) -> str:

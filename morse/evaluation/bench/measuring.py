@@ -19,6 +19,7 @@ from morse.evaluation.bench.tasks import PEER_SETTINGS
 from morse.evaluation.conditions import Conditions
 from morse.evaluation.environment import environment
 from morse.evaluation.scoring import Scorer
+from morse.evaluation.stats.lossless import margins_left_over
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
@@ -173,7 +174,9 @@ def _measure_seed(part: Part, speed_ratio: float, seed: int) -> None:
 
     reference = store.images(reference_name(seed), sample_reference)
     scorer = part.space.scorer(reference)
-    store.features(reference_name(seed), lambda: scorer.reference_features)
+    features = store.features(reference_name(seed), lambda: scorer.reference_features)
+    if words := margins_left_over(config.lossless_delta, part.space.axes_measured(features)):
+        print(words)  # before the methods are sampled
     scale = part.conditions.guidance_scale
     at = "" if scale is None else f", guidance {scale:g}"
     for method, budget in track(missing, f"seed {seed}{at}"):

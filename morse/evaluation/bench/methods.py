@@ -56,7 +56,8 @@ class Method:
             else: a peer (`bench.peers`).
         ratio: Evaluations per LSD that the plan aims at (see `MorsePlan.from_budget`).
         setting: A peer's setting, such as "interval 3". With kind "morse" `AS_PLANNED` for what
-            `lsd=` does, saved plans and their grids included, instead of `ratio`. Else "".
+            `lsd=` does, saved plans and their grids included, instead of `ratio`. With "ays" what
+            timesteps are interpolated from. Else "".
     """
 
     solver: str

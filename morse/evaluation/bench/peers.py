@@ -33,7 +33,7 @@ from morse.evaluation.bench.deepcache import (
     deepcache_steps,
     measure_deepcache,
 )
-from morse.evaluation.bench.engagement import timed, why_not_engaged
+from morse.evaluation.bench.engagement import LEAST_GAIN, timed, why_not_engaged
 from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.runs import Samples, sample_images
 from morse.evaluation.conditions import Conditions
@@ -169,7 +169,7 @@ def peer_facts(
         samples: Its images.
         seconds: Of each call of the denoiser while they were sampled.
         sample_bare: Returns the bare pipeline's first batch of as many steps, (B, C, H, W); called
-            where an adaptive peer saved so little that it may not have engaged at this budget.
+            where an adaptive peer saved so little that its images must tell whether it engaged.
 
     Returns:
         Attributes of `Samples` to change (num_dash, lsd, engaged), and a note.
@@ -184,12 +184,21 @@ def peer_facts(
     if PEERS[method.kind].adaptive:
         batches = len(samples.images) / samples.batch_size  # the last may be smaller
         step_lsd = sum(seconds) / (measured["bare_seconds"] * steps * batches)
-        if engaged and step_lsd > DOUBTFUL_LSD:
-            bare = sample_bare()
-            note = why_not_engaged(torch.equal(bare, samples.images[: len(bare)]), step_lsd)
-            engaged = not note
+        # Not by its trial, in whose steps it may have skipped nothing where in these it does.
+        note = _why_idle(samples.images, step_lsd, sample_bare)
+        engaged = not note
     told = f"{steps} steps of {step_lsd:.2f} LSD"
     return {"lsd": steps * step_lsd, "engaged": engaged}, _join(told, note)
+
+
+def _why_idle(images: Tensor, step_lsd: float, sample_bare: Callable[[], Tensor]) -> str:
+    """Tell why an adaptive peer did not engage in a run; "" if it did. See `peer_facts`."""
+    if step_lsd <= DOUBTFUL_LSD:
+        return ""
+    if step_lsd > 1 - LEAST_GAIN:  # so it did not, whatever its images are
+        return why_not_engaged(False, step_lsd)
+    bare = sample_bare()
+    return why_not_engaged(torch.equal(bare, images[: len(bare)]), step_lsd)
 
 
 def _join(*parts: str) -> str:

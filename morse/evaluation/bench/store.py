@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,6 +16,9 @@ from morse.evaluation.resuming import open_folder
 from morse.evaluation.scoring import ImageScores
 from morse.files import write_json
 from morse.training.checkpoint import atomic_save_file
+
+# What a run of a version counts as that did not know these settings: that they were not given.
+_ABSENT = {"lossless_delta": []}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,8 @@ class Cell:
         lsd: LSD spent.
         seconds: Wall time for all images.
         batch_seconds: Quartiles of the full batches' wall times; None for fewer than two batches.
-        scheduler_options: Options that the plan's steps were laid with, fitted ones in full.
+        scheduler_options: Options that the plan's steps were laid with, fitted ones in full; None
+            in cells of versions that did not keep them.
         fallbacks: Why Dash ran in Dot's place, and how often.
         scores: What the images are like, one by one.
         engaged: Whether the method did anything that the bare pipeline does not.
@@ -54,7 +58,7 @@ class Cell:
     note: str = ""
     peak_memory_mib: float | None = None
     batch_seconds: tuple[float, float, float] | None = None
-    scheduler_options: dict[str, object] = field(default_factory=dict)
+    scheduler_options: dict[str, object] | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -87,7 +91,7 @@ class CellStore:
             ValueError: If that run had other settings.
         """
         self.folder = folder
-        open_folder(folder, settings, resume, may_lack=True)
+        open_folder(folder, settings, resume, may_lack=True, absent=_ABSENT)
         (folder / "cells").mkdir(exist_ok=True)
 
     def has(self, method: Method, budget: int, seed: int) -> bool:

@@ -24,6 +24,8 @@ PEER_SETTINGS = {
 CHOOSABLE = tuple(kind for kind in KINDS if kind not in PEER_SETTINGS)
 # Kinds that work with one solver alone, the one that their authors use.
 OWN_SOLVER = {"pfdiff": "ddim", "ays": "dpmsolver++"}
+# What timesteps are interpolated from; by it cells are told from those of ten levels.
+AYS_SETTING = "11 levels"
 STAGES = {"morse": 1, "baseline": 2, "reuse": 3}  # what is not named comes last
 
 
@@ -70,7 +72,7 @@ def _methods(config: "BenchmarkConfig", solver: str) -> Iterator[Method]:
         if not wanted:
             continue
         for ratio in ratios if kind in PLANNED else (1.0,):
-            yield Method(solver, kind, ratio)
+            yield Method(solver, kind, ratio, AYS_SETTING if kind == "ays" else "")
         if kind == "morse" and solver in config.planned_solvers:
             yield Method(solver, kind, setting=AS_PLANNED)
     for peer in config.chosen_peers if asked and has_controls else ():

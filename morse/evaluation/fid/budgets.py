@@ -10,7 +10,7 @@ import torch
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import make_conditions
 from morse.evaluation.digests import state_sha256
-from morse.evaluation.fid.folders import read_settings, threads_notes
+from morse.evaluation.fid.folders import made_with, threads_notes
 from morse.evaluation.fid.generation import Recipe, Request, check_folder, generate
 from morse.evaluation.progress import progress_bar
 from morse.evaluation.prompts import read_prompts
@@ -43,12 +43,13 @@ def generate_all(
     pipe = _load_pipeline(config, device)
     asked = read_prompts(config.prompts), config.class_names
     conditions = make_conditions(pipe, *asked, guidance_scale=config.guidance_scale)
+    dropped = _drop_safety_checker(pipe)
     request = Request(
         num_images=config.num_images,
         seed=config.seed,
         batch_size=config.batch_size,
         conditions=conditions,
-        settings=_settings(config, pipe, device),
+        settings={**_settings(config, pipe, device), **dropped},
     )
     rows, recipes = [], list(_recipes(config, pipe))
     for recipe in recipes:  # before any is sampled
@@ -60,16 +61,12 @@ def generate_all(
         row = _row(recipe, folder, pipe) | {"fallbacks": fallbacks}
         row |= _cost(recipe, changed, config.num_images, pipe.speed_ratio)
         notes = [*_notes(config, pipe, recipe, fallbacks), *threads_notes(folder)]
-        made_with = {k: v for k, v in read_settings(folder).items() if k != "prompts"}
-        rows.append({**row, "made_with": made_with, "notes": notes})
+        rows.append({**row, "made_with": made_with(folder), "notes": notes})
     return rows
 
 
 def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipeline":
-    """Load the pipeline, with its Dot if there is one, and the N that plans are made with.
-
-    A safety checker is left out, as by `morse bench`: images that it blacks out would be measured.
-    """
+    """Load the pipeline, with its Dot if there is one, and the N that plans are made with."""
     from morse.pipeline import MorsePipeline
 
     pipe = MorsePipeline.from_pretrained(
@@ -78,8 +75,6 @@ def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipel
     if config.scheduler is not None or config.timestep_spacing is not None:
         MorsePipeline.from_pipe(pipe, scheduler=_make_scheduler(config, pipe.scheduler))
     pipe.set_progress_bar_config(disable=True)
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.register_modules(safety_checker=None)
     if config.speed_ratio is not None:
         pipe.speed_ratio = config.speed_ratio
     if config.lsd and pipe.dot is None:
@@ -96,6 +91,18 @@ def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipel
             "use; or run `morse plan`, which saves it with the Dot"
         )
     return pipe
+
+
+def _drop_safety_checker(pipe: "DiffusionPipeline") -> dict[str, object]:
+    """Leave a safety checker out, as `morse bench` does: what it blacks out would be measured.
+
+    Returns:
+        What to record of it with the images; {} where there is none.
+    """
+    if getattr(pipe, "safety_checker", None) is None:
+        return {}
+    pipe.register_modules(safety_checker=None)
+    return {"safety_checker": "left out"}
 
 
 def _make_scheduler(config: "FidConfig", own: "SchedulerMixin") -> "SchedulerMixin":
@@ -153,6 +160,8 @@ def _settings(
     """
     from morse.denoisers import find_denoiser
 
+    # Another class' spacing, left in the config, is of no effect.
+    unspaced = "timestep_spacing" not in own_parameters(pipe.scheduler)
     threads = {"num_threads": [torch.get_num_threads()]} if device.type == "cpu" else {}
     return {
         "pipeline": config.pipeline,
@@ -160,7 +169,9 @@ def _settings(
         "dot_sha256": None if pipe.dot is None else state_sha256(pipe.dot),
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": {
-            key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")
+            key: value
+            for key, value in pipe.scheduler.config.items()
+            if not (key.startswith("_") or (key == "timestep_spacing" and unspaced))
         },
         "dtype": config.dtype,
         "device": device.type,

@@ -37,6 +37,12 @@ def run_fid(config: FidConfig) -> dict[str, object] | None:
         if config.lpips:
             check_lpips_weights(config.lpips_weights)
         if measures_nothing(config, extractor):
+            if config.pipeline is None:  # so there is nothing to do
+                raise ValueError(
+                    f"of {config.fake} alone extractor {config.extractor} measures nothing; give "
+                    "--real, or for images alone --extractor inception or fashion-mnist, which "
+                    "have classes, or clip with --prompts"
+                )
             print(NOTHING)
     rows = generate_all(config, state, device) if config.pipeline is not None else None
     is_main = state.is_main_process

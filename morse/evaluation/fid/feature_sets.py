@@ -23,6 +23,7 @@ from morse.evaluation.metrics import feature_statistics
 from morse.files import write_bytes
 
 STATISTICS_SUFFIX = ".npz"
+FASHION_RESOLUTION = 32  # of the images that the package's statistics are of
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ def load_feature_set(
             raise ValueError(
                 f"{FASHION_MNIST} stands for statistics of extractor {FASHION_MNIST}, but "
                 f"extractor is {extractor.name}; give the images, or --extractor {FASHION_MNIST}"
+            )
+        if options.resolution not in (None, FASHION_RESOLUTION):
+            raise ValueError(
+                f"resolution is {options.resolution}, but {FASHION_MNIST} stands for statistics of "
+                f"images of {FASHION_RESOLUTION}x{FASHION_RESOLUTION}; leave it out, or give the "
+                "images as --real"
             )
         return FeatureSet("Fashion-MNIST's training images", *load_reference(), 60_000)
     if source.endswith(STATISTICS_SUFFIX):

@@ -1,6 +1,7 @@
 """Folders of generated images: what they were made with, and which of them are there."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from morse.files import write_json
 
 FALLBACKS = "fallbacks-*.json"  # * is the batch's first image
 _THREADS = "num_threads"
+_CONFIG, _SPACING = "scheduler_config", "timestep_spacing"
 
 
 def image_file(folder: Path, index: int) -> Path:
@@ -35,6 +37,20 @@ def read_settings(folder: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
+def made_with(folder: Path) -> dict[str, object]:
+    """Return what is recorded of a folder's images, for a result: without prompts, plain JSON."""
+    return {k: _plain(v) for k, v in read_settings(folder).items() if k != "prompts"}
+
+
+def _plain(value: object) -> object:
+    """Write infinities, which some schedulers' configs hold and JSON does not know, as text."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def check_settings(folder: Path, content: Mapping[str, object]) -> None:
     """Check that a folder is free, or that its images are the first of those to be made.
 
@@ -50,6 +66,9 @@ def check_settings(folder: Path, content: Mapping[str, object]) -> None:
     may_differ = {_THREADS: before[_THREADS]} if _THREADS in before else {}
     if 0 < before.get("num_images", 0) < content["num_images"]:
         may_differ["num_images"] = before["num_images"]
+    own, noted = (each.get(_CONFIG, {}) for each in (content, before))
+    if _SPACING in noted and _SPACING not in own:  # earlier versions noted what was of no effect
+        may_differ[_CONFIG] = {**own, _SPACING: noted[_SPACING]}
     check_images(folder, _without_threads(content) | may_differ)
 
 

@@ -13,6 +13,7 @@ from morse.evaluation.report.data import (
     read_axes,
     used_seeds,
 )
+from morse.evaluation.stats.lossless import margins_left_over
 
 BESTS = (BEST_TRAINING_FREE, BEST_WITH_MIXTURE)
 NOT_FIXED = "it comes from the run itself and was not fixed beforehand; with few images it is wide."
@@ -133,7 +134,9 @@ def _margin_words(result: Result) -> list[str]:
     for source, axes in found.items():
         of = f" ({'; '.join(axes)})" if len(found) > 1 or source == "given" else ""
         words.append(f"δ{of} {ORIGINS[source].format(num_seeds)}")
-    return words
+    measured = [axis.name for axis in read_axes(result)]
+    left_over = margins_left_over(result["settings"].get("lossless_delta") or (), measured)
+    return [*words, left_over] if left_over else words
 
 
 def _lossless_text(entries: list[Measured]) -> str:

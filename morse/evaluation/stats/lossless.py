@@ -1,6 +1,6 @@
 """The lossless test: is a method surely no worse than the baseline with more budget?"""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -32,6 +32,17 @@ def read_deltas(texts: Iterable[str]) -> dict[str, float]:
             )
         deltas[name] = delta
     return deltas
+
+
+def margins_left_over(texts: Iterable[str], measured: Collection[str]) -> str:
+    """Say which of the margins that were given are of axes that are not `measured`; "" for none."""
+    lacking = [name for name in read_deltas(texts) if name not in measured]
+    if not lacking:
+        return ""
+    return (
+        f"Of no use is the margin given for {', '.join(lacking)}, which is not measured here; the "
+        f"axes are {', '.join(measured)}."
+    )
 
 
 def lossless_test(

@@ -89,7 +89,7 @@ def _row(point: Point, axes: Sequence[str]) -> dict[str, object]:
         "num_dash": first.num_dash,
         "num_dot": first.num_dot,
         "plan": first.plan,
-        OPTIONS: first.scheduler_options,
+        **({} if first.scheduler_options is None else {OPTIONS: first.scheduler_options}),
         "fallbacks": dict(fallbacks),
         "engaged": all(cell.engaged for cell in cells),
         "note": "; ".join(dict.fromkeys(cell.note for cell in cells if cell.note)),
