@@ -30,7 +30,7 @@ _SOLVER_OPTIONS = ("algorithm_type", "solver_order", "solver_type", "clean_above
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """The best plan found for a scheduler and a budget.
+    """A plan found for a scheduler and a budget: the best, or one beside it (`planning.beside`).
 
     Attributes:
         lsd: The budget.
@@ -38,7 +38,8 @@ class SavedPlan:
         scheduler: Options of the scheduler that lay its grid, such as {"timestep_power": 1.5} or
             `LeapfrogScheduler`'s "fitted_steps", set for the call.
         speed_ratio: N that the plan was searched with.
-        psnr: In dB, to many steps from the same noise, on the calibration set.
+        psnr: In dB, to many steps from the same noise, on the calibration set; None where it is not
+            the best, or not known.
         uniform_psnr: The same of the best uniform plan, all Dash among them.
         num_images: Size of the calibration set.
         solver_options: What makes the scheduler's class the solver that the plan is for, as
@@ -127,10 +128,10 @@ def find_saved_plan(
 def chooses_timesteps(arguments: Mapping[str, object]) -> bool:
     """Tell whether a pipeline's call chooses or cuts its timesteps itself.
 
-    At a strength of 1, which inpainting has by default, it makes whole runs.
+    At a strength of 1, which Stable Diffusion's inpainting has by default, it makes whole runs.
     """
-    strengths = (arguments.get(name) for name in ("strength", "denoise_strength"))
-    is_cut = any(strength is not None and strength < 1 for strength in strengths)
+    strength = arguments.get("strength")
+    is_cut = isinstance(strength, (int, float)) and strength < 1
     return is_cut or any(arguments.get(name) is not None for name in _CHOOSE_TIMESTEPS)
 
 

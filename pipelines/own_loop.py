@@ -19,7 +19,8 @@ def sample(
 
     The scheduler has to be deterministic and to evaluate once a step (DDIM, DPM-Solver++, UniPC,
     Euler, leapfrog, ...). What a pipeline does besides is not done here: guidance (call Dot with a
-    jump of each branch), Dots with `history` or of guided estimates, and their mixture.
+    jump of each branch), Dots with `history`, of guided estimates or of a `base_space` other than
+    "raw", and their mixture.
     """
     scheduler.set_timesteps(len(plan), device=latents.device)
     latents, jump = latents * scheduler.init_noise_sigma, None

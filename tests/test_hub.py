@@ -217,12 +217,12 @@ class TestCards:
 
     def test_searched_plans_are_told(self, tmp_path):
         dot = MorseDot.from_dash(text_pipe().unet, 1)
-        assert "LSD of searched plans" not in self.card(dot, tmp_path / "without").text
+        assert "LSD of saved plans" not in self.card(dot, tmp_path / "without").text
         saved = [{"lsd": 4, "plan": "DoDD"}, {"lsd": 5.5, "plan": "DDDDD"}]
         saved.append({"lsd": 4, "plan": "DDDD", "solver_options": {"clean_above": 1e9}})
         dot.register_to_config(plans={"LeapfrogScheduler": saved})
         text = self.card(dot, tmp_path / "with").text
-        assert "| LSD of searched plans | LeapfrogScheduler: 4, 5.5 |" in text
+        assert "| LSD of saved plans | LeapfrogScheduler: 4, 5.5 |" in text
 
     def test_what_is_not_known_is_not_made_up(self, tmp_path):
         dot = MorseDot.from_dash(text_pipe().unet, 1)

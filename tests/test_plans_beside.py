@@ -4,14 +4,19 @@ import pytest
 from evaluation_fixtures import QUICK_PLAN
 from tiny_text import text_pipeline
 
-from morse import MorseDot, MorsePipeline
+from morse import MorseDot, MorsePipeline, MorsePlan, enable_morse
 from morse.evaluation.planning import command
 from morse.evaluation.planning.beside import bare_from, next_budget, without_dot
-from morse.evaluation.planning.command import PlanConfig, run_plan
+from morse.evaluation.planning.command import PlanConfig, make_spend, run_plan
 from morse.evaluation.planning.search import Candidate, Found
 
 FITTED = (("fitted_steps", ((999.0, 0.0),)),)
 GRID = (("timestep_power", 1.25),)
+
+
+def spend(plan, budget, speed_ratio=2.0):
+    """As `make_spend` gives it for a solver that can make plans of any length."""
+    return plan + "D" * int(budget - MorsePlan.from_string(plan).cost(speed_ratio))
 
 
 def found(plan, options=FITTED, **fitted):
@@ -34,7 +39,7 @@ class TestBareFrom:
             assert candidate.options == GRID  # the best grid of all Dash
             return 31.0 if len(candidate.plan) >= first else 29.0
 
-        assert bare_from(found(plan, options), evaluate, 4, 9, 2.0) == (
+        assert bare_from(found(plan, options), evaluate, 4, 9, spend) == (
             first, Candidate("D" * first, GRID)
         )  # fmt: skip
         own = [each.plan for each in asked if each.options == options]
@@ -45,22 +50,39 @@ class TestBareFrom:
 
     def test_where_it_never_is_nothing_is_saved(self):
         assert (
-            bare_from(found("DDDD"), lambda each, _: float(each.options == FITTED), 4, 9, 2) is None
+            bare_from(found("DDDD"), lambda each, _: float(each.options == FITTED), 4, 9, spend)
+            is None
         )
 
     def test_what_is_the_bare_solver_itself_is_not_compared(self):
-        assert bare_from(found("DDDD", GRID), None, 4, 9, 2.0) is None
+        assert bare_from(found("DDDD", GRID), None, 4, 9, spend) is None
+
+    def test_fitted_steps_are_no_grid_of_the_bare_solver(self):
+        """A second search of a budget tries those that the first one found."""
+        known = found("DDoDo")
+        known.tried[Candidate("DDDD", FITTED)] = 35.0
+        _, bare = bare_from(known, lambda each, _: float(each.options == GRID), 4, 9, spend)
+        assert bare.options == GRID
 
     def test_next_to_another_budget_there_is_none_between(self):
-        assert bare_from(found("DDDD"), None, 4, 5, 2.0) is None
+        assert bare_from(found("DDDD"), None, 4, 5, spend) is None
 
 
 @pytest.mark.parametrize(("budgets", "expected"), [((4, 8), 6), ((4, 5), 5), ((), 6)])
 def test_the_next_budget_is_saved_or_searched(budgets, expected):
-    bare = {"lsd": 5, "plan": "DDDDD", "scheduler": {"timestep_power": 1.0}}
-    own = {"lsd": 6, "plan": "DoDDoD", "scheduler": {}}
+    bare = {"lsd": 5, "plan": "DDDDD", "scheduler": {"timestep_power": 1.0}, "psnr": None}
+    own = {"lsd": 6, "plan": "DoDDoD", "scheduler": {}, "psnr": 30.0}
     assert next_budget(4, [bare, own], budgets) == expected
+    searched = bare | {"psnr": 28.0}
+    assert next_budget(4, [searched, own], ()) == 5
     assert next_budget(4, [], ()) == 9
+
+
+def test_heuns_plans_have_lengths_that_it_can_make(make_pipe):
+    run = make_spend(enable_morse(make_pipe("heun"), None), 2.0)
+    assert run("D", 10) == "D" * 9
+    # 3 Dash and 2 Dot, and 4 of 8 LSD for more Dash: of 9 evaluations 7 can be Dash's.
+    assert len(run("DDoDo", 8)) == 9 and MorsePlan.from_string(run("DDoDo", 8)).cost(2.0) <= 8
 
 
 def test_a_slow_dot_gets_the_best_fit_without_it():

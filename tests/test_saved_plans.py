@@ -23,7 +23,6 @@ def power(pipe):
     [
         ({"strength": 0.8}, True),
         ({"strength": 1.0, "num_inference_steps": None}, False),  # as inpainting has it
-        ({"strength": 1.0, "denoise_strength": 0.5}, True),
         ({"strength": None}, False),
         ({"strength": 1.0, "num_inference_steps": 5}, True),
         ({"timesteps": [999]}, True),

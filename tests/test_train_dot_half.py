@@ -84,7 +84,8 @@ def test_it_learns_as_in_full_precision(arguments, build_unet, kind, precision):
     given = arguments(pipe, *CACHE, *precision)
     folder, half = train(given)
     assert abs(half - full) < 0.02
-    frozen = load_frozen_pipeline(parse_config(TrainDotConfig, given), torch.device("cpu"))
+    device = torch.device("cuda" if precision is FLOAT16 else "cpu")
+    frozen = load_frozen_pipeline(parse_config(TrainDotConfig, given), device)
     dtype = getattr(torch, precision[1])
     assert {module.dtype for module in (frozen.dash.model, *frozen.encoder.models)} == {dtype}
     assert frozen.codec is None or frozen.codec.vae.dtype == torch.float32

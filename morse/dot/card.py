@@ -63,7 +63,7 @@ def dot_rows(dot: ModelMixin) -> dict[str, object]:
         name: ", ".join(dict.fromkeys(f"{entry['lsd']:g}" for entry in saved))
         for name, saved in (config.plans or {}).items()
     }
-    searched = {"LSD of searched plans": _pairs(plans)} if plans else {}
+    searched = {"LSD of saved plans": _pairs(plans)} if plans else {}
     gate = {} if config.gate is None else {"gate on the residual": "fitted, in `config.json`"}
     return {
         "Dash": f"{fingerprint['class']}, {fingerprint['parameters']:,} parameters",

@@ -21,7 +21,7 @@ from morse.training.conditions import ConditionTable
 from morse.training.config import TrainDotConfig
 from morse.training.frozen import FrozenPipeline
 from morse.training.guidance import Conditions
-from morse.training.shards import digest, gather_rows, make_shards, read_shard
+from morse.training.shards import digest, gather_rows, make_shards, read_shard, require_noted
 from morse.training.source import ConditionedImages, describe_data, draw_windows
 from morse.training.windows import Window
 
@@ -151,6 +151,7 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
         ],
         "schedule": digest(repr(pipeline.dash.schedule.sigmas.tolist())),
         "prediction_type": pipeline.dash.prediction_type,
+        "dtype": config.dtype,
         "resolution": pipeline.resolution,
         "windows": config.cache_pairs,
         "window_steps": config.window_steps,
@@ -159,11 +160,8 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
         "seed": config.seed,
         "captions": digest(repr(source.table.values)) if kind == "text" else None,
     } | describe_data(source, config)
-    # What is as it always was is not said, so that older caches serve.
     if numbers is not None:
         description["conditions"] = conditions
-    if config.dtype != "float32":
-        description["dtype"] = config.dtype
     return description
 
 
@@ -178,6 +176,8 @@ def prepare_cache(
         ValueError: If the folder holds a cache made with other settings.
     """
     folder = config.cache_dir or config.output_dir / "pairs"
+    if config.dtype != "float32":  # in which all caches were that do not note it
+        require_noted(folder, "dtype")
     total, shard_bytes = config.cache_pairs, window_shards(source, config)
     size = choose_rows(folder, SHARD_WINDOWS, shard_bytes)
     on_disk = size_on_disk(total, size, shard_bytes)

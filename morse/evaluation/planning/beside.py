@@ -4,10 +4,9 @@
 they are. By then the bare solver, which spends all of the budget, may have become better.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from morse.evaluation.planning.search import Candidate, Evaluate, Found
-from morse.plan import MorsePlan
 
 
 def without_dot(found: Found) -> Candidate | None:
@@ -22,7 +21,7 @@ def without_dot(found: Found) -> Candidate | None:
 
 
 def bare_from(
-    found: Found, evaluate: Evaluate, lsd: int, stop: int, speed_ratio: float
+    found: Found, evaluate: Evaluate, lsd: int, stop: int, spend: Callable[[str, int], str]
 ) -> tuple[int, Candidate] | None:
     """Find the least budget at which the bare solver is better than what would be run there.
 
@@ -32,27 +31,29 @@ def bare_from(
         found: What the search for `lsd` ended with.
         evaluate: Judges a candidate.
         lsd: The budget.
-        stop: The least budget above it that another plan is saved for, or 2 * lsd + 1.
-        speed_ratio: N.
+        stop: The least budget above it that has a plan or will be searched, or 2 * lsd + 1.
+        spend: (plan, budget) -> the plan with what is left of the budget spent on Dash, of a length
+            that the solver can make.
 
     Returns:
-        That budget, with as many evaluations of Dash on the grid that was best for `lsd`; None if
-        there is none below `stop`.
+        That budget, with all of it spent on Dash, on the plain grid that was best for `lsd`; None
+        if there is none below `stop`.
     """
     best, is_fitted = found.best, _is_fitted(found.best.options)
-    bare = [each for each in found.tried if set(each.plan) == {"D"}]
-    if stop <= lsd + 1 or not bare or not (is_fitted or set(best.plan) - {"D"}):
+    bare = [each for each in found.tried if _is_plain(each.plan, each.options)]
+    if stop <= lsd + 1 or not bare or _is_plain(best.plan, best.options):
         return None
     grid = max(bare, key=found.tried.__getitem__).options
-    rest = -MorsePlan.from_string(best.plan).cost(speed_ratio) + 1e-9
+    as_it_is = evaluate(best, True) if is_fitted else None
 
     def all_dash(budget: int) -> Candidate:
-        return Candidate("D" * budget, grid)
+        return Candidate(spend("D", budget), grid)
 
     def is_better(budget: int) -> bool:
-        further = "" if is_fitted else "D" * max(0, int(budget + rest))
-        run = Candidate(best.plan + further, best.options)
-        return evaluate(all_dash(budget), True) > evaluate(run, True)
+        run = as_it_is
+        if run is None:
+            run = evaluate(Candidate(spend(best.plan, budget), best.options), True)
+        return evaluate(all_dash(budget), True) > run
 
     low, high = lsd, stop - 1
     if not is_better(high):
@@ -70,9 +71,13 @@ def next_budget(lsd: int, known: Sequence[Mapping[str, object]], budgets: Sequen
 
 
 def is_bare(entry: Mapping[str, object]) -> bool:
-    """Tell whether a saved plan is nothing but the bare solver, as `bare_from` gives it."""
-    return set(entry["plan"]) == {"D"} and not _is_fitted(entry["scheduler"].items())
+    """Tell whether a saved plan is one of `bare_from`; plans that were searched have a PSNR."""
+    return entry.get("psnr") is None and _is_plain(entry["plan"], entry["scheduler"].items())
 
 
-def _is_fitted(options: Sequence[tuple[str, object]]) -> bool:
+def _is_plain(plan: str, options: Iterable[tuple[str, object]]) -> bool:
+    return set(plan) == {"D"} and not _is_fitted(options)
+
+
+def _is_fitted(options: Iterable[tuple[str, object]]) -> bool:
     return any(name == "fitted_steps" for name, _ in options)

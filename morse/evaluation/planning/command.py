@@ -88,7 +88,8 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
             found = search_plan(evaluate, space, starts, config.max_rounds)
             if fits and solver == "leapfrog":
                 found = fit_best(config, found, evaluate, pipe, fitted_on, curves, known)
-            bare = bare_from(found, evaluate, lsd, stop, speed_ratio) if pipe.dot else None
+            spend = make_spend(pipe, speed_ratio)
+            bare = bare_from(found, evaluate, lsd, stop, spend) if pipe.dot else None
         best = _saved(config, pipe, lsd, found.best, speed_ratio, found)
         saved = [best]
         if second := without_dot(found):
@@ -98,7 +99,9 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
         kept = [entry for entry in plans.get(name, ()) if entry not in replaced]
         kept += [each.to_config() for each in saved]
         plans[name] = sorted(kept, key=lambda entry: entry["lsd"])
-        report.append(describe(solver, best, found))
+        report.append(
+            describe(solver, best, found) | {"beside": [each.to_config() for each in saved[1:]]}
+        )
         print(
             f"{solver} {lsd} LSD: {best.plan} ({best.grid}) {best.psnr:.2f} dB "
             f"(uniform {found.uniform.plan}: {best.uniform_psnr:.2f} dB)"
@@ -206,6 +209,17 @@ def make_shorten(pipe: "MorsePipeline") -> Callable[[str], str]:
     """Give a function that shortens a plan to a length that the pipeline's solver can make."""
 
     return cache(lambda plan: str(shorten_plan(pipe, {}, MorsePlan.from_string(plan))[0]))
+
+
+def make_spend(pipe: "MorsePipeline", speed_ratio: float) -> Callable[[str, int], str]:
+    """Give a function that spends what a plan leaves of a budget on Dash, as `lsd=` does."""
+
+    def spend(plan: str, budget: int) -> str:
+        rest = budget - MorsePlan.from_string(plan).cost(speed_ratio)
+        whole = MorsePlan.from_string(plan + "D" * int(rest + 1e-9))
+        return str(shorten_plan(pipe, {}, whole, (budget, speed_ratio))[0])
+
+    return spend
 
 
 def _spacing(pipe: "MorsePipeline") -> dict[str, object]:
