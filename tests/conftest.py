@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 from collections import Counter
 from functools import partial
 
@@ -40,6 +41,14 @@ def _same_draws_in_any_order():
     torch.random.default_generator.manual_seed(0)
     if _HAS_CUDA:
         torch.cuda.manual_seed_all(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _precision_of_its_own():
+    """accelerate has one precision for a process: that of a file's trainings must not stay."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -90,18 +90,11 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
                 found = fit_best(config, found, evaluate, pipe, fitted_on, curves, known)
             spend = make_spend(pipe, speed_ratio)
             bare = bare_from(found, evaluate, lsd, stop, spend) if pipe.dot else None
-        best = _saved(config, pipe, lsd, found.best, speed_ratio, found)
-        saved = [best]
-        if second := without_dot(found):
-            saved.append(_saved(config, pipe, lsd, second, speed_ratio))
-        if bare:
-            saved.append(_saved(config, pipe, *bare, speed_ratio))
+        best, *beside = _to_save(config, pipe, lsd, found, bare, speed_ratio)
         kept = [entry for entry in plans.get(name, ()) if entry not in replaced]
-        kept += [each.to_config() for each in saved]
+        kept += [each.to_config() for each in (best, *beside)]
         plans[name] = sorted(kept, key=lambda entry: entry["lsd"])
-        report.append(
-            describe(solver, best, found) | {"beside": [each.to_config() for each in saved[1:]]}
-        )
+        report.append(describe(solver, best, beside, found))
         print(
             f"{solver} {lsd} LSD: {best.plan} ({best.grid}) {best.psnr:.2f} dB "
             f"(uniform {found.uniform.plan}: {best.uniform_psnr:.2f} dB)"
@@ -124,6 +117,23 @@ def _space(
         with_mixture=pipe.dot is not None and pipe.dot.mixture is not None,
         shorten=make_shorten(pipe),
     )
+
+
+def _to_save(
+    config: PlanConfig,
+    pipe: "MorsePipeline",
+    lsd: int,
+    found: Found,
+    bare: tuple[int, Candidate] | None,
+    speed_ratio: float,
+) -> list[SavedPlan]:
+    """List the best plan, and what is saved beside it."""
+    plans = [_saved(config, pipe, lsd, found.best, speed_ratio, found)]
+    if second := without_dot(found):
+        plans.append(_saved(config, pipe, lsd, second, speed_ratio))
+    if bare is not None:
+        plans.append(_saved(config, pipe, *bare, speed_ratio))
+    return plans
 
 
 def _saved(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,9 @@ def earlier_searches(config: PlanConfig) -> list[dict[str, object]]:
     return [each for each in earlier if (each["solver"], each["lsd"]) not in again]
 
 
-def describe(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:
+def describe(
+    solver: str, saved: SavedPlan, beside: Sequence[SavedPlan], found: Found
+) -> dict[str, object]:
     """Give what the report says of one search, the plans that were tried best first."""
 
     def judged(values: dict[Candidate, float]) -> list[dict[str, object]]:
@@ -52,6 +55,7 @@ def describe(solver: str, saved: SavedPlan, found: Found) -> dict[str, object]:
     return {
         "solver": solver,
         **saved.to_config(),
+        "beside": [each.to_config() for each in beside],
         "uniform": {"plan": found.uniform.plan, "scheduler": dict(found.uniform.options)},
         "tried": judged(found.tried),
         "fits": judged(found.fitted),
