@@ -113,8 +113,8 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     # The same command would measure another Dot, whose plans were searched meanwhile.
     load = pipelines.load_bare
 
-    def load_changed(*args):
-        bare, dot = load(*args)
+    def load_changed(*args, **options):
+        bare, dot = load(*args, **options)
         dot.register_to_config(plans={"DDIMScheduler": [SavedPlan(3, "DDD").to_config()]})
         return bare, dot
 
@@ -175,3 +175,32 @@ def test_bad_settings_are_named(tmp_path):
     other.write_text(json.dumps({"schema_version": 99}))
     with pytest.raises(ValueError, match="schema_version is 99"):
         run_benchmark(BenchmarkConfig(from_json=other, output_dir=tmp_path))
+
+
+def test_networks_in_half_precision(config, tmp_path):
+    kinds = ("baseline", "morse", "reuse", "extrapolation", "pfdiff", "independent", "shrunk")
+    result = run_benchmark(
+        dataclasses.replace(
+            config,
+            dtype="bfloat16",
+            kinds=kinds,
+            seeds=(0,),
+            lossless_delta=(),
+            num_replicates=0,
+            output_dir=tmp_path,
+        )
+    )
+    assert result["dtype"] == "bfloat16" and result["not_measured"] == []
+    assert {row["kind"] for row in result["rows"]} == set(kinds)
+    assert all(not row["fallbacks"] for row in result["rows"])
+    with pytest.raises(ValueError, match="dtype is 'float32', but the run in .* has 'bfloat16'"):
+        run_benchmark(
+            dataclasses.replace(
+                config, kinds=kinds, seeds=(0,), lossless_delta=(), resume=True, output_dir=tmp_path
+            )
+        )
+
+
+def test_one_precision_is_chosen(config):
+    with pytest.raises(ValueError, match="dtype is float16 and mixed_precision fp16; leave one"):
+        dataclasses.replace(config, dtype="float16", mixed_precision="fp16")

@@ -71,13 +71,20 @@ def _cpu_name() -> str:
     return names[0] if names else f"{platform.machine()} CPU"
 
 
-def environment(device: torch.device, mixed_precision: str = "no") -> dict[str, object]:
-    """Return the device, the precision and the versions, ready for JSON."""
+def environment(
+    device: torch.device, mixed_precision: str = "no", dtype: str = "float32"
+) -> dict[str, object]:
+    """Return the device, the precision and the versions, ready for JSON.
+
+    Args:
+        device: Where it ran.
+        mixed_precision: The autocast of networks in float32, if any.
+        dtype: The networks' own.
+    """
+    autocast = {"no": dtype, "fp16": "float16 autocast", "bf16": "bfloat16 autocast"}
     return {
         "device": device_name(device),
-        "dtype": {"no": "float32", "fp16": "float16 autocast", "bf16": "bfloat16 autocast"}[
-            mixed_precision
-        ],
+        "dtype": autocast[mixed_precision],
         "cudnn_allows_tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
         "torch": torch.__version__,
         **{name: version(name) for name in ("diffusers", "morse-diffusion")},

@@ -144,6 +144,6 @@ def measure_architectures(config: BenchmarkConfig) -> dict[str, object]:
         batch_sizes=sizes,
         modes=tuple(mode for mode, chosen in modes.items() if chosen),
         reduced=device.type == "cpu",
-        dtype=AUTOCAST.get(config.mixed_precision, torch.float32),
+        dtype=AUTOCAST.get(config.mixed_precision, getattr(torch, config.dtype)),
     )
     return run_architectures(config.arch, device, settings, target)

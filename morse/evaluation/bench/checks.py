@@ -27,6 +27,10 @@ def check_settings(config: "BenchmarkConfig") -> None:
     check_solvers((*config.solvers, *config.control_solvers, *config.planned_solvers))
     for name in config.arch:
         find_architecture(name)
+    if config.dtype != "float32" and config.mixed_precision != "no":
+        raise ValueError(
+            f"dtype is {config.dtype} and mixed_precision {config.mixed_precision}; leave one away"
+        )
     if config.compile and config.cuda_graphs:
         raise ValueError("compile is True and so is cuda_graphs; choose one")
     if config.flops_only and not config.arch:

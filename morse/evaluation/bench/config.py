@@ -194,8 +194,12 @@ class BenchmarkConfig:
         default=False,
         metadata={"help": "with --arch: count FLOPs of the full-size models and time nothing"},
     )
+    dtype: Literal["float32", "float16", "bfloat16"] = field(
+        default="float32",
+        metadata={"help": "of the networks; the two shorter ones take half the memory"},
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
-        default="no", metadata={"help": "autocast of the networks"}
+        default="no", metadata={"help": "autocast of networks in float32"}
     )
     device: str = field(
         default="auto", metadata={"help": "cpu, cuda or another torch device; auto takes a GPU"}
@@ -224,7 +228,14 @@ class BenchmarkConfig:
         names = ("pipeline", "dot", "independent_dot", "num_images", "batch_size", "speed_ratio")
         names += ("num_reference_images", "merge_lora", "mixed_precision", "device", "compile")
         # No cell depends on the margins, but they are to be chosen before there is one.
-        names += ("cuda_graphs", "prompts", "class_names", "prompt_embeds", "lossless_delta")
+        names += (
+            "cuda_graphs",
+            "prompts",
+            "class_names",
+            "prompt_embeds",
+            "lossless_delta",
+            "dtype",
+        )
         # Earlier versions called it so, and their runs go on.
         settings = as_json(self)
         return {name: settings[name] for name in names} | {"features": settings["extractor"]}

@@ -120,7 +120,7 @@ def compared_seeds(part: Part) -> tuple[list[int], list[dict[str, int]]]:
 def conditions_facts(part: Part) -> dict[str, object]:
     """Tell what every part's figures were measured with: device, versions, extractor, reference."""
     facts = {
-        **environment(part.bench.device, part.config.mixed_precision),
+        **environment(part.bench.device, part.config.mixed_precision, part.config.dtype),
         "pipeline_class": part.bench.pipeline_class,
         "reference": f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps, the same noise",
     }

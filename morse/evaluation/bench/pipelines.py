@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from morse.denoisers import find_denoiser
 from morse.dot.fingerprint import fingerprint
 from morse.evaluation.bench.loading import (
@@ -44,7 +46,8 @@ class Pipelines:
         from morse.pipeline import MorsePipeline
 
         self._merge_lora = config.merge_lora
-        self.bare, dot = load_bare(config.pipeline, config.dot, config.device)
+        dtype = getattr(torch, config.dtype)
+        self.bare, dot = load_bare(config.pipeline, config.dot, config.device, dtype=dtype)
         self.models = {"dash": fingerprint(find_denoiser(self.bare)), "dot_sha256": dot_sha256(dot)}
         self._is_conditional = not isinstance(self.bare, SolverPipeline)
         self._obstacles = self._find_obstacles()
@@ -55,7 +58,7 @@ class Pipelines:
         }
         self.main = self.by_solver[REFERENCE_SOLVER]
         set_merged(self.main, config.merge_lora)
-        self.shrunk = self._load_shrunk(config.independent_dot)
+        self.shrunk = self._load_shrunk(config.independent_dot, dtype)
         if self.shrunk is not None:
             self.models["independent_dot_sha256"] = dot_sha256(self.shrunk.dot)
         # Made once: to enable Morse anew would make its Dot be compiled anew.
@@ -102,13 +105,13 @@ class Pipelines:
             and (why := flow_obstacle(solver, self.bare.scheduler.config))
         }
 
-    def _load_shrunk(self, independent_dot: str | None) -> "ShrunkDash | None":
+    def _load_shrunk(self, independent_dot: str | None, dtype: torch.dtype) -> "ShrunkDash | None":
         from morse.evaluation.bench.controls import ShrunkDash
         from morse.pipeline import load_dot
 
         if independent_dot is None:
             return None
-        dot = load_dot(independent_dot).to(self.main.device)
+        dot = load_dot(independent_dot, dtype=dtype).to(self.main.device)
         use_fast_layout(dot, self.main.device)
         if self._merge_lora:
             dot.merge_lora()

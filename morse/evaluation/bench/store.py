@@ -18,7 +18,7 @@ from morse.files import write_json
 from morse.training.checkpoint import atomic_save_file
 
 # What a run of a version counts as that did not know these settings: that they were not given.
-_ABSENT = {"lossless_delta": []}
+_ABSENT = {"lossless_delta": [], "dtype": "float32"}
 
 
 @dataclass(frozen=True, eq=False)

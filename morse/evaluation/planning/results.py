@@ -100,7 +100,7 @@ def write_found(
         main.dot.save_pretrained(config.output_dir)
     facts = {
         "command": command_line(),
-        "environment": environment(main.device, config.mixed_precision),
+        "environment": environment(main.device, config.mixed_precision, config.dtype),
         "speed_ratio": speed_ratio,
         "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps",
         "settings": as_json(config),
