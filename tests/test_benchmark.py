@@ -193,7 +193,7 @@ def test_networks_in_half_precision(config, tmp_path):
     assert result["dtype"] == "bfloat16" and result["not_measured"] == []
     assert {row["kind"] for row in result["rows"]} == set(kinds)
     assert all(not row["fallbacks"] for row in result["rows"])
-    with pytest.raises(ValueError, match="dtype is 'float32', but the run in .* has 'bfloat16'"):
+    with pytest.raises(ValueError, match=r"dtype is 'float32', but the run in .* has 'bfloat16'"):
         run_benchmark(
             dataclasses.replace(
                 config, kinds=kinds, seeds=(0,), lossless_delta=(), resume=True, output_dir=tmp_path

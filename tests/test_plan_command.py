@@ -164,8 +164,9 @@ def test_steps_are_fitted_to_stable_diffusion_3_in_half_precision(tmp_path, monk
     settings = {**QUICK_PLAN, "device": "cpu", "dtype": "bfloat16", "fit_margin": 99.0}
     settings |= {"prompts": PROMPTS, "guidance_scale": 4.0, "output_dir": tmp_path / "steps"}
     run_plan(PlanConfig(pipeline=str(tmp_path / "sd3"), **settings))
-    (search,) = json.loads((tmp_path / "steps/plan_search.json").read_text())["searches"]
-    assert search["psnr"] > 0
+    found = json.loads((tmp_path / "steps/plan_search.json").read_text())
+    (search,) = found["searches"]
+    assert search["psnr"] > 0 and found["environment"]["dtype"] == "bfloat16"
     pipe = sd3_pipeline()
     pipe.scheduler = FlowMatchLeapfrogScheduler.from_pretrained(tmp_path / "steps/leapfrog-3")
     assert pipe.scheduler.config.shift == 3.0
