@@ -71,6 +71,12 @@ def _cpu_name() -> str:
     return names[0] if names else f"{platform.machine()} CPU"
 
 
+def check_precision(dtype: str, mixed_precision: str) -> None:
+    """Raise `ValueError` for autocast of networks that are not in float32."""
+    if dtype != "float32" and mixed_precision != "no":
+        raise ValueError(f"dtype is {dtype} and mixed_precision {mixed_precision}; leave one away")
+
+
 def environment(
     device: torch.device, mixed_precision: str = "no", dtype: str = "float32"
 ) -> dict[str, object]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from morse.evaluation.bench.architectures import find_architecture
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS
+from morse.evaluation.environment import check_precision
 from morse.evaluation.stats.lossless import read_deltas
 from morse.settings import require, require_least, require_positive
 
@@ -27,10 +28,7 @@ def check_settings(config: "BenchmarkConfig") -> None:
     check_solvers((*config.solvers, *config.control_solvers, *config.planned_solvers))
     for name in config.arch:
         find_architecture(name)
-    if config.dtype != "float32" and config.mixed_precision != "no":
-        raise ValueError(
-            f"dtype is {config.dtype} and mixed_precision {config.mixed_precision}; leave one away"
-        )
+    check_precision(config.dtype, config.mixed_precision)
     if config.compile and config.cuda_graphs:
         raise ValueError("compile is True and so is cuda_graphs; choose one")
     if config.flops_only and not config.arch:

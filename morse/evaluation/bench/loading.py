@@ -126,10 +126,21 @@ def _bare_pipeline(bare: "DiffusionPipeline", name: str) -> "DiffusionPipeline":
         )
     if getattr(bare, "vae", None) is not None:
         decode_in_full(bare.vae)
-    if getattr(bare, "safety_checker", None) is not None:
-        bare.register_modules(safety_checker=None)
+    drop_safety_checker(bare)
     bare.set_progress_bar_config(disable=True)
     return bare
+
+
+def drop_safety_checker(pipe: "DiffusionPipeline") -> bool:
+    """Leave a pipeline's safety checker out, if it has one; what it blacks out would be measured.
+
+    Returns:
+        Whether it had one.
+    """
+    if getattr(pipe, "safety_checker", None) is None:
+        return False
+    pipe.register_modules(safety_checker=None)
+    return True
 
 
 def decode_in_full(vae: torch.nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from morse.evaluation.bench.loading import drop_safety_checker
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import make_conditions
 from morse.evaluation.digests import state_sha256
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
     from morse.evaluation.fid.config import FidConfig
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def generate_all(
@@ -43,7 +42,8 @@ def generate_all(
     pipe = _load_pipeline(config, device)
     asked = read_prompts(config.prompts), config.class_names
     conditions = make_conditions(pipe, *asked, guidance_scale=config.guidance_scale)
-    dropped = _drop_safety_checker(pipe)
+    # Recorded, so that no folder goes on whose images a checker may have blacked out.
+    dropped = {"safety_checker": "left out"} if drop_safety_checker(pipe) else {}
     request = Request(
         num_images=config.num_images,
         seed=config.seed,
@@ -70,7 +70,7 @@ def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipel
     from morse.pipeline import MorsePipeline
 
     pipe = MorsePipeline.from_pretrained(
-        config.pipeline, dot=config.dot, dtype=DTYPES[config.dtype]
+        config.pipeline, dot=config.dot, dtype=getattr(torch, config.dtype)
     ).to(device)
     if config.scheduler is not None or config.timestep_spacing is not None:
         MorsePipeline.from_pipe(pipe, scheduler=_make_scheduler(config, pipe.scheduler))
@@ -91,18 +91,6 @@ def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipel
             "use; or run `morse plan`, which saves it with the Dot"
         )
     return pipe
-
-
-def _drop_safety_checker(pipe: "DiffusionPipeline") -> dict[str, object]:
-    """Leave a safety checker out, as `morse bench` does: what it blacks out would be measured.
-
-    Returns:
-        What to record of it with the images; {} where there is none.
-    """
-    if getattr(pipe, "safety_checker", None) is None:
-        return {}
-    pipe.register_modules(safety_checker=None)
-    return {"safety_checker": "left out"}
 
 
 def _make_scheduler(config: "FidConfig", own: "SchedulerMixin") -> "SchedulerMixin":

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from morse.evaluation.bench.solvers import check_solvers
+from morse.evaluation.environment import check_precision
 from morse.evaluation.planning.search import UNIFORM_RATIOS
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
 from morse.settings import require_least, require_positive
@@ -110,10 +111,7 @@ class PlanConfig:
         zeros = ("fit_rounds", "refine_rounds", "mixture_images")
         require_least(self, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
         require_positive(self, ["speed_ratio"])
-        if self.dtype != "float32" and self.mixed_precision != "no":
-            raise ValueError(
-                f"dtype is {self.dtype} and mixed_precision {self.mixed_precision}; leave one away"
-            )
+        check_precision(self.dtype, self.mixed_precision)
         if self.num_quick_images > self.num_images:
             raise ValueError(
                 f"num_quick_images is {self.num_quick_images}, but must be at most "
