@@ -1,13 +1,15 @@
 """Morse: faster sampling for pretrained diffusion models with a frozen Dash and a fast Dot.
 
-Where to find what, besides the packages `training`, `evaluation` and `tuning` of the commands:
+`MorsePipeline` is where to begin; `morse.calls.MorseCalls` says what its calls take. Where to find
+what in the code, besides the packages `training`, `evaluation` and `tuning` of the commands:
 
-- the method: `sampling`, on what `plan` and `spaces` define; `history` for two estimates of Dash
+- the method: `sampling`, on what `plan`, `spaces` and `rates` define; `history` for two estimates
+  of Dash
 - MorseDot: the package `dot`; layers that it may have: `modules`; ways to train it, which stand by
   themselves: `distillation`, `compression`
 - pipelines with Morse: `attach`, `pipeline`; `calls` is what a call does, `prepare` what it needs
   before, `summary` what is told of it
-- from a budget to evaluations: `plan_choice`, `saved_plans`, `steps`, `rates`
+- from a budget to evaluations: `plan_choice`, `saved_plans`, `steps`
 - a denoiser's call in a run: `slot`, `switch`, `denoisers`, `clock`, `branches`, then `estimates`,
   `guess`, `one_pass` or `controlnet`
 - solvers: `schedulers`; our own are `leapfrog` and `flow_leapfrog`, which share `leapfrog_moves`
