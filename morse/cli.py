@@ -105,7 +105,11 @@ def parse_config(
 
 def _help_text(field: dataclasses.Field, required: bool) -> str:
     text = str(field.metadata.get("help", "")).replace("%", "%%")
-    return text if required else f"{text} (default: {field.default})"
+    default = field.default
+    if required or default is None or default == ():
+        return text
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{text} (default: {shown})"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -34,7 +34,7 @@ class Shared:
     capture: Capture
     lock: object = field(default_factory=RLock)
     is_capturing: bool = False
-    modules: WeakSet[nn.Module] = field(default_factory=WeakSet)
+    modules: WeakSet[nn.Module] = field(default_factory=WeakSet)  # their graphs share memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class GraphedCall:
     Attributes:
         module: The model.
         compiled: What its `compile()` left, which is captured instead; None where it did not.
-        companions: The models whose graphs share memory, this one among them.
+        shared: What it has in common with the other models of the pipeline.
         num_captures: Graphs made.
         num_replays: Calls answered by graphs.
         reasons: Why calls were made without.
@@ -85,9 +85,8 @@ class GraphedCall:
         self.module, self.compiled = module, compiled
         self.num_captures = self.num_replays = 0
         self.reasons: set[str] = set()
-        self._shared, self._max_graphs = shared, max_graphs
-        self.companions = shared.modules
-        self.companions.add(module)
+        self.shared, self._max_graphs = shared, max_graphs
+        shared.modules.add(module)
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._state: ModelState | None = None
         self._failures: dict[Hashable, str] = {}
@@ -97,7 +96,7 @@ class GraphedCall:
         """Call the model, with the output in the usual container and in memory of its own."""
         if torch.compiler.is_compiling():
             return self._plain(*args, **kwargs)
-        with self._shared.lock:
+        with self.shared.lock:
             answered = self._answer(args, kwargs)
         if isinstance(answered, tuple):
             return answered[0]
@@ -109,7 +108,7 @@ class GraphedCall:
 
     def forget(self) -> None:
         """Free the graphs and let go of the weights that they were made of."""
-        with self._shared.lock:
+        with self.shared.lock:
             self._graphs, self._state = OrderedDict(), None
 
     def _plain(self, *args: object, **kwargs: object) -> object:
@@ -125,7 +124,7 @@ class GraphedCall:
 
     def _answer(self, args: tuple, kwargs: dict) -> tuple[object] | _Without | None:
         """Give (output,), or why there is no graph; None inside of another model's capture."""
-        if self._shared.is_capturing:
+        if self.shared.is_capturing:
             return None
         if torch.is_grad_enabled():
             return _Without("gradients are enabled; call it under torch.no_grad()")
@@ -138,7 +137,7 @@ class GraphedCall:
             kind = describe(arguments, tensors)
         except UnknownKindError as error:
             return _Without(str(error))
-        device_type = self._shared.capture.device_type
+        device_type = self.shared.capture.device_type
         device = next((each.device for each in tensors if each.device.type == device_type), None)
         if device is None:
             if self._state is not None and self._state.has_changed():  # to have the memory
@@ -186,9 +185,9 @@ class GraphedCall:
             return inputs[-1]
 
         held = map_tensors(arguments, hold)
-        self._shared.is_capturing = True
+        self.shared.is_capturing = True
         try:
-            replay, output = self._shared.capture(lambda: self._call_held(held), device)
+            replay, output = self.shared.capture(lambda: self._call_held(held), device)
             describe(output, [])
         except _StatefulError:
             self._never = "it writes to its jump point's memory"
@@ -197,7 +196,7 @@ class GraphedCall:
             told = str(error).strip().partition("\n")[0]
             return _Without(f"capturing it failed ({told})", failed=key)
         finally:
-            self._shared.is_capturing = False
+            self.shared.is_capturing = False
         return _Graph(inputs, replay, output)
 
     def _call_held(self, held: tuple[tuple, dict]) -> object:

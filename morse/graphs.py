@@ -63,11 +63,11 @@ def disable_cuda_graphs(pipe: DiffusionPipeline) -> DiffusionPipeline:
     So it does for a Dot that the pipeline had then and has no more.
     """
     calls = map(graphed_call, find_denoisers(pipe).values())
-    earlier = [module for call in calls if call is not None for module in call.companions]
+    earlier = [module for call in calls if call is not None for module in call.shared.modules]
     for module in {*_models(pipe), *earlier}:
         call = graphed_call(module)
         if call is not None:
-            call.companions.discard(module)
+            call.shared.modules.discard(module)
             _set_plain_call(module, call.compiled)
     return pipe
 

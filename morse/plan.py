@@ -214,12 +214,7 @@ class MorsePlan:
         return MorsePlan(("gaussian",) * num_gaussian + networks.models)
 
     def filled(self, lsd: float, speed_ratio: float) -> "MorsePlan":
-        """Make as many of the evaluations with Dash as a budget pays for, spread uniformly.
-
-        Args:
-            lsd: The budget.
-            speed_ratio: N.
-        """
+        """Make as many of the evaluations with Dash as a budget pays for, spread uniformly."""
         length = len(self) - self.num_gaussian
         if not self.num_dot or speed_ratio <= 1:
             return self
@@ -227,6 +222,11 @@ class MorsePlan:
         num_dash = max(self.num_dash, min(affordable, length))
         networks = self.uniform(num_dash, length - num_dash)
         return MorsePlan(("gaussian",) * self.num_gaussian + networks.models)
+
+    def extended(self, lsd: float, speed_ratio: float) -> "MorsePlan":
+        """Spend what the plan leaves of a budget, if anything, on Dash evaluations at its end."""
+        further = math.floor(lsd - self.cost(speed_ratio) + 1e-9)
+        return MorsePlan(self.models + ("dash",) * further)
 
     @property
     def num_dash(self) -> int:

@@ -41,13 +41,16 @@ class PlanChoice:
         Args:
             lsd: The budget.
             kwargs: The call's other arguments: some choose the timesteps, which no saved plan fits.
+
+        Raises:
+            ValueError: Where that call does: for a `num_inference_steps`, say, that makes another
+                number of evaluations.
         """
         saved = self._plan_by_dot(lsd, kwargs)
         if saved is None:
             saved = SavedPlan(lsd, str(self._make_plan(lsd, None, None, None, kwargs)))
-        plan, free = MorsePlan.from_string(saved.plan), {**kwargs, "num_inference_steps": None}
         with scheduler_options(self, saved.scheduler):
-            plan, _ = self._fit_plan(plan, free, True, lsd)
+            plan, _ = self._fit_plan(MorsePlan.from_string(saved.plan), kwargs, True, lsd)
         return replace(saved, plan=str(plan))
 
     def _plan_by_dot(self, lsd: float, arguments: dict[str, object]) -> SavedPlan | None:

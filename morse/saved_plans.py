@@ -118,10 +118,11 @@ def find_saved_plan(
         if not is_saved_for(entry, scheduler):
             continue
         saved = SavedPlan(**entry)
-        cost = MorsePlan.from_string(saved.plan).cost(speed_ratio)
-        if lsd / 2 <= saved.lsd <= lsd and is_affordable(cost, lsd):
-            further = "" if "fitted_steps" in saved.scheduler else "D" * int(lsd - cost + 1e-9)
-            fitting.append(replace(saved, plan=saved.plan + further))
+        plan = MorsePlan.from_string(saved.plan)
+        if lsd / 2 <= saved.lsd <= lsd and is_affordable(plan.cost(speed_ratio), lsd):
+            if "fitted_steps" not in saved.scheduler:
+                plan = plan.extended(lsd, speed_ratio)
+            fitting.append(replace(saved, plan=str(plan)))
     return max(fitting, key=lambda saved: saved.lsd, default=None)
 
 

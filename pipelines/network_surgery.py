@@ -22,7 +22,7 @@ from morse.cli import run_command
 from morse.compression import NetworkSurgery, save_sparse
 from morse.evaluation.environment import command_line, environment
 from morse.files import write_bytes, write_json
-from morse.settings import replace_defaults
+from morse.settings import replace_defaults, require, require_least
 from morse.training.batches import StepBatches
 from morse.training.data import open_images
 
@@ -52,18 +52,16 @@ class SurgeryConfig:
         if self.quick:
             tiny = {"seeds": 1, "dense_steps": 50, "prune_steps": 50}
             replace_defaults(self, tiny)
-        for name in ("seeds", "dense_steps", "prune_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.iter_stop <= 1:
-            raise ValueError(f"iter_stop is {self.iter_stop}; it must be in (0, 1]")
+        counts = ("seeds", "dense_steps", "prune_steps", "batch_size")
+        require_least(self, dict.fromkeys(counts, 1))
+        require(0 < self.iter_stop <= 1, "iter_stop", self.iter_stop, "in (0, 1]")
 
 
 def load_data(folder: Path) -> Data:
     """Return training images (n, 784) in [0, 1] and labels (n,), and the same for testing."""
     parts: list[Tensor] = []
     for split in ("train", "test"):
-        images = open_images(folder, None, 28, 1, split)
+        images = open_images(folder, 28, 1, split)
         if images.labels is None:
             raise ValueError(f"train_data_dir is {folder}, whose images have no IDX labels")
         pixels = images.fetch(list(range(len(images))))
@@ -221,7 +219,7 @@ def run(config: SurgeryConfig) -> None:
         runs = [run_seed(config, data, seed) for seed in range(config.seeds)]
     settings = {key: value for key, value in asdict(config).items() if not key.endswith("_dir")}
     result = {
-        "command": f"python -m pipelines.{command_line().replace('.py', '', 1)}",
+        "command": command_line(),
         "environment": environment(torch.device("cpu")),
         "config": settings, "rows": summarise(runs),
     }  # fmt: skip

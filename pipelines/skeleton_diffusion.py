@@ -22,7 +22,7 @@ from morse import MorseDot, MorsePipeline, MorsePlan
 from morse.cli import run_command
 from morse.evaluation.environment import command_line, environment
 from morse.files import write_bytes, write_json
-from morse.settings import replace_defaults
+from morse.settings import replace_defaults, require, require_least
 from morse.training.schedule import read_schedule
 from pipelines.skeleton_data import VALID, bone_errors, draw_poses, energy_distance
 from pipelines.skeleton_report import COLUMNS, draw_report, to_markdown
@@ -73,22 +73,13 @@ class SkeletonConfig:
             replace_defaults(self, tiny)
         least = dict.fromkeys(("train_poses", "dash_steps", "dot_steps", "windows", "seeds"), 1)
         least |= {"batch_size": 2, "num_poses": 2}  # half a batch of Dot's are pairs after a Dash
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
-        if self.train_poses < self.seeds * self.num_poses:
-            raise ValueError(
-                f"train_poses is {self.train_poses}; it must be at least seeds * num_poses = "
-                f"{self.seeds * self.num_poses}, for as many are compared with held-out ones"
-            )
-        if self.channels < 8 or self.channels % 8:
-            raise ValueError(f"channels is {self.channels}; it must be a multiple of 8")
-        if not self.lsd or min(self.lsd) < 2:
-            raise ValueError(f"lsd is {self.lsd}; each budget must be at least 2")
-        if self.plan_ratio < 1:
-            raise ValueError(f"plan_ratio is {self.plan_ratio}; it must be at least 1")
-        if self.speed_ratio is not None and not self.speed_ratio > 1:
-            raise ValueError(f"speed_ratio is {self.speed_ratio}; it must be above 1")
+        require_least(self, least | {"channels": 8, "lsd": 2, "plan_ratio": 1})
+        compared, ratio = self.seeds * self.num_poses, self.speed_ratio
+        allowed = f"seeds * num_poses = {compared} or more, to compare as many with held-out ones"
+        require(self.train_poses >= compared, "train_poses", self.train_poses, allowed)
+        require(self.channels % 8 == 0, "channels", self.channels, "a multiple of 8")
+        require(bool(self.lsd), "lsd", self.lsd, "one budget or more")
+        require(ratio is None or ratio > 1, "speed_ratio", ratio, "above 1")
 
 
 @dataclass(frozen=True)
@@ -188,7 +179,7 @@ def run(config: SkeletonConfig) -> None:
     parts = list(poses.split(config.num_poses)[: config.seeds])
     settings = {key: value for key, value in asdict(config).items() if key != "output_dir"}
     result = {
-        "command": f"python -m pipelines.{command_line().replace('.py', '', 1)}",
+        "command": command_line(),
         "environment": environment(torch.device("cpu")),
         "config": settings, "measured": asdict(measured), "speed_ratio": speed_ratio,
         "dash_loss": trained.dash_loss, "dot_error": trained.dot_error,

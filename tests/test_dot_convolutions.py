@@ -30,7 +30,7 @@ from morse.dot.convolutions import anneal
 from morse.modules import GridConv2d, Warehouse
 from morse.sampling import JumpPoint
 from morse.training.convolutions import annealing_steps, parse_conv_options, warn_unless_annealed
-from morse.training.loop import TrainDotConfig, train_dot
+from morse.training.loop import TrainDotConfig, build_dot, train_dot
 from morse.training.progressive import first_stage, second_stage
 
 CASES = {
@@ -509,6 +509,13 @@ class TestTraining:
             capsys.readouterr()
             train_dot(replace(again, resume_from_checkpoint="latest", conv_annealing_steps=3))
             assert "conv_annealing_steps" in capsys.readouterr().out
+
+    def test_grids_are_of_the_samples_to_train_on(self, given, dash):
+        """Dash is made for 16x16."""
+        for words, trained_on, side in (((), (8, 8), 8), (("sample_size=24",), (8, 8), 24),
+                                        (("paddings=circular,zeros",), None, 16)):  # fmt: skip
+            dot = build_dot(dash, given("gridconv", *words), trained_on)
+            assert dot.config.conv_options["sample_size"] == side
 
     def test_a_saved_dot_is_at_the_final_temperature(self, given):
         with pytest.warns(UserWarning, match=r"steps is 4, but.* ends after 2 updates"):

@@ -32,7 +32,7 @@ from morse.capture import (
     map_tensors,
 )
 from morse.dot.mixture import _precision
-from morse.evaluation.bench.architectures import build_architecture, find_architecture
+from morse.evaluation.bench.architectures import ARCHITECTURES, build_architecture
 from morse.graphed import GraphedCall, Shared
 from morse.graphs import graphed_call
 from morse.sampling import JumpPoint
@@ -280,10 +280,10 @@ class TestReplays:
         """ "meta" stands for the accelerator."""
         module, call = graphed
         monkeypatch.setattr("morse.graphed.describe_modes", lambda device_type: ())
-        call._shared.capture.device_type = "meta"
+        call.shared.capture.device_type = "meta"
         module.to("meta")(torch.empty(2, device="meta"), torch.tensor(1.0))
         assert module.seen[-1][1:] == (torch.device("meta"),) * 2
-        assert call._shared.capture.devices == [torch.device("meta")]
+        assert call.shared.capture.devices == [torch.device("meta")]
 
     def test_containers_are_new_in_each_call(self):
         """As diffusers' UNet empties its list of an adapter's features."""
@@ -448,7 +448,7 @@ def test_a_replay_never_reads_what_was_freed(graphed):
 
 def test_state_is_looked_at_in_little_time():
     """That of Stable Diffusion's UNet, in CPU time; the device works meanwhile."""
-    unet = build_architecture(find_architecture("sd15"), torch.device("meta"), torch.float32, False)
+    unet = build_architecture(ARCHITECTURES["sd15"], torch.device("meta"), torch.float32, False)
     state = ModelState((unet,))
     seconds = []
     for look in (state.has_moved, state.has_changed):
@@ -475,7 +475,7 @@ class TestFallbacks:
             self.check(*graphed, "gradients are enabled")
 
     def test_other_devices(self, graphed):
-        graphed[1]._shared.capture.device_type = "cuda"
+        graphed[1].shared.capture.device_type = "cuda"
         self.check(*graphed, "not given tensors on cuda")
 
     def test_objects(self, graphed):
@@ -501,13 +501,13 @@ class TestFallbacks:
 
     def test_failed_captures(self, graphed):
         error = RuntimeError("operation not permitted when stream is capturing\nmore of it")
-        graphed[1]._shared.capture.error = error
+        graphed[1].shared.capture.error = error
         self.check(*graphed, "operation not permitted when stream is capturing")
-        assert len(graphed[1]._shared.capture.devices) == 1
+        assert len(graphed[1].shared.capture.devices) == 1
 
     def test_failed_captures_leave_other_calls_theirs(self, graphed):
         module, call = graphed
-        capture = call._shared.capture
+        capture = call.shared.capture
         capture.error = torch.OutOfMemoryError("out of memory")
         with pytest.warns(UserWarning, match="capturing it failed .out of memory"):
             module(torch.ones(9, 2), torch.tensor(1.0))
@@ -519,12 +519,12 @@ class TestFallbacks:
     def test_after_many_failed_captures_no_other_is_tried(self, graphed):
         module, call = graphed
         module(torch.ones(2), torch.tensor(1.0))
-        call._shared.capture.error = RuntimeError("it looks at values")
+        call.shared.capture.error = RuntimeError("it looks at values")
         with pytest.warns(UserWarning, match="without a CUDA graph: capturing"):
             for number in range(20):
                 module(torch.ones(2), torch.tensor(1.0), by=float(2 + number))
         assert "capturing others of its calls failed" in call.reasons
-        assert len(call._shared.capture.devices) == 1 + 8
+        assert len(call.shared.capture.devices) == 1 + 8
         module(torch.ones(2), torch.tensor(1.0))
         assert call.num_replays == 2
 

@@ -132,3 +132,10 @@ def test_what_is_left_of_a_budget_goes_to_dash():
     for lsd in (4.0, 5.5, 7.0):
         filled = MorsePlan.uniform(2, 8).filled(lsd, 5.0)
         assert lsd - 0.8 < filled.cost(5.0) <= lsd and len(filled) == 10
+
+
+def test_what_a_plan_leaves_is_dashs_at_its_end():
+    plan = MorsePlan.from_string("gDoo")
+    for lsd, expected in ((5.0, "gDooDDD"), (2.4, "gDoo"), (1.0, "gDoo")):
+        assert str(plan.extended(lsd, 4.0)) == expected
+    assert len(MorsePlan.from_string("Dooo").extended(5, 3.0)) == 4 + 3  # of 3 * (1 / 3) too

@@ -381,7 +381,15 @@ class TestUse:
         assert str(pipe.last_run.plan) == plan
 
     def test_arguments_that_choose_timesteps_leave_saved_plans_aside(self, pipe):
-        assert pipe.plan_for(4, num_inference_steps=6).scheduler == {}
+        uniform = str(MorsePlan.from_budget(4, 4.0))
+        found = pipe.plan_for(4, num_inference_steps=len(uniform))
+        assert (found.plan, found.scheduler) == (uniform, {})
+
+    def test_a_step_count_that_the_budget_does_not_give(self, pipe):
+        """The call raises, and so does what tells of it."""
+        for tell in (pipe.plan_for, lambda lsd, **given: self.call(pipe, lsd=lsd, **given)):
+            with pytest.raises(ValueError, match="=6 makes 6 evaluations but the plan has 7"):
+                tell(4, num_inference_steps=6)
 
     def test_it_is_saved_with_the_dot(self, pipe, tmp_path):
         pipe.dot.save_pretrained(tmp_path)

@@ -85,7 +85,8 @@ def install_convolutions(
         warehouses.extend(_install_warehouses(places, settings, cond_dim))
     else:
         _install_gridconv(places, settings, patch_size * 2 ** len(levels), patch_size)
-    _set_final_temperature(settings, (place.parent for place in places))
+    for place in places:
+        set_temperature(place.parent, TEMPERATURES[type(settings)][1])
     if cond_dim is not None:
         for block in (block for blocks in levels for block in blocks):
             block.time_listeners = tuple(m for m in block.modules() if isinstance(m, DYNAMIC))
@@ -157,11 +158,6 @@ def _install_gridconv(
                 norm="layer",
             )
             setattr(place.parent, place.name, layer)
-
-
-def _set_final_temperature(settings: ConvSettings, modules: Iterable[nn.Module]) -> None:
-    for module in modules:
-        set_temperature(module, TEMPERATURES[type(settings)][1])
 
 
 def anneal(dot: nn.Module, settings: ConvSettings, step: int, total: int) -> float:

@@ -1,4 +1,4 @@
-"""What goes into Dot's first layer, and how a plain Dot becomes one that sees more."""
+"""What goes into Dot's first layer."""
 
 import torch
 from torch import Tensor
@@ -21,18 +21,3 @@ def dot_inputs(sample: Tensor, jump: JumpPoint, history: int) -> list[Tensor]:
         trend = jump.trend
         inputs.append(torch.zeros_like(jump.model_output) if trend is None else trend)
     return inputs
-
-
-def widen_inputs(weights: dict[str, Tensor], channels: int, added: int) -> dict[str, Tensor]:
-    """Let the first layer of a Dot without history take `added` channels more, with zero weights.
-
-    Args:
-        weights: Its state dict; other ones, of wider Dots too, are given back as they are.
-        channels: Input channels wanted, the added ones last.
-        added: How many of them are for history.
-    """
-    weight = weights["conv_in.weight"]
-    if not added or weight.shape[1] != channels - added:
-        return weights
-    more = weight.new_zeros(len(weight), added, *weight.shape[2:])
-    return {**weights, "conv_in.weight": torch.cat([weight, more], dim=1)}

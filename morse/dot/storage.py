@@ -27,6 +27,8 @@ _PLACE = (
     "subfolder",
 )
 _SPARSE_OPTIONS = ("variant", "dtype", "torch_dtype", "use_safetensors")
+# What diffusers hands to all models of a pipeline, and says only how to read other layouts.
+_OF_NO_USE = ("low_cpu_mem_usage", "disable_mmap", "offload_state_dict", "use_flashpack")
 
 
 class SparselyStored:
@@ -73,7 +75,7 @@ class SparselyStored:
         """Load as diffusers does, in either layout.
 
         Raises:
-            TypeError: For a keyword that a sparse model's loading does not know.
+            TypeError: For a keyword, not None, that a sparse model's loading does not know.
             ValueError: If a sparse file is damaged.
         """
         place = {name: kwargs[name] for name in _PLACE if name in kwargs}
@@ -81,7 +83,8 @@ class SparselyStored:
         file = _find_sparse(path, name, place)
         if file is None:
             return super().from_pretrained(path, **kwargs)
-        unknown = [name for name in kwargs if name not in (*_PLACE, *_SPARSE_OPTIONS)]
+        known = (*_PLACE, *_SPARSE_OPTIONS, *_OF_NO_USE)
+        unknown = [name for name in kwargs if name not in known and kwargs[name] is not None]
         if unknown:
             raise TypeError(
                 f"{path} is saved in the sparse layout, whose loading does not know {unknown}; it "

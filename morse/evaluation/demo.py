@@ -49,7 +49,7 @@ class DemoConfig:
     )
     pipeline: str = dataclasses.field(
         default="fashion-mnist",
-        metadata={"help": "the embedded pipeline, or a folder with an unconditional one"},
+        metadata={"help": "fashion-mnist, or a folder or hub id of an unconditional one"},
     )
     dot: str | None = dataclasses.field(
         default=None, metadata={"help": "another Dot's folder; the pipeline's own if left out"}
@@ -62,7 +62,8 @@ class DemoConfig:
         metadata={"help": "images of each method; if left out 16, with --quick 4, on CUDA 512"},
     )
     speed_ratio: float | None = dataclasses.field(
-        default=None, metadata={"help": "N to plan with; what is measured here if left out"}
+        default=None,
+        metadata={"help": "how many times faster Dot is than Dash; measured here if left out"},
     )
     seed: int = dataclasses.field(
         default=0, metadata={"help": "image i starts from the noise of seed + i"}

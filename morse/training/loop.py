@@ -76,12 +76,15 @@ def _new_dot(
     dash: nn.Module, config: TrainDotConfig, sample_size: tuple[int, int] | None
 ) -> MorseDot:
     """Build the Dot of `config` with seeded weights."""
+    options = parse_conv_options(config.conv_options)
+    if config.conv == "gridconv" and sample_size is not None:  # a square's side, as Dash names it
+        options = {"sample_size": sample_size[0], **(options or {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         dot = MorseDot.from_dash(
             dash,
             **{name: getattr(config, name) for name in DOT_OPTIONS},
-            conv_options=parse_conv_options(config.conv_options),
+            conv_options=options,
             sample_size=None if config.resample == "nearest" else sample_size,
         )
     return nn.Module.float(dot)  # whatever Dash is in: updates are too small for half precision
@@ -190,7 +193,8 @@ def _train_stage(
     told = {"conv_annealing_steps": annealing_steps(config)} if dot.conv_settings else {}
     data = train if cache is None else cache
     run = TrainingRun(config, accelerator, model, data, loss, pruner, told)
-    validate = make_validator(test, config)
+    # Its pairs, which may be many gigabytes, are kept.
+    validate = make_validator(test, config) if accelerator.is_main_process else None
     if cache is not None or train.table.is_encoded:
         train.pipeline.encoder.rest()
     if dot.conv_settings is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from morse.capture import map_tensors
-from morse.sampling import Dot, JumpPoint, dot_estimate
+from morse.sampling import Dot, JumpPoint
 from morse.training.frozen import FrozenDash
 from morse.training.guidance import Conditions, each_branch, guide
 
@@ -145,16 +145,11 @@ def with_memory(pairs: Pairs, memory: dict[object, object]) -> Pairs:
 
 def dot_outputs(dot: Dot, pairs: Pairs) -> Tensor:
     """Evaluate Dot for `pairs`, each row from its own jump output, (N, G, C_out, H, W)."""
-    inputs = pairs.conditions.inputs()
-
-    def residual(sample: Tensor, timestep: Tensor, jump: JumpPoint) -> Tensor:
-        return dot(sample, timestep, jump, **inputs)
-
-    # DistributedDataParallel hides what its module has.
-    residual.independent = getattr(getattr(dot, "module", dot), "independent", False)
     with pairs.dash.autocast():
-        estimate = dot_estimate(residual, pairs.sample, pairs.timestep, pairs.jump, pairs.base)
-    return estimate.float().unflatten(0, (-1, pairs.conditions.branches))
+        residual = dot(pairs.sample, pairs.timestep, pairs.jump, **pairs.conditions.inputs())
+    # DistributedDataParallel hides what its module has.
+    independent = getattr(getattr(dot, "module", dot), "independent", False)
+    return pairs.outputs(residual, independent)
 
 
 def weighted_loss(

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from morse.dot import MorseDot
-from morse.dot.inputs import widen_inputs
 from morse.training.config import TrainDotConfig
 
 FIRST_STAGE = "first_stage"
@@ -75,6 +75,21 @@ def start_from(dot: MorseDot, start: MorseDot) -> None:
             "pipeline and the resolution that it was trained for."
         )
     dot.load_state_dict(weights)
+
+
+def widen_inputs(weights: dict[str, Tensor], channels: int, added: int) -> dict[str, Tensor]:
+    """Let the first layer of a Dot without history take `added` channels more, with zero weights.
+
+    Args:
+        weights: Its state dict; other ones, of wider Dots too, are given back as they are.
+        channels: Input channels wanted, the added ones last.
+        added: How many of them are for history.
+    """
+    weight = weights["conv_in.weight"]
+    if not added or weight.shape[1] != channels - added:
+        return weights
+    more = weight.new_zeros(len(weight), added, *weight.shape[2:])
+    return {**weights, "conv_in.weight": torch.cat([weight, more], dim=1)}
 
 
 def _with_added_parts(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:

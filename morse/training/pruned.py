@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from morse.dot.inputs import widen_inputs
+from morse.training.progressive import widen_inputs
 from morse.training.pruning import KEPT
 
 if TYPE_CHECKING:

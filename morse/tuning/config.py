@@ -5,8 +5,10 @@ from pathlib import Path
 
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
-from morse.settings import require
+from morse.settings import require, require_least, require_positive
 from morse.training.common import RunConfig
+
+_LEAST = {"num_images": 1, "validation_images": 1, "target_lsd": 1, "lsd": 1, "validation_steps": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,8 @@ class TuneDotConfig(RunConfig):
         default=20.0, metadata={"help": "budget, all Dash, of the runs to come near to"}
     )
     speed_ratio: float | None = field(
-        default=None, metadata={"help": "N; that of Dot's config, or measured, if left out"}
+        default=None,
+        metadata={"help": "N, Dash's time over Dot's; its config's, or measured, if left out"},
     )
     seed: int = field(
         default=9_000_000,
@@ -113,12 +116,9 @@ class TuneDotConfig(RunConfig):
         object.__setattr__(self, "prompts", read_prompts(self.prompts))
         super().__post_init__()
         check_solvers(self.solver)
-        for name in ("num_images", "validation_images", "target_lsd"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(bool(self.lsd) and min(self.lsd) >= 1, "lsd", self.lsd, "1 or more each")
-        ratio = self.speed_ratio
-        require(ratio is None or ratio > 0, "speed_ratio", ratio, "more than 0")
-        require(self.validation_steps >= 0, "validation_steps", self.validation_steps, "at least 0")
+        require_least(self, _LEAST)
+        require(bool(self.lsd), "lsd", self.lsd, "1 or more each")
+        require_positive(self, ("speed_ratio",))
         require(0 < self.blend <= 1, "blend", self.blend, "in (0, 1]")
         counted = self.blend < 1 or self.blend_from is None
         require(counted, "blend_from", self.blend_from, "left out where --blend is 1")

@@ -43,7 +43,7 @@ class BenchmarkConfig:
     pipeline: str = field(
         default="fashion-mnist",
         metadata={
-            "help": "the embedded pipeline, or a folder",
+            "help": "fashion-mnist, fashion-mnist-text, a folder or hub id",
             "alias": "pretrained_model_name_or_path",
         },
     )
@@ -114,7 +114,7 @@ class BenchmarkConfig:
     )
     baseline_lsd: tuple[int, ...] = field(
         default=(3, 5, 10, 15, 25, 40, 70, 100),
-        metadata={"help": "of training-free solvers beside --lsd; without a GPU up to 40"},
+        metadata={"help": "further budgets of training-free solvers; without a GPU up to 40"},
     )
     solvers: tuple[str, ...] = field(
         default=tuple(name for name in SOLVERS if name != "dpmsolver++1"),
@@ -144,7 +144,8 @@ class BenchmarkConfig:
         metadata={"help": "plan ratios tried with the other solvers; 0 for none"},
     )
     speed_ratio: float | None = field(
-        default=None, metadata={"help": "N; measured at batch_size if left out"}
+        default=None,
+        metadata={"help": "N, Dash's time over Dot's; measured at batch_size if left out"},
     )
     latency_batch_sizes: tuple[int, ...] | None = field(
         default=None,
@@ -212,7 +213,10 @@ class BenchmarkConfig:
 
     def resolved(self) -> "BenchmarkConfig":
         """Fill in what depends on the device and on --quick."""
-        return dataclasses.replace(self, **left_out(self))
+        # Prompts are read by now; a file's only one may look like a file's name itself.
+        made = dataclasses.replace(self, prompts=(), **left_out(self))
+        object.__setattr__(made, "prompts", self.prompts)
+        return made
 
     @property
     def chosen_peers(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from morse.evaluation.fid.extractors import (
 from morse.evaluation.fid.feature_sets import is_statistics
 from morse.evaluation.fid.image_sets import HUB, SetOptions
 from morse.evaluation.prompts import read_prompts
-from morse.settings import as_json, given, require_least, require_positive
+from morse.settings import given, require_least, require_positive
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,8 @@ class FidConfig:
         default=(), metadata={"help": "numbers of steps to generate with by the bare pipeline"}
     )
     speed_ratio: float | None = field(
-        default=None, metadata={"help": "N to plan with; what Dot's config says if left out"}
+        default=None,
+        metadata={"help": "N, Dash's time over Dot's; what Dot's config says if left out"},
     )
     reference_steps: int | None = field(
         default=None,
@@ -225,7 +226,3 @@ class FidConfig:
             return None
         options = ExtractorOptions(self.inception_weights, self.clip_model, self.dinov2_model)
         return load_extractor(self.extractor_name, device, options)
-
-    def to_json(self) -> dict[str, object]:
-        """Return the settings as JSON has them."""
-        return as_json(self)

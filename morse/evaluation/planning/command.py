@@ -225,8 +225,7 @@ def make_spend(pipe: "MorsePipeline", speed_ratio: float) -> Callable[[str, int]
     """Give a function that spends what a plan leaves of a budget on Dash, as `lsd=` does."""
 
     def spend(plan: str, budget: int) -> str:
-        rest = budget - MorsePlan.from_string(plan).cost(speed_ratio)
-        whole = MorsePlan.from_string(plan + "D" * int(rest + 1e-9))
+        whole = MorsePlan.from_string(plan).extended(budget, speed_ratio)
         return str(shorten_plan(pipe, {}, whole, (budget, speed_ratio))[0])
 
     return spend

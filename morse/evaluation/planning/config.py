@@ -20,7 +20,10 @@ class PlanConfig:
 
     pipeline: str = field(
         default="fashion-mnist",
-        metadata={"help": "the pipeline", "alias": "pretrained_model_name_or_path"},
+        metadata={
+            "help": "fashion-mnist, fashion-mnist-text, a folder or hub id",
+            "alias": "pretrained_model_name_or_path",
+        },
     )
     dot: str | None = field(
         default=None, metadata={"help": "a Dot's folder; the pipeline's own, if any"}
@@ -39,7 +42,8 @@ class PlanConfig:
         default=(5, 6, 8, 10, 12, 16, 20), metadata={"help": "budgets to search plans for"}
     )
     speed_ratio: float | None = field(
-        default=None, metadata={"help": "N; that of Dot's config, or measured, if left out"}
+        default=None,
+        metadata={"help": "N, Dash's time over Dot's; its config's, or measured, if left out"},
     )
     timestep_power: tuple[float, ...] = field(
         default=(1.0, 1.25, 1.5), metadata={"help": "grids tried with the leapfrog solver"}
@@ -50,10 +54,12 @@ class PlanConfig:
     )
     num_images: int = field(default=128, metadata={"help": "trajectories to judge the best on"})
     num_quick_images: int = field(
-        default=32, metadata={"help": "so many of them to judge each plan that is tried on"}
+        default=32, metadata={"help": "so many of these judge each plan that is tried"}
     )
     batch_size: int = field(default=64, metadata={"help": "images at a time"})
-    seed: int = field(default=10**6, metadata={"help": "of the first image; keep evaluation's off"})
+    seed: int = field(
+        default=10**6, metadata={"help": "of the first image; bench and eval fid begin at 0"}
+    )
     max_rounds: int = field(default=6, metadata={"help": "steps to a better neighbour at most"})
     fit_rounds: int = field(
         default=3,

@@ -94,9 +94,8 @@ class Space:
         plans = []
         for pairs in sorted({max(1, round(self.lsd / 3)), max(1, round(self.lsd / 2))}):
             start = MorsePlan.from_string("Do" * pairs)
-            rest = self.lsd - start.cost(self.speed_ratio)
-            if rest >= 1:
-                plans.append(f"{start}{'D' * int(rest + 1e-9)}")
+            if self.lsd - start.cost(self.speed_ratio) >= 1:
+                plans.append(str(start.extended(self.lsd, self.speed_ratio)))
         return [Candidate(plan, grid) for plan in plans for grid in self.grids]
 
     def starts(self, known: Sequence[Candidate]) -> list[Candidate]:
