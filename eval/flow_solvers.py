@@ -8,7 +8,6 @@ own noise levels.
 """
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from morse.evaluation.bench.loading import load_bare
 from morse.evaluation.bench.methods import REFERENCE_STEPS
 from morse.evaluation.bench.runs import sample_images
 from morse.evaluation.bench.solver_pipeline import SolverPipeline
-from morse.evaluation.environment import environment
+from morse.evaluation.environment import command_line, environment
 from morse.evaluation.metrics import psnr
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.fit import (
@@ -160,7 +159,7 @@ def flow_solvers(config: FlowSolversConfig) -> None:
             images = flow.sample("leapfrog", steps, seeds, fitted_steps=fitted)
             add("Leapfrog, fitted", steps, images, fitted_steps=fitted)
     result = {
-        "command": " ".join(["python -m eval.flow_solvers", *sys.argv[1:]]),
+        "command": command_line(),
         "reference": f"{SOLVERS[REFERENCE_SOLVER]}, {REFERENCE_STEPS} steps",
         "settings": as_json(config),
         **environment(torch.device("cpu")),

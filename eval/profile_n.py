@@ -6,7 +6,6 @@ other programs on the machine disturb the ratio less.
 """
 
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch import nn
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import run_command
-from morse.evaluation.environment import environment
+from morse.evaluation.environment import command_line, environment
 from morse.evaluation.report.markdown import pipe_table
 from morse.files import write_bytes, write_json
 from morse.sampling import JumpPoint
@@ -113,7 +112,7 @@ def profile_n(config: ProfileConfig) -> None:
                 {"dot": name, "batch_size": batch_size, "speed_ratio": ratio, **quartiles}
             )
     result = {
-        "command": " ".join(["python -m eval.profile_n", *sys.argv[1:]]),
+        "command": command_line(),
         "how": f"CPU seconds, quartiles of {config.repeats} evaluations in turn, warm",
         **environment(torch.device("cpu")),
         "entries": entries,

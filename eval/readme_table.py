@@ -17,7 +17,6 @@ from morse.evaluation.bench.methods import (
 )
 from morse.evaluation.report.data import (
     CONTROLS,
-    READABLE_SCHEMAS,
     SURE,
     Measured,
     Result,
@@ -27,7 +26,6 @@ from morse.evaluation.report.data import (
     read_axes,
     read_result,
     read_score,
-    row_name,
     split_budgets,
     unscored_text,
 )
@@ -66,20 +64,12 @@ def make_table(result: Result, names: tuple[str, ...] | None = None) -> str:
     Args:
         result: The benchmark's JSON.
         names: Rows to show; None for all of these kinds.
-
-    Raises:
-        ValueError: If it has another schema.
     """
-    if result["schema_version"] not in READABLE_SCHEMAS:
-        raise ValueError(
-            f"schema_version is {result['schema_version']}, but the table is made from "
-            f"{READABLE_SCHEMAS}: write {RESULTS / 'benchmark.json'} anew with `morse bench`"
-        )
     budgets = shown_budgets(result)
     rows = {
-        (row.get("guidance_scale"), row_name(row), row["budget"]): row
+        (row.get("guidance_scale"), row["label"], row["budget"]): row
         for row in engaged_rows(result)
-        if row["kind"] in SHOWN_KINDS and (names is None or row_name(row) in names)
+        if row["kind"] in SHOWN_KINDS and (names is None or row["label"] in names)
     }
     morse = {name for (_, name, _), row in rows.items() if row["kind"] == "morse"}
     guided = any(scale is not None for scale, *_ in rows)

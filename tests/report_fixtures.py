@@ -41,7 +41,7 @@ METHODS = {
     "Morse-DDIM r2": ("ddim", "morse", "", 1.9, 0.9),
     "Morse-DPM++ 2M r1.75": ("dpmsolver++", "morse", "", 2.4, 1.69),
     "Reuse-DPM++ 2M r1.75": ("dpmsolver++", "reuse", "", 1.0, 0.8),
-    "DeepCache-DDIM": ("ddim", "deepcache", "interval 3", 1.2, 1.1),
+    "DeepCache-DDIM interval 3": ("ddim", "deepcache", "interval 3", 1.2, 1.1),
 }
 REFERENCE = ("DPM++ 2M", 100)
 N = 6.0
@@ -97,8 +97,8 @@ def full_result():
         for label, (_, kind, *_) in METHODS.items()
         for budget in (*BUDGETS, *(BARE_BUDGETS if kind == "baseline" else ()))
     ]
-    idle = _row("DeepCache-DDIM", 5) | {"label": "TeaCache-DDIM", "setting": "threshold 0.1"}
-    idle |= {"engaged": False, "note": "no step was skipped"}
+    idle = _row("DeepCache-DDIM interval 3", 5) | {"label": "TeaCache-DDIM threshold 0.1"}
+    idle |= {"setting": "threshold 0.1", "engaged": False, "note": "no step was skipped"}
     return bare_result(
         rows=[*rows, idle],
         not_measured=["DDIM, 200 LSD", "DDIM, 400 LSD"],

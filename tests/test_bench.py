@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.utils import logging
 from evaluation_fixtures import independent_folder, short_reference, tiny_folder  # noqa: F401
 
 from morse.dot.mixture import GaussianMixture
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark
 from morse.evaluation.bench.grid import image_grid
+from morse.evaluation.bench.loading import _quiet_loading
 from morse.evaluation.bench.methods import AS_PLANNED, KINDS, Method
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.tasks import CHOOSABLE
@@ -39,6 +41,15 @@ def config(tiny_folder, independent_folder):  # noqa: F811
         num_replicates=0,
         device="cpu",
     )
+
+
+def test_loading_leaves_bars_as_they_were():
+    for switch in (logging.disable_progress_bar, logging.enable_progress_bar):
+        switch()
+        before = logging.is_progress_bar_enabled()
+        with _quiet_loading():
+            assert not logging.is_progress_bar_enabled()
+        assert logging.is_progress_bar_enabled() is before
 
 
 def test_bad_settings_are_named():

@@ -3,10 +3,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from morse.cli import COMMANDS, find_command, main, parse_config, run_command
+from morse.evaluation.environment import command_line
 
 
 @dataclass(frozen=True)
@@ -82,3 +84,14 @@ def test_a_mistyped_command_is_repeated(capsys):
     with pytest.raises(SystemExit):
         main(["bnch"])
     assert "unknown command 'bnch'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [(None, "morse"), ("morse.__main__", "python -m morse"), ("eval.fid", "python -m eval.fid")],
+)
+def test_a_command_is_told_as_it_was_run(module, told, monkeypatch):
+    started = SimpleNamespace(__spec__=module and SimpleNamespace(name=module))
+    monkeypatch.setitem(sys.modules, "__main__", started)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/morse", "bench", "--prompts", "a cat"])
+    assert command_line() == f"{told} bench --prompts 'a cat'"

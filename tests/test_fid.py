@@ -21,6 +21,7 @@ from morse.evaluation.bench.config import BenchmarkConfig
 from morse.evaluation.features import extract_features, load_features, load_reference
 from morse.evaluation.fid.budgets import _recipes
 from morse.evaluation.fid.command import FidConfig, run_fid
+from morse.evaluation.fid.measuring import measures_nothing
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.prompts import read_prompts
@@ -370,6 +371,8 @@ def test_prompts_are_texts_or_a_file_of_them(tmp_path):
     argv = ["--prompts", str(file), "--output_dir", "o", "--pretrained_model_name_or_path", "p"]
     for settings in (BenchmarkConfig, PlanConfig, TuneDotConfig):
         assert parse_config(settings, argv).prompts == ("a cat", "a dog")
+    file.write_text("s/he\n")  # read once, and not taken for a file's name then
+    assert BenchmarkConfig(prompts=(str(file),), device="cpu").resolved().prompts == ("s/he",)
     file.write_text("\n")
     with pytest.raises(ValueError, match="no prompt"):
         read_prompts((str(file),))
@@ -399,6 +402,13 @@ def test_prompts_give_a_clip_score(clip_folder, tmp_path):  # noqa: F811
     (Path(fake) / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="which prompt belongs to which image"):
         run_fid(FidConfig(**options, prompts=(str(tmp_path / "p.txt"),)))
+
+
+def test_numbers_of_classes_are_no_words_to_score():
+    clip = SimpleNamespace(has_logits=False, embed_text=print)
+    for names, nothing in ((("207", "3"), True), (("cat", "dog"), False), ((), True)):
+        config = FidConfig(pipeline="dit", class_names=names, num_inference_steps=(2,))
+        assert measures_nothing(config, clip) is nothing
 
 
 def test_schedulers_that_draw_noise_are_told(tiny_folder, tmp_path):  # noqa: F811

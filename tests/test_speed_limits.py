@@ -18,7 +18,7 @@ from tiny_pipelines import loop_pipeline, stable_diffusion
 
 from morse import MorseDot, enable_morse
 from morse.dot import model, view
-from morse.evaluation.bench.architectures import build_architecture, find_architecture
+from morse.evaluation.bench.architectures import ARCHITECTURES, build_architecture
 from morse.evaluation.bench.latency import DOT_CHANNELS, DOT_LAYERS, DOT_RANK
 from morse.sampling import JumpPoint
 
@@ -73,7 +73,7 @@ def test_the_switch_takes_microseconds(plan):
 
 
 def sd15(device, dtype=torch.float32):
-    return build_architecture(find_architecture("sd15"), torch.device(device), dtype, False)
+    return build_architecture(ARCHITECTURES["sd15"], torch.device(device), dtype, False)
 
 
 def num_bytes(module):
@@ -134,10 +134,9 @@ class TestMemoryFormat:
 
     def test_separate_lora_keeps_the_usual_order(self, call, monkeypatch):
         _, run = call
-        expected = run()
         for module in (model, view):
-            monkeypatch.setattr(module, "place_channels_last", lambda tensor: tensor)
-        assert torch.equal(run(), expected)
+            monkeypatch.setattr(module, "place_channels_last", None)  # fails where it is called
+        run()
 
 
 def run_merged(dot, run):

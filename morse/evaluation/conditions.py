@@ -124,7 +124,7 @@ def encode_once(pipes: Iterable["DiffusionPipeline"], conditions: Conditions) ->
     from morse.training.conditions import encode_prompts
 
     pipes = list(pipes)
-    names = _ENCODED.get(_base_class(pipes[0]).__name__)
+    names = _ENCODED.get(base_class(pipes[0]).__name__)
     if names is None or not conditions.prompts:
         return conditions
     prompts, device = conditions.prompts, pipes[0]._execution_device
@@ -139,14 +139,14 @@ def encode_once(pipes: Iterable["DiffusionPipeline"], conditions: Conditions) ->
     return replace(conditions, prompts=(), embeds=dict(zip(names, rows, strict=False)))
 
 
-def _base_class(pipe: "DiffusionPipeline") -> type:
+def base_class(pipe: "DiffusionPipeline") -> type:
     """Return a pipeline's class without what Morse adds."""
     return getattr(type(pipe), "_morse_base", type(pipe))
 
 
 def call_parameters(pipe: "DiffusionPipeline") -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a pipeline's own call, without what Morse adds."""
-    return inspect.signature(_base_class(pipe).__call__).parameters
+    return inspect.signature(base_class(pipe).__call__).parameters
 
 
 def _of_text(

@@ -10,9 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from morse.evaluation.metrics import FRECHET_LABEL
-from morse.evaluation.report.pictures import join_strips, to_bytes
+from morse.evaluation.report.pictures import join_strips, to_bytes, to_picture
 from morse.evaluation.report.plots import LSD_LABEL, Curve, Panel, Point, draw_panels, to_png
 from morse.files import replacing, write_bytes
+
+GAP = 2  # white pixels between the grid's pictures
 
 
 @dataclass(frozen=True)
@@ -101,23 +103,16 @@ def save_grid(
         scale: Whole-number magnification, without smoothing.
         columns: At most so many images of each row.
     """
-    gap, strips = 2, []
-    for label, images in labelled:
-        cells = _cells(images[:columns], scale)
-        height, width = cells.shape[1:3]
-        strip = np.full((height, len(cells) * (width + gap), 3), 255, np.uint8)
-        for i, cell in enumerate(cells):
-            strip[:, i * (width + gap) : i * (width + gap) + width] = cell
-        strips.append((label, Image.fromarray(strip)))
+    strips = [(label, _strip(images[:columns], scale)) for label, images in labelled]
     with replacing(file) as temporary:
-        join_strips(strips, gap).save(temporary, "PNG")
+        join_strips(strips, GAP).save(temporary, "PNG")
 
 
-def _cells(images: Tensor, scale: int) -> np.ndarray:
-    """Return (N, C, H, W) in [0, 1] as magnified 8-bit RGB, (N, scale H, scale W, 3)."""
-    pixels = to_bytes(images)
-    pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
-    return pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+def _strip(images: Tensor, scale: int) -> Image.Image:
+    """Return images (N, C, H, W) in [0, 1] side by side, magnified, with a gap after each."""
+    pixels = to_bytes(images).repeat(scale, axis=1).repeat(scale, axis=2)
+    pixels = np.pad(pixels, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255)
+    return to_picture(np.concatenate(pixels, axis=1))
 
 
 def plot_quality(rows: Sequence[Row], file: Path, title: str) -> None:
@@ -147,7 +142,7 @@ def _panel(rows: Sequence[Row], axis: str, label: str, may_log: bool) -> Panel:
 
 
 def _is_drawn(row: Row, axis: str) -> bool:
-    """Tell whether a row has a value; images equal to the reference's have an infinite PSNR."""
+    """Tell whether a row has a value; pictures that are not finite have none that can be drawn."""
     value = getattr(row, axis)
     return value is not None and math.isfinite(value)
 

@@ -28,11 +28,15 @@ def wall_clock(device: torch.device) -> float:
 
 
 def command_line() -> str:
-    """Return the running command, such as "morse bench --num_images 64", without its folder."""
-    name = Path(sys.argv[0]).name
-    return shlex.join(
-        (["python", "-m", "morse"] if name == "__main__.py" else [name]) + sys.argv[1:]
-    )
+    """Return the running command without its folder, such as "morse bench --num_images 64".
+
+    A module that `python -m` runs is named so: "python -m eval.fid".
+    """
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = [Path(sys.argv[0]).name]
+    if module is not None:
+        program = ["python", "-m", module.name.removesuffix(".__main__")]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def resolve_device(device: str) -> torch.device:

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from morse.evaluation.digests import file_sha256
-from morse.files import write_json
-from morse.training.checkpoint import atomic_save_file
+from morse.files import atomic_save_file, write_json
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "fashion_mnist" / "features"
 REFERENCE_SPLITS = ("train", "test")

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from morse.evaluation.stats.frechet import Gaussians, frechet_distances
+
 FRECHET_LABEL = "Fréchet distance (Fashion-MNIST classifier features)"
 
 
@@ -26,7 +28,7 @@ def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """Return the squared Fréchet distance of two Gaussians (Dowson and Landau 1982, Equation 4).
 
-    |mean_a - mean_b|^2 + tr(cov_a) + tr(cov_b) - 2 tr((cov_a^1/2 cov_b cov_a^1/2)^1/2). This is
+    |mean_a - mean_b|^2 + tr(cov_a) + tr(cov_b) - 2 tr((cov_b^1/2 cov_a cov_b^1/2)^1/2). This is
     Heusel et al. 2017, Equation 6; it is called FID only when Inception-v3 gives the features, and
     here it does not. Everything is float64 and symmetric, so that singular covariances (few
     samples) are no trouble.
@@ -40,14 +42,8 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     Returns:
         The distance, at least 0; the unit is that of the features, squared.
     """
-    mean_a, cov_a, mean_b, cov_b = (part.double() for part in (mean_a, cov_a, mean_b, cov_b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root_a @ cov_b @ root_a
-    # tr(M^1/2) is the sum of the roots of M's eigenvalues; rounding makes some slightly negative.
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0)
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace()
-    return max(float(distance - 2 * eigenvalues.sqrt().sum()), 0.0)
+    first, second = Gaussians.of(mean_a, cov_a), Gaussians.of(mean_b, cov_b)
+    return frechet_distances(first, second).item()
 
 
 def psnr(images: Tensor, reference: Tensor, max_psnr: float = 100.0) -> Tensor:

@@ -85,8 +85,7 @@ def train_features(config: TrainFeaturesConfig) -> float:
             f"output_dir {config.output_dir} is not empty; name a new folder or empty this one"
         )
     splits = {
-        split: open_images(config.train_data_dir, None, 32, 1, split=split)
-        for split in ("train", "test")
+        split: open_images(config.train_data_dir, 32, 1, split=split) for split in ("train", "test")
     }
     if any(data.labels is None for data in splits.values()):
         raise ValueError(

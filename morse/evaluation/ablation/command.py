@@ -155,7 +155,7 @@ def collect(config: AblationConfig, rows: Sequence[Row], store: AblationStore) -
     settings = {key: value for key, value in config.identity().items() if key != "train_data_dir"}
     return {
         "schema_version": SCHEMA_VERSION,
-        "command": f"python -m eval.{command_line().replace('.py', '', 1)}",
+        "command": command_line(),
         "environment": place,
         "settings": settings,
         "seeds": list(range(config.seeds)),

@@ -1,10 +1,8 @@
 """The rows of the ablation: what each changes about a plain Dot, and what it is compared with."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
-
-from morse.training.config import TrainDotConfig
 
 PLAIN = "plain"
 # Over single pairs, or over the steps that follow a Dash evaluation.
@@ -195,7 +193,7 @@ def select_rows(names: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
         rows: The table.
 
     Raises:
-        ValueError: If no row or method has a name, or a row sets what `TrainDotConfig` lacks.
+        ValueError: If no row or method has a name.
     """
     by_name = {row.name: row for row in rows}
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -211,16 +209,4 @@ def select_rows(names: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
         row = by_name[waiting.pop()]
         chosen.add(row.name)
         waiting += [name for name in row.needs if name not in chosen]
-    selected = [row for row in rows if row.name in chosen]
-    for row in selected:
-        check_fields(row)
-    return selected
-
-
-def check_fields(row: Row) -> None:
-    """Raise `ValueError`, naming the row, if it sets what `TrainDotConfig` lacks."""
-    missing = sorted(row.overrides.keys() - {option.name for option in fields(TrainDotConfig)})
-    if missing:
-        raise ValueError(
-            f"row {row.name!r} sets {missing}, which TrainDotConfig does not have; leave it away"
-        )
+    return [row for row in rows if row.name in chosen]

@@ -131,17 +131,6 @@ ARCHITECTURES = {
 }
 
 
-def find_architecture(name: str) -> Architecture:
-    """Look up an architecture.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    if name not in ARCHITECTURES:
-        raise ValueError(f"arch {name!r} is unknown, choose from {list(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
-
-
 def build_architecture(
     architecture: Architecture, device: torch.device, dtype: torch.dtype, reduced: bool
 ) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import nn
 
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.untouched import untouched
+from morse.evaluation.conditions import base_class
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -216,8 +217,7 @@ def _watched(denoiser: nn.Module, run: "_Run") -> Iterator[None]:
 
 def _names_branches(pipe: "DiffusionPipeline") -> bool:
     """Tell whether a pipeline tells caches which branch it evaluates, and resets them itself."""
-    base = getattr(type(pipe), "_morse_base", type(pipe))
-    return "cache_context(" in inspect.getsource(base.__call__)
+    return "cache_context(" in inspect.getsource(base_class(pipe).__call__)
 
 
 def _reset_caches(denoiser: nn.Module) -> None:

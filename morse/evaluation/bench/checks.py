@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from morse.evaluation.bench.architectures import find_architecture
+from morse.evaluation.bench import architectures
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS
 from morse.evaluation.environment import check_precision
@@ -26,8 +26,6 @@ def check_settings(config: "BenchmarkConfig") -> None:
         ValueError: For the first that is wrong.
     """
     check_solvers((*config.solvers, *config.control_solvers, *config.planned_solvers))
-    for name in config.arch:
-        find_architecture(name)
     check_precision(config.dtype, config.mixed_precision)
     if config.compile and config.cuda_graphs:
         raise ValueError("compile is True and so is cuda_graphs; choose one")
@@ -37,7 +35,12 @@ def check_settings(config: "BenchmarkConfig") -> None:
         raise ValueError(
             "resume goes on with samples, but with arch everything is timed anew: leave it out"
         )
-    for name, known in (("kinds", CHOOSABLE), ("peers", (*PEER_SETTINGS, "none"))):
+    choices = {
+        "kinds": CHOOSABLE,
+        "peers": (*PEER_SETTINGS, "none"),
+        "arch": architectures.ARCHITECTURES,
+    }
+    for name, known in choices.items():
         unknown = sorted(set(getattr(config, name)) - set(known))
         if unknown:
             raise ValueError(f"{name} has {unknown}, choose from {list(known)}")

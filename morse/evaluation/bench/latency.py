@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 
 import torch
 from torch import nn
 
 from morse.capture import CudaCapture
-from morse.evaluation.bench.architectures import (
-    build_architecture,
-    find_architecture,
-    make_inputs,
-)
+from morse.evaluation.bench import architectures
+from morse.evaluation.bench.architectures import build_architecture, make_inputs
 from morse.evaluation.bench.speed import Mode
 from morse.evaluation.environment import wall_clock
 from morse.summary import quartiles
@@ -50,7 +48,7 @@ def make_pair(
     from morse.dot import MorseDot
     from morse.sampling import JumpPoint
 
-    architecture = find_architecture(name)
+    architecture = architectures.ARCHITECTURES[name]
     like = next(model.parameters())
     sample, timestep, conditions = make_inputs(architecture, batch_size, like)
     dot = MorseDot.from_dash(
@@ -79,17 +77,13 @@ class FlopCounts:
 
     def __init__(self, name: str):
         """Build Dash at full depth on torch's meta device."""
-        full = find_architecture(name), torch.device("meta"), torch.float32, False
+        full = architectures.ARCHITECTURES[name], torch.device("meta"), torch.float32, False
         self._name, self._dash = name, build_architecture(*full)
         self._dash_flops: int | None = None
 
     @torch.no_grad()
     def of(self, num_down_blocks: int, merged: bool) -> dict[str, float]:
-        """Return dash_flops, dot_flops (a multiply-add counts 2) and flop_ratio with one Dot.
-
-        Raises:
-            ValueError: If there is no Dot of that kind.
-        """
+        """Return dash_flops, dot_flops (a multiply-add counts 2) and flop_ratio with one Dot."""
         pair = make_pair(self._name, self._dash, num_down_blocks, 1, merged)
         pair["dot"]()  # the first call also merges the LoRA
         if self._dash_flops is None:
@@ -110,39 +104,38 @@ def _count(call: Call) -> int:
     return counter.get_total_flops()
 
 
+def count_architecture(name: str) -> Iterator[dict[str, object]]:
+    """Count FLOPs for m = 1 and 2, LoRA merged and not.
+
+    Yields:
+        arch, num_down_blocks, merged, and what `FlopCounts.of` returns.
+    """
+    counts = FlopCounts(name)
+    for num_down_blocks, merged in product((1, 2), (True, False)):
+        dot = {"num_down_blocks": num_down_blocks, "merged": merged}
+        yield {"arch": name, **dot, **counts.of(num_down_blocks, merged)}
+
+
 def measure_architecture(
     name: str, device: torch.device, settings: LatencySettings
 ) -> Iterator[dict[str, object]]:
-    """Measure N for m = 1 and 2, LoRA merged and not, at each batch size and in each mode.
+    """Measure N of what `count_architecture` counts, at each batch size and in each mode.
 
     Yields:
-        One entry a combination: arch, num_down_blocks, merged, mode, batch_size, flop_ratio,
-        speed_ratio (of medians) and the quartiles of seconds, dash_seconds and dot_seconds; or
-        "error" in place of the last three where it can't be run so: out of memory, or without a
-        compiler, say.
+        One entry a combination: what was counted, mode, batch_size, speed_ratio (of medians) and
+        the quartiles of seconds, dash_seconds and dot_seconds; or "error" in place of the last
+        three where it can't be run so: out of memory, or without a compiler, say.
     """
-    architecture = find_architecture(name)
+    architecture = architectures.ARCHITECTURES[name]
     try:
         model = build_architecture(architecture, device, settings.dtype, settings.reduced)
     except RuntimeError as error:
         model = _error(error)
-    counts = FlopCounts(name)
-    for num_down_blocks in (1, 2):
-        for merged in (True, False):
-            flops = counts.of(num_down_blocks, merged)
-            for batch_size in settings.batch_sizes:
-                for mode in settings.modes:
-                    of_dot = (num_down_blocks, batch_size, merged)
-                    measured = _try_pair(name, model, of_dot, mode, device, settings.repeats)
-                    yield {
-                        "arch": name,
-                        "num_down_blocks": num_down_blocks,
-                        "merged": merged,
-                        "mode": mode,
-                        "batch_size": batch_size,
-                        **flops,
-                        **measured,
-                    }
+    for counted in count_architecture(name):
+        for batch_size, mode in product(settings.batch_sizes, settings.modes):
+            of_dot = (counted["num_down_blocks"], batch_size, counted["merged"])
+            measured = _try_pair(name, model, of_dot, mode, device, settings.repeats)
+            yield {**counted, "mode": mode, "batch_size": batch_size, **measured}
 
 
 def _try_pair(

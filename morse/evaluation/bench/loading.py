@@ -198,11 +198,12 @@ def _quiet_loading() -> Iterator[None]:
     """Keep diffusers' notes and bars out of our own progress display."""
     from diffusers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        if had_bars:
+            logging.enable_progress_bar()

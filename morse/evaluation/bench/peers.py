@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MEASURED_STEPS = 12  # at most, in which every peer but DeepCache is tried out
+TIMED_RUNS = 2  # of each peer and of the bare pipeline
 # A peer that saves less may have skipped nothing, and timing's noise look like a gain.
 DOUBTFUL_LSD = 0.8
 
@@ -110,7 +111,6 @@ def measure_steps(
     method: Method,
     batch_size: int,
     conditions: Conditions,
-    repeats: int = 2,
 ) -> dict[str, object]:
     """Measure what an evaluation of a peer costs, averaged over a run, in turn with bare ones.
 
@@ -119,7 +119,6 @@ def measure_steps(
         method: The peer and its setting.
         batch_size: The batch size to sample with.
         conditions: What the images are of.
-        repeats: Timed runs of each; one more of each warms up.
 
     Returns:
         `step_lsd`: seconds of a peer's run over those of a bare one, the median. `bare_seconds`:
@@ -128,7 +127,7 @@ def measure_steps(
     bare, ratios = [], []
     denoiser, seeds = find_denoiser(pipe), range(batch_size)
     steps = find_steps(pipe, {}, MEASURED_STEPS)[1]  # Heun's evaluations are odd
-    for run in range(repeats + 1):
+    for run in range(TIMED_RUNS + 1):  # the first one warms up
         with timed(denoiser) as bare_seconds:
             plain = sample_images(pipe, steps, seeds, batch_size, conditions=conditions)
         with apply_peer(pipe, method), timed(denoiser) as seconds:

@@ -96,7 +96,7 @@ class Bench:
         self,
         batch_sizes: list[int],
         conditions: Conditions,
-        merged: tuple[bool, ...] = (True, False),
+        merged: tuple[bool, ...],
     ) -> list[dict[str, object]]:
         """Measure N at each batch size, LoRA merged and not, in that precision."""
         with self._autocast():

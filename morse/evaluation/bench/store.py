@@ -14,8 +14,7 @@ from torch import Tensor
 from morse.evaluation.bench.methods import Method
 from morse.evaluation.resuming import open_folder
 from morse.evaluation.scoring import ImageScores
-from morse.files import write_json
-from morse.training.checkpoint import atomic_save_file
+from morse.files import atomic_save_file, write_json
 
 # What a run of a version counts as that did not know these settings: that they were not given.
 _ABSENT = {"lossless_delta": [], "dtype": "float32"}

@@ -15,6 +15,7 @@ from morse.training.image_reading import IMAGE_SUFFIXES, is_image
 
 HUB = "hub:"
 NAMED_FILES = 10  # unreadable files that a result lists by name
+LISTED_SIZES = 5
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,11 @@ class ReadingFacts:
         return "; ".join(self.unreadable[:NAMED_FILES]) + (f"; and {more} more" * (more > 0))
 
 
-def describe_sizes(sizes: Counter[str], most: int = 5) -> str:
+def describe_sizes(sizes: Counter[str]) -> str:
     """List sizes and their counts in words, the commonest first."""
-    listed = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(most))
-    return listed + (f" and {len(sizes) - most} more" if len(sizes) > most else "")
+    listed = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(LISTED_SIZES))
+    more = len(sizes) - LISTED_SIZES
+    return listed + (f" and {more} more" if more > 0 else "")
 
 
 def open_image_set(source: str, options: SetOptions = AS_IT_IS) -> ImageSet:

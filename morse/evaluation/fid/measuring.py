@@ -29,6 +29,7 @@ from morse.evaluation.fid.lpips import Lpips, load_lpips
 from morse.evaluation.progress import progress_bar
 from morse.evaluation.prompts import read_prompts
 from morse.evaluation.report.scores import Score
+from morse.settings import as_json
 
 if TYPE_CHECKING:
     from morse.evaluation.fid.config import FidConfig
@@ -56,9 +57,8 @@ def measures_nothing(config: "FidConfig", extractor: Extractor | None) -> bool:
         return False
     if extractor is None or is_statistics(config.fake or ""):
         return True
-    has_words = config.prompts or config.class_names
     has_classes = extractor.has_logits and config.num_images >= IS_SPLITS
-    return not (has_classes or (extractor.embed_text is not None and has_words))
+    return not (has_classes or (extractor.embed_text is not None and _prompts(config)))
 
 
 def measure(
@@ -97,9 +97,8 @@ def measure(
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command_line(),
-        **environment(device),
-        "dtype": config.dtype,
-        "settings": config.to_json(),
+        **environment(device, dtype=config.dtype),
+        "settings": as_json(config),
         "extractor": _extractor_facts(extractor, real),
         "real": None if real is None else {"name": real.name, **_reading(real)},
         "axes": {name: asdict(axis) for name, axis in known.items() if name in found},

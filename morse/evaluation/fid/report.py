@@ -3,26 +3,20 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 
-def print_result(result: dict[str, object], console: "Console | None" = None) -> None:
-    """Print the rows as a table, what they were measured with, and every warning.
-
-    Args:
-        result: Of `morse.evaluation.fid.measuring.measure`.
-        console: Where to; a new one on standard output if left out.
-    """
+def print_result(result: dict[str, object]) -> None:
+    """Print a result of `measure`: its table, what it was measured with, and every warning."""
     from rich.console import Console
 
-    console = console or Console()
+    console = Console()
     if any(row["scores"] for row in result["rows"]):
         table = _table(result)
         wide = console.options.update(width=1000)
         # A terminal too narrow wraps lines; it must not cost digits.
         width = max(console.width, console.measure(table, options=wide).maximum)
-        Console(file=console.file, width=width).print(table)
+        Console(width=width).print(table)
         for name, axis in result["axes"].items():
             text = f"{axis['title']}: {axis['better']} is better{_subsets(result, name)}"
             console.print(text, highlight=False)

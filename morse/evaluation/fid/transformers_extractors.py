@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 
@@ -22,8 +22,8 @@ def load_clip(model: str, device: torch.device) -> Extractor:
         model: A folder, or an id on the hub.
         device: Where to run it.
     """
-    folder, transformers = _fetch(model, "clip_model"), _transformers()
-    prepare, resize = _load_processor(folder, transformers)
+    folder = _fetch(model, "clip_model")
+    prepare, resize = _load_processor(folder)
     network = _load(transformers.CLIPModel, folder, device)
     with _needing(folder, "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -64,8 +64,8 @@ def load_dinov2(model: str, device: torch.device) -> Extractor:
         model: A folder, or an id on the hub.
         device: Where to run it.
     """
-    folder, transformers = _fetch(model, "dinov2_model"), _transformers()
-    prepare, resize = _load_processor(folder, transformers, whole=True)
+    folder = _fetch(model, "dinov2_model")
+    prepare, resize = _load_processor(folder, whole=True)
     network = _load(transformers.Dinov2Model, folder, device)
     return Extractor(
         name="dinov2",
@@ -81,16 +81,6 @@ def load_dinov2(model: str, device: torch.device) -> Extractor:
 
 def _sizes(config: object) -> tuple[int, int, int]:
     return config.hidden_size, config.patch_size, config.image_size
-
-
-def _transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            'this extractor needs the `transformers` package; run `pip install "transformers>=5"`'
-        ) from error
-    return transformers
 
 
 def _fetch(model: str, option: str) -> Path:
@@ -176,16 +166,13 @@ def _load(model_class: type, folder: Path, device: torch.device) -> torch.nn.Mod
     return network.float().eval().requires_grad_(False).to(device)
 
 
-def _load_processor(
-    folder: Path, transformers: ModuleType, whole: bool = False
-) -> tuple[Callable[[Tensor], Tensor], str]:
+def _load_processor(folder: Path, whole: bool = False) -> tuple[Callable[[Tensor], Tensor], str]:
     """Return what makes pixel values (B, 3, H, W) of uint8 images, and its resize in words.
 
     Pillow resizes, on every machine: torchvision's result would differ in the last bits.
 
     Args:
         folder: Where preprocessor_config.json is.
-        transformers: The package.
         whole: Squeeze the whole image into the square that the model's config would crop.
     """
     with _needing(folder, "image processor"):

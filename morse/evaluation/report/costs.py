@@ -13,7 +13,6 @@ from morse.evaluation.report.data import (
     engaged_rows,
     milliseconds_an_image,
     morse_names,
-    row_name,
     split_budgets,
     used_seeds,
 )
@@ -22,7 +21,7 @@ from morse.evaluation.report.data import (
 def costs_section(result: Result) -> Section:
     """LSD, evaluations, seconds, images a second and memory of every method and budget."""
     main, others = split_budgets(result)
-    rows = {(row_name(row), row["budget"]): row for row in engaged_rows(result)}
+    rows = {(row["label"], row["budget"]): row for row in engaged_rows(result)}
 
     def cell(name: str, budget: float) -> str:
         found = (name, budget) in rows
@@ -43,7 +42,7 @@ def _costs_table(result: Result, budgets: list[float]) -> Table:
     spread = any(batch_milliseconds(result, row) for row in rows)
     milliseconds = "ms an image" + " (batches' median [quartiles])" * spread
     columns = {
-        "method": row_name,
+        "method": lambda row: row["label"],
         "budget": lambda row: f"{row['budget']:g}",
         "LSD": lambda row: f"{row['lsd']:.2f}".removesuffix(".00"),
         "Dash + Dot": lambda row: f"{row['num_dash']:.4g} + {row['num_dot']:.4g}",
@@ -125,7 +124,7 @@ def remarks_section(result: Result) -> Section:
             for why, count in (row.get("fallbacks") or {}).items()
         ]
         for remark in filter(None, remarks):
-            found.setdefault(remark, {}).setdefault(row_name(row), []).append(row["budget"])
+            found.setdefault(remark, {}).setdefault(row["label"], []).append(row["budget"])
     lines = []
     for remark, methods in found.items():
         places = [f"{name} at {budget_list(sorted(at))} LSD" for name, at in methods.items()]
@@ -151,7 +150,7 @@ def not_engaged_section(result: Result) -> Section:
     """Methods that ran without doing what their name says, so that they are in no table."""
     rows = [row for row in result["rows"] if not row.get("engaged", True)]
     lines = tuple(
-        (row_name(row), f"{row['budget']:g}", row.get("note") or "no reason given") for row in rows
+        (row["label"], f"{row['budget']:g}", row.get("note") or "no reason given") for row in rows
     )
     text = (
         "They ran, but changed no picture, or changed pictures and saved no time, as the last "

@@ -9,7 +9,6 @@ from morse.evaluation.report.data import (
     headline_axes,
     milliseconds_an_image,
     read_score,
-    row_name,
     split_budgets,
 )
 from morse.evaluation.report.plots import FRAMING, LSD_LABEL, Curve, Panel, Point
@@ -37,7 +36,7 @@ def _panel(result: Result, axis: Axis, x_label: str) -> Panel:
     for row in _drawn_rows(result):
         point = _point(result, row, axis, in_lsd)
         if point is not None:
-            groups.setdefault(row_name(row), []).append((row, point))
+            groups.setdefault(row["label"], []).append((row, point))
     curves = []
     for name, found in groups.items():
         points = sorted((point for _, point in found), key=lambda point: point.cost)
@@ -69,7 +68,7 @@ def _drawn_rows(result: Result) -> list[Measured]:
     Best at the middle one of Morse's budgets, on the first axis.
     """
     rows = engaged_rows(result)
-    if len({row_name(row) for row in rows}) <= MAX_CURVES:
+    if len({row["label"] for row in rows}) <= MAX_CURVES:
         return rows
     budgets, axis = split_budgets(result)[0], headline_axes(result)[0]
     kept = set()
@@ -77,5 +76,5 @@ def _drawn_rows(result: Result) -> list[Measured]:
         own = [row for row in rows if row["kind"] == kind]
         middle = [row for row in own if row["budget"] == budgets[len(budgets) // 2]]
         best = best_row(middle or own, axis)
-        kept.add(row_name(best or own[0]))
-    return [row for row in rows if row["kind"] in FRAMING or row_name(row) in kept]
+        kept.add((best or own[0])["label"])
+    return [row for row in rows if row["kind"] in FRAMING or row["label"] in kept]

@@ -31,9 +31,19 @@ SURE = 0.975  # the share of the bootstrap's replicates that "surely" asks for
 
 
 def read_result(file: Path) -> Result:
-    """Read a benchmark's JSON, packed by gzip if its name ends in ".gz"."""
+    """Read a benchmark's JSON, packed by gzip if its name ends in ".gz".
+
+    Raises:
+        ValueError: If it has another schema than `READABLE_SCHEMAS`.
+    """
     content = file.read_bytes()
-    return json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
+    result = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
+    if result.get("schema_version") not in READABLE_SCHEMAS:
+        raise ValueError(
+            f"schema_version is {result.get('schema_version')!r}, but this version reads "
+            f"{READABLE_SCHEMAS}; measure again"
+        )
+    return result
 
 
 def guidance_parts(result: Result) -> list[Result]:
@@ -100,15 +110,9 @@ def _are_finite(*values: float | None) -> bool:
     return all(value is not None and math.isfinite(value) for value in values)
 
 
-def row_name(row: Measured) -> str:
-    """Return the method's label with its setting, if the label does not say it already."""
-    setting = row.get("setting") or ""
-    return row["label"] if setting in row["label"] else f"{row['label']} ({setting})"
-
-
 def morse_names(rows: Iterable[Measured]) -> frozenset[str]:
     """Return the names of the rows that are Morse."""
-    return frozenset(row_name(row) for row in rows if row["kind"] == "morse")
+    return frozenset(row["label"] for row in rows if row["kind"] == "morse")
 
 
 def engaged_rows(result: Result) -> list[Measured]:

@@ -18,7 +18,6 @@ from morse.evaluation.report.data import (
     is_surely_cheaper,
     read_axes,
     read_score,
-    row_name,
     split_budgets,
 )
 from morse.evaluation.report.scores import Axis, Verdict, compare
@@ -74,7 +73,7 @@ def limits_section(result: Result) -> Section:
     found: dict[tuple[str, str], dict[Verdict, list[float]]] = {}
     for name, axis, budget, verdict in _verdicts(result):
         found.setdefault((name, axis.name), {}).setdefault(verdict, []).append(budget)
-    order = [row_name(row) for row in _morse_rows(result)]
+    order = [row["label"] for row in _morse_rows(result)]
     axes = {axis.name: axis for axis in read_axes(result)}
     lines = tuple(
         (
@@ -110,7 +109,7 @@ def _without_dot(result: Result) -> str:
     budgets: dict[str, list[float]] = {}
     for row in _morse_rows(result):
         if not row["num_dot"]:
-            budgets.setdefault(row_name(row), []).append(row["budget"])
+            budgets.setdefault(row["label"], []).append(row["budget"])
     told = "; ".join(f"{name} at {budget_list(found)} LSD" for name, found in budgets.items())
     return f"Without Dot, so that what is gained there is the steps' or the mixture's: {told}."
 
@@ -125,7 +124,7 @@ def _verdicts(result: Result) -> Iterator[tuple[str, Axis, float, Verdict]]:
         for row in _morse_rows(result):
             verdict = against_best(result, row, axis)
             if verdict is not None:
-                yield row_name(row), axis, row["budget"], verdict
+                yield row["label"], axis, row["budget"], verdict
 
 
 def _range(result: Result, method: str, axis: Axis, cost: str) -> str:
@@ -171,7 +170,7 @@ def _others_ahead(result: Result) -> list[str]:
                 if row["kind"] in ("morse", *TRAINING_FREE) or not (score and morse):
                     continue
                 if compare(score, morse, axis) == "better":
-                    ahead.setdefault((row_name(row), axis.short_title), []).append(budget)
+                    ahead.setdefault((row["label"], axis.short_title), []).append(budget)
     return [
         f"{name} is better than every Morse method at {budget_list(budgets)} LSD ({title})."
         for (name, title), budgets in ahead.items()

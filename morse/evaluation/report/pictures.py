@@ -13,6 +13,7 @@ from morse.evaluation.report.data import Result
 from morse.evaluation.report.html import Picture
 
 Strips = Sequence[tuple[str, Image.Image]]  # (label, its images side by side)
+SCALE = 2  # CSS pixels that a pixel is wide on the page
 
 
 def read_strips(result: Result) -> Strips:
@@ -25,13 +26,12 @@ def read_strips(result: Result) -> Strips:
     return [(row["label"], _decode(row["png_base64"], row["label"])) for row in rows]
 
 
-def strip_pictures(result: Result, strips: Strips, scale: int = 2) -> list[Picture]:
-    """Return the strips for the HTML page, in which a pixel is `scale` CSS pixels wide if it fits.
+def strip_pictures(result: Result, strips: Strips) -> list[Picture]:
+    """Return the strips for the HTML page, magnified by `SCALE` if they fit.
 
     Args:
         result: Says which seeds they come from.
         strips: From `read_strips`.
-        scale: Whole-number magnification.
     """
     seeds = ", ".join(str(seed) for seed in (result.get("grid") or {}).get("seeds", ()))
     return [
@@ -39,7 +39,7 @@ def strip_pictures(result: Result, strips: Strips, scale: int = 2) -> list[Pictu
             "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode(),
             f"{label}: images of seeds {seeds}",
             label,
-            scale * image.width,
+            SCALE * image.width,
         )
         for label, image in strips
     ]

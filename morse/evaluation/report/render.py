@@ -3,11 +3,17 @@
 from pathlib import Path
 
 from morse.evaluation.report.curves import MAX_CURVES, quality_panels
-from morse.evaluation.report.data import READABLE_SCHEMAS, Result, guidance_parts, used_seeds
+from morse.evaluation.report.data import Result, guidance_parts, used_seeds
 from morse.evaluation.report.html import Picture, to_html
 from morse.evaluation.report.looks import find_looks
 from morse.evaluation.report.markdown import to_markdown
-from morse.evaluation.report.pictures import join_strips, png_bytes, read_strips, strip_pictures
+from morse.evaluation.report.pictures import (
+    Strips,
+    join_strips,
+    png_bytes,
+    read_strips,
+    strip_pictures,
+)
 from morse.evaluation.report.plots import (
     Panel,
     draw_panels,
@@ -21,6 +27,9 @@ from morse.files import write_bytes
 TITLE = "Morse: quality against cost"
 # A figure's name in `Section.figures` -> its file, with the guidance scale in the braces.
 FILES = {"quality": "benchmark{}.png", "pictures": "benchmark_grid{}.png"}
+
+# A guidance scale's part of a result, and what its two figures show.
+Figures = tuple[Result, list[Panel], Strips]
 
 
 def render(result: Result, folder: Path) -> list[Path]:
@@ -37,19 +46,14 @@ def render(result: Result, folder: Path) -> list[Path]:
         The files.
 
     Raises:
-        ValueError: If `result` has another schema version, or a picture in it is no PNG.
+        ValueError: If a picture in it is no PNG.
     """
-    if result.get("schema_version") not in READABLE_SCHEMAS:
-        raise ValueError(
-            f"schema_version is {result.get('schema_version')!r}, but this version draws "
-            f"{READABLE_SCHEMAS}; measure again"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, bytes] = {}
     pictures: dict[str, list[Picture]] = {}
-    files = figure_files(result)
-    for part in guidance_parts(result):
-        panels, strips = quality_panels(part), read_strips(part)
+    figures = _figures(result)
+    files = _figure_files(figures)
+    for part, panels, strips in figures:
         quality, grid = (figure_name(name, part) for name in FILES)
         if panels:
             written[files[quality]] = to_png(draw_panels(panels, _subtitle(part)))
@@ -57,7 +61,7 @@ def render(result: Result, folder: Path) -> list[Path]:
             written[files[grid]] = png_bytes(join_strips(strips))
         pictures |= {quality: _plots(panels), grid: strip_pictures(part, strips)}
     sections, subtitle = report_sections(result), _subtitle(result)
-    written["benchmark.md"] = markdown_report(result).encode()
+    written["benchmark.md"] = to_markdown(TITLE, subtitle, sections, files).encode()
     written["benchmark.html"] = to_html(TITLE, subtitle, sections, pictures).encode()
     for name, content in written.items():
         write_bytes(folder / name, content)
@@ -66,17 +70,20 @@ def render(result: Result, folder: Path) -> list[Path]:
 
 def markdown_report(result: Result) -> str:
     """Return benchmark.md, which is made without drawing the figures that it shows."""
-    return to_markdown(TITLE, _subtitle(result), report_sections(result), figure_files(result))
+    files = _figure_files(_figures(result))
+    return to_markdown(TITLE, _subtitle(result), report_sections(result), files)
 
 
-def figure_files(result: Result) -> dict[str, str]:
+def _figures(result: Result) -> list[Figures]:
+    return [(part, quality_panels(part), read_strips(part)) for part in guidance_parts(result)]
+
+
+def _figure_files(figures: list[Figures]) -> dict[str, str]:
     """Return the file of each figure that has something to show, by its `Section.figures` name."""
     return {
         figure_name(name, part): file.format(_mark(part))
-        for part in guidance_parts(result)
-        for (name, file), shown in zip(
-            FILES.items(), (quality_panels(part), read_strips(part)), strict=True
-        )
+        for part, *contents in figures
+        for (name, file), shown in zip(FILES.items(), contents, strict=True)
         if shown
     }
 

@@ -46,21 +46,11 @@ class Score:
     standard_error: float | None = None
     interval: tuple[float, float] | None = None
 
-    @property
-    def deviation(self) -> float | None:
-        """The standard error, or that of a normal variable with the 95 % interval."""
-        if self.standard_error is not None or self.interval is None:
-            return self.standard_error
-        return (self.interval[1] - self.interval[0]) / (2 * Z_95)
-
     def text(self, decimals: int) -> str:
-        """Such as "0.95 ± 0.06", or "0.95 [0.84, 1.07]" without a standard error."""
+        """Such as "0.95 ± 0.06"."""
         text = f"{self.value:.{decimals}f}"
-        if self.standard_error is not None:
-            return f"{text} ± {self.standard_error:.{decimals}f}"
-        if self.interval is not None:
-            return f"{text} [{self.interval[0]:.{decimals}f}, {self.interval[1]:.{decimals}f}]"
-        return text
+        error = self.standard_error
+        return text if error is None else f"{text} ± {error:.{decimals}f}"
 
 
 def compare(score: Score, other: Score, axis: Axis) -> Verdict:
@@ -71,8 +61,8 @@ def compare(score: Score, other: Score, axis: Axis) -> Verdict:
     many differences noise rather than too few. Where either has no error, only equal is noise.
     """
     gain = axis.sign * (other.value - score.value)
-    known = score.deviation is not None and other.deviation is not None
-    noise = Z_95 * math.hypot(score.deviation, other.deviation) if known else 0.0
+    errors = score.standard_error, other.standard_error
+    noise = 0.0 if None in errors else Z_95 * math.hypot(*errors)
     if abs(gain) <= noise:
         return "within noise"
     return "better" if gain > 0 else "worse"
@@ -85,7 +75,7 @@ def decimals_of(scores: Iterable[Score | None], most: int = 4) -> int:
     value keeps three.
     """
     kept = [score for score in scores if score is not None]
-    errors = [score.deviation / 3 for score in kept if score.deviation]
+    errors = [score.standard_error / 3 for score in kept if score.standard_error]
     values = [abs(score.value) / 100 for score in kept if score.value]
     last = min(errors or values, default=0.01)
     return min(max(-math.floor(math.log10(last)), 0), most)

@@ -24,7 +24,6 @@ from morse.evaluation.report.data import (
     morse_names,
     read_axes,
     read_score,
-    row_name,
     split_budgets,
     unscored_text,
 )
@@ -96,7 +95,7 @@ def quality_section(result: Result) -> Section:
 def quality_table(result: Result, axis: Axis, budgets: list[float]) -> Table:
     """Value ± error of the best training-free solver, then of every method, at `budgets`."""
     rows = {
-        (row_name(row), row["budget"]): row
+        (row["label"], row["budget"]): row
         for row in engaged_rows(result)
         if row["budget"] in budgets
     }

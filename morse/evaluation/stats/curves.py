@@ -4,8 +4,7 @@ All qualities here are errors (lower is better; negate a PSNR), in arrays (R, ..
 measured on all images, and each further row on one bootstrap replicate.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -50,36 +49,19 @@ class Curve:
 
     Attributes:
         costs: (K,), increasing, positive.
-        errors: (R, K); for `cost_of` no row may increase, as `fit` makes them.
+        errors: (R, K); for `cost_of` no row may increase, as `monotone` makes them.
     """
 
     costs: np.ndarray
     errors: np.ndarray
 
-    @classmethod
-    def fit(cls, costs: Sequence[float], errors: np.ndarray) -> "Curve":
-        """Sort points by cost and make each row monotone: at each cost the best that costs no more.
+    def monotone(self) -> "Curve":
+        """Return the curve with, in each row and at each cost, the best error that costs no more.
 
         Pooling neighbours (isotonic regression) would make a good point worse than it was
         measured where a dearer one is worse; nobody has to pay for that one.
-
-        Args:
-            costs: (K,), positive, each other than the others.
-            errors: Measured errors, (R, K).
-
-        Raises:
-            ValueError: If there are fewer than two points, or a cost is not positive.
         """
-        if len(costs) < 2:
-            raise ValueError(
-                f"costs has {len(costs)} values, but a curve needs two or more: measure the "
-                "baseline at more budgets"
-            )
-        if min(costs) <= 0:
-            raise ValueError(f"costs is {list(costs)}, but each must be positive")
-        order = np.argsort(costs, kind="stable")
-        rows = np.asarray(errors, dtype=np.float64)[:, order]
-        return cls(np.asarray(costs, dtype=np.float64)[order], np.minimum.accumulate(rows, axis=1))
+        return replace(self, errors=np.minimum.accumulate(self.errors, axis=1))
 
     def covers(self, cost: float) -> bool:
         """Tell whether the baseline was measured at costs on both sides."""

@@ -38,6 +38,7 @@ def frechet_distances(first: Gaussians, second: Gaussians) -> np.ndarray:
     The square roots of `second` are kept, so pass as `second` what others are compared with too;
     one alone is compared with each of `first`.
     """
+    # tr(M^1/2) is the sum of the roots of M's eigenvalues; rounding makes some slightly negative.
     products = second.roots @ first.covariances @ second.roots
     eigenvalues = np.linalg.eigvalsh((products + products.swapaxes(-1, -2)) / 2).clip(min=0)
     traces = np.trace(first.covariances + second.covariances, axis1=-2, axis2=-1)

@@ -17,7 +17,7 @@ from morse.evaluation.bench.store import Cell
 from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.scoring import AXES, Axis, axis_names
 from morse.evaluation.stats.bootstrap import Estimate, percentile_interval
-from morse.evaluation.stats.curves import UNKNOWN, Curve, matched_quality_speedup
+from morse.evaluation.stats.curves import UNKNOWN, matched_quality_speedup
 from morse.evaluation.stats.lossless import FACTORS, lossless_test
 from morse.evaluation.stats.points import (
     Point,
@@ -82,7 +82,6 @@ def _row(point: Point, axes: Sequence[str]) -> dict[str, object]:
     memory = [cell.peak_memory_mib for cell in cells if cell.peak_memory_mib is not None]
     return {
         "label": point.method.label,
-        "setting": "",
         **dataclasses.asdict(point.method),
         "budget": point.budget,
         "lsd": point.lsd,
@@ -165,7 +164,7 @@ def _speedups(points: Sequence[Point], axis: str) -> Iterator[dict[str, object]]
     for name, baseline in baselines.items():
         for cost in COSTS:
             curve = make_curve(best_so_far(baseline, axis, cost), axis)
-            curve = curve and Curve.fit(curve.costs, curve.errors)
+            curve = curve and curve.monotone()
             for point in shown:
                 if point.method.label in own[name]:
                     continue
