@@ -1,10 +1,14 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and tensors read back from them."""
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def temporary_for(path: Path) -> Path:
@@ -39,6 +43,38 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, data: object) -> None:
     """Write JSON as `write_bytes` does."""
     write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def atomic_save_file(
+    tensors: dict[str, "Tensor"], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors; a reader sees the old file or the whole new one."""
+    from safetensors.torch import save_file
+
+    content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(content, temporary, metadata)
+
+
+def read_tensors(path: Path, remedy: str) -> dict[str, "Tensor"]:
+    """Read a safetensors file onto the CPU.
+
+    Args:
+        path: The file.
+        remedy: What the user is told to do if it is broken.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; {remedy}") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
 
 
 def _sync(path: Path) -> None:

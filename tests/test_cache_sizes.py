@@ -1,14 +1,13 @@
 """Shards of caches fit in memory, whatever the windows are."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
 
-from morse.training.cache import SHARD_WINDOWS, _batch_size
-from morse.training.cache_sizes import choose_rows, note_rows, size_on_disk, window_shards
+from morse.training.cache import _batch_size
+from morse.training.cache_sizes import choose_rows, size_on_disk, window_shards
 from morse.training.frozen import FrozenPipeline
 
 FOUR_STEPS = SimpleNamespace(window_steps=4)
@@ -39,21 +38,11 @@ def source(side, channels, captions=0, caption_bytes=0, **settings):
         (source(128, 16, 20000, 2 * 333 * 4096), 64, "211.8 GB"),  # Stable Diffusion 3
     ],
 )
-def test_shards_stay_within_a_gigabyte(tmp_path, images, rows, on_disk):
+def test_shards_stay_within_a_gigabyte(images, rows, on_disk):
     shard_bytes = window_shards(images, FOUR_STEPS)
-    assert choose_rows(tmp_path, SHARD_WINDOWS, shard_bytes) == rows
+    assert choose_rows(shard_bytes) == rows
     assert shard_bytes(rows) <= 2**30 and (rows == 4096 or shard_bytes(2 * rows) > 2**30)
     assert size_on_disk(20000, rows, shard_bytes) == on_disk
-
-
-def test_a_cache_keeps_the_shards_that_it_was_begun_with(tmp_path):
-    description = tmp_path / "cache.json"
-    for rows in (4096, 256):
-        # Of the usual number there is no word: so it was before there were others.
-        description.write_text(json.dumps({"seed": 0} | note_rows(rows, SHARD_WINDOWS)))
-        assert ("shard_rows" in description.read_text()) == (rows != 4096)
-        assert choose_rows(tmp_path, SHARD_WINDOWS, lambda rows: rows * 2**22) == rows
-        assert choose_rows(tmp_path, SHARD_WINDOWS, lambda rows: rows) == rows
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

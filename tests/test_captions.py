@@ -18,9 +18,9 @@ def write_folder(folder, captions):
 
 def test_captions_of_an_image_folder_follow_its_images(tmp_path):
     write_folder(tmp_path, {"b.png": "a bag", "a.png": "a boot"})
-    images = open_images(tmp_path, None, 8, 1, caption_column="text")
+    images = open_images(tmp_path, 8, 1, caption_column="text")
     assert images.captions == ["a boot", "a bag"]  # files in sorted order
-    assert open_images(tmp_path, None, 8, 1).captions is None
+    assert open_images(tmp_path, 8, 1).captions is None
 
 
 def test_a_caption_may_hold_other_line_ends_and_lines_may_be_empty(tmp_path):
@@ -29,7 +29,7 @@ def test_a_caption_may_hold_other_line_ends_and_lines_may_be_empty(tmp_path):
     line = json.dumps({"file_name": "a.png", "text": caption}, ensure_ascii=False)
     content = f"\r\n{line}\r\n  \r\n".encode()
     (tmp_path / "metadata.jsonl").write_bytes(content)
-    assert open_images(tmp_path, None, 8, 1, caption_column="text").captions == [caption]
+    assert open_images(tmp_path, 8, 1, caption_column="text").captions == [caption]
 
 
 @pytest.mark.parametrize("folder", ["sub", "train"])
@@ -42,7 +42,7 @@ def test_a_folder_above_may_name_them(tmp_path, folder):
     (tmp_path / "a.png").rename(tmp_path / folder / "a.png")
     line = json.dumps({"file_name": f"{folder}/a.png", "text": "a shoe"})
     (tmp_path / "metadata.jsonl").write_text(line)
-    images = open_images(tmp_path, None, 8, 1, caption_column="text")
+    images = open_images(tmp_path, 8, 1, caption_column="text")
     assert images.captions == ["a shoe", "a bag"]
     with pytest.raises(ValueError, match=rf"{folder}.metadata.jsonl does not exist, nor one"):
         read_metadata([tmp_path / folder / "a.png"], "text", tmp_path / folder)
@@ -51,7 +51,7 @@ def test_a_folder_above_may_name_them(tmp_path, folder):
 def test_held_out_images_keep_their_captions(tmp_path):
     write_folder(tmp_path, {f"{row:02}.png": f"caption {row}" for row in range(21)})
     train, test = (
-        open_images(tmp_path, None, 8, 1, split=split, caption_column="text")
+        open_images(tmp_path, 8, 1, split=split, caption_column="text")
         for split in ("train", "test")
     )
     assert test.captions == ["caption 19"]
@@ -61,7 +61,7 @@ def test_held_out_images_keep_their_captions(tmp_path):
 def test_a_missing_caption_names_the_image(tmp_path):
     write_folder(tmp_path, {"a.png": "a boot"})
     with pytest.raises(ValueError, match=r"caption_column is 'title'.*for a.png; add a line"):
-        open_images(tmp_path, None, 8, 1, caption_column="title")
+        open_images(tmp_path, 8, 1, caption_column="title")
     (tmp_path / "metadata.jsonl").write_text("no json", encoding="utf-8")
     with pytest.raises(ValueError, match=r'metadata\.jsonl needs one JSON object with "file_name"'):
         read_metadata([tmp_path / "a.png"], "text", tmp_path)
@@ -73,7 +73,7 @@ def test_a_missing_caption_names_the_image(tmp_path):
 def test_idx_files_have_no_captions(tmp_path):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"")
     with pytest.raises(ValueError, match="give class_names instead"):
-        open_images(tmp_path, None, 8, 1, caption_column="text")
+        open_images(tmp_path, 8, 1, caption_column="text")
 
 
 def test_classes_are_named():

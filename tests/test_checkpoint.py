@@ -5,16 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from morse.files import write_json
+from morse.files import atomic_save_file, read_tensors, write_json
 from morse.training import checkpoint
-from morse.training.checkpoint import (
-    atomic_save_file,
-    find_checkpoint,
-    load_checkpoint,
-    prepare_output_dir,
-    read_tensors,
-    save_checkpoint,
-)
+from morse.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from morse.training.output import prepare_output_dir
 
 diffusers_training = pytest.importorskip("diffusers.training_utils")
 
@@ -169,4 +163,4 @@ def test_atomic_save_file_keeps_the_old_file_when_it_fails(tmp_path):
     atomic_save_file({"a": torch.arange(6).view(2, 3).T}, path)
     with pytest.raises(AttributeError):
         atomic_save_file({"a": None}, path)
-    assert_same_bits(read_tensors(path), {"a": torch.arange(6).view(2, 3).T.contiguous()})
+    assert_same_bits(read_tensors(path, ""), {"a": torch.arange(6).view(2, 3).T.contiguous()})

@@ -48,7 +48,7 @@ def test_the_embedded_classifier_is_small_and_good():
 def test_the_stored_statistics_are_those_of_the_images():
     from morse.training.data import open_images
 
-    data = open_images(DATA, None, 32, 1, split="test")
+    data = open_images(DATA, 32, 1, split="test")
     images = data.__getitems__(list(range(len(data))))
     model = load_features()
     features = extract_features(model, images, batch_size=50)

@@ -52,7 +52,7 @@ def test_images_are_brought_to_one_size_as_by_training(tmp_path):
     for name, channels, sizes in (("images", 3, (4, 16)), ("idx", 1, (4, 7, 16))):
         for size in sizes:
             batches, facts = read(tmp_path / name, channels, batch_size=8, resolution=size)
-            expected = open_images(tmp_path / name, None, size, channels)
+            expected = open_images(tmp_path / name, size, channels)
             assert torch.equal(torch.cat(batches), expected.fetch(list(range(len(expected)))))
             assert facts.sizes == {f"{size}x{size}": len(expected)} and not facts.notes("set")
 

@@ -46,8 +46,10 @@ class ExportConfig:
 def export(config: ExportConfig) -> None:
     """Load both, note the plans that suit them, and save them in float16."""
     from morse import MorsePipeline
+    from morse.training.output import prepare_output_dir
 
     ratios = config.plan_ratios
+    prepare_output_dir(config.output_dir, resume=None)
     pipe = MorsePipeline.from_pretrained(
         config.pretrained_model_name_or_path,
         dot=config.dot,

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from morse.modules.kernel_stack import kaiming_
 from morse.modules.node_matrix import checked_grid
-from morse.modules.temperature import WithTemperature
+from morse.modules.temperature import WithTemperature, linear_temperature
 
 AttentionNorm = Literal["batch", "layer"]
 
@@ -57,7 +57,7 @@ def grid_temperature(
     start, end = map(GridAttention.checked_temperature, (start, end))
     total = epochs * iterations_per_epoch
     done = min(epoch * iterations_per_epoch + iteration, total - 1)
-    return end + (1 - done / total) * (start - end)
+    return linear_temperature(done, total, start, end)
 
 
 class GridAttention(WithTemperature):

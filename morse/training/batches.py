@@ -1,13 +1,20 @@
 """Batches of images that depend on the step alone, so that a resumed run needs only its number."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from morse.training.common import derive_seed
-from morse.training.data import ImageDataset
+
+
+class Batched(Protocol):
+    """What is trained on: images, or something else of which a list of indices gives a batch."""
+
+    def __len__(self) -> int: ...
+    def __getitems__(self, indices: list[int]) -> Tensor | tuple[Tensor, ...]: ...
 
 
 class StepBatches:
@@ -56,9 +63,9 @@ class StepBatches:
 
 
 def step_loader(
-    dataset: ImageDataset, batches: StepBatches, num_workers: int, pin_memory: bool
+    dataset: Batched, batches: StepBatches, num_workers: int, pin_memory: bool
 ) -> DataLoader:
-    """Load the batches in order, (B, C, H, W) uint8 each, gathered by `__getitems__`."""
+    """Load the batches in order, each as `__getitems__` gives it."""
     return DataLoader(
         dataset,
         batch_sampler=batches,

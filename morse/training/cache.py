@@ -9,26 +9,19 @@ from torch import Tensor
 
 from morse.dot.fingerprint import fingerprint, quantization_of
 from morse.training.batches import StepBatches
-from morse.training.cache_sizes import (
-    MOST_ROWS,
-    choose_rows,
-    note_rows,
-    size_on_disk,
-    window_shards,
-)
+from morse.training.cache_sizes import choose_rows, size_on_disk, window_shards
 from morse.training.common import step_generator
 from morse.training.conditions import ConditionTable
 from morse.training.config import TrainDotConfig
 from morse.training.frozen import FrozenPipeline
 from morse.training.guidance import Conditions
-from morse.training.shards import digest, gather_rows, make_shards, read_shard, require_noted
+from morse.training.shards import digest, gather_rows, make_shards, read_shard
 from morse.training.source import ConditionedImages, describe_data, draw_windows
 from morse.training.windows import Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SHARD_WINDOWS = MOST_ROWS
 # On a CPU, features of more than a few images at a time fall out of its cache: twice as slow.
 _BATCH_SIZES = {"cpu": 32}
 _DEFAULT_BATCH_SIZE = 512
@@ -176,10 +169,8 @@ def prepare_cache(
         ValueError: If the folder holds a cache made with other settings.
     """
     folder = config.cache_dir or config.output_dir / "pairs"
-    if config.dtype != "float32":  # in which all caches were that do not note it
-        require_noted(folder, "dtype")
     total, shard_bytes = config.cache_pairs, window_shards(source, config)
-    size = choose_rows(folder, SHARD_WINDOWS, shard_bytes)
+    size = choose_rows(shard_bytes)
     on_disk = size_on_disk(total, size, shard_bytes)
     accelerator.print(f"cache: {total} windows, {on_disk} in {folder}")
     # Shards hold whole batches: both are powers of two.
@@ -195,7 +186,7 @@ def prepare_cache(
         total=total,
         shard_size=size,
         label=f"evaluating Dash, {size} windows a shard",
-        describe=lambda: _describe(source, config) | note_rows(size, SHARD_WINDOWS),
+        describe=lambda: _describe(source, config) | {"shard_rows": size},
         make=make,
         accelerator=accelerator,
     )

@@ -2,48 +2,30 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from morse.training.shards import read_description
 
 if TYPE_CHECKING:
     from morse.training.config import TrainDotConfig
     from morse.training.frozen import FrozenPipeline
     from morse.training.source import ConditionedImages
 
-# Rows of a shard of small ones; a power of two, as are all that it is halved to.
+# Of a shard whose rows are small; a power of two, as are all that it is halved to.
 MOST_ROWS = 4096
 _LARGEST_SHARD = 2**30  # bytes; shards are made in memory, a whole one by each process
-_NOTED = "shard_rows"
 _HALF = 2  # bytes
 # Gives the bytes of a shard of so many rows.
 ShardBytes = Callable[[int], int]
 
 
-def choose_rows(folder: Path, most: int, shard_bytes: ShardBytes) -> int:
-    """Give the largest power of two of rows that keeps a shard within 1 GiB.
+def choose_rows(shard_bytes: ShardBytes) -> int:
+    """Give the largest power of two of rows, 4,096 at most, that keeps a shard within 1 GiB.
 
-    It follows from the settings, as what a shard holds depends on it; a cache that is there has
-    what it was begun with.
-
-    Args:
-        folder: Where the cache is kept.
-        most: For small rows; so many have the shards of all caches that note no other number.
-        shard_bytes: The size of shards.
+    It follows from the settings, as what a shard holds depends on it.
     """
-    description = read_description(folder)
-    if description is not None:
-        return int(description.get(_NOTED, most))
-    rows = most
+    rows = MOST_ROWS
     while rows > 1 and shard_bytes(rows) > _LARGEST_SHARD:
         rows //= 2
     return rows
-
-
-def note_rows(rows: int, most: int) -> dict[str, object]:
-    """Give what the description of a cache says of its shards: the usual number is not said."""
-    return {} if rows == most else {_NOTED: rows}
 
 
 def size_on_disk(total: int, rows: int, shard_bytes: ShardBytes) -> str:

@@ -3,9 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from morse.training.data import ImageDataset
 
 METADATA_NAME = "metadata.jsonl"
 
@@ -63,6 +67,28 @@ def _read_table(path: Path) -> dict[str, dict[str, object]]:
         raise ValueError(
             f'{path} needs one JSON object with "file_name" a line: {error}'
         ) from error
+
+
+def caption_images(
+    images: "ImageDataset", class_names: Sequence[str] | None
+) -> tuple[list[str], Tensor]:
+    """Give the different captions of images, sorted, and each image's number in them, (N,) int64.
+
+    Args:
+        images: With labels or captions.
+        class_names: Captions by class number; None where the images have captions.
+
+    Raises:
+        ValueError: If they have none, or no fitting labels.
+    """
+    if class_names is not None:
+        return unique_captions(name_classes(images.labels, class_names))
+    if images.captions is None:
+        raise ValueError(
+            "the pipeline takes text, but the images have none: give --caption_column, or "
+            "--class_names for images with labels."
+        )
+    return unique_captions(images.captions)
 
 
 def name_classes(labels: Tensor | None, class_names: Sequence[str]) -> list[str]:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from morse.files import put_in_place, replacing, temporary_for, write_json
+from morse.files import (
+    atomic_save_file,
+    put_in_place,
+    read_tensors,
+    temporary_for,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -22,51 +26,6 @@ MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 EMA_FILE, STATE_FILE = "ema.safetensors", "state.json"
 # How the update is computed belongs to the device at hand, not to the checkpoint.
 DEVICE_OPTIONS = {"fused", "foreach", "capturable", "differentiable"}
-_TAKE_ANOTHER = "delete its folder and resume from another checkpoint"
-
-
-def atomic_save_file(
-    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write tensors as safetensors; a reader sees the old file or the whole new one."""
-    content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(content, temporary, metadata)
-
-
-def read_tensors(path: Path, remedy: str = _TAKE_ANOTHER) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU.
-
-    Args:
-        path: The file.
-        remedy: What the user is told to do if it is broken.
-
-    Raises:
-        ValueError: If it is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; {remedy}") from error
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
-
-
-def prepare_output_dir(output_dir: Path, resume: bool) -> None:
-    """Create `output_dir`, and refuse to write into another run's results.
-
-    Raises:
-        FileExistsError: The folder isn't empty and `resume` is False.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise FileExistsError(f"output_dir is {output_dir}, a file; give another --output_dir")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if not resume and any(output_dir.iterdir()):
-        raise FileExistsError(
-            f"output_dir is {output_dir}, which is not empty; continue its run with "
-            "--resume_from_checkpoint latest or give another --output_dir"
-        )
 
 
 def _find_checkpoints(output_dir: Path) -> dict[int, Path]:
@@ -199,18 +158,22 @@ def load_checkpoint(
                 "resume with the use_ema and mixed_precision of the first run"
             )
     try:
-        model.load_state_dict(read_tensors(path / MODEL_FILE))
+        model.load_state_dict(_read(path / MODEL_FILE))
     except RuntimeError as error:
         raise ValueError(f"{path / MODEL_FILE} is from another network: {error}") from error
-    _load_optimizer(optimizer, read_tensors(path / OPTIMIZER_FILE), state, path)
+    _load_optimizer(optimizer, _read(path / OPTIMIZER_FILE), state, path)
     if ema is not None:
-        shadow = read_tensors(path / EMA_FILE)
+        shadow = _read(path / EMA_FILE)
         for index, parameter in enumerate(ema.shadow_params):
             parameter.copy_(shadow[str(index)])
         ema.load_state_dict(state["ema"])
     if scaler is not None:
         scaler.load_state_dict(state["scaler"])
     return state["step"], state["extra"]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return read_tensors(path, "delete its folder and resume from another checkpoint")
 
 
 def _load_optimizer(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from morse.settings import require
+from morse.settings import require, require_least, require_positive
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -102,14 +102,9 @@ class RunConfig:
             "max_train_seconds",
             "checkpoints_total_limit",
         )
-        for name in positive:
-            value = getattr(self, name)
-            require(value is None or value > 0, name, value, "more than 0")
-        least, steps = self.least_train_steps, self.max_train_steps
-        require(steps >= least, "max_train_steps", steps, f"at least {least}")
-        for name in ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers", "seed"):
-            value = getattr(self, name)
-            require(value >= 0, name, value, "at least 0")
+        require_positive(self, positive)
+        least = ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers", "seed")
+        require_least(self, dict.fromkeys(least, 0) | {"max_train_steps": self.least_train_steps})
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
             value = getattr(self, name)
             require(0 <= value < 1, name, value, "in [0, 1)")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from morse.settings import require
+from morse.settings import require, require_least, require_positive
 from morse.training.common import TrainingConfig, derive_seed
 from morse.training.data import open_training_images, to_model_range
 from morse.training.output import begin_run
@@ -47,10 +47,8 @@ class TrainDashConfig(TrainingConfig):
         super().__post_init__()
         levels = self.block_out_channels
         require(len(levels) > 0 and min(levels) > 0, "block_out_channels", levels, "positive")
-        for name in ("layers_per_block", "ddpm_num_steps", "resolution"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
-        every = self.save_images_steps
-        require(every >= 0, "save_images_steps", every, "at least 0")
+        require_positive(self, ("layers_per_block", "ddpm_num_steps", "resolution"))
+        require_least(self, {"save_images_steps": 0})
         halvings = len(levels) - 1
         factor = 2**halvings
         require(

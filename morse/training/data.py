@@ -89,55 +89,42 @@ def open_training_images(
     split: Literal["train", "test"] = "train",
     caption_column: str | None = None,
 ) -> ImageDataset:
-    """Open the images that a training's settings name; the rest is as for `open_images`."""
-    source, column = (config.train_data_dir, config.dataset_name), config.image_column
-    further = (column, caption_column, config.dataset_config_name)
-    return open_images(*source, resolution, channels, split, *further)
+    """Open the images that a training's settings name, files or a dataset on the hub.
+
+    The rest is as for `open_images`, but that `caption_column` may be a column of that dataset.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (colour)")
+    if config.dataset_name is not None:
+        return _open_hub(config, resolution, channels, split, caption_column)
+    return open_images(config.train_data_dir, resolution, channels, split, caption_column)
 
 
 def open_images(
-    train_data_dir: Path | None,
-    dataset_name: str | None,
+    train_data_dir: Path,
     resolution: int,
     channels: int,
     split: Literal["train", "test"] = "train",
-    image_column: str = "image",
     caption_column: str | None = None,
-    dataset_config_name: str | None = None,
 ) -> ImageDataset:
-    """Open images from exactly one source and give all of them the same size.
+    """Open image files and give all of them the same size.
 
     Args:
         train_data_dir: An IDX file, a folder of IDX files (`train-images-idx3-ubyte[.gz]`,
             `t10k-...`), or a folder of images, searched recursively. When that folder has both
             a `train` and a `test` folder, `split` chooses between them; a source without a
             test part holds out every 20th image.
-        dataset_name: A dataset on the hub, for `datasets.load_dataset`.
         resolution: Height and width. IDX images that are smaller by an even number get a black
             border; all others are resized by their shorter side and cropped at the centre.
         channels: 1 for grey, 3 for colour.
-        split: Which part of the data; of a hub dataset see also `hub_rows.load_parts`.
-        image_column: The column of a hub dataset that holds the images.
-        caption_column: Where captions are found: a column of the hub dataset, or a name in the
-            nearest `metadata.jsonl`, an image's folder's or one's above; None for no captions.
-        dataset_config_name: The configuration of a hub dataset that has several.
+        split: Which part of the data.
+        caption_column: What captions are called in the nearest `metadata.jsonl`, an image's
+            folder's or one's above; None for no captions.
 
     Raises:
         FileNotFoundError: `train_data_dir` doesn't exist.
         ValueError: No or broken images, no captions; the message names the file.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (colour)")
-    if split not in IDX_PREFIXES:
-        raise ValueError(f"split is {split!r}; it must be one of {list(IDX_PREFIXES)}")
-    if (train_data_dir is None) == (dataset_name is None):
-        raise ValueError(
-            f"train_data_dir is {train_data_dir} and dataset_name is {dataset_name}; "
-            "give exactly one of the two"
-        )
-    if dataset_name is not None:
-        names = (dataset_name, dataset_config_name)
-        return _open_hub(*names, resolution, channels, split, image_column, caption_column)
     path = Path(train_data_dir)
     if not path.exists():
         raise FileNotFoundError(f"train_data_dir is {path}, which does not exist")
@@ -221,15 +208,15 @@ def held_out_rows(length: int, split: str) -> range | list[int]:
 
 
 def _open_hub(
-    name: str,
-    config_name: str | None,
+    config: "TrainingConfig",
     resolution: int,
     channels: int,
     split: str,
-    column: str,
     caption_column: str | None,
 ) -> ImageDataset:
-    train, test = load_parts(name, config_name, labelled=caption_column is None)
+    """Open a dataset on the hub; for its parts see `load_parts`."""
+    name, column = config.dataset_name, config.image_column
+    train, test = load_parts(name, config.dataset_config_name, labelled=caption_column is None)
     if test is None:
         rows = train.select(held_out_rows(len(train), split))
     else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from morse.dot.conv_settings import conv_settings
 from morse.dot.guidance import check_dot_guidance
 from morse.history import check_history
-from morse.settings import given, require
+from morse.settings import given, require, require_least
 from morse.training.convolutions import annealing_steps, parse_conv_options
 from morse.training.distillation_terms import check_distill
 from morse.training.pruning import check_prune_settings
@@ -14,18 +14,21 @@ from morse.training.pruning import check_prune_settings
 if TYPE_CHECKING:
     from morse.training.config import TrainDotConfig
 
+_LEAST = {
+    "window_steps": 1,
+    "pairs_per_window": 1,
+    "layers_per_block": 1,
+    "validation_images": 1,
+    "validation_steps": 0,
+    "cache_pairs": 1,
+    "progressive_steps": 0,
+    "conv_annealing_steps": 0,
+}
+
 
 def check_dot_settings(config: "TrainDotConfig") -> None:
     """Raise `ValueError`, naming setting, value and way out, unless all of them can be used."""
-    for name in ("window_steps", "pairs_per_window", "layers_per_block", "validation_images"):
-        require(getattr(config, name) > 0, name, getattr(config, name), "at least 1")
-    require(config.validation_steps >= 0, "validation_steps", config.validation_steps, "0 or more")
-    require(
-        config.cache_pairs is None or config.cache_pairs > 0,
-        "cache_pairs",
-        config.cache_pairs,
-        "at least 1",
-    )
+    require_least(config, _LEAST)
     wanted = {"float16": "fp16", "bfloat16": "bf16"}.get(config.dtype, config.mixed_precision)
     if config.mixed_precision != wanted:
         raise ValueError(
@@ -98,7 +101,6 @@ def _check_relay(config: "TrainDotConfig") -> None:
 
 def _check_progressive(config: "TrainDotConfig") -> None:
     steps = config.progressive_steps
-    require(steps >= 0, "progressive_steps", steps, "0 or more")
     if steps and (config.num_down_blocks == 1 or config.prune is not None):
         raise ValueError(
             f"progressive_steps is {steps}, which needs num_down_blocks of 2 or 3 and no prune,"
@@ -157,7 +159,6 @@ def _check_distillation(config: "TrainDotConfig") -> None:
 
 def _check_convolutions(config: "TrainDotConfig") -> None:
     steps = config.conv_annealing_steps
-    require(steps is None or steps >= 0, "conv_annealing_steps", steps, "0 or more")
     settings = conv_settings(config.conv, parse_conv_options(config.conv_options))
     if settings is None and steps is not None:
         raise ValueError(

@@ -7,16 +7,10 @@ import torch
 from torch import Tensor
 
 from morse.dot.fingerprint import fingerprint
-from morse.training.cache_sizes import (
-    MOST_ROWS,
-    choose_rows,
-    latent_bytes,
-    note_rows,
-    size_on_disk,
-)
+from morse.training.cache_sizes import choose_rows, latent_bytes, size_on_disk
 from morse.training.config import TrainDotConfig
 from morse.training.data import ImageDataset, in_batches
-from morse.training.shards import gather_rows, make_shards, read_shard, require_noted
+from morse.training.shards import gather_rows, make_shards, read_shard
 from morse.training.source import ConditionedImages, describe_data
 
 if TYPE_CHECKING:
@@ -33,14 +27,11 @@ def cache_latents(
     As with windows, shards are shared out among the processes and appear whole or not at all.
 
     Raises:
-        ValueError: If the folder holds other latents, or unless the run goes on perhaps others.
+        ValueError: If the folder holds other latents.
     """
     pipeline, folder = source.pipeline, config.cache_dir or config.output_dir / "latents"
-    # Captions and labels are read anew, so that latents of other images would get wrong ones.
-    if config.resume_from_checkpoint is None:
-        require_noted(folder, "image_files")
     image_bytes = latent_bytes(pipeline)
-    size = choose_rows(folder, MOST_ROWS, lambda rows: rows * image_bytes)
+    size = choose_rows(lambda rows: rows * image_bytes)
     on_disk = size_on_disk(len(source), size, lambda rows: rows * image_bytes)
     accelerator.print(f"cache: latents of {len(source)} images, {on_disk} in {folder}")
 
@@ -50,7 +41,7 @@ def cache_latents(
             "scaling": pipeline.codec.constants,
             "resolution": pipeline.resolution,
         }
-        return own | describe_data(source, config) | note_rows(size, MOST_ROWS)
+        return own | describe_data(source, config) | {"shard_rows": size}
 
     paths = make_shards(
         folder=folder,

@@ -1,14 +1,34 @@
 """The output folder of a run: claimed first, and written to when all that the run needs is open."""
 
-import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from morse.files import write_json
-from morse.training.checkpoint import prepare_output_dir
+from morse.settings import as_json
 from morse.training.common import RunConfig, make_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def prepare_output_dir(output_dir: Path, resume: bool | None) -> None:
+    """Create `output_dir`, and refuse to write into another run's results.
+
+    Args:
+        output_dir: The folder.
+        resume: Whether the run in it goes on; None for a command that cannot do that.
+
+    Raises:
+        FileExistsError: The folder isn't empty and `resume` isn't True.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"output_dir is {output_dir}, a file; give another --output_dir")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not resume and any(output_dir.iterdir()):
+        way = "" if resume is None else "continue its run with --resume_from_checkpoint latest or "
+        raise FileExistsError(
+            f"output_dir is {output_dir}, which is not empty; {way}give another --output_dir"
+        )
 
 
 def claim_output(config: RunConfig) -> "Accelerator":
@@ -27,7 +47,7 @@ def record_run(config: RunConfig, accelerator: "Accelerator") -> None:
     """Save the settings in the output folder and start the trackers."""
     if not accelerator.is_main_process:
         return
-    settings = {k: _plain(v) for k, v in dataclasses.asdict(config).items()}
+    settings = as_json(config)
     write_json(config.output_dir / "train_config.json", settings)
     if config.report_to != "none":
         accelerator.init_trackers("logs", {k: str(v) for k, v in settings.items()})
@@ -38,7 +58,3 @@ def begin_run(config: RunConfig) -> "Accelerator":
     accelerator = claim_output(config)
     record_run(config, accelerator)
     return accelerator
-
-
-def _plain(value: object) -> object:
-    return value if value is None or isinstance(value, (int, float, str, tuple)) else str(value)

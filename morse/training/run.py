@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from morse.training.batches import StepBatches, step_loader
+from morse.training.batches import Batched, StepBatches, step_loader
 from morse.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from morse.training.common import (
     RunConfig,
@@ -18,7 +18,6 @@ from morse.training.common import (
     set_learning_rate,
     step_generator,
 )
-from morse.training.data import ImageDataset
 from morse.training.log import TrainingLog
 from morse.training.pruning import DotPruner
 from morse.training.resuming import changed_settings
@@ -46,7 +45,7 @@ class TrainingRun:
         accelerator: From `begin_run` or `claim_output`.
         model: The network; only parameters that require gradients are trained, and only its own
             state dict is saved.
-        dataset: Images; `model` may be trained on several passes over them.
+        dataset: Gives batches; `model` may be trained on several passes over it.
         compute_loss: Gives the mean loss of one batch, under autocast. All randomness must come
             from the generator it gets.
         pruner: What prunes the network, if it is pruned.
@@ -58,7 +57,7 @@ class TrainingRun:
         config: RunConfig,
         accelerator: "Accelerator",
         model: nn.Module,
-        dataset: ImageDataset,
+        dataset: Batched,
         compute_loss: LossFunction,
         pruner: DotPruner | None = None,
         choices: Mapping[str, object] | None = None,

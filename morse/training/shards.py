@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from morse.files import write_json
-from morse.training.checkpoint import atomic_save_file, read_tensors
+from morse.files import atomic_save_file, read_tensors, write_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,42 +98,22 @@ def gather_rows(parts: Iterable[dict[str, Tensor]], size: int) -> dict[str, Tens
     return found
 
 
-def read_description(folder: Path) -> dict[str, object] | None:
-    """Give what a folder is noted to hold; None if there is no cache."""
-    path = folder / _DESCRIPTION
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 def _claim(folder: Path, description: dict[str, object]) -> None:
     """Note what a folder holds, or check that it holds just this."""
     folder.mkdir(parents=True, exist_ok=True)
-    noted = read_description(folder)
-    if noted is None:
+    path = folder / _DESCRIPTION
+    if not path.exists():
         if any(folder.glob("*.safetensors")):
             raise FileExistsError(f"cache_dir is {folder}, which holds other safetensors files.")
-        write_json(folder / _DESCRIPTION, description)
+        write_json(path, description)
         return
-    # What earlier versions did not note can't be compared.
-    found = {**description, **noted}
-    if found != description:
-        differing = sorted(key for key in found if found[key] != description.get(key))
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    if noted != description:
+        either = noted | description
+        differing = sorted(key for key in either if noted.get(key) != description.get(key))
         raise ValueError(
             f"cache_dir is {folder}, whose contents were made with other {differing}; give another "
             "--cache_dir or the settings it was made with."
-        )
-
-
-def require_noted(folder: Path, name: str) -> None:
-    """Refuse a cache of which an earlier version did not note what it was made of.
-
-    Raises:
-        ValueError: If the folder holds a cache whose description lacks `name`.
-    """
-    noted = read_description(folder)
-    if noted is not None and name not in noted:
-        raise ValueError(
-            f"cache_dir is {folder}, whose contents an earlier version made without noting "
-            f"{name}, so that they may be of others; give another --cache_dir or delete it."
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from morse.training.captions import name_classes, unique_captions
+from morse.training.captions import caption_images
 from morse.training.conditions import ConditionTable
 from morse.training.data import ImageDataset, open_training_images, to_model_range
 from morse.training.frozen import FrozenPipeline
@@ -95,19 +95,11 @@ def open_source(
     images = open_training_images(config, *size, split, config.caption_column)
     if kind == "none":
         return ConditionedImages(images, pipeline, None, ConditionTable(pipeline.encoder, ()))
-    values, numbers = _texts(images, config) if kind == "text" else _classes(images, pipeline)
+    if kind == "text":
+        values, numbers = caption_images(images, config.class_names)
+    else:
+        values, numbers = _classes(images, pipeline)
     return ConditionedImages(images, pipeline, numbers, ConditionTable(pipeline.encoder, values))
-
-
-def _texts(images: ImageDataset, config: "TrainDotConfig") -> tuple[list[str], Tensor]:
-    if config.class_names is not None:
-        return unique_captions(name_classes(images.labels, config.class_names))
-    if images.captions is None:
-        raise ValueError(
-            "the pipeline takes text, but the images have none: give --caption_column, or "
-            "--class_names for images with labels."
-        )
-    return unique_captions(images.captions)
 
 
 def _classes(images: ImageDataset, pipeline: FrozenPipeline) -> tuple[list[int], Tensor]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from morse.settings import require
-from morse.training.captions import name_classes, unique_captions
+from morse.settings import require, require_least, require_positive
+from morse.training.captions import caption_images
 from morse.training.common import TrainingConfig, derive_seed
 from morse.training.data import (
     ImageDataset,
@@ -86,15 +86,10 @@ class TrainTextDashConfig(TrainingConfig):
         require(fits, "block_out_channels", levels, "two or more multiples of 8")
         fits = self.text_channels > 0 and self.text_channels % TEXT_HEAD_SIZE == 0
         require(fits, "text_channels", self.text_channels, f"a multiple of {TEXT_HEAD_SIZE}")
-        require(self.max_tokens > 2, "max_tokens", self.max_tokens, "3 or more")
-        require(self.vocabulary_size > 0, "vocabulary_size", self.vocabulary_size, "more than 0")
-        for name in ("layers_per_block", "text_layers"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        require_positive(self, ("vocabulary_size", "layers_per_block", "text_layers"))
+        require_least(self, {"max_tokens": 3, "save_images_steps": 0})
         share = self.proportion_empty_prompts
         require(0 <= share <= 1, "proportion_empty_prompts", share, "in [0, 1]")
-        require(
-            self.save_images_steps >= 0, "save_images_steps", self.save_images_steps, "0 or more"
-        )
 
 
 class EncodedImages:
@@ -200,23 +195,16 @@ def _load_vae(folder: Path) -> "AutoencoderKL":
     return vae.requires_grad_(False).eval()
 
 
-def _open_captioned(config: TrainTextDashConfig, vae: "AutoencoderKL") -> ImageDataset:
-    size = (vae.config.sample_size, vae.config.in_channels)
-    dataset = open_training_images(config, *size, caption_column=config.caption_column)
-    if config.class_names is not None:
-        dataset.captions = name_classes(dataset.labels, config.class_names)
-    return dataset
-
-
 def train_text_dash(config: TrainTextDashConfig) -> Path:
     """Train a text-to-image Dash and save it for `StableDiffusionPipeline.from_pretrained`."""
     from diffusers import DDIMScheduler
 
     accelerator = claim_output(config)
     vae = _load_vae(config.vae).to(accelerator.device)
-    dataset = _open_captioned(config, vae)
+    size = (vae.config.sample_size, vae.config.in_channels)
+    dataset = open_training_images(config, *size, caption_column=config.caption_column)
+    prompts, rows = caption_images(dataset, config.class_names)
     record_run(config, accelerator)
-    prompts, rows = unique_captions(dataset.captions)
     tokenizer = build_tokenizer(config, prompts)
     scheduler = DDIMScheduler(
         beta_schedule=config.ddpm_beta_schedule,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from morse.files import write_json
-from morse.settings import require
+from morse.settings import require, require_least, require_positive
 from morse.training.common import TrainingConfig
 from morse.training.data import (
     ImageDataset,
@@ -48,8 +48,8 @@ class TrainVaeConfig(TrainingConfig):
         super().__post_init__()
         levels = self.block_out_channels
         require(len(levels) > 0 and min(levels) > 0, "block_out_channels", levels, "positive")
-        require(self.latent_channels > 0, "latent_channels", self.latent_channels, "more than 0")
-        require(self.kl_weight >= 0, "kl_weight", self.kl_weight, "at least 0")
+        require_positive(self, ("latent_channels",))
+        require_least(self, {"kl_weight": 0})
         factor = 2 ** (len(levels) - 1)
         fits = self.resolution > 0 and self.resolution % factor == 0
         require(fits, "resolution", self.resolution, f"a positive multiple of {factor}")
