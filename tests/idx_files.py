@@ -14,8 +14,10 @@ def write_idx(path, array, magic=None):
     return path
 
 
-def write_parts(folder, train=10, t10k=6):
-    """Write so many random images of 8x8 pixels as each part of a data set."""
+def write_parts(folder, train=10, t10k=6, num_classes=None):
+    """Write so many random images of 8x8 pixels as each part of a data set, with labels or not."""
     for name, count in (("train", train), ("t10k", t10k)):
         images = np.random.default_rng(count).integers(0, 256, (count, 8, 8), dtype=np.uint8)
         write_idx(folder / f"{name}-images-idx3-ubyte", images)
+        if num_classes is not None:
+            write_idx(folder / f"{name}-labels-idx1-ubyte", np.arange(count) % num_classes)

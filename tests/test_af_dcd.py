@@ -1,31 +1,17 @@
 """Af-DCD against recordings of the reference implementation, loops and its closed forms."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import assert_gradient, read_golden
 from torch.testing import assert_close
 
 from morse.distillation.af_dcd import AfDCDLoss
 from morse.distillation.functional import omni_contrastive_loss, omni_tokens
 
-GOLDEN = Path(__file__).parent / "golden"
 SMALL = {"channel_groups": 2, "pool_size": 0, "patch_size": (2, 2)}
 CONTRAST = {"temperature": 1.0, **SMALL}
-
-
-def load(name):
-    with safe_open(GOLDEN / f"af_dcd_{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return json.loads(file.metadata()["json"]), tensors
-
-
-def close_gradients(actual, expected, meta):
-    bound = meta["grad_rtol_of_max"] * expected.abs().max() + meta["grad_atol"]
-    assert (actual - expected).abs().max() <= bound
 
 
 def draw(*shape, seed=0):
@@ -59,7 +45,7 @@ def contrast_by_loops(pred, target, groups, patch, tau):
 
 @pytest.mark.parametrize("name", ["ctr_tiny", "ctr_default"])
 def test_contrast_golden(name):
-    meta, data = load(name)
+    meta, data = read_golden(f"af_dcd_{name}")
     config = meta["config"]
     pred = data["in.pred"].requires_grad_()
     target = data["in.target"].requires_grad_()
@@ -72,14 +58,14 @@ def test_contrast_golden(name):
     )  # fmt: skip
     assert_close(loss, data["out.loss_ctr_sum"], rtol=meta["rtol"], atol=meta["atol"])
     loss.backward()
-    close_gradients(pred.grad, data["grad.pred"], meta)
-    close_gradients(target.grad, data["grad.target"], meta)
+    assert_gradient(pred.grad, data["grad.pred"], meta)
+    assert_gradient(target.grad, data["grad.target"], meta)
 
 
 @pytest.mark.parametrize("name", ["full_a", "full_enhanced"])
 @pytest.mark.parametrize("stored_mask", [True, False])
 def test_full_golden(name, stored_mask):
-    meta, data = load(name)
+    meta, data = read_golden(f"af_dcd_{name}")
     config = meta["config"]
     loss = AfDCDLoss(
         config["student_channels"],
@@ -108,8 +94,8 @@ def test_full_golden(name, stored_mask):
     assert_close(out.contrast, data["out.loss_ctr"], **tolerance)
     assert_close(out.reconstruction, data["out.reconstructed"], **tolerance)
     out.loss.backward()
-    close_gradients(student.grad, data["grad.feat_student"], meta)
-    close_gradients(loss.align.weight.grad, data["grad.align.weight"], meta)
+    assert_gradient(student.grad, data["grad.feat_student"], meta)
+    assert_gradient(loss.align.weight.grad, data["grad.align.weight"], meta)
     assert teacher.grad is None
 
 
@@ -127,7 +113,7 @@ def test_contrast_of_equal_constants(groups, patch, expected):
 
 
 def test_contrast_by_loops():
-    meta, data = load("ctr_tiny")
+    meta, data = read_golden("af_dcd_ctr_tiny")
     looped = contrast_by_loops(data["in.pred"], data["in.target"], 2, (2, 2), 1.0)
     assert_close(looped, data["out.loss_ctr_sum"].item(), rtol=meta["rtol"], atol=meta["atol"])
     pred, target = draw(2, 6, 2, 6), draw(2, 6, 2, 6, seed=1)
@@ -308,7 +294,7 @@ def test_bad_maps_of_the_functions():
 
 
 def test_weights_that_do_not_fit_are_refused_untouched():
-    _, data = load("full_a")
+    _, data = read_golden("af_dcd_full_a")
     state = {k.removeprefix("state."): v for k, v in data.items() if k.startswith("state.")}
     for loss in (
         small_loss(6, 16, generator="enhanced"),

@@ -1,6 +1,7 @@
 """Training for guided pipelines evaluates Dash and Dot just as the pipelines do when sampling."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +15,15 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from pipeline_checks import make_dot
 from tiny_pipelines import text_unet, xl_unet
 from tiny_text import dit_pipeline, grey_vae, sd3_pipeline, text_pipeline, xl_pipeline
 from tiny_transformers import tiny_flux
 from torch import nn
 from torch.testing import assert_close
+from train_runs import seeded
 
-from morse import MorseDot, enable_morse
+from morse import enable_morse
 from morse.plan import MorsePlan
 from morse.spaces import signal_and_noise
 from morse.training.cache import _conditions
@@ -34,19 +37,7 @@ from morse.training.validation import sample_rows
 from morse.training.windows import fresh_window, pick_pairs
 
 PROMPTS = ["cat", "dog"]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random_dot(dash, **options):
-    torch.manual_seed(1)
-    dot = MorseDot.from_dash(dash, 1, (4,), lora_rank=2, **options)
-    with torch.no_grad():
-        for parameter in dot.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return dot.eval()
+random_dot = partial(make_dot, block_out_channels=(4,))
 
 
 def plain_dot(sample, timestep, jump, class_labels=None, **conditions):

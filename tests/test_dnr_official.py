@@ -1,30 +1,21 @@
 """DNR against recordings of the authors' code."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import part, read_golden
 from torch import nn
 from torch.testing import assert_close
 
 from morse.modules import CrossTemporalNorm, DynamicNormRelay, RelayCell, RelayState
 
-GOLDEN = Path(__file__).parent / "golden"
 TEMPORAL = ["dnr_ct_seg4_g1", "dnr_ct_seg4_g4", "dnr_ct_seg8_g4"]
 
 
-def read_golden(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        meta = json.loads(file.metadata()["json"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+def recorded(name):
+    """Give settings, tensors, and tolerances of values and of gradients."""
+    meta, tensors = read_golden(name)
     close = {"rtol": meta["rtol"], "atol": meta["atol"]}
     return meta["config"], tensors, close, {"rtol": meta["rtol"], "atol": meta["grad_atol"]}
-
-
-def part(tensors, prefix):
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def check_gradients(module, tensors, close):
@@ -44,7 +35,7 @@ def check_buffers(module, tensors, close):
 
 @pytest.mark.parametrize("name", ["dnr_cell_c16", "dnr_cell_two_layers"])
 def test_recorded_cell(name):
-    config, tensors, close, grad_close = read_golden(name)
+    config, tensors, close, grad_close = recorded(name)
     cell = RelayCell(config["input_size"], config["hidden_size"], num_layers=config["nlayers"])
     cell.load_state_dict(part(tensors, "state."))
     state, loss = None, 0.0
@@ -58,7 +49,7 @@ def test_recorded_cell(name):
 
 
 def test_recorded_norm_with_a_given_state():
-    config, tensors, close, grad_close = read_golden("dnr_cl_norm")
+    config, tensors, close, grad_close = recorded("dnr_cl_norm")
     channels = config["num_features"]
     shared = RelayCell(channels)
     norm = DynamicNormRelay(channels, base="batch", init="official", cell=shared)
@@ -76,7 +67,7 @@ def test_recorded_norm_with_a_given_state():
 
 @pytest.mark.parametrize("name", TEMPORAL)
 def test_recorded_temporal_norm(name):
-    config, tensors, close, grad_close = read_golden(name)
+    config, tensors, close, grad_close = recorded(name)
     norm = CrossTemporalNorm(config.pop("num_features"), **config)
     norm.load_state_dict(part(tensors, "state."))
     x = tensors["x"].requires_grad_()
@@ -142,7 +133,7 @@ class Stage(nn.Module):
 
 
 def test_recorded_stage():
-    config, tensors, close, _ = read_golden("dnr_stage_two_blocks")
+    config, tensors, close, _ = recorded("dnr_stage_two_blocks")
     stage = Stage(config)
     stage.load_state_dict(part(tensors, "state."))
     with torch.no_grad():

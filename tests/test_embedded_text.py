@@ -40,8 +40,9 @@ def reference(guidance_scale):
 
 
 def test_a_budget_is_spent_on_dash_alone_where_dot_does_harm(pipe):
-    plans = {lsd: pipe.plan_for(lsd).plan for lsd in (5, 9, 12)}
-    assert plans[5] == 5 * "D" and plans[9] == 9 * "D" and "o" in plans[12]
+    plans = {lsd: pipe.plan_for(lsd).plan for lsd in (5, 9, 10, 19, 20)}
+    assert "o" in plans[10] and "o" in plans[19]
+    assert all(plans[lsd] == lsd * "D" for lsd in (5, 9, 20))
 
 
 def test_prompts_draw_their_classes(pipe):

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMScheduler
 from idx_files import write_parts
-from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
+from train_runs import dot_arguments, save_pixels, weights
 
 from morse import MorseDot, enable_morse
 from morse.cli import parse_config
@@ -247,17 +247,13 @@ OPTIONS = """--train_batch_size 3 --lr_warmup_steps 0 --learning_rate 1e-2 --val
 def folders(build_unet, tmp_path_factory):
     data, base = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("base")
     write_parts(data, 10, 8)
-    scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
-    unet = build_unet(channels=(8, 8), sample_size=8)
-    DDPMPipeline(unet, scheduler).save_pretrained(base)
-    return data, base
+    return data, save_pixels(base, build_unet(channels=(8, 8), sample_size=8))
 
 
 def config_of(folders, output_dir, *options):
     AcceleratorState._reset_state(reset_partial_state=True)
-    data, base = map(str, folders)
-    given = ["--pretrained_model_name_or_path", base, "--train_data_dir", data, "--output_dir"]
-    return parse_config(TrainDotConfig, [*given, str(output_dir), *OPTIONS.split(), *options])
+    data, base = folders
+    return parse_config(TrainDotConfig, dot_arguments(OPTIONS, base, data, output_dir, *options))
 
 
 def test_train_dot_fits_a_gate_also_to_a_dot_that_there_is(folders, tmp_path, capsys):
@@ -271,9 +267,7 @@ def test_train_dot_fits_a_gate_also_to_a_dot_that_there_is(folders, tmp_path, ca
     gated = MorseDot.from_pretrained(folder)
     assert gated.gate is not None and gated.config.speed_ratio == 6.0
     assert "gate: " in capsys.readouterr().out
-    before, after = (
-        load_file(path / "diffusion_pytorch_model.safetensors") for path in (plain, folder)
-    )
+    before, after = weights(plain), weights(folder)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     both = train_dot(config_of(folders, tmp_path / "both", "--max_train_steps", "3", "--fit_gate"))
     assert MorseDot.from_pretrained(both).gate == gated.gate

@@ -2,12 +2,10 @@
 
 import copy
 import doctest
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import assert_golden, assert_gradient, part, read_golden
 from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
@@ -22,7 +20,6 @@ from morse.modules import (
     gridconv_transform,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
 MEAN = -1
 HANDCRAFTED = (
     (7, 7, 7, 7, 7),
@@ -31,25 +28,6 @@ HANDCRAFTED = (
     (2, 15, 9, 12, 5),
     (3, 16, 10, 13, 6),
 )
-
-
-def read_golden(name):
-    with safe_open(GOLDEN / f"gridconv_{name}.safetensors", "pt") as file:
-        meta = json.loads(file.metadata()["json"])
-        return meta, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def part(tensors, prefix):
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def assert_golden(actual, expected, meta):
-    assert_close(actual, expected, rtol=meta["rtol"], atol=meta["atol"])
-
-
-def assert_gradient(actual, expected, meta):
-    atol = meta["grad_rtol_of_max"] * expected.abs().max().item() + meta["grad_atol"]
-    assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def convolution_state(state, conv, attention):
@@ -75,7 +53,7 @@ def test_examples(module):
 
 
 def test_recorded_static_layer():
-    meta, tensors = read_golden("static_a")
+    meta, tensors = read_golden("gridconv_static_a")
     config = meta["config"]
     conv = GridConv2d(
         config["in_channels"], config["out_channels"], config["kernel_size"],
@@ -93,7 +71,7 @@ def test_recorded_static_layer():
 
 @pytest.mark.parametrize("name", ["eval", "train"])
 def test_recorded_dynamic_layer(name):
-    meta, tensors = read_golden(f"dynamic_{name}")
+    meta, tensors = read_golden(f"gridconv_dynamic_{name}")
     config = meta["config"]
     conv = GridConv2d(
         config["in_channels"], config["out_channels"], config["kernel_size"],
@@ -118,7 +96,7 @@ def test_recorded_dynamic_layer(name):
 
 @pytest.mark.parametrize("learnable", [True, False])
 def test_recorded_handcrafted_layout(learnable):
-    meta, tensors = read_golden("handcrafted_a")
+    meta, tensors = read_golden("gridconv_handcrafted_a")
     sgt = SemanticGridTransform(17, (5, 5), init="handcrafted", learnable=learnable).double()
     grid = sgt(tensors["in.pose"])
     assert_golden(grid, tensors["out.grid"], meta)
@@ -129,7 +107,7 @@ def test_recorded_handcrafted_layout(learnable):
 
 @pytest.mark.parametrize("name", ["standard", "random_prob"])
 def test_recorded_learned_layout(name):
-    meta, tensors = read_golden("sgt_a")
+    meta, tensors = read_golden("gridconv_sgt_a")
     scores = tensors[f"state.{name}.sgt_trans_mat"][0]
     sgt = SemanticGridTransform(17, (5, 5), init=scores)
     if name == "standard":
@@ -146,7 +124,7 @@ def test_recorded_learned_layout(name):
 
 
 def test_recorded_network():
-    meta, tensors = read_golden("network_a")
+    meta, tensors = read_golden("gridconv_network_a")
     config, state = meta["config"], part(tensors, "state.")
     hidden, letters = config["hidden_size"], tuple(config["padding_mode"])
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from idx_files import write_idx
+from idx_files import write_parts
 from pipeline_checks import latents, make_dot
 from test_guidance import SeparateGuidance
 from test_schedulers import make, sample
@@ -14,6 +14,7 @@ from tiny_pipelines import loop_pipeline, picture, stable_diffusion, text_inputs
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_runs import save_pixels
 
 from morse import MorseDot, MorsePlan, enable_morse, morse_sample
 from morse.clock import scheduler_index
@@ -429,12 +430,8 @@ class TestTraining:
 def test_a_cache_made_without_history_trains_a_dot_with_it(build_unet, tmp_path):
     data, base = tmp_path / "data", tmp_path / "base"
     data.mkdir()
-    for name, count in (("train", 8), ("t10k", 4)):
-        images = torch.randint(0, 256, (count, 8, 8), dtype=torch.uint8).numpy()
-        write_idx(data / f"{name}-images-idx3-ubyte", images)
-    unet = build_unet(channels=(8, 8), sample_size=8)
-    scheduler = diffusers.DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
-    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(base)
+    write_parts(data, 8, 4)
+    save_pixels(base, build_unet(channels=(8, 8), sample_size=8))
     plain = TrainDotConfig(
         pretrained_model_name_or_path=str(base),
         train_data_dir=data,

@@ -1,11 +1,8 @@
 """KernelWarehouse against recordings of the authors' code and the sizes of their networks."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import GOLDEN, read_golden
 from torch import nn
 from torch.testing import assert_close
 
@@ -14,16 +11,9 @@ from morse.modules import Warehouse, linear_temperature, set_temperature
 # Single stages may grow where whole networks shrink.
 pytestmark = pytest.mark.filterwarnings("ignore:this warehouse does not save")
 
-GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("kernel_warehouse_*.safetensors"))
 LAYERS = [name for name in NAMES if "_plan_" not in name and "schedule" not in name]
 PLANS = [name for name in NAMES if "_plan_" in name]
-
-
-def read_golden(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        meta = json.loads(file.metadata()["json"])
-        return meta, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def warehouse_from(manager, index=0):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
 from tiny_pipelines import loop_pipeline
 
 from morse import LeapfrogScheduler, MorsePipeline
+from morse.saved_plans import SavedPlan
 from morse.schedulers import make_scheduler
 
 SPREAD = 0.5  # standard deviation of Gaussian data, whose exact denoiser is known
@@ -216,20 +217,34 @@ def test_zero_terminal_snr_is_kept_from_another_scheduler():
     assert end == pytest.approx(exact_end(scheduler), rel=0.02)
 
 
-def test_saved_with_a_pipeline(build_unet, tmp_path):
-    pipe = loop_pipeline(build_unet(channels=(8, 16), sample_size=8), LeapfrogScheduler())
-    pipe.scheduler = LeapfrogScheduler(timestep_power=1.5)
-    pipe.scheduler.save_pretrained(tmp_path)
-    assert LeapfrogScheduler.from_pretrained(tmp_path).config.timestep_power == 1.5
+def test_saved_with_a_pipeline(make_dot, build_unet, tmp_path):
+    """A Dot with plans and N, and the solver: loaded they give the same image for a budget."""
+    unet = build_unet(channels=(8, 16), sample_size=8)
+    dot = make_dot(unet, num_down_blocks=1)
+    plan = SavedPlan(4, "DoDoD", {"timestep_power": 1.2}).to_config()
+    dot.register_to_config(plans={"LeapfrogScheduler": [plan]}, speed_ratio=2.0)
+    # With little noise, or a random Dash's images are all black and white.
+    scheduler = LeapfrogScheduler(beta_end=0.001, timestep_power=1.5)
+    pipe = MorsePipeline.from_pipe(DDPMPipeline(unet, scheduler), dot)
+    pipe.save_pretrained(tmp_path)
+    loaded, plain = MorsePipeline.from_pretrained(tmp_path), DDPMPipeline.from_pretrained(tmp_path)
+    images = []
+    for each, budget in (
+        (pipe, {"lsd": 4}),
+        (loaded, {"lsd": 4}),
+        (loaded, {"num_inference_steps": 3}),
+        (plain, {"num_inference_steps": 3}),
+    ):
+        each.set_progress_bar_config(disable=True)
+        assert type(each.scheduler) is LeapfrogScheduler
+        assert each.scheduler.config.timestep_power == 1.5
+        noise = torch.Generator().manual_seed(0)
+        images.append(torch.from_numpy(each(generator=noise, output_type="np", **budget).images))
+        if "lsd" in budget:
+            assert (str(each.last_run.plan), each.last_run.lsd) == ("DoDoD", 4.0)
+    assert torch.equal(images[0], images[1]) and torch.equal(images[2], images[3])
+    assert not torch.equal(images[1], images[2])
     assert "DPMSolverMultistepScheduler" in {each.__name__ for each in pipe.scheduler.compatibles}
-
-
-def test_the_embedded_pipeline_takes_it_by_name():
-    pipe = MorsePipeline.from_pretrained("fashion-mnist", scheduler="leapfrog")
-    pipe.set_progress_bar_config(disable=True)
-    pipe(batch_size=1, plan="DoD", generator=torch.Generator().manual_seed(0))
-    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, 1)
-    assert isinstance(pipe.scheduler, LeapfrogScheduler)
 
 
 class TestFittedSteps:

@@ -1,23 +1,12 @@
 """Network surgery against recorded runs of the update rule and the authors' released networks."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import read_golden
 from torch import nn
 from torch.testing import assert_close
 
 from morse.compression import NetworkSurgery, load_sparse, save_sparse
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def load(name):
-    with safe_open(GOLDEN / f"dynamic_network_surgery_{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return json.loads(file.metadata()["json"]), tensors
 
 
 def settings(config):
@@ -26,7 +15,7 @@ def settings(config):
 
 def released(name):
     """Return metadata, and the dense state dict of a released pruned network."""
-    meta, tensors = load(f"official_{name}")
+    meta, tensors = read_golden(f"dynamic_network_surgery_official_{name}")
     state = {}
     for layer in meta["layers"]:
         for part in ("weight", "bias"):
@@ -38,7 +27,7 @@ def released(name):
 
 @pytest.mark.parametrize("name", ["train_a", "train_frequent"])
 def test_training_run(name):
-    meta, data = load(name)
+    meta, data = read_golden(f"dynamic_network_surgery_{name}")
     config, exact = meta["config"], {"rtol": 0, "atol": meta["atol"]}
     layer = nn.Linear(data["weight0"].shape[1], len(data["weight0"])).double()
     layer.load_state_dict({"weight": data["weight0"], "bias": data["bias0"]})
@@ -73,7 +62,7 @@ def test_training_run(name):
 
 @pytest.mark.parametrize("name", ["replay_conv", "replay_nobias_zeros"])
 def test_replay_of_given_weights(name):
-    meta, data = load(name)
+    meta, data = read_golden(f"dynamic_network_surgery_{name}")
     config, exact = meta["config"], {"rtol": 0, "atol": meta["atol"]}
     shape, bias = data["weight_mask0"].shape, "bias_mask0" in data
     plain = nn.Conv2d(shape[1], shape[0], shape[2:]) if len(shape) == 4 else nn.Linear(*shape[::-1])
@@ -103,7 +92,7 @@ def test_replay_of_given_weights(name):
     ("network", "names"), [("lenet5", ("conv1", "ip2")), ("lenet300100", ("ip3",))]
 )
 def test_thresholds_of_the_released_dense_networks(network, names):
-    meta, tensors = load(f"official_{network}")
+    meta, tensors = read_golden(f"dynamic_network_surgery_official_{network}")
     for layer in (layer for layer in meta["layers"] if layer["name"] in names):
         shape = layer["weight_shape"]
         dense = (

@@ -1,33 +1,13 @@
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import assert_golden, assert_gradient, read_golden
 from torch import nn
 from torch.nn import functional
 
 from morse.distillation.norm import CIFAR_STAGES, IMAGENET_STAGES, NORMLoss, norm_weight
 from morse.distillation.norm_transform import NORMTransform
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def load_golden(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        meta = json.loads(file.metadata()["json"])
-        return meta, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def assert_golden(actual, tensors, name, meta):
-    torch.testing.assert_close(actual, tensors[name], rtol=meta["rtol"], atol=meta["atol"])
-
-
-def assert_gradient(actual, tensors, name, meta):
-    largest = tensors[name].abs().max().item()
-    atol = meta["grad_rtol_of_max"] * largest + meta["grad_atol"]
-    torch.testing.assert_close(actual, tensors[name], rtol=0, atol=atol)
 
 
 def classification_losses(logits, teacher_logits, target, config):
@@ -52,7 +32,7 @@ def total_loss(losses, norm, config):
 
 @pytest.fixture
 def official():
-    meta, tensors = load_golden("norm_ft_a")
+    meta, tensors = read_golden("norm_ft_a")
     config = meta["config"]
     ft = NORMTransform(config["channels_student"], config["channels_teacher"], config["N"])
     state = {key.removeprefix("state."): t for key, t in tensors.items() if key[:6] == "state."}
@@ -66,10 +46,10 @@ def test_golden_eval_and_fold(official):
     feature = tensors["in.feat_student"]
     with torch.no_grad():
         out, expanded = ft.eval()(feature)
-        assert_golden(expanded, tensors, "out.eval.expanded", meta)
-        assert_golden(out.mean((2, 3)), tensors, "out.eval.pooled", meta)
-        assert_golden(fc(out.mean((2, 3))), tensors, "out.eval.logits", meta)
-        assert_golden(ft.fold(fc)(feature.mean((2, 3))), tensors, "out.eval.logits", meta)
+        assert_golden(expanded, tensors["out.eval.expanded"], meta)
+        assert_golden(out.mean((2, 3)), tensors["out.eval.pooled"], meta)
+        assert_golden(fc(out.mean((2, 3))), tensors["out.eval.logits"], meta)
+        assert_golden(ft.fold(fc)(feature.mean((2, 3))), tensors["out.eval.logits"], meta)
 
 
 def test_golden_training_step(official):
@@ -83,25 +63,25 @@ def test_golden_training_step(official):
     norm = NORMLoss(config["N"])(expanded, tensors["in.train.feat_teacher"])
     total = total_loss(losses, norm, config)
     total.backward()
-    assert_golden(losses[0], tensors, "out.train.loss_ce", meta)
-    assert_golden(norm, tensors, "out.train.loss_norm", meta)
-    assert_golden(total, tensors, "out.train.loss_total", meta)
-    assert_gradient(feature.grad, tensors, "grad.train.feat_student", meta)
+    assert_golden(losses[0], tensors["out.train.loss_ce"], meta)
+    assert_golden(norm, tensors["out.train.loss_norm"], meta)
+    assert_golden(total, tensors["out.train.loss_total"], meta)
+    assert_gradient(feature.grad, tensors["grad.train.feat_student"], meta)
     layers = {
         "layer31.0": ft.expand, "layer31.1": ft.expand_norm,
         "layer32.0": ft.contract, "layer32.1": ft.contract_norm,
     }  # fmt: skip
     for name, layer in layers.items():
         for key, parameter in layer.named_parameters():
-            assert_gradient(parameter.grad, tensors, f"grad.train.{name}.{key}", meta)
+            assert_gradient(parameter.grad, tensors[f"grad.train.{name}.{key}"], meta)
         if name.endswith("1"):
             for key in ("running_mean", "running_var"):
-                assert_golden(getattr(layer, key), tensors, f"out.train.after.{name}.{key}", meta)
+                assert_golden(getattr(layer, key), tensors[f"out.train.after.{name}.{key}"], meta)
 
 
 @pytest.mark.parametrize("pool", ["teacher", "student"])
 def test_golden_losses(pool):
-    meta, tensors = load_golden(f"norm_loss_{pool}_pool")
+    meta, tensors = read_golden(f"norm_loss_{pool}_pool")
     config = meta["config"]
     count = sum(key.startswith("in.feat_student") for key in tensors)
     students = [tensors[f"in.feat_student.{index}"].requires_grad_() for index in range(count)]
@@ -114,12 +94,12 @@ def test_golden_losses(pool):
     norm = sum(loss(*pair) for pair in zip(students, teachers, strict=True))
     total = total_loss(losses, norm, config)
     total.backward()
-    assert_golden(losses[0], tensors, "out.loss_ce", meta)
-    assert_golden(norm, tensors, "out.loss_norm", meta)
-    assert_golden(total, tensors, "out.loss_total", meta)
-    assert_gradient(logits.grad, tensors, "grad.logits_student", meta)
+    assert_golden(losses[0], tensors["out.loss_ce"], meta)
+    assert_golden(norm, tensors["out.loss_norm"], meta)
+    assert_golden(total, tensors["out.loss_total"], meta)
+    assert_gradient(logits.grad, tensors["grad.logits_student"], meta)
     for index, student in enumerate(students):
-        assert_gradient(student.grad, tensors, f"grad.feat_student.{index}", meta)
+        assert_gradient(student.grad, tensors[f"grad.feat_student.{index}"], meta)
 
 
 def test_golden_stages():
@@ -128,7 +108,7 @@ def test_golden_stages():
         ("norm_loss_teacher_pool", CIFAR_STAGES, 240),
         ("norm_loss_student_pool", IMAGENET_STAGES, 100),
     ):
-        config = load_golden(name)[0]["config"]
+        config = read_golden(name)[0]["config"]
         assert norm_weight(config["epoch"] / epochs, stages) == config["beta1_epoch_factor"]
 
 

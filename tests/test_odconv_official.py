@@ -1,32 +1,18 @@
 """ODConv against recordings of the authors' code and the sizes of their networks."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import GOLDEN, part, read_golden
 from torch.nn import functional
 from torch.testing import assert_close
 
 from morse.modules import ODConv2d, linear_temperature, set_temperature
 
-GOLDEN = Path(__file__).parent / "golden"
 LAYERS = sorted(
     path.stem
     for path in GOLDEN.glob("odconv_*.safetensors")
     if "trajectory" not in path.stem and "schedule" not in path.stem
 )
-
-
-def read_golden(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        meta = json.loads(file.metadata()["json"])
-        return meta, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def part(tensors, prefix):
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def official_layer(meta, tensors):

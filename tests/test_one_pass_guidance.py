@@ -3,18 +3,17 @@
 import dataclasses
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from idx_files import write_idx
+from idx_files import write_parts
 from pipeline_checks import check, counted, latents, make_dot
-from safetensors.torch import load_file
 from test_controlnets import controlnet
 from test_guidance import SeparateGuidance
 from tiny_pipelines import picture, stable_diffusion, text_inputs, text_unet, xl_unet
 from tiny_text import dit_pipeline, text_pipeline
 from torch.testing import assert_close
+from train_runs import dot_arguments, seeded, weights
 
 from morse import MorseDot, MorsePipeline, enable_morse, morse_sample
 from morse.cli import parse_config
@@ -51,10 +50,6 @@ def unet():
 @pytest.fixture
 def pipe(unet):
     return stable_diffusion(diffusers.StableDiffusionPipeline, unet)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class ExactDot:
@@ -531,10 +526,7 @@ class TestTraining:
     @pytest.fixture(scope="class")
     def folders(self, tmp_path_factory):
         data, base = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("base")
-        for name, count in (("train", 10), ("t10k", 6)):
-            images = np.random.default_rng(count).integers(0, 256, (count, 8, 8))
-            write_idx(data / f"{name}-images-idx3-ubyte", images)
-            write_idx(data / f"{name}-labels-idx1-ubyte", np.arange(count) % 2)
+        write_parts(data, num_classes=2)
         text_pipeline().save_pretrained(base)
         return data, base
 
@@ -542,18 +534,17 @@ class TestTraining:
     def config(self, folders, tmp_path):
         def make(*options):
             data, base = folders
-            common = OPTIONS.split()
             AcceleratorState._reset_state(reset_partial_state=True)
-            return parse_config(TrainDotConfig, [
-                "--pretrained_model_name_or_path", str(base), "--train_data_dir", str(data),
-                "--output_dir", str(tmp_path / "run"), *common, *options])  # fmt: skip
+            return parse_config(
+                TrainDotConfig, dot_arguments(OPTIONS, base, data, tmp_path / "run", *options)
+            )
 
         return make
 
     @pytest.mark.parametrize("options", [("--on_policy",), ("--history", "1", "--distill", "norm")])
     def test_the_result_works_in_the_pipeline(self, config, folders, options):
         folder = train_dot(config("--guidance", "guided", *options))
-        found = load_file(folder / "diffusion_pytorch_model.safetensors")
+        found = weights(folder)
         assert found["guidance_embedding.projection.weight"].abs().max() > 0
         pipe = MorsePipeline.from_pretrained(folders[1], dot=folder)
         pipe.set_progress_bar_config(disable=True)

@@ -87,12 +87,11 @@ def test_a_failing_run_is_cleaned_up_too(pipe):
     assert torch.equal(pipe(), before)
 
 
-def test_a_peer_that_does_nothing_is_marked(dash):
+def test_a_peers_cost_is_measured(dash):
     pytest.importorskip("DeepCache")
     pipe = make_pipeline(dash, "ddim", CONFIG)
     measured = measure_deepcache(pipe, 2, batch_size=2, repeats=1)
     assert measured["cached_lsd"] > 0 and measured["interval"] == 2
-    assert measured["engaged"] == (measured["time_ratio"] < 0.95) == (measured["note"] == "")
 
 
 def test_an_unengaged_peer_never_looks_engaged(dash, monkeypatch):

@@ -211,17 +211,6 @@ def test_a_scheduler_that_the_pipeline_cannot_run_is_refused(make_pipe, name):
         MorsePipeline.from_pipe(make_pipe(), scheduler=name)
 
 
-@pytest.mark.parametrize(
-    "name", ["ddim", "ddpm", "dpmsolver++", "dpmsolver++1", "sde-dpmsolver++", "lcm"]
-)
-def test_the_schedulers_named_instead_run(make_pipe, make_dot, name):
-    pipe = make_pipe()
-    MorsePipeline.from_pipe(pipe, make_dot(pipe.unet), scheduler=name)
-    images = pipe(plan="DoDo", generator=torch.Generator().manual_seed(0), output_type="np").images
-    assert (pipe.last_run.num_dash, pipe.last_run.num_dot) == (2, 2)
-    assert torch.from_numpy(images).isfinite().all()
-
-
 @pytest.mark.supports("pipeline", "DDIMPipeline")
 def test_diffusers_own_ddim_pipeline(dash, make_dot):
     from diffusers import DDIMPipeline, DDIMScheduler

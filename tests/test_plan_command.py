@@ -9,7 +9,13 @@ import torch
 from evaluation_fixtures import QUICK_PLAN
 from safetensors.torch import save_file
 from tiny_pipelines import xl_unet
-from tiny_text import dit_pipeline, sd3_pipeline, text_pipeline, xl_pipeline
+from tiny_text import (
+    dit_pipeline,
+    flux_pipeline,
+    sd3_pipeline,
+    text_pipeline,
+    xl_pipeline,
+)
 
 from morse import FlowMatchLeapfrogScheduler, MorseDot, MorsePipeline
 from morse.evaluation.bench.loading import decode_in_full
@@ -22,7 +28,9 @@ PROMPTS = ("cat", "dog", "a boat")
 
 
 @pytest.mark.parametrize(
-    "build", [text_pipeline, lambda: xl_pipeline(xl_unet()), sd3_pipeline], ids=["sd", "xl", "sd3"]
+    "build",
+    [text_pipeline, lambda: xl_pipeline(xl_unet()), sd3_pipeline, flux_pipeline],
+    ids=["sd", "xl", "sd3", "flux"],
 )
 def test_prompts_encoded_once_give_the_same_images(build):
     pipe = MorsePipeline.from_pipe(build())
@@ -137,6 +145,17 @@ class TestSearch:
         run(speed_ratio=4.0, prompts=(), prompt_embeds=tmp_path / "embeds.safetensors")
         assert seen[0].embeds["prompt_embeds"].shape == (2, 8, 8)
 
+    def test_classes_are_asked_for_by_number(self, run, tmp_path, monkeypatch):
+        seen, pipe = [], dit_pipeline()
+        monkeypatch.setattr(command, "follow", lambda *args: seen.append(args[-1]))
+        dot = MorseDot.from_dash(pipe.transformer, 1, (8,), lora_rank=2)
+        MorsePipeline.from_pipe(pipe, dot).save_pretrained(tmp_path / "dit")
+        options = {"prompts": (), "class_names": ("1",), "speed_ratio": 4.0}
+        found = run(pipeline=str(tmp_path / "dit"), **options)
+        assert seen[0].class_labels == (1,)
+        (saved,) = MorseDot.from_pretrained(found).config.plans["DDIMScheduler"]
+        assert saved["plan"] == "DoD"
+
     def test_overflow_is_seen_before_the_reference(self, run, folder):
         pipe = MorsePipeline.from_pretrained(folder)
         torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
@@ -180,3 +199,5 @@ def test_n_cannot_be_measured_without_a_prompt():
     pipe = MorsePipeline.from_pipe(pipe, dot)
     with pytest.raises(ValueError, match=r"call measure_speed_ratio\(prompt\) first"):
         pipe.plan_for(8)
+    measured = pipe.measure_speed_ratio("cat", repeats=2)
+    assert measured.speed_ratio == pipe.speed_ratio > 0 and pipe.plan_for(8).plan

@@ -77,9 +77,31 @@ def test_code_in_readme_compiles_and_its_names_are_there():
         check_code(text)
 
 
+def test_the_first_code_in_readme_runs():
+    """What needs no pipeline but the embedded one, with one image and few steps for many."""
+    scope, shorter = {}, {"batch_size=16": "batch_size=1", "num_inference_steps=50": "lsd=4"}
+    for text in blocks(ROOT / "README.md", "python")[:2]:
+        for words, fewer in shorter.items():
+            text = text.replace(words, fewer)
+        exec(text, scope)
+    assert len(scope["images"]) == 1
+    assert scope["pipe"].speed_ratio == scope["pipe"].measured.speed_ratio
+
+
 def test_cells_of_notebooks_too():
     cells = [cell for path in NOTEBOOKS for cell in json.loads(path.read_text("utf-8"))["cells"]]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert len(code) > 3
     for text in code:
         check_code(text)
+
+
+def test_the_notebook_is_what_its_script_writes():
+    script = ast.parse((ROOT / "pipelines/build_notebook.py").read_text("utf-8"))
+    (written,) = (
+        ast.literal_eval(node.value) for node in script.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "CELLS"
+    )  # fmt: skip
+    (notebook,) = NOTEBOOKS
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    assert [(cell["cell_type"], "".join(cell["source"])) for cell in cells] == written

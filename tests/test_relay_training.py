@@ -3,14 +3,22 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMScheduler
 from idx_files import write_parts
-from safetensors.torch import load_file
 from torch.testing import assert_close
+from train_runs import (
+    assert_same_run,
+    copy_unfinished,
+    dot_arguments,
+    save_pixels,
+    seeded,
+    weights,
+)
 
 from morse import MorseDot, MorsePlan, morse_sample
 from morse.cli import parse_config
@@ -33,10 +41,6 @@ ALPHAS = DDPMScheduler().alphas_cumprod
 OPTIONS = """--train_batch_size 3 --max_train_steps 4 --lr_warmup_steps 2 --learning_rate 1e-2
     --checkpointing_steps 2 --logging_steps 2 --validation_steps 0 --validation_images 4 --seed 3
     --num_down_blocks 1 --block_out_channels 4 --lora_rank 2 --norm dnr --window_steps 2"""
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def data(batch_size=4, seed=0):
@@ -221,19 +225,12 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(unet, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
-    DDPMPipeline(unet, scheduler).save_pretrained(folder)
-    return folder
+    return save_pixels(tmp_path_factory.mktemp("base"), unet)
 
 
 @pytest.fixture(scope="module")
 def arguments(base, data_dir):
-    def make(output_dir, *options):
-        return ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(data_dir),
-                "--output_dir", str(output_dir), *OPTIONS.split(), *options]  # fmt: skip
-
-    return make
+    return partial(dot_arguments, OPTIONS, base, data_dir)
 
 
 @pytest.fixture
@@ -245,23 +242,12 @@ def run(arguments, tmp_path):
     return train
 
 
-def weights(folder):
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
 class TestCommand:
     def test_training_opens_the_norms_and_resumes_with_the_same_bits(self, run, tmp_path):
-        whole, name = weights(run("whole")), "down_blocks.0.resnets.0.norm1.a"
-        assert whole[name].abs().max() > 0
-        halves = tmp_path / "halves"
-        run("halves")
-        (halves / "checkpoint-4").rename(tmp_path / "checkpoint-4")
-        final = run("halves", "--resume_from_checkpoint", "latest")
-        resumed = weights(final)
-        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-        for name in ("model", "optimizer", "ema"):
-            file = f"checkpoint-4/{name}.safetensors"
-            assert (halves / file).read_bytes() == (tmp_path / file).read_bytes()
+        whole = run("whole")
+        assert weights(whole)["down_blocks.0.resnets.0.norm1.a"].abs().max() > 0
+        copy_unfinished(whole, tmp_path / "halves", 4)
+        assert_same_run(run("halves", "--resume_from_checkpoint", "latest"), whole, 4)
 
     @pytest.mark.parametrize(
         "options",

@@ -1,11 +1,8 @@
 """ScaleKD against recordings of the reference implementation."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import assert_golden, assert_gradient, part, read_golden
 from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
@@ -25,32 +22,11 @@ from morse.distillation.functional import (
     remove_low_frequencies,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def load(name):
-    with safe_open(GOLDEN / f"scalekd_{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return json.loads(file.metadata()["json"]), tensors
-
-
-def under(tensors, prefix):
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def close(actual, expected, meta):
-    assert_close(actual, expected, rtol=meta["rtol"], atol=meta["atol"])
-
-
-def close_gradient(actual, expected, meta):
-    atol = meta["grad_rtol_of_max"] * expected.abs().max().item() + meta["grad_atol"]
-    assert_close(actual, expected, rtol=0, atol=atol)
-
 
 @pytest.mark.parametrize("as_tokens", [False, True])
 @pytest.mark.parametrize("name", ["cap_train", "cap_query_eval", "cap_tokens_mismatch"])
 def test_projector(name, as_tokens):
-    meta, data = load(name)
+    meta, data = read_golden(f"scalekd_{name}")
     config = meta["config"]
     projector = CrossAttentionProjector(
         config["student_dims"],
@@ -61,41 +37,41 @@ def test_projector(name, as_tokens):
         softmax_scale=config["softmax_scale"],
         learned_query=not config["external_query"],
     )
-    projector.load_official(under(data, "state."))
+    projector.load_official(part(data, "state."))
     projector.train(config["training"])
     student = data["in.feat_student"].requires_grad_()
     query = data["in.query"].requires_grad_() if config["external_query"] else None
     x = student.flatten(2).transpose(1, 2) if as_tokens else student
     tokens = projector(x, query)
-    close(tokens, data["out.tokens"], meta)
+    assert_golden(tokens, data["out.tokens"], meta)
     (tokens * data["in.cotangent"]).sum().backward()
-    close_gradient(student.grad, data["grad.feat_student"], meta)
+    assert_gradient(student.grad, data["grad.feat_student"], meta)
     if query is None:
-        close_gradient(projector.query.grad, data["grad.query.weight"], meta)
+        assert_gradient(projector.query.grad, data["grad.query.weight"], meta)
     else:
-        close_gradient(query.grad, data["grad.query"], meta)
+        assert_gradient(query.grad, data["grad.query"], meta)
 
 
 @pytest.mark.parametrize("name", ["dfm_4", "dfm_7"])
 def test_dual_view(name):
-    meta, data = load(name)
+    meta, data = read_golden(f"scalekd_{name}")
     teacher, size = data["in.teacher_map"], meta["config"]["resolution"]
-    close(dct_matrix(size), data["state.dct_forward.weight"], meta)
-    close(torch.linalg.inv(dct_matrix(size)), data["state.dct_inverse.weight"], meta)
-    close(dct2(teacher), data["out.teacher_dct"], meta)
+    assert_golden(dct_matrix(size), data["state.dct_forward.weight"], meta)
+    assert_golden(torch.linalg.inv(dct_matrix(size)), data["state.dct_inverse.weight"], meta)
+    assert_golden(dct2(teacher), data["out.teacher_dct"], meta)
     coefficients = data["out.teacher_dct"].clone()
     coefficients[..., 0, 0] = 0
-    close(idct2(coefficients), data["out.teacher_without_dc"], meta)
-    close(remove_low_frequencies(teacher, (1, 1)), data["out.teacher_without_dc"], meta)
+    assert_golden(idct2(coefficients), data["out.teacher_without_dc"], meta)
+    assert_golden(remove_low_frequencies(teacher, (1, 1)), data["out.teacher_without_dc"], meta)
     spatial = data["in.student_tokens"].clone().requires_grad_()
     frequency = data["in.student_tokens"].clone().requires_grad_()
     losses = DualViewMimicking(*meta["config"]["alpha"])(spatial, frequency, teacher)
     assert list(losses) == ["spatial", "frequency"]
-    close(losses["spatial"], data["out.loss_spatial"], meta)
-    close(losses["frequency"], data["out.loss_frequency"], meta)
+    assert_golden(losses["spatial"], data["out.loss_spatial"], meta)
+    assert_golden(losses["frequency"], data["out.loss_frequency"], meta)
     sum(losses.values()).backward()
-    close_gradient(spatial.grad, data["grad.spatial.student_tokens"], meta)
-    close_gradient(frequency.grad, data["grad.frequency.student_tokens"], meta)
+    assert_gradient(spatial.grad, data["grad.spatial.student_tokens"], meta)
+    assert_gradient(frequency.grad, data["grad.frequency.student_tokens"], meta)
 
 
 class LastStage(nn.Module):
@@ -128,15 +104,15 @@ def make_flow(config, data, **options):
     stage = LastStage(
         config["s3"]["hw"], config["s3"]["teacher_dims"], config["s4"]["teacher_dims"]
     )
-    stage.load_state_dict(under(data, "state.tpp_stage."))
+    stage.load_state_dict(part(data, "state.tpp_stage."))
     perception = TeacherParameterPerception(stage)
     loss = ScaleKDLoss(tap(config["s3"]), tap(config["s4"]), perception, **options)
-    loss.load_official(under(data, "state.") | {"fc.weight": torch.ones(1)})
+    loss.load_official(part(data, "state.") | {"fc.weight": torch.ones(1)})
     return loss.train(config["training"])
 
 
 def test_whole_flow():
-    meta, data = load("flow_a")
+    meta, data = read_golden("scalekd_flow_a")
     loss = make_flow(meta["config"], data)
     mid, last = data["in.student.s3"].requires_grad_(), data["in.student.s4"].requires_grad_()
     teacher = data["in.teacher.s4"].requires_grad_()
@@ -144,50 +120,50 @@ def test_whole_flow():
     names = ["mid_spatial", "mid_frequency", "last_spatial", "last_frequency"]
     assert list(out.terms) == names
     for name, theirs in zip(names, ("s3", "s3_alt", "s4", "s4_alt"), strict=True):
-        close(out.terms[name], data[f"out.loss_{theirs}"], meta)
+        assert_golden(out.terms[name], data[f"out.loss_{theirs}"], meta)
     assert_close(out.loss, sum(out.terms.values()))
     out.loss.backward()
-    close_gradient(mid.grad, data["grad.student.s3"], meta)
-    close_gradient(last.grad, data["grad.student.s4"], meta)
+    assert_gradient(mid.grad, data["grad.student.s3"], meta)
+    assert_gradient(last.grad, data["grad.student.s4"], meta)
     query = loss.mid.cap_spatial.query.grad
-    close_gradient(query, data["grad.s3.projector_0.query.weight"], meta)
+    assert_gradient(query, data["grad.s3.projector_0.query.weight"], meta)
     assert teacher.grad is None and all(p.grad is None for p in loss.tpp.parameters())
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_the_last_loss_trains_the_middle_projectors_unless_detached(detach):
-    meta, data = load("flow_a")
+    meta, data = read_golden("scalekd_flow_a")
     loss = make_flow(meta["config"], data, detach_query=detach)
     mid = data["in.student.s3"].requires_grad_()
     terms = loss(mid, data["in.student.s4"], data["in.teacher.s4"]).terms
     (terms["last_spatial"] + terms["last_frequency"]).backward()
-    for part in (loss.mid.cap_spatial, loss.mid.cap_frequency):
-        assert all((p.grad is None) == detach for p in part.parameters())
+    for projector in (loss.mid.cap_spatial, loss.mid.cap_frequency):
+        assert all((p.grad is None) == detach for p in projector.parameters())
     assert (mid.grad is None) == detach
     assert all(p.grad is not None for p in loss.last.parameters())
 
 
 def test_logit_term():
-    meta, data = load("flow_a")
+    meta, data = read_golden("scalekd_flow_a")
     config = meta["config"]
     student = data["in.kd.logits_student"].requires_grad_()
     teacher = data["in.kd.logits_teacher"].requires_grad_()
     loss = logit_distillation_loss(
         student, teacher, weight=config["kd_alpha"], temperature=config["kd_temp"]
     )
-    close(loss, data["out.kd.loss"], meta)
+    assert_golden(loss, data["out.kd.loss"], meta)
     assert 1 - config["kd_alpha"] == data["out.kd.task_scale"]
     loss.backward()
-    close_gradient(student.grad, data["grad.kd.logits_student"], meta)
+    assert_gradient(student.grad, data["grad.kd.logits_student"], meta)
     assert teacher.grad is None
 
 
 def test_official_loading_is_strict():
-    meta, data = load("flow_a")
+    meta, data = read_golden("scalekd_flow_a")
     loss = make_flow(meta["config"], data)
     before = {name: tensor.clone() for name, tensor in loss.state_dict().items()}
     assert "last.cap_frequency.attention.out.weight" in before
-    state = {name: tensor + 1 for name, tensor in under(data, "state.").items()}
+    state = {name: tensor + 1 for name, tensor in part(data, "state.").items()}
     root = "distill_losses.loss_fmd_s4.projector_1."
     for change, match in (
         ({f"{root}query.weight": torch.ones(9, 12)}, r"unexpected \[\('query', \(9, 12\)\)\]"),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from pipeline_checks import make_dot
 from tiny_pipelines import loop_pipeline
 
 import morse
@@ -83,14 +84,7 @@ def unet(build_unet):
 
 @pytest.fixture(scope="module")
 def dot(unet):
-    from morse import MorseDot
-
-    torch.manual_seed(1)
-    dot = MorseDot.from_dash(unet, num_down_blocks=1, lora_rank=2)
-    with torch.no_grad():
-        for parameter in dot.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return dot.eval()
+    return make_dot(unet)
 
 
 @pytest.mark.parametrize(("name", "options", "length"), PARAMETERS)

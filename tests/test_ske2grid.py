@@ -3,13 +3,11 @@
 import copy
 import doctest
 import itertools
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import assert_golden, assert_gradient, read_golden
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn import functional
@@ -29,24 +27,6 @@ from morse.modules import (
     ske2grid_upsampling,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def read_golden(name):
-    with safe_open(GOLDEN / f"ske2grid_{name}.safetensors", "pt") as file:
-        meta = json.loads(file.metadata()["json"])
-        return meta, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def assert_golden(actual, expected, meta):
-    assert_close(actual, expected, rtol=meta["rtol"], atol=meta["atol"])
-
-
-def assert_gradient(actual, expected, meta):
-    atol = meta["grad_rtol_of_max"] * expected.abs().max().item() + meta["grad_atol"]
-    assert_close(actual, expected, rtol=0, atol=atol)
-
-
 MODULES = [ske2grid, ske2grid_index, ske2grid_layout, ske2grid_upsampling]
 
 
@@ -61,7 +41,7 @@ def test_examples(module):
 
 @pytest.mark.parametrize("name", ["sq9", "sq25", "more_cells"])
 def test_recorded_placement(name):
-    meta, tensors = read_golden("git_a")
+    meta, tensors = read_golden("ske2grid_git_a")
     git = GraphNodeIndexTransform(meta["config"][name]["cells"], meta["config"][name]["nodes"])
     git.load_state_dict({"scores": tensors[f"state.{name}.sgt_trans_mat"]})
     assert git.permutation().tolist() == tensors[f"out.{name}.index_sel"].tolist()
@@ -97,7 +77,7 @@ class AuthorsBlock(nn.Module):
 
 
 def test_recorded_block():
-    meta, tensors = read_golden("block_a")
+    meta, tensors = read_golden("ske2grid_block_a")
     config = meta["config"]
     block = AuthorsBlock(config["in_channels"], config["out_channels"], config["stride"]).eval()
     state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
@@ -112,7 +92,7 @@ def test_recorded_block():
 @pytest.mark.parametrize("name", ["front_d5", "front_d5_d6"])
 @pytest.mark.parametrize("grown", [False, True])
 def test_recorded_front(name, grown):
-    meta, tensors = read_golden(name)
+    meta, tensors = read_golden(f"ske2grid_{name}")
     sequence = [*meta["config"]["joint_seq"][1:], math.prod(meta["config"]["grid_shape"])]
     shapes = [2 * (math.isqrt(cells),) for cells in sequence]
     adjacency = tensors["in.graph_adjacency_mat"]
@@ -154,7 +134,7 @@ def test_recorded_front(name, grown):
 
 
 def test_coco_adjacency_is_the_authors():
-    _, tensors = read_golden("front_d5")
+    _, tensors = read_golden("ske2grid_front_d5")
     assert torch.equal(coco_adjacency(), tensors["in.graph_adjacency_mat"])
 
 

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -6,11 +7,20 @@ import pytest
 import torch
 from idx_files import write_idx
 from safetensors.torch import load_file
+from train_runs import assert_same_run
 
 from morse.cli import parse_config
 from morse.training import run
-from morse.training.common import derive_seed, learning_rate_at, make_optimizer, step_generator
+from morse.training.batches import StepBatches
+from morse.training.common import (
+    RunConfig,
+    derive_seed,
+    learning_rate_at,
+    make_optimizer,
+    step_generator,
+)
 from morse.training.dash import TrainDashConfig, train_dash
+from morse.training.output import begin_run
 from morse.training.run import TrainingRun
 
 OPTIONS = """--resolution 8 --block_out_channels 8 8 --train_batch_size 3 --max_train_steps 5
@@ -32,17 +42,6 @@ def make_config(data_file, output_dir, *options):
 @pytest.fixture(scope="module")
 def whole_run(data_file, tmp_path_factory):
     return train_dash(make_config(data_file, tmp_path_factory.mktemp("runs") / "whole"))
-
-
-def weights(folder):
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def assert_same_run(folder, other):
-    torch.testing.assert_close(weights(folder), weights(other), rtol=0, atol=0)
-    for name in ("model", "optimizer", "ema"):
-        file = f"checkpoint-5/{name}.safetensors"
-        assert (folder / file).read_bytes() == (other / file).read_bytes()
 
 
 def test_result_is_a_diffusers_pipeline(whole_run):
@@ -76,7 +75,7 @@ def test_time_limit_saves_and_resumes(data_file, tmp_path, whole_run, monkeypatc
     assert (tmp_path / "run" / "model_index.json").is_file()
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
     train_dash(replace(config, max_train_seconds=None, resume_from_checkpoint="latest"))
-    assert_same_run(tmp_path / "run", whole_run)
+    assert_same_run(tmp_path / "run", whole_run, 5, "unet")
 
 
 def test_settings_that_a_checkpoint_keeps_are_told(data_file, tmp_path, capsys):
@@ -132,7 +131,69 @@ def test_killed_in_a_step_and_resumed_gives_the_same_bits(
 
     train_dash(replace(config, resume_from_checkpoint="latest"))
 
-    assert_same_run(tmp_path / "run", whole_run)
+    assert_same_run(tmp_path / "run", whole_run, 5, "unet")
+
+
+class Rows:
+    """Vectors in the place of images."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitems__(self, rows):
+        return self.values[rows]
+
+
+def mean_square(model, batch, generator=None):
+    return model(batch).square().mean()
+
+
+def train_plainly(model, values, batches, max_grad_norm):
+    """Whole batches, clipped; returns AdamW, diffusers' average, and each gradient's norm."""
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.2)
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=len(batches))
+    average = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75)
+    norms = []
+    for rows in batches:
+        optimizer.zero_grad()
+        mean_square(model, values[rows]).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+        optimizer.step()
+        rates.step()
+        average.step(model.parameters())
+    return optimizer, average, torch.stack(norms)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.1, 100.0])
+def test_a_run_does_what_a_plain_loop_does(tmp_path, max_grad_norm):
+    """Two passes of half a batch are one update, clipped once they are summed, and averaged."""
+    config = RunConfig(
+        output_dir=tmp_path, train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=4,
+        learning_rate=0.1, lr_warmup_steps=1, adam_weight_decay=0.2, max_grad_norm=max_grad_norm,
+    )  # fmt: skip
+    accelerator = begin_run(config)
+    values, linear = 3 * torch.randn(10, 3), torch.nn.Linear(3, 2)
+    expected = copy.deepcopy(linear).to(accelerator.device)
+    training = TrainingRun(config, accelerator, linear, Rows(values), mean_square)
+    assert training.train() == 4
+    batches = StepBatches(10, 4, config.seed, 0, 4)
+    optimizer, average, norms = train_plainly(
+        expected, values.to(accelerator.device), batches, max_grad_norm
+    )
+    assert ((norms > max_grad_norm) == (max_grad_norm < 1)).all()
+    for found, wanted in (
+        (training.model.state_dict(), expected.state_dict()),
+        (training.ema.shadow_params, average.shadow_params),
+        # AdamW's moves alone would be those of gradients of any size.
+        (training.optimizer.state_dict()["state"], optimizer.state_dict()["state"]),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["cosine", "constant"])

@@ -2,18 +2,17 @@
 
 import copy
 import doctest
-import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
-from idx_files import write_idx
+from idx_files import write_parts
 from safetensors.torch import load_file
 from tiny_text import dit_pipeline, sd3_pipeline
 from torch.testing import assert_close
+from train_runs import assert_same_run, copy_unfinished, dot_arguments, weights
 
 from morse import MorseDot
 from morse.cli import parse_config
@@ -36,10 +35,7 @@ ALL = ("norm", "af_dcd", "scale_kd")
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for name, count in (("train", 6), ("t10k", 3)):
-        rng = np.random.default_rng(count)
-        write_idx(folder / f"{name}-images-idx3-ubyte", rng.integers(0, 256, (count, 8, 8)))
-        write_idx(folder / f"{name}-labels-idx1-ubyte", np.arange(count) % 3)
+    write_parts(folder, 6, 3, num_classes=3)
     return folder
 
 
@@ -60,10 +56,10 @@ def base(pipe, tmp_path_factory):
 def make_config(base, data_dir, tmp_path_factory):
     def make(*options):
         AcceleratorState._reset_state(reset_partial_state=True)
-        given = ["--pretrained_model_name_or_path", base, "--train_data_dir", data_dir,
-                 "--output_dir", tmp_path_factory.mktemp("runs") / "run", *OPTIONS.split(),
-                 *options]  # fmt: skip
-        return parse_config(TrainDotConfig, list(map(str, given)))
+        output_dir = tmp_path_factory.mktemp("runs") / "run"
+        return parse_config(
+            TrainDotConfig, dot_arguments(OPTIONS, base, data_dir, output_dir, *options)
+        )
 
     return make
 
@@ -106,10 +102,6 @@ def randomise(module):
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def weights(folder):
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
 def count_hooks(*modules):
     return sum(
         len(part._forward_hooks) + len(part._forward_pre_hooks)
@@ -123,7 +115,7 @@ def count_hooks(*modules):
 
 def test_all_losses_train_and_the_result_is_a_plain_dot(all_run, make_config, capsys):
     _, folder = all_run
-    plain = train_dot(make_config())
+    plain = train_dot(make_config("--gradient_accumulation_steps", "2"))
     found, expected = weights(folder), weights(plain)
     assert {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in expected.items()}
     assert any(not torch.equal(value, expected[name]) for name, value in found.items())
@@ -144,15 +136,10 @@ def test_the_losses_own_parameters_are_trained(all_run):
 
 def test_resumed_it_gives_the_same_bits(all_run, tmp_path):
     config, folder = all_run
-    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns(
-        "checkpoint-3", "config.json", "diffusion_pytorch_model.safetensors"))  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
-    resumed = replace(config, output_dir=tmp_path / "run", resume_from_checkpoint="latest")
-    train_dot(resumed)
-    assert_close(weights(tmp_path / "run"), weights(folder), rtol=0, atol=0)
-    for name in ("model", "optimizer", "ema"):
-        file = f"checkpoint-3/{name}.safetensors"
-        assert (tmp_path / "run" / file).read_bytes() == (folder / file).read_bytes()
+    unfinished = copy_unfinished(folder, tmp_path / "run", 3)
+    resumed = replace(config, output_dir=unfinished, resume_from_checkpoint="latest")
+    assert_same_run(train_dot(resumed), folder, 3)
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="is from another network"):
         train_dot(replace(resumed, distill=("norm",), max_train_steps=4))

@@ -182,15 +182,9 @@ class TestStableDiffusion:
             patch.setattr(images.images, "contents", lambda: "others")
             with pytest.raises(ValueError, match=r"made with other \['image_files'\]"):
                 cache_latents(images, config, accelerator)
-        path = tmp_path / "cache.json"
-        told = json.loads(path.read_text())
+        told = json.loads((tmp_path / "cache.json").read_text())
         assert told["scaling"]["scaling_factor"] == images.pipeline.codec.vae.config.scaling_factor
-        del told["image_files"], told["scaling"]  # as earlier versions
-        path.write_text(json.dumps(told))
-        with pytest.raises(ValueError, match=r"an earlier version made without noting image_files"):
-            cache_latents(images, config, accelerator)
-        # A run that goes on has used it before.
-        cache_latents(images, replace(config, resume_from_checkpoint="latest"), accelerator)
+        assert told["shard_rows"] == 4096
 
 
 def test_processes_that_load_data_get_images_and_numbers_alone(source):
@@ -203,13 +197,13 @@ def test_processes_that_load_data_get_images_and_numbers_alone(source):
 class TestCache:
     @pytest.fixture(scope="class")
     def shards(self, source, tmp_path_factory):
-        """Paths of two shards, of 32 and 8 windows."""
+        """Paths of two shards, of 32 and 8 windows; so many a shard has until the class ends."""
         patch = pytest.MonkeyPatch()
-        patch.setattr("morse.training.cache.SHARD_WINDOWS", 32)
+        patch.setattr("morse.training.cache_sizes.MOST_ROWS", 32)
         cache = prepare_cache(*source, make_accelerator(source[1]))
-        patch.undo()
         assert len(cache.shards) == 2
-        return sorted((source[1].output_dir / "pairs").glob("*.safetensors"))
+        yield sorted((source[1].output_dir / "pairs").glob("*.safetensors"))
+        patch.undo()
 
     def test_a_caption_is_kept_once(self, source, shards):
         shard = load_file(shards[0])

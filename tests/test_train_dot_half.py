@@ -7,10 +7,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
-from idx_files import write_idx
-from safetensors.torch import load_file
+from idx_files import write_parts
 from tiny_pipelines import xl_unet
 from tiny_text import dit_pipeline, sd3_pipeline, text_pipeline, xl_pipeline
+from train_runs import dot_arguments, weights
 
 from morse import MorseDot, enable_morse
 from morse.cli import parse_config
@@ -29,10 +29,7 @@ FLOAT16 = ("--dtype", "float16", "--mixed_precision", "fp16")
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for name, count in (("train", 10), ("t10k", 6)):
-        images = torch.randint(256, (count, 8, 8), generator=torch.Generator().manual_seed(count))
-        write_idx(folder / f"{name}-images-idx3-ubyte", images.numpy())
-        write_idx(folder / f"{name}-labels-idx1-ubyte", (torch.arange(count) % 3).numpy())
+    write_parts(folder, num_classes=3)
     return folder
 
 
@@ -46,8 +43,7 @@ def arguments(data_dir, tmp_path):
             pipe.save_pretrained(base)
         named = ("--class_names", "cat", "dog", "emu") if hasattr(pipe, "tokenizer") else ()
         output_dir = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        return ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(data_dir),
-                "--output_dir", str(output_dir), *OPTIONS.split(), *named, *options]  # fmt: skip
+        return dot_arguments(OPTIONS, base, data_dir, output_dir, *named, *options)
 
     return give
 
@@ -55,8 +51,7 @@ def arguments(data_dir, tmp_path):
 def train(arguments):
     AcceleratorState._reset_state(reset_partial_state=True)  # else precisions can't differ
     folder = train_dot(parse_config(TrainDotConfig, arguments))
-    weights = load_file(folder / "diffusion_pytorch_model.safetensors").values()
-    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert {weight.dtype for weight in weights(folder).values()} == {torch.float32}
     ratios = json.loads(next((folder / "validation").glob("*.json")).read_text())
     return folder, ratios["residual_ratio"]
 

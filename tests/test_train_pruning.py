@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.pipelines.pipeline_loading_utils import is_safetensors_compatible
 from safetensors.torch import load_file
 from test_hub import hub  # noqa: F401
 from test_train_dot import arguments, data_dir  # noqa: F401
+from train_runs import WEIGHTS, assert_same_run, save_pixels
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
@@ -26,17 +27,13 @@ from morse.training.pruning import (
 from morse.training.run import TrainingRun
 from morse.training.start import inherit
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEPS = ["--max_train_steps", "8", "--prune_start", "3", "--prune_stop", "6", "--prune", "0.8"]
 
 
 @pytest.fixture(scope="module")
 def base(build_unet, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
     unet = build_unet(channels=(8, 16), sample_size=8)
-    scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
-    DDPMPipeline(unet, scheduler).save_pretrained(folder)
-    return folder
+    return save_pixels(tmp_path_factory.mktemp("base"), unet)
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +221,8 @@ class TestResuming:
     options = (*STEPS, "--prune_gamma", "0.5")
 
     def assert_same_run(self, folder, other):
-        files = [folder / WEIGHTS, other / WEIGHTS]
-        assert files[0].read_bytes() == files[1].read_bytes()
-        for name in ("model", "optimizer", "ema"):
-            file = f"checkpoint-8/{name}.safetensors"
-            assert (folder / file).read_bytes() == (other / file).read_bytes()
+        assert (folder / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
+        assert_same_run(folder, other, 8)
 
     @pytest.fixture(scope="class")
     def recorded(self, train):

@@ -3,6 +3,7 @@ import pytest
 import torch
 from idx_files import write_idx
 from safetensors.torch import load_file
+from train_runs import assert_same_run, copy_unfinished
 
 from morse.cli import parse_config
 from morse.training.text_dash import TrainTextDashConfig, train_text_dash
@@ -54,7 +55,7 @@ def test_the_autoencoder_learns_and_its_latents_have_unit_variance(data_dir, vae
     from morse.training.data import open_images
 
     vae, device = AutoencoderKL.from_pretrained(vae_dir), torch.device("cpu")
-    images = open_images(data_dir, None, 8, 1)
+    images = open_images(data_dir, 8, 1)
     assert measure_psnr(vae, images, device) > 15  # a constant grey has 8.5 dB
     scale = vae.config.scaling_factor
     assert scale == pytest.approx(measure_scale(vae, images, device), rel=1e-5)
@@ -122,14 +123,10 @@ def test_text_encoder_and_denoiser_both_learn(data_dir, vae_dir, whole_run, tmp_
 
 
 def test_a_resumed_run_ends_at_the_same_bits(data_dir, vae_dir, whole_run, tmp_path):
-    train_text_dash(make_config(data_dir, vae_dir, tmp_path))
-    checkpoint = "checkpoint-4"
-    (tmp_path / checkpoint).rename(tmp_path / "gone")
+    unfinished = copy_unfinished(whole_run, tmp_path / "run", 4)
     options = ("--resume_from_checkpoint", "latest")
-    train_text_dash(make_config(data_dir, vae_dir, tmp_path, *options))
-    for name in ("model", "optimizer", "ema"):
-        file = f"{checkpoint}/{name}.safetensors"
-        assert (tmp_path / file).read_bytes() == (whole_run / file).read_bytes()
+    resumed = train_text_dash(make_config(data_dir, vae_dir, unfinished, *options))
+    assert_same_run(resumed, whole_run, 4, "unet")
 
 
 @pytest.mark.parametrize(

@@ -516,13 +516,16 @@ class TestFusedProjections:
 # DiT embeds the timestep in every block: reentrant checkpoints would free what they share.
 @pytest.mark.parametrize(
     ("name", "reentrant"),
-    [(name, False) for name in ("unet", *NAMES)]
+    [(name, False) for name in ("unet", "text unet", *NAMES)]
     + [(name, True) for name in ("unet", "pixart", "sd3", "flux")],
 )
 def test_gradient_checkpointing_changes_no_gradient(name, reentrant, build_unet, make_dot):
-    if name == "unet":
+    if "unet" in name:
         dash, given = build_unet(), {}
-        sample = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        if name == "text unet":
+            dash, given = text_unet(), conditions("pixart")
+        shape = (2, dash.config.in_channels, 16, 16)
+        sample = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         before = JumpPoint(sample, torch.tensor([700, 700]), sample.flip(2))
         arguments = sample, torch.tensor([600, 600]), before
     else:

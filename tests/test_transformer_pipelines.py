@@ -1,6 +1,7 @@
 """Transformer pipelines with a weight-shared Dot, on tiny random models."""
 
 import diffusers
+import pipeline_checks
 import pytest
 import torch
 from tiny_pipelines import text_inputs, tiny_vae
@@ -10,7 +11,6 @@ from tiny_transformers import tiny_dit, tiny_flux, tiny_pixart, tiny_sd3
 from morse import (
     FlowMatchLeapfrogScheduler,
     LeapfrogScheduler,
-    MorseDot,
     MorsePipeline,
     disable_morse,
     enable_morse,
@@ -19,13 +19,10 @@ from morse.dot.fingerprint import fingerprint
 
 
 def make_dot(transformer, num_down_blocks=1, **options):
-    torch.manual_seed(1)
     widths = (8, 16)[:num_down_blocks]
-    dot = MorseDot.from_dash(transformer, num_down_blocks, widths, lora_rank=2, **options)
-    with torch.no_grad():
-        for parameter in dot.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return dot.eval()
+    return pipeline_checks.make_dot(
+        transformer, num_down_blocks, block_out_channels=widths, **options
+    )
 
 
 def build(pipeline_class, transformer, scheduler, **more):

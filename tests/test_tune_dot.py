@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from tiny_text import dit_pipeline, text_pipeline
+from train_runs import weights
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
@@ -87,10 +88,6 @@ def sampled(folder):
     pipe = enable_with_gradients(with_solver(bare, "leapfrog"), dot)
     runs = [PlannedRun(pipe.scheduler, plan, f"{plan.lsd} LSD") for plan in PLANS]
     return SampledRun(pipe, runs, UNCONDITIONAL, seed=3)
-
-
-def weights(path):
-    return load_file(path / "diffusion_pytorch_model.safetensors")
 
 
 class TestSampledRun:

@@ -128,7 +128,7 @@ def assert_same_weights(found, run):
 
 
 def test_training_does_what_one_process_does_with_twice_the_batch(launched, tmp_path, monkeypatch):
-    monkeypatch.setattr("morse.training.cache.SHARD_WINDOWS", SHARD_WINDOWS)
+    monkeypatch.setattr("morse.training.cache_sizes.MOST_ROWS", SHARD_WINDOWS)
     more = ("--train_batch_size", "4")
     one, two = both(launched, "plain", tmp_path, TrainDotConfig, train_dot, *more)
     for mine, theirs in shards_of(one, two):

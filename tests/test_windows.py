@@ -3,6 +3,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_runs import seeded
 
 from morse.sampling import make_pair
 from morse.training import windows
@@ -12,10 +13,6 @@ from morse.training.schedule import NoiseSchedule
 from morse.training.windows import draw_timesteps, fresh_window, make_window, pick_pairs
 
 ALPHAS = DDPMScheduler().alphas_cumprod
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def dash(sample, timestep):
@@ -43,6 +40,13 @@ def test_timesteps_decrease_within_the_schedule(sampling, num_points):
     # Both ends are reached, and a seed gives the same draws.
     assert timesteps[:, 0].max() > 980 and timesteps[:, -1].min() < 60
     assert torch.equal(timesteps, draw_timesteps(500, num_points, sampling, 1000, seeded()))
+
+
+@pytest.mark.parametrize("num_train_timesteps", [6, 50])
+def test_a_coarse_schedule_has_no_timestep_twice(num_train_timesteps):
+    timesteps = draw_timesteps(500, 3, "plans", num_train_timesteps, seeded())
+    assert (timesteps.diff(dim=1) < 0).all()
+    assert timesteps[:, 0].max() == num_train_timesteps - 1 and timesteps.min() == 0
 
 
 class NoDoubles(TorchDispatchMode):

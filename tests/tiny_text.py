@@ -9,12 +9,14 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 from tiny_pipelines import TEXT_CHANNELS, text_unet
+from tiny_transformers import tiny_flux
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 TOKENS = 8
+LONG = 512  # what Flux fills its second text up to
 
 
 def tokenizer():
@@ -34,7 +37,7 @@ def tokenizer():
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
 
 
-def text_encoder(projected=False, half=False):
+def text_encoder(projected=False, half=False, tokens=TOKENS):
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=54,
@@ -43,7 +46,7 @@ def text_encoder(projected=False, half=False):
         projection_dim=TEXT_CHANNELS,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=tokens,
         bos_token_id=52,
         eos_token_id=53,
         pad_token_id=53,
@@ -150,5 +153,23 @@ def sd3_pipeline(shift=3.0):
         text_encoder_3=None,
         tokenizer_3=None,
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux_pipeline():
+    """FluxPipeline for 8x8 grey pictures; CLIP stands for T5, of which only states are read."""
+    vae = grey_vae()
+    vae.register_to_config(shift_factor=0.06)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(tokens=LONG),
+        tokenizer_2=tokenizer(),
+        transformer=tiny_flux(),
+    )
+    pipe.default_sample_size = 4
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 
-from morse.training import cache
+from morse.training import cache_sizes
 from morse.training.run import TrainingRun
 from morse.tuning import targets
 
@@ -34,7 +34,7 @@ def keep_weights(train):
 
 def main(file):
     """Run each `[script, *arguments]` of a JSON file."""
-    cache.SHARD_WINDOWS, targets.SHARD_SAMPLES = SHARD_WINDOWS, SHARD_SAMPLES
+    cache_sizes.MOST_ROWS, targets.SHARD_SAMPLES = SHARD_WINDOWS, SHARD_SAMPLES
     TrainingRun.train = keep_weights(TrainingRun.train)
     # A command ends with its process group, which the next one still needs.
     destroy_process_group = torch.distributed.destroy_process_group
