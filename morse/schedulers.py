@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 
 import diffusers
-from diffusers import DDPMPipeline, DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, SchedulerMixin
 
 from morse.flow_leapfrog import FlowMatchLeapfrogScheduler
 from morse.leapfrog import LeapfrogScheduler
@@ -161,7 +161,8 @@ def remake(kind: type, config: Mapping[str, object]) -> SchedulerMixin:
 def check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
     """Refuse what draws wrong: a scheduler of another noise path, or of another loop.
 
-    Diffusers' `DDPMPipeline` neither scales its input nor takes steps without a generator.
+    Diffusers' `DDPMPipeline` neither scales its input nor takes steps without a generator, its
+    `DDIMPipeline` hands to each step what DDIM's alone take.
     """
     flows = is_flow(pipe.scheduler), is_flow(scheduler)
     other = pipe.scheduler if flows[1] else scheduler  # EDM's path, say, is neither
@@ -174,8 +175,14 @@ def check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
             f"scheduler {type(scheduler).__name__} is not for {type(pipe).__name__}, whose model "
             f"was trained {trained} ({type(pipe.scheduler).__name__}); use {others}."
         )
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    if isinstance(pipe, DDPMPipeline) and (scales_noise(scheduler) or not takes_generator):
+    taken = inspect.signature(scheduler.step).parameters
+    if isinstance(pipe, DDIMPipeline) and "use_clipped_model_output" not in taken:
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} does not work in diffusers' "
+            f"{type(pipe).__name__}, which calls the steps of ddim alone; use ddim, or make a "
+            "DDPMPipeline(pipe.unet, pipe.scheduler) of it first."
+        )
+    if isinstance(pipe, DDPMPipeline) and (scales_noise(scheduler) or "generator" not in taken):
         raise ValueError(
             f"scheduler {type(scheduler).__name__} does not work in diffusers' "
             f"{type(pipe).__name__}, which neither scales its input nor calls a step without a "

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     train_dot(config)
 
     # Not the model's own scheduler: with one that adds noise, as DDPM's, lsd= is all Dash.
-    pipe = MorsePipeline.from_pretrained(args.model, dot=args.output_dir, scheduler="leapfrog")
+    pipe = MorsePipeline.from_pretrained(args.model, dot=args.output_dir, scheduler="ddim")
     pipe.measure_speed_ratio()
     image = pipe(lsd=10, generator=torch.Generator().manual_seed(0)).images[0]
     print(pipe.morse_summary())

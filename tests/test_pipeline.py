@@ -221,6 +221,10 @@ def test_diffusers_own_ddim_pipeline(dash, make_dot):
     def images(**plan):
         return pipe(generator=torch.Generator().manual_seed(0), output_type="np", **plan).images
 
+    with pytest.raises(
+        ValueError, match=r"LeapfrogScheduler does not work in .* use ddim, or make"
+    ):
+        MorsePipeline.from_pipe(pipe, scheduler="leapfrog")
     expected = images(num_inference_steps=5)
     enable_morse(pipe, make_dot(dash))
     assert np.array_equal(images(plan="DDDDD"), expected)

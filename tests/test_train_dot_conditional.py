@@ -184,7 +184,7 @@ class TestStableDiffusion:
                 cache_latents(images, config, accelerator)
         told = json.loads((tmp_path / "cache.json").read_text())
         assert told["scaling"]["scaling_factor"] == images.pipeline.codec.vae.config.scaling_factor
-        assert told["shard_rows"] == 4096
+        assert "shard_rows" not in told  # the usual number
 
 
 def test_processes_that_load_data_get_images_and_numbers_alone(source):

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from tiny_text import dit_pipeline, text_pipeline
-from train_runs import weights
+from train_runs import assert_same_run, weights
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
@@ -32,6 +33,7 @@ from morse.tuning.command import (
     tune_dot,
     worse_plans,
 )
+from morse.tuning.loading import load_to_tune
 from morse.tuning.loss import run_loss
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import SHARD_SAMPLES, _describe
@@ -45,6 +47,9 @@ PLANS = (
 OPTIONS = """--lsd 2 3 --target_lsd 4 --num_images 6 --validation_images 3 --train_batch_size 2
     --max_train_steps 5 --lr_warmup_steps 1 --learning_rate 1e-3 --checkpointing_steps 2
     --logging_steps 2 --validation_steps 2 --seed 3"""
+BFLOAT16 = ("--dtype", "bfloat16", "--mixed_precision", "bf16")
+FLOAT16 = ("--dtype", "float16", "--mixed_precision", "fp16")
+HALF = [BFLOAT16, pytest.param(FLOAT16, marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,37 @@ def folder(build_unet, tmp_path_factory):
     path = tmp_path_factory.mktemp("tune") / "pipeline"
     MorsePipeline.from_pipe(pipe, dot).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    pipe = text_pipeline()
+    torch.manual_seed(1)
+    dot = MorseDot.from_dash(pipe.unet, num_down_blocks=1, block_out_channels=(8,), lora_rank=2)
+    torch.nn.init.normal_(dot.conv_out.weight, std=0.05)
+    dot.register_to_config(speed_ratio=4.0)
+    path = tmp_path_factory.mktemp("text") / "pipeline"
+    MorsePipeline.from_pipe(pipe, dot).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def dtypes(monkeypatch):
+    """Those of the networks while a Dot is tuned; several precisions may follow each other."""
+    found, one_pass = {}, TrainingRun._forward_backward
+
+    def look(run, batch, micro_step):
+        loss = one_pass(run, batch, micro_step)
+        for name, part in run.model.pipe.components.items():
+            if isinstance(part, torch.nn.Module):
+                found[name] = {parameter.dtype for parameter in part.parameters()}
+        assert all(parameter.grad is None for parameter in run.model.pipe.unet.parameters())
+        return loss
+
+    monkeypatch.setattr(TrainingRun, "_forward_backward", look)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield found
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def arguments(folder, output_dir, *options):
@@ -171,10 +207,14 @@ def test_the_report_has_each_plan_with_dot_before_and_after(whole_run):
     assert facts["command"] and facts["environment"]["torch"]
 
 
-def test_tuning_lowers_the_error_of_whole_runs(tune):
+@pytest.mark.parametrize("precision", [(), *HALF], ids=lambda each: each[1] if each else "full")
+def test_tuning_lowers_the_error_of_whole_runs(tune, precision, dtypes):
     found = tune("--max_train_steps", "20", "--learning_rate", "1e-2", "--num_images", "32",
                  "--train_batch_size", "8", "--ema_max_decay", "0.5", "--lsd", "2",
-                 "--validation_steps", "0", "--checkpointing_steps", "20")  # fmt: skip
+                 "--validation_steps", "0", "--checkpointing_steps", "20", *precision)  # fmt: skip
+    of_dash = getattr(torch, precision[1]) if precision else torch.float32
+    assert dtypes == {"unet": {of_dash}, "dot": {torch.float32}}
+    assert {value.dtype for value in weights(found).values()} == {torch.float32}
     by_step = json.loads((found / "tuning.json").read_text())["decibels_by_step"]
     assert by_step["20"]["leapfrog, 2 LSD"] > by_step["0"]["leapfrog, 2 LSD"] + 0.5
 
@@ -267,16 +307,22 @@ def test_the_target_is_as_long_as_its_budget(sampled):
     assert mixed.plan == "DD"
 
 
+def stopped_at(step):
+    one_pass = TrainingRun._forward_backward
+
+    def interrupt(run, batch, micro_step):
+        if run.step == step:
+            raise KeyboardInterrupt
+        return one_pass(run, batch, micro_step)
+
+    return interrupt
+
+
 def test_resumed_it_keeps_n_and_what_was_found(folder, whole_run, tmp_path, monkeypatch, capsys):
-    ratios, one_pass = iter((4.0, 1.5)), TrainingRun._forward_backward
+    ratios = iter((4.0, 1.5))
 
     def measure(pipe, **kwargs):
         return SimpleNamespace(speed_ratio=next(ratios))
-
-    def interrupt(run, batch, micro_step):
-        if run.step == 3:
-            raise KeyboardInterrupt
-        return one_pass(run, batch, micro_step)
 
     monkeypatch.setattr("morse.calls.MorseCalls.measure_speed_ratio", measure)
     dot = MorseDot.from_pretrained(folder / "dot")
@@ -285,13 +331,32 @@ def test_resumed_it_keeps_n_and_what_was_found(folder, whole_run, tmp_path, monk
     given = arguments(folder, tmp_path / "run", "--dot", str(tmp_path / "dot"))
     config = parse_config(TuneDotConfig, given)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TrainingRun, "_forward_backward", interrupt)
+        patch.setattr(TrainingRun, "_forward_backward", stopped_at(3))
         tune_dot(config)
     resumed = tune_dot(replace(config, resume_from_checkpoint="latest"))
     facts, whole = (json.loads((p / "tuning.json").read_text()) for p in (resumed, whole_run))
     assert facts["decibels_by_step"] == whole["decibels_by_step"]
     assert next(ratios) == 1.5 and "warning" not in capsys.readouterr().out
     torch.testing.assert_close(weights(resumed), weights(whole_run), rtol=0, atol=0)
+
+
+def test_resumed_in_half_precision_it_is_the_same(folder, dtypes, tmp_path, monkeypatch):
+    options = ("--max_train_steps", "3", "--checkpointing_steps", "1", "--validation_steps", "0",
+               "--lsd", "2", "--cache_dir", str(tmp_path / "targets"), *BFLOAT16)  # fmt: skip
+    config = parse_config(TuneDotConfig, arguments(folder, tmp_path / "whole", *options))
+    whole, again = tune_dot(config), replace(config, output_dir=tmp_path / "again")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingRun, "_forward_backward", stopped_at(1))
+        tune_dot(again)
+    resumed = tune_dot(replace(again, resume_from_checkpoint="latest"))
+    assert_same_run(resumed, whole, 3)
+    facts, expected = (json.loads((p / "tuning.json").read_text()) for p in (resumed, whole))
+    assert facts["decibels_by_step"] == expected["decibels_by_step"]
+    before = weights(folder / "dot")["mixture.means"]
+    torch.testing.assert_close(weights(whole)["mixture.means"], before, rtol=0, atol=0)
+    assert json.loads((whole / "config.json").read_text())["_class_name"] == "MorseDot"
+    with pytest.raises(ValueError, match=r"made with other .*'dtype'"):
+        tune_dot(replace(config, output_dir=tmp_path / "full", dtype="float32"))
 
 
 def test_resumed_with_other_plans_it_says_so(folder, whole_run, tmp_path, capsys):
@@ -321,24 +386,39 @@ def test_targets_are_made_once_and_are_the_runs_of_dash(whole_run, tune, folder)
         tune("--cache_dir", str(cache), "--seed", "4")
 
 
-def test_a_text_pipeline_is_tuned_on_its_guided_latents_or_images(tmp_path):
-    pipe = text_pipeline()
-    torch.manual_seed(1)
-    dot = MorseDot.from_dash(pipe.unet, num_down_blocks=1, block_out_channels=(8,), lora_rank=2)
-    torch.nn.init.normal_(dot.conv_out.weight, std=0.05)
-    dot.register_to_config(speed_ratio=4.0)
-    MorsePipeline.from_pipe(pipe, dot).save_pretrained(tmp_path / "pipeline")
+@pytest.mark.parametrize("precision", HALF, ids=lambda each: each[1])
+def test_a_text_pipeline_is_tuned_in_half_precision(text_folder, precision, dtypes, tmp_path):
+    # In float16 updates are left out until their scale is found.
+    steps = "2" if precision is BFLOAT16 else "20"
+    options = ("--solver", "dpmsolver++", "--prompts", "a", "b", "--guidance_scale", "3",
+               "--max_train_steps", steps, "--validation_steps", "0", "--lsd", "2",
+               "--feature_networks", "torch.nn:Flatten", "--gradient_checkpointing")  # fmt: skip
+    given = arguments(text_folder, tmp_path / "run", *options, *precision)
+    config, half = parse_config(TuneDotConfig, given), getattr(torch, precision[1])
+    tune_dot(config)
+    assert dtypes == {"unet": {half}, "vae": {torch.float32}, "dot": {torch.float32}}
+    before, after = weights(text_folder / "dot"), weights(tmp_path / "run")
+    changed = [name for name, value in before.items() if not torch.equal(after[name], value)]
+    assert {"conv_out.weight", "conv_in.weight"} < set(changed)
+    bare, dot = load_to_tune(config, torch.device("cuda" if half is torch.float16 else "cpu"))
+    assert bare.text_encoder.dtype == half
+    torch.testing.assert_close(dot.state_dict(), before, rtol=0, atol=0)  # never was rounded
+
+
+def test_float16_needs_a_gpu(folder, tmp_path):
+    config = parse_config(TuneDotConfig, arguments(folder, tmp_path / "run", *FLOAT16))
+    with pytest.raises(ValueError, match="a CPU does not train; give --dtype bfloat16"):
+        load_to_tune(config, torch.device("cpu"))
+
+
+def test_a_text_pipeline_is_tuned_on_its_guided_latents_or_images(text_folder, tmp_path):
     options = ("--solver", "dpmsolver++", "ddim", "--prompts", "a", "b", "--guidance_scale", "3",
                "--max_train_steps", "2", "--validation_steps", "0")  # fmt: skip
-    config = parse_config(
-        TuneDotConfig, arguments(tmp_path / "pipeline", tmp_path / "run", *options)
-    )
+    config = parse_config(TuneDotConfig, arguments(text_folder, tmp_path / "run", *options))
     tune_dot(config)
     samples = load_file(tmp_path / "run/targets/targets-00000.safetensors")["samples"]
     assert samples.shape == (9, 4, 4, 4)
-    plain = StableDiffusionPipeline.from_pretrained(
-        tmp_path / "pipeline", use_safetensors=True, dot=None
-    )
+    plain = StableDiffusionPipeline.from_pretrained(text_folder, use_safetensors=True, dot=None)
     plain.set_progress_bar_config(disable=True)
     plain = with_solver(plain, "dpmsolver++")
     latents = plain("b", guidance_scale=3.0, num_inference_steps=4, output_type="latent",
@@ -351,7 +431,7 @@ def test_a_text_pipeline_is_tuned_on_its_guided_latents_or_images(tmp_path):
     shown = plain("b", guidance_scale=3.0, num_inference_steps=4, output_type="np",
                   generator=torch.Generator().manual_seed(3 + 1)).images  # fmt: skip
     torch.testing.assert_close(images[1], torch.from_numpy(shown[0]).permute(2, 0, 1))
-    before = weights(tmp_path / "pipeline/dot")
+    before = weights(text_folder / "dot")
     for run in ("run", "decoded"):
         after = weights(tmp_path / run)
         assert any(not torch.equal(after[name], value) for name, value in before.items())
@@ -384,6 +464,7 @@ def test_plans_without_dot_are_refused(sampled):
         (("--blend", "0"), "blend is 0.0"),
         (("--blend_from", "x"), "blend_from is 'x'; it must be left out where --blend is 1"),
         (("--train_batch_size", "0"), "train_batch_size is 0"),
+        (("--dtype", "float16"), "mixed_precision no, but Dot's own float32 layers share Dash's"),
     ],
 )
 def test_settings_are_checked(tmp_path, options, message, capsys):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from morse.dot.fingerprint import fingerprint, quantization_of
 from morse.training.batches import StepBatches
-from morse.training.cache_sizes import choose_rows, size_on_disk, window_shards
+from morse.training.cache_sizes import choose_rows, note_rows, size_on_disk, window_shards
 from morse.training.common import step_generator
 from morse.training.conditions import ConditionTable
 from morse.training.config import TrainDotConfig
@@ -186,7 +186,7 @@ def prepare_cache(
         total=total,
         shard_size=size,
         label=f"evaluating Dash, {size} windows a shard",
-        describe=lambda: _describe(source, config) | {"shard_rows": size},
+        describe=lambda: _describe(source, config) | note_rows(size),
         make=make,
         accelerator=accelerator,
     )

@@ -147,6 +147,16 @@ class TrainingConfig(RunConfig):
             )
 
 
+def check_frozen_dtype(dtype: str, mixed_precision: str) -> None:
+    """Raise `ValueError` unless autocast is of the frozen networks' precision, if that is half."""
+    wanted = {"float16": "fp16", "bfloat16": "bf16"}.get(dtype, mixed_precision)
+    if mixed_precision != wanted:
+        raise ValueError(
+            f"dtype is {dtype} and mixed_precision {mixed_precision}, but Dot's own "
+            f"float32 layers share Dash's weights; give --mixed_precision {wanted} too"
+        )
+
+
 def derive_seed(*parts: int) -> int:
     """Hash integers, such as (seed, step, rank), into one 63-bit seed."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()

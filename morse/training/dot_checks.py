@@ -7,6 +7,7 @@ from morse.dot.conv_settings import conv_settings
 from morse.dot.guidance import check_dot_guidance
 from morse.history import check_history
 from morse.settings import given, require, require_least
+from morse.training.common import check_frozen_dtype
 from morse.training.convolutions import annealing_steps, parse_conv_options
 from morse.training.distillation_terms import check_distill
 from morse.training.pruning import check_prune_settings
@@ -29,12 +30,7 @@ _LEAST = {
 def check_dot_settings(config: "TrainDotConfig") -> None:
     """Raise `ValueError`, naming setting, value and way out, unless all of them can be used."""
     require_least(config, _LEAST)
-    wanted = {"float16": "fp16", "bfloat16": "bf16"}.get(config.dtype, config.mixed_precision)
-    if config.mixed_precision != wanted:
-        raise ValueError(
-            f"dtype is {config.dtype} and mixed_precision {config.mixed_precision}, but Dot's own "
-            f"float32 layers share Dash's weights; give --mixed_precision {wanted} too"
-        )
+    check_frozen_dtype(config.dtype, config.mixed_precision)
     check_prune_settings(config)
     _check_progressive(config)
     _check_gate(config)

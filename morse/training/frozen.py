@@ -17,6 +17,7 @@ from morse.training.frozen_checks import (
     check_one_pass,
     choose_guidance,
     choose_resolution,
+    frozen_dtypes,
 )
 from morse.training.guidance import UNCONDITIONAL, Conditions, each_branch, guide
 from morse.training.latents import LatentCodec, find_codec
@@ -191,14 +192,7 @@ def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> Froz
     """
     from morse.pipeline import MorsePipeline
 
-    if config.dtype == "float16" and device.type == "cpu":
-        raise ValueError(
-            "dtype is float16, in which a CPU does not train; give --dtype bfloat16 "
-            "--mixed_precision bf16, or leave both away"
-        )
-    # Said of text encoders too, which else come in the precision that they were saved in. Some
-    # autoencoders, SDXL's for one, overflow in float16.
-    dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
+    dtypes = frozen_dtypes(config.dtype, device)
     name = config.pretrained_model_name_or_path
     pipe = MorsePipeline.from_pretrained(name, dtype=dtypes).to(device)
     found = freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from morse.one_pass import combines_branches
@@ -12,6 +13,22 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 DEFAULT_GUIDANCE = (2.0, 10.0)  # Morse, section 4.2
+
+
+def frozen_dtypes(dtype: str, device: torch.device) -> dict[str, torch.dtype]:
+    """Give the precision of a pipeline's components by name, as diffusers takes it.
+
+    Raises:
+        ValueError: If it is none that the device trains in.
+    """
+    if dtype == "float16" and device.type == "cpu":
+        raise ValueError(
+            "dtype is float16, in which a CPU does not train; give --dtype bfloat16 "
+            "--mixed_precision bf16, or leave both away"
+        )
+    # Said of text encoders too, which else come in the precision that they were saved in. Some
+    # autoencoders, SDXL's for one, overflow in float16.
+    return {"default": getattr(torch, dtype), "vae": torch.float32}
 
 
 def check_one_pass(pipe: "DiffusionPipeline", guidance_scale: tuple[float, float]) -> None:

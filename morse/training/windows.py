@@ -71,8 +71,8 @@ def draw_timesteps(
         scores = torch.rand(batch_size, num_train_timesteps, generator=generator, device=device)
         drawn = scores.topk(num_points, dim=1).indices
         return drawn.sort(dim=1, descending=True).values
-    low = max(PLAN_EVALUATIONS[0], num_points)
     high = min(PLAN_EVALUATIONS[1], num_train_timesteps)  # with more, neighbours would coincide
+    low = min(max(PLAN_EVALUATIONS[0], num_points), high)
     dtype = _widest_float(device)
     uniform = torch.rand(2, batch_size, generator=generator, device=device, dtype=dtype)
     evaluations = (low * (high / low) ** uniform[0]).round()

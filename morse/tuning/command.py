@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from morse.denoisers import find_denoiser
-from morse.evaluation.bench.loading import load_bare, with_scheduler
+from morse.evaluation.bench.loading import with_scheduler
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import Conditions, encode_once, make_conditions
 from morse.evaluation.environment import command_line, environment
@@ -26,6 +26,7 @@ from morse.training.output import claim_output, record_run
 from morse.training.run import TrainingRun
 from morse.tuning.blend import blend, weights_before
 from morse.tuning.config import TuneDotConfig
+from morse.tuning.loading import load_to_tune
 from morse.tuning.loss import MAX_PSNR, FeatureLoss, load_feature_loss, run_loss
 from morse.tuning.progress import Progress
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
@@ -47,7 +48,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
         Its folder, `config.output_dir`.
     """
     accelerator = claim_output(config)
-    bare, dot = load_bare(config.pretrained_model_name_or_path, config.dot, str(accelerator.device))
+    bare, dot = load_to_tune(config, accelerator.device)
     schedulers = {solver: make_solver(solver, bare.scheduler.config) for solver in config.solver}
     pipe = enable_with_gradients(with_scheduler(bare, schedulers[config.solver[0]]), dot)
     before = weights_before(dot, config.blend_from) if config.blend < 1 else None

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
 from morse.settings import require, require_least, require_positive
-from morse.training.common import RunConfig
+from morse.training.common import RunConfig, check_frozen_dtype
 
 _LEAST = {"num_images": 1, "validation_images": 1, "target_lsd": 1, "lsd": 1, "validation_steps": 0}
 
@@ -20,6 +21,13 @@ class TuneDotConfig(RunConfig):
     )
     dot: str | None = field(
         default=None, metadata={"help": "a Dot's folder; the pipeline's own, if any"}
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "precision of the frozen networks, but for the autoencoder, and of runs; half "
+            "takes half the memory; with mixed_precision fp16 or bf16 alike"
+        },
     )
     solver: tuple[str, ...] = field(
         default=("leapfrog",),
@@ -93,8 +101,8 @@ class TuneDotConfig(RunConfig):
         default=False,
         metadata={
             "help": "compute Dash's activations twice rather than keep those of a whole run; a "
-            "large Dash needs it, with mixed_precision all the more: each evaluation's casts of "
-            "its weights are kept till the backward pass, half a Dash each"
+            "large Dash needs it, with mixed_precision and without dtype all the more: each "
+            "evaluation's casts of its weights are kept till the backward pass, half a Dash each"
         },
     )
     # Far fewer and dearer updates than those of train_dot, from a network that is trained.
@@ -115,6 +123,7 @@ class TuneDotConfig(RunConfig):
         """Check the ranges, and read prompts that are in a file."""
         object.__setattr__(self, "prompts", read_prompts(self.prompts))
         super().__post_init__()
+        check_frozen_dtype(self.dtype, self.mixed_precision)
         check_solvers(self.solver)
         require_least(self, _LEAST)
         require(bool(self.lsd), "lsd", self.lsd, "1 or more each")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from morse.attach import enable_morse
+from morse.denoisers import find_denoiser
 from morse.evaluation.conditions import Conditions
 from morse.saved_plans import SavedPlan, with_options
 from morse.training.pruned import keep_zeros
@@ -22,7 +23,7 @@ def enable_with_gradients(pipe: "DiffusionPipeline", dot: "MorseDot") -> "Diffus
     """Attach a Dot as `enable_morse` does, so that gradients reach it through a call.
 
     diffusers' pipelines are decorated to compute none. All else than Dot is frozen, and a pruned
-    Dot's zeros stay.
+    Dot's zeros stay. Beside a Dash in half precision calls are under autocast of its kind.
 
     Args:
         pipe: A pipeline without Morse; its class is replaced.
@@ -31,8 +32,11 @@ def enable_with_gradients(pipe: "DiffusionPipeline", dot: "MorseDot") -> "Diffus
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-    base = type(pipe)
-    members = {"__call__": inspect.unwrap(base.__call__), "__module__": base.__module__}
+    base, dash = type(pipe), find_denoiser(pipe)
+    call = inspect.unwrap(base.__call__)
+    if dash.dtype in (torch.float16, torch.bfloat16):
+        call = torch.autocast(dash.device.type, dash.dtype)(call)
+    members = {"__call__": call, "__module__": base.__module__}
     pipe.__class__ = type(base.__name__, (base,), members)
     enable_morse(pipe, dot, merge_lora=False)
     keep_zeros(dot.unmerge_lora().requires_grad_(True), dot)

@@ -65,17 +65,18 @@ def load_bare(
     dot: str | None,
     device: str,
     needs_dot: bool = True,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
 ) -> tuple["DiffusionPipeline", "MorseDot | None"]:
     """Load a pipeline without Morse in which every solver works, and its Dot, on `device`.
 
     Args:
-        pipeline: "fashion-mnist" or a folder with a pipeline that starts from noise alone, or from
-            noise and prompts or classes. A safety checker is left out: it would paint over images.
+        pipeline: "fashion-mnist", or a folder or hub id of a pipeline that starts from noise alone,
+            or from noise and prompts or classes. A safety checker is left out: it would paint over
+            images.
         dot: A Dot's folder; None for the one that comes with the pipeline.
         device: A torch device, or "auto" for a GPU where there is one.
         needs_dot: Whether to refuse a pipeline without a Dot.
-        dtype: Of all networks.
+        dtype: Of all networks, or by component as diffusers takes it.
 
     Raises:
         ValueError: If the device is unknown, or the pipeline has no Dot though one is needed, or is
