@@ -161,12 +161,15 @@ def test_a_peer_engages_and_leaves_no_trace(pipes, peer, name):
     assert torch.equal(latents(pipe, name), bare)
 
 
-def test_tomesd_does_nothing_where_no_attention_has_all_positions(pipes):
-    """The sort of silent failure that is looked for: merging starts below its own limit."""
+def test_tomesd_merges_where_attention_begins(pipes):
+    """Its own limit is full resolution, below which the attention of SDXL, and of this, begins."""
     pytest.importorskip("tomesd")
     pipe = stable_diffusion(StableDiffusionPipeline, stir(text_unet()))
-    method = Method("ddim", "tomesd", setting="ratio 0.5")
-    measured = measure_peer(pipe, method, 2, WANTED["unet"])
+    bare = latents(pipe, "unet")
+    with PEERS["tomesd"].apply(pipe, 0.5):
+        assert not torch.equal(latents(pipe, "unet"), bare)
+    nothing = Method("ddim", "tomesd", setting="ratio 0.0")
+    measured = measure_peer(pipe, nothing, 2, WANTED["unet"])
     assert not measured["engaged"] and "bit for bit" in measured["note"]
 
 

@@ -48,11 +48,17 @@ def tomesd_obstacle(pipe: "DiffusionPipeline") -> str | None:
 
 @contextmanager
 def tomesd(pipe: "DiffusionPipeline", ratio: float) -> Iterator[None]:
-    """Sample with a share `ratio` of the tokens merged (Bolya and Hoffman 2023, 2303.17604)."""
+    """Sample with a share `ratio` of the tokens merged (Bolya and Hoffman 2023, 2303.17604).
+
+    They are merged where attention sees most of them: at all positions in Stable Diffusion, which
+    is tomesd's default, and at half of the resolution in SDXL, which has no attention before.
+    """
     from tomesd import apply_patch, remove_patch
 
+    has_attention = ["CrossAttn" in name for name in pipe.unet.config.down_block_types]
+    finest = 2 ** has_attention.index(True) if any(has_attention) else 1
     with untouched(pipe.unet):  # it leaves its settings behind
-        apply_patch(pipe.unet, ratio=ratio)
+        apply_patch(pipe.unet, ratio=ratio, max_downsample=finest)
         try:
             yield
         finally:
