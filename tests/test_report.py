@@ -89,6 +89,19 @@ def test_a_legend_covers_no_data_and_limits_come_from_solvers_and_morse():
     assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
 
 
+def test_a_legend_of_long_names_fits_into_the_picture():
+    curves = tuple(
+        Curve(
+            f"DeepCache-Leapfrog, power 1.5 interval {k}", "leapfrog", "deepcache", (Point(5, k),)
+        )
+        for k in range(1, 6)
+    )
+    figure = draw_panels([Panel("x", "y", False, curves)] * 2)
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+
+
 def test_error_bars_are_the_points_own():
     curve = Curve("DDIM", "ddim", "baseline", (Point(5, 2.0, 0.5, 1.0), Point(9, 1.0)))
     (container,) = draw_panels([Panel("x", "y", False, (curve,))]).axes[0].containers

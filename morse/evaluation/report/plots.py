@@ -74,9 +74,12 @@ def draw_panels(
 
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    num_labels = len({curve.label for panel in panels for curve in panel.curves}) if legend else 0
-    height = 4.4 * lines + 0.25 * -(-num_labels // (2 * columns)) + 0.5 * bool(title)
-    figure = Figure(figsize=(5.5 * columns, height), layout="constrained")
+    labels = {curve.label for panel in panels for curve in panel.curves} if legend else set()
+    width, longest = 5.5 * columns, max(map(len, labels), default=0)
+    # A letter takes about .085 inches, a line and the space between columns .6.
+    legend_columns = max(1, min(2 * columns, int(width / (0.085 * longest + 0.6))))
+    height = 4.4 * lines + 0.25 * -(-len(labels) // legend_columns) + 0.5 * bool(title)
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, squeeze=False).flat
     looks = find_looks(panels) if looks is None else looks
@@ -87,7 +90,7 @@ def draw_panels(
     if title:
         figure.suptitle(title, fontsize=12)
     if legend:
-        figure.legend(*_legend_entries(figure), loc="outside lower center", ncols=2 * columns)
+        figure.legend(*_legend_entries(figure), loc="outside lower center", ncols=legend_columns)
     return figure
 
 
