@@ -21,6 +21,7 @@ from tiny_transformers import BUILDERS, conditions
 from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
+from train_runs import assert_same_run
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
@@ -494,11 +495,7 @@ class TestTraining:
             train_dot(again)
         monkeypatch.setattr("morse.training.convolutions.anneal", anneal)
         train_dot(replace(again, resume_from_checkpoint="latest"))
-        for name in ("model", "optimizer", "ema"):
-            file = f"checkpoint-5/{name}.safetensors"
-            assert (again.output_dir / file).read_bytes() == (whole.output_dir / file).read_bytes()
-        file = "diffusion_pytorch_model.safetensors"
-        assert (again.output_dir / file).read_bytes() == (whole.output_dir / file).read_bytes()
+        assert_same_run(again.output_dir, whole.output_dir, 5)
         pipe = MorsePipeline.from_pretrained(
             whole.pretrained_model_name_or_path, dot=whole.output_dir, scheduler="ddim"
         )

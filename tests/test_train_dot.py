@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline
 from idx_files import write_parts
@@ -66,6 +67,17 @@ def run(base, data_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole_run(run):
     return run()
+
+
+def test_held_out_pairs_are_not_kept_where_nothing_is_validated(run, monkeypatch):
+    """In a process that is not the main one; `test_two_processes` launches some."""
+
+    def keeps_pairs(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    monkeypatch.setattr("morse.training.loop.make_validator", keeps_pairs)
+    assert not any(run("--max_train_steps", "1", "--validation_steps", "1").iterdir())
 
 
 @pytest.mark.supports("training", "DDPMPipeline")

@@ -3,19 +3,19 @@
 import json
 import pickle
 import re
-import shutil
 from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
-from idx_files import write_idx
+from idx_files import write_parts
 from safetensors.torch import load_file
 from tiny_pipelines import xl_unet
 from tiny_text import dit_pipeline, sd3_pipeline, text_pipeline, xl_pipeline
 from torch.testing import assert_close
+from train_runs import copy_unfinished, dot_arguments, weights
 
 from morse import MorseDot, MorsePipeline, enable_morse
 from morse.cli import parse_config
@@ -42,10 +42,7 @@ CACHE = ("--cache_pairs", "40", "--window_steps", "3", "--pairs_per_window", "2"
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for name, count in (("train", 10), ("t10k", 6)):
-        rng = np.random.default_rng(count)
-        write_idx(folder / f"{name}-images-idx3-ubyte", rng.integers(0, 256, (count, 8, 8)))
-        write_idx(folder / f"{name}-labels-idx1-ubyte", np.arange(count) % 3)
+    write_parts(folder, num_classes=3)
     return folder
 
 
@@ -56,9 +53,7 @@ def base(tmp_path_factory):
     return folder
 
 
-def arguments(base, data_dir, output_dir, *options):
-    return ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(data_dir),
-            "--output_dir", str(output_dir), *OPTIONS.split(), *options]  # fmt: skip
+arguments = partial(dot_arguments, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +82,6 @@ def source(base, data_dir, tmp_path_factory):
     given = arguments(base, data_dir, output_dir, "--class_names", *NAMES, *CACHE)
     config = parse_config(TrainDotConfig, given)
     return open_source(load_frozen_pipeline(config, torch.device("cpu")), config, "train"), config
-
-
-def weights(folder):
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
 def sample(base, folder, plan, **options):
@@ -144,8 +135,7 @@ class TestStableDiffusion:
         self, run, whole_run, base, data_dir, options, tmp_path
     ):
         whole = whole_run if options == CACHE else run(*options)
-        shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns(
-            "checkpoint-5", "config.json", "diffusion_pytorch_model.safetensors"))  # fmt: skip
+        copy_unfinished(whole, tmp_path / "run", 5)
         given = arguments(base, data_dir, tmp_path / "run", "--class_names", *NAMES, *options,
                           "--resume_from_checkpoint", "latest")  # fmt: skip
         AcceleratorState._reset_state(reset_partial_state=True)

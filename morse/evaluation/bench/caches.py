@@ -55,10 +55,10 @@ def tomesd(pipe: "DiffusionPipeline", ratio: float) -> Iterator[None]:
     """
     from tomesd import apply_patch, remove_patch
 
-    has_attention = ["CrossAttn" in name for name in pipe.unet.config.down_block_types]
-    finest = 2 ** has_attention.index(True) if any(has_attention) else 1
+    kinds = enumerate(pipe.unet.config.down_block_types)
+    level = next((level for level, kind in kinds if "CrossAttn" in kind), 0)
     with untouched(pipe.unet):  # it leaves its settings behind
-        apply_patch(pipe.unet, ratio=ratio, max_downsample=finest)
+        apply_patch(pipe.unet, ratio=ratio, max_downsample=2**level)
         try:
             yield
         finally:
