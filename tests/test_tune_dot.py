@@ -22,13 +22,14 @@ from morse.evaluation.bench.benchmark import BenchmarkConfig
 from morse.evaluation.bench.loading import load_bare, with_solver
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import UNCONDITIONAL, make_conditions
+from morse.evaluation.metrics import psnr
 from morse.evaluation.planning.command import PlanConfig
 from morse.saved_plans import SavedPlan
 from morse.training.run import TrainingRun
 from morse.tuning.blend import blend, weights_before
 from morse.tuning.command import (
     TuneDotConfig,
-    _target_run,
+    _target_runs,
     runs_to_tune,
     tune_dot,
     worse_plans,
@@ -146,8 +147,8 @@ class TestSampledRun:
     def test_gradients_are_those_of_finite_differences(self, sampled):
         sampled.double()
         sampled.pipe.unet.double()
-        numbers, aim = torch.tensor([0, 4]), torch.full((2, 1, 8, 8), 0.4)
-        loss = run_loss(1)
+        numbers, aim = torch.tensor([0, 4]), torch.full((2, 1, 1, 8, 8), 0.4)
+        loss = run_loss([0])
         value = loss(sampled, (numbers, aim), torch.Generator().manual_seed(0))
         value.backward()
         # conv_out reaches the end through Dash's later layers' inputs too; the LoRA through all.
@@ -301,7 +302,7 @@ def test_n_is_given_or_measured_with_the_lora_merged(tune, folder, tmp_path, mon
 
 
 def test_the_target_is_as_long_as_its_budget(sampled):
-    fitted, longer, mixed = (_target_run(sampled.pipe, lsd).plan for lsd in (4, 6, 2))
+    fitted, longer, mixed = (_target_runs(sampled.pipe, lsd, (None,))[0].plan for lsd in (4, 6, 2))
     assert (fitted.plan, set(fitted.scheduler)) == ("DDDD", {"fitted_steps"})
     assert (longer.plan, longer.scheduler) == ("DDDDDD", {})  # not the four that were fitted
     assert mixed.plan == "DD"
@@ -375,9 +376,9 @@ def test_targets_are_made_once_and_are_the_runs_of_dash(whole_run, tune, folder)
     pipe.set_progress_bar_config(disable=True)
     cache = whole_run / "targets"
     samples = load_file(cache / "targets-00000.safetensors")["samples"]
-    assert samples.shape == (9, 1, 8, 8) and SHARD_SAMPLES >= 9
+    assert samples.shape == (9, 1, 1, 8, 8) and SHARD_SAMPLES >= 9
     images = pipe(lsd=4, generator=[torch.Generator().manual_seed(3 + 7)], output_type="np").images
-    torch.testing.assert_close(samples[7], torch.from_numpy(images[0]).permute(2, 0, 1))
+    torch.testing.assert_close(samples[7, 0], torch.from_numpy(images[0]).permute(2, 0, 1))
     stamp = (cache / "targets-00000.safetensors").stat().st_mtime_ns
     again = tune("--cache_dir", str(cache))
     assert (cache / "targets-00000.safetensors").stat().st_mtime_ns == stamp
@@ -417,20 +418,20 @@ def test_a_text_pipeline_is_tuned_on_its_guided_latents_or_images(text_folder, t
     config = parse_config(TuneDotConfig, arguments(text_folder, tmp_path / "run", *options))
     tune_dot(config)
     samples = load_file(tmp_path / "run/targets/targets-00000.safetensors")["samples"]
-    assert samples.shape == (9, 4, 4, 4)
+    assert samples.shape == (9, 1, 4, 4, 4)
     plain = StableDiffusionPipeline.from_pretrained(text_folder, use_safetensors=True, dot=None)
     plain.set_progress_bar_config(disable=True)
     plain = with_solver(plain, "dpmsolver++")
     latents = plain("b", guidance_scale=3.0, num_inference_steps=4, output_type="latent",
                     generator=torch.Generator().manual_seed(3 + 1)).images  # fmt: skip
-    torch.testing.assert_close(samples[1:2], latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(samples[1], latents, rtol=1e-4, atol=1e-4)
     decoded = {"feature_networks": ("torch.nn:Flatten",), "gradient_checkpointing": True,
                "solver": ("dpmsolver++",), "lsd": (2.0,)}  # fmt: skip
     tune_dot(replace(config, output_dir=tmp_path / "decoded", **decoded))
     images = load_file(tmp_path / "decoded/targets/targets-00000.safetensors")["samples"]
     shown = plain("b", guidance_scale=3.0, num_inference_steps=4, output_type="np",
                   generator=torch.Generator().manual_seed(3 + 1)).images  # fmt: skip
-    torch.testing.assert_close(images[1], torch.from_numpy(shown[0]).permute(2, 0, 1))
+    torch.testing.assert_close(images[1, 0], torch.from_numpy(shown[0]).permute(2, 0, 1))
     before = weights(text_folder / "dot")
     for run in ("run", "decoded"):
         after = weights(tmp_path / run)
@@ -439,6 +440,34 @@ def test_a_text_pipeline_is_tuned_on_its_guided_latents_or_images(text_folder, t
     assert set(facts["decibels_by_step"]["0"]) == {
         f"{solver}, {lsd} LSD" for solver in ("dpmsolver++", "ddim") for lsd in (2, 3)
     }
+
+
+def test_each_guidance_scale_has_its_targets(text_folder, tmp_path):
+    options = ("--solver", "dpmsolver++", "--prompts", "a", "b", "--guidance_scale", "3", "1",
+               "--max_train_steps", "1")  # fmt: skip
+    config = parse_config(TuneDotConfig, arguments(text_folder, tmp_path / "run", *options))
+    tune_dot(config)
+    samples = load_file(tmp_path / "run/targets/targets-00000.safetensors")["samples"]
+    assert samples.shape == (9, 2, 4, 4, 4)
+    pipe = MorsePipeline.from_pretrained(text_folder, scheduler="dpmsolver++", merge_lora=False)
+    pipe.set_progress_bar_config(disable=True)
+    expected, numbers, wanted = {}, range(6, 9), {}
+    for index, scale in enumerate((3.0, 1.0)):
+        call = {"prompt": ["ab"[number % 2] for number in numbers], "output_type": "latent",
+                "guidance_scale": scale}  # fmt: skip
+        wanted[scale] = pipe(plan="DDDD", generator=generators(numbers), **call).images
+        torch.testing.assert_close(samples[6:, index], wanted[scale], rtol=1e-4, atol=1e-4)
+        for lsd in (2, 3):
+            found = pipe(lsd=lsd, generator=generators(numbers), **call).images
+            name = f"dpmsolver++, {lsd} LSD, guidance {scale:g}"
+            expected[name] = float(psnr(found, wanted[scale]).mean())
+    assert not torch.allclose(wanted[3.0], wanted[1.0], atol=1e-2)
+    facts = json.loads((tmp_path / "run/tuning.json").read_text())
+    assert facts["decibels_by_step"]["0"] == pytest.approx(expected, abs=1e-3)
+
+
+def generators(numbers):
+    return [torch.Generator().manual_seed(3 + number) for number in numbers]
 
 
 def test_what_became_worse_is_named():
@@ -462,6 +491,7 @@ def test_plans_without_dot_are_refused(sampled):
         (("--compile",), "compile is True"),
         (("--speed_ratio", "-1"), "speed_ratio is -1"),
         (("--blend", "0"), "blend is 0.0"),
+        (("--guidance_scale", "3", "3"), "guidance_scale is (3.0, 3.0)"),
         (("--blend_from", "x"), "blend_from is 'x'; it must be left out where --blend is 1"),
         (("--train_batch_size", "0"), "train_batch_size is 0"),
         (("--dtype", "float16"), "mixed_precision no, but Dot's own float32 layers share Dash's"),
@@ -489,7 +519,7 @@ def test_heun_gets_runs_that_it_can_make(folder):
     bare, dot = load_bare(str(folder), None, "cpu")
     pipe = enable_with_gradients(with_solver(bare, "heun"), dot)
     pipe.speed_ratio = 4.0
-    plans = [_target_run(pipe, 4).plan, pipe.plan_for(2), pipe.plan_for(3)]
+    plans = [_target_runs(pipe, 4, (None,))[0].plan, pipe.plan_for(2), pipe.plan_for(3)]
     assert [len(plan.plan) % 2 for plan in plans] == [1, 1, 1]
     for plan in plans:
         with torch.no_grad():
@@ -511,8 +541,8 @@ def test_a_dit_is_tuned_through_its_images():
     pipe = dit_pipeline()
     dot = MorseDot.from_dash(pipe.transformer, 1, (8,), lora_rank=2)
     pipe = enable_with_gradients(pipe, dot)
-    run = PlannedRun(pipe.scheduler, SavedPlan(2, "Do"), "")
-    conditions = make_conditions(pipe, (), ("0",), guidance_scale=1.0)
+    run = PlannedRun(pipe.scheduler, SavedPlan(2, "Do"), "", guidance_scale=1.0)
+    conditions = make_conditions(pipe, (), ("0",))
     images = SampledRun(pipe, [run], conditions, 0)(torch.arange(2), 0)
     images.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in dot.parameters())

@@ -53,17 +53,18 @@ def tune_dot(config: TuneDotConfig) -> Path:
     pipe = enable_with_gradients(with_scheduler(bare, schedulers[config.solver[0]]), dot)
     before = weights_before(dot, config.blend_from) if config.blend < 1 else None
     decode = bool(config.feature_networks) and getattr(pipe, "vae", None) is not None
+    scales: tuple[float | None, ...] = config.guidance_scale or (None,)
     conditions = make_conditions(
-        pipe, config.prompts, config.class_names, config.prompt_embeds, config.guidance_scale
+        pipe, config.prompts, config.class_names, config.prompt_embeds, scales[0]
     )
     conditions = encode_once([pipe], conditions)
     progress = Progress(config.output_dir)
     earlier_ratio = progress.choices.get("speed_ratio")
     pipe.speed_ratio = _choose_speed_ratio(pipe, config, conditions, accelerator, earlier_ratio)
-    target = _target_run(pipe, config.target_lsd)
-    runs = runs_to_tune(pipe, schedulers, config.lsd)
+    target_runs = _target_runs(pipe, config.target_lsd, scales)
+    runs = runs_to_tune(pipe, schedulers, config.lsd, scales)
     sampled, many = (
-        SampledRun(pipe, each, conditions, config.seed, decode) for each in (runs, [target])
+        SampledRun(pipe, each, conditions, config.seed, decode) for each in (runs, target_runs)
     )
     if config.gradient_checkpointing:
         find_denoiser(pipe).enable_gradient_checkpointing()
@@ -72,8 +73,8 @@ def tune_dot(config: TuneDotConfig) -> Path:
     features = _feature_loss(many, config, accelerator)
     record_run(config, accelerator)
     targets = prepare_targets(many, config, accelerator)
-    choices = _choices(config, pipe.speed_ratio, [*runs, target])
-    loss = run_loss(len(runs), features)
+    choices = _choices(config, pipe.speed_ratio, [*runs, *target_runs])
+    loss = run_loss([run.target for run in runs], features)
     training = TrainingRun(config, accelerator, sampled, targets, loss, choices=choices)
 
     def judge_and_print(title: str) -> dict[str, float]:
@@ -160,6 +161,7 @@ def runs_to_tune(
     pipe: "DiffusionPipeline",
     schedulers: Mapping[str, "SchedulerMixin"],
     budgets: Sequence[float],
+    scales: Sequence[float | None] = (None,),
 ) -> list[PlannedRun]:
     """Give what `lsd=` runs with each solver for each budget, without those that have no Dot.
 
@@ -167,6 +169,7 @@ def runs_to_tune(
         pipe: A pipeline with Morse; it has the last of the schedulers afterwards.
         schedulers: By the name of their solver.
         budgets: In LSD.
+        scales: Guidance scales, each for all of these; their targets are in this order.
 
     Raises:
         ValueError: If none has.
@@ -174,7 +177,11 @@ def runs_to_tune(
     runs = []
     for (solver, scheduler), lsd in product(schedulers.items(), budgets):
         pipe.scheduler = scheduler
-        runs.append(PlannedRun(scheduler, pipe.plan_for(lsd), f"{solver}, {lsd:g} LSD"))
+        name, plan = f"{solver}, {lsd:g} LSD", pipe.plan_for(lsd)
+        runs += [
+            PlannedRun(scheduler, plan, name + _at(scale, scales), scale, target)
+            for target, scale in enumerate(scales)
+        ]
     with_dot = [run for run in runs if "o" in run.plan.plan]
     if not with_dot:
         raise ValueError(
@@ -184,7 +191,13 @@ def runs_to_tune(
     return with_dot
 
 
-def _target_run(pipe: "DiffusionPipeline", lsd: float) -> PlannedRun:
+def _at(scale: float | None, scales: Sequence[float | None]) -> str:
+    return f", guidance {scale:g}" if len(scales) > 1 else ""
+
+
+def _target_runs(
+    pipe: "DiffusionPipeline", lsd: float, scales: Sequence[float | None]
+) -> list[PlannedRun]:
     """Give the saved plan for a budget if it is all Dash, else as many evaluations of Dash.
 
     One that was fitted to a smaller budget is run as it is, with fewer evaluations than wanted.
@@ -193,7 +206,10 @@ def _target_run(pipe: "DiffusionPipeline", lsd: float) -> PlannedRun:
     if set(plan.plan) != {"D"} or len(plan.plan) < evaluations:
         all_dash = MorsePlan.uniform(evaluations, 0)
         plan = SavedPlan(lsd, str(shorten_plan(pipe, {}, all_dash)[0]))
-    return PlannedRun(pipe.scheduler, plan, "target")
+    return [
+        PlannedRun(pipe.scheduler, plan, "target" + _at(scale, scales), scale, target)
+        for target, scale in enumerate(scales)
+    ]
 
 
 @torch.no_grad()
@@ -217,7 +233,7 @@ def judge(sampled: SampledRun, targets: Targets, batch_size: int) -> dict[str, f
     found = {}
     for index, run in enumerate(sampled.runs):
         parts = [sampled(part, index).cpu() for part in numbers.split(batch_size)]
-        found[run.name] = float(psnr(torch.cat(parts), wanted, MAX_PSNR).mean())
+        found[run.name] = float(psnr(torch.cat(parts), wanted[:, run.target], MAX_PSNR).mean())
     return found
 
 

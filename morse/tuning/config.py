@@ -94,8 +94,12 @@ class TuneDotConfig(RunConfig):
         metadata={"help": "safetensors file, for a text pipeline without a text encoder"},
     )
     class_names: tuple[str, ...] = field(default=(), metadata={"help": "for labels, or as prompts"})
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "the pipeline's own default if left out"}
+    guidance_scale: tuple[float, ...] = field(
+        default=(),
+        metadata={
+            "help": "one or more, each with each plan, and with targets of its own; the pipeline's "
+            "own default if left out"
+        },
     )
     gradient_checkpointing: bool = field(
         default=False,
@@ -128,6 +132,8 @@ class TuneDotConfig(RunConfig):
         require_least(self, _LEAST)
         require(bool(self.lsd), "lsd", self.lsd, "1 or more each")
         require_positive(self, ("speed_ratio",))
+        scales = self.guidance_scale
+        require(len(set(scales)) == len(scales), "guidance_scale", scales, "different scales")
         require(0 < self.blend <= 1, "blend", self.blend, "in (0, 1]")
         counted = self.blend < 1 or self.blend_from is None
         require(counted, "blend_from", self.blend_from, "left out where --blend is 1")

@@ -69,24 +69,24 @@ def _log_error(differences: Tensor, least: float = _LEAST_ERROR) -> Tensor:
     return differences.square().flatten(1).mean(1).clamp(min=least).log().mean()
 
 
-def run_loss(num_runs: int, features: FeatureLoss | None = None) -> LossFunction:
+def run_loss(targets_of: Sequence[int], features: FeatureLoss | None = None) -> LossFunction:
     """Give the mean logarithm of the runs' squared errors, all of a batch made in one way.
 
     By the logarithm each run counts alike; the few that end in another mode would make most of a
     mean error. Its negative is the mean PSNR, in other units.
 
     Args:
-        num_runs: One of so many ways is drawn for a batch.
+        targets_of: The index of each way's targets; one way is drawn for a batch.
         features: Errors in features, which are added.
     """
 
     def compute_loss(
         sampled: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator
     ) -> Tensor:
-        numbers, targets = batch
+        numbers, all_targets = batch
         device = generator.device
-        index = int(torch.randint(num_runs, (), generator=generator, device=device))
-        samples = sampled(numbers, index)
+        index = int(torch.randint(len(targets_of), (), generator=generator, device=device))
+        samples, targets = sampled(numbers, index), all_targets[:, targets_of[index]]
         loss = _log_error(samples - targets, least=10 ** (-MAX_PSNR / 10))
         return loss if features is None else loss + features(samples, targets)
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -50,11 +51,15 @@ class PlannedRun(NamedTuple):
         scheduler: Without the plan's own options.
         plan: Which evaluations, and on which grid.
         name: For messages and reports.
+        guidance_scale: None for the pipeline's own default.
+        target: The index of the targets that it is to come near to: one of each guidance scale.
     """
 
     scheduler: "SchedulerMixin"
     plan: SavedPlan
     name: str
+    guidance_scale: float | None = None
+    target: int = 0
 
 
 class SampledRun(nn.Module):
@@ -63,7 +68,7 @@ class SampledRun(nn.Module):
     Args:
         pipe: From `enable_with_gradients`.
         runs: The ways, by their index.
-        conditions: What samples are of, by their numbers.
+        conditions: What samples are of, by their numbers; each run has its own guidance scale.
         seed: That of sample 0's noise; sample n's is n more.
         decode: Whether latents become images; without, samples are latents where there are any.
     """
@@ -95,15 +100,16 @@ class SampledRun(nn.Module):
         Raises:
             ValueError: If the pipeline gives no tensors.
         """
-        wanted, (scheduler, plan, _) = numbers.tolist(), self.runs[index]
+        wanted, run = numbers.tolist(), self.runs[index]
         generators = [torch.Generator().manual_seed(self.seed + number) for number in wanted]
         # A fresh one for each run: they hold on to estimates, here with all that led to them.
-        self.pipe.scheduler = with_options(scheduler, plan.scheduler)
+        self.pipe.scheduler = with_options(run.scheduler, run.plan.scheduler)
+        conditions = replace(self.conditions, guidance_scale=run.guidance_scale)
         samples = self.pipe(
             generator=generators,
             output_type=self.output_type,
-            plan=plan.plan,
-            **self.conditions.arguments(wanted),
+            plan=run.plan.plan,
+            **conditions.arguments(wanted),
         ).images
         if not isinstance(samples, Tensor):
             raise ValueError(

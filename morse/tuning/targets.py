@@ -21,10 +21,10 @@ SHARD_SAMPLES = 256
 
 
 class Targets:
-    """Samples by number; the loop takes the first `length` of them to train on."""
+    """Samples by number, one of each of T guidance scales; training takes the first `length`."""
 
     def __init__(self, samples: Tensor, length: int) -> None:
-        """Keep all samples, (N, C, H, W)."""
+        """Keep all samples, (N, T, C, H, W)."""
         self.samples, self.length = samples, length
 
     def __len__(self) -> int:
@@ -32,7 +32,7 @@ class Targets:
         return self.length
 
     def __getitems__(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Give the numbers (B,) and their samples (B, C, H, W)."""
+        """Give the numbers (B,) and their samples (B, T, C, H, W)."""
         chosen = torch.tensor(numbers)
         return chosen, self.samples[chosen]
 
@@ -48,7 +48,7 @@ def prepare_targets(
     """Make the missing shards of targets, as `make_shards` does, and read all of them.
 
     Args:
-        sampled: Samples them, by its one run.
+        sampled: Samples them, by one run for each guidance scale.
         config: How many, and where they are kept.
         accelerator: The run's.
 
@@ -59,7 +59,9 @@ def prepare_targets(
     @torch.no_grad()
     def make(rows: range) -> dict[str, Tensor]:
         parts = torch.tensor(rows).split(config.train_batch_size)
-        return {"samples": torch.cat([sampled(part, 0).cpu() for part in parts])}
+        ways = range(len(sampled.runs))
+        samples = [torch.stack([sampled(part, way).cpu() for way in ways], 1) for part in parts]
+        return {"samples": torch.cat(samples)}
 
     paths = make_shards(
         folder=config.cache_dir or config.output_dir / "targets",
@@ -76,7 +78,7 @@ def prepare_targets(
 
 def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
     """What the targets depend on."""
-    scheduler, plan, _ = sampled.runs[0]
+    scheduler, plan = sampled.runs[0].scheduler, sampled.runs[0].plan
     settings = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
     # Full precision is not said, so that older targets serve.
     dtype = {} if config.dtype == "float32" else {"dtype": config.dtype}
@@ -89,7 +91,7 @@ def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
         "samples": config.num_images + config.validation_images,
         "output_type": sampled.output_type,
         "seed": config.seed,
-        "guidance_scale": config.guidance_scale,
+        "guidance_scale": [run.guidance_scale for run in sampled.runs],
         "conditions": digest(repr(_asked_for(config))),
     }
 
