@@ -123,6 +123,7 @@ class TestSearch:
             run(speed_ratio=4.0, lsd=(2,))
         assert (found / "config.json").read_bytes() == before
         run(lsd=(2,), dot=str(found))
+        run(lsd=(2,), dot=str(found))  # takes the place of the one before
         report = json.loads((found / "plan_search.json").read_text())
         assert [(each["solver"], each["lsd"]) for each in report["searches"]] == [
             ("ddim", 3), ("ddim", 2)

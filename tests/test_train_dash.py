@@ -1,4 +1,5 @@
 import copy
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -81,16 +82,26 @@ def test_time_limit_saves_and_resumes(data_file, tmp_path, whole_run, monkeypatc
 def test_settings_that_a_checkpoint_keeps_are_told(data_file, tmp_path, capsys):
     config = make_config(data_file, tmp_path / "run", "--max_train_steps", "2")
     train_dash(config)
-    changes = {"adam_beta2": 0.99, "adam_weight_decay": 0.1, "ema_max_decay": 0.5, "seed": 4}
+    changes = {"adam_beta2": 0.99, "adam_weight_decay": 0.1, "ema_max_decay": 0.5, "seed": 4,
+               "learning_rate": 0.02, "logging_steps": 1}  # fmt: skip
     train_dash(replace(config, resume_from_checkpoint="latest", **changes))
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert told == [
-        "warning: seed was 3 and is now 4; the result will differ from that of an uninterrupted "
-        "run",
+        "warning: learning_rate was 0.01 and is now 0.02; the result may differ from that of an "
+        "uninterrupted run",
+        "warning: seed was 3 and is now 4; the result may differ from that of an uninterrupted run",
         "warning: adam_beta2 is 0.99, but stays 0.999, as in the checkpoint",
         "warning: adam_weight_decay is 0.1, but stays 1e-06, as in the checkpoint",
         "warning: ema_max_decay is 0.5, but stays 0.9999, as in the checkpoint",
     ]
+
+
+def test_a_result_without_checkpoints_is_not_overwritten(data_file, tmp_path):
+    config = make_config(data_file, tmp_path / "run", "--max_train_steps", "1")
+    folder = train_dash(config)
+    shutil.rmtree(folder / "checkpoint-1")
+    with pytest.raises(FileExistsError, match="no checkpoint to go on from"):
+        train_dash(replace(config, resume_from_checkpoint="latest"))
 
 
 def test_another_path_through_the_options(data_file, tmp_path):

@@ -294,8 +294,9 @@ def test_n_is_given_or_measured_with_the_lora_merged(tune, folder, tmp_path, mon
     dot.save_pretrained(tmp_path)
     short = ("--dot", str(tmp_path), "--solver", "ddim", "--max_train_steps", "1", "--lsd", "3",
              "--num_images", "2", "--validation_images", "1", "--target_lsd", "2")  # fmt: skip
-    tune(*short, "--speed_ratio", "5")
+    given = tune("--dot", str(folder / "dot"), *short[2:], "--speed_ratio", "5")
     assert merged == []
+    assert MorseDot.from_pretrained(given).config.speed_ratio == 5.0  # where that Dot's had 4
     found = tune(*short)
     assert merged == [(True, {"batch_size": 2})]
     assert MorseDot.from_pretrained(found).config.speed_ratio == 4.0  # of the plans tuned for
@@ -492,6 +493,7 @@ def test_plans_without_dot_are_refused(sampled):
         (("--speed_ratio", "-1"), "speed_ratio is -1"),
         (("--blend", "0"), "blend is 0.0"),
         (("--guidance_scale", "3", "3"), "guidance_scale is (3.0, 3.0)"),
+        (("--lsd", "4", "5", "4"), "lsd is (4.0, 5.0, 4.0)"),
         (("--blend_from", "x"), "blend_from is 'x'; it must be left out where --blend is 1"),
         (("--train_batch_size", "0"), "train_batch_size is 0"),
         (("--dtype", "float16"), "mixed_precision no, but Dot's own float32 layers share Dash's"),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from morse.files import write_json
 from morse.settings import as_json
+from morse.training.checkpoint import find_checkpoint
 from morse.training.common import RunConfig, make_accelerator
 
 if TYPE_CHECKING:
@@ -36,9 +37,20 @@ def claim_output(config: RunConfig) -> "Accelerator":
 
     Nothing is written yet, so that a command that fails at its pipeline or data can be corrected
     and run again; see `record_run`.
+
+    Raises:
+        FileExistsError: If the folder has a result that would be overwritten.
+        FileNotFoundError: If there is no checkpoint of the name that is given.
     """
     accelerator = make_accelerator(config)
-    prepare_output_dir(config.output_dir, config.resume_from_checkpoint is not None)
+    folder, wanted = config.output_dir, config.resume_from_checkpoint
+    prepare_output_dir(folder, wanted is not None)
+    finished = any((folder / name).exists() for name in ("config.json", "model_index.json"))
+    if find_checkpoint(folder, wanted) is None and finished:
+        raise FileExistsError(
+            f"output_dir is {folder}, which holds a trained network and no checkpoint to go on "
+            "from, so that a run would begin anew and overwrite it; give another --output_dir"
+        )
     accelerator.wait_for_everyone()
     return accelerator
 

@@ -5,10 +5,24 @@ from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
+from morse.settings import as_json
 from morse.training.common import RunConfig
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
+
+# Where a run lies, what it prints and when it ends; what a checkpoint restores, or began with.
+_WITHOUT_EFFECT = {
+    "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "cache_dir",
+    "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "dot",
+    "ema_max_decay", "init_from", "logging_steps", "max_train_seconds", "output_dir", "report_to",
+    "resume_from_checkpoint", "save_images_steps", "validation_images", "validation_steps",
+}  # fmt: skip
+
+
+def decisive_settings(config: RunConfig) -> dict[str, object]:
+    """Give the settings, as JSON has them, that decide what a step of a run in progress does."""
+    return {k: v for k, v in as_json(config).items() if k not in _WITHOUT_EFFECT}
 
 
 def changed_settings(
@@ -21,7 +35,7 @@ def changed_settings(
     """Say which settings are others than in the run before, and which of these have no effect.
 
     Args:
-        before: What decides what a step draws, as the checkpoint has it.
+        before: What decides what a step does, as the checkpoint has it.
         now: The same of this run.
         config: This run's settings.
         optimizer: As restored from the checkpoint.
@@ -31,7 +45,7 @@ def changed_settings(
         if name in before and before[name] != value:
             yield (
                 f"{name} was {before[name]} and is now {value}; "
-                "the result will differ from that of an uninterrupted run"
+                "the result may differ from that of an uninterrupted run"
             )
     for name, value in _restored(optimizer, ema).items():
         if value != getattr(config, name):

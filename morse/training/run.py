@@ -20,7 +20,7 @@ from morse.training.common import (
 )
 from morse.training.log import TrainingLog
 from morse.training.pruning import DotPruner
-from morse.training.resuming import changed_settings
+from morse.training.resuming import changed_settings, decisive_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,9 +94,8 @@ class TrainingRun:
             self.accelerator.print(f"warning: {warning}")
 
     def _exactness(self) -> dict[str, object]:
-        """Give the settings that decide what a step draws."""
-        names = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
-        settings = {name: getattr(self.config, name) for name in names} | self.choices
+        """Give what decides what a step does."""
+        settings = decisive_settings(self.config) | self.choices
         pruning = {} if self.pruner is None else self.pruner.settings
         sizes = {"images": len(self.dataset), "num_processes": self.accelerator.num_processes}
         return settings | pruning | sizes

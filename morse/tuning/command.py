@@ -5,6 +5,7 @@ whole runs are made, Dash frozen but differentiated, so that it learns what matt
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,14 +54,14 @@ def tune_dot(config: TuneDotConfig) -> Path:
     pipe = enable_with_gradients(with_scheduler(bare, schedulers[config.solver[0]]), dot)
     before = weights_before(dot, config.blend_from) if config.blend < 1 else None
     decode = bool(config.feature_networks) and getattr(pipe, "vae", None) is not None
+    asked = (config.prompts, config.class_names, config.prompt_embeds)
     scales: tuple[float | None, ...] = config.guidance_scale or (None,)
-    conditions = make_conditions(
-        pipe, config.prompts, config.class_names, config.prompt_embeds, scales[0]
-    )
-    conditions = encode_once([pipe], conditions)
+    conditions = encode_once([pipe], make_conditions(pipe, *asked, scales[0]))
     progress = Progress(config.output_dir)
     earlier_ratio = progress.choices.get("speed_ratio")
-    pipe.speed_ratio = _choose_speed_ratio(pipe, config, conditions, accelerator, earlier_ratio)
+    # Of the largest scale: without guidance Dash takes half the time.
+    guided = replace(conditions, guidance_scale=max(config.guidance_scale, default=None))
+    pipe.speed_ratio = _choose_speed_ratio(pipe, config, guided, accelerator, earlier_ratio)
     target_runs = _target_runs(pipe, config.target_lsd, scales)
     runs = runs_to_tune(pipe, schedulers, config.lsd, scales)
     sampled, many = (
@@ -251,8 +252,8 @@ def _save(
         name: [entry | unknown if "o" in entry["plan"] else entry for entry in entries]
         for name, entries in (dot.config.plans or {}).items()
     }
-    # Another N would be measured at the first `lsd=`, and might pass the tuned plans over.
-    dot.register_to_config(plans=plans, speed_ratio=dot.config.speed_ratio or speed_ratio)
+    # By another N `lsd=` would run other plans than those that were tuned for.
+    dot.register_to_config(plans=plans, speed_ratio=speed_ratio)
     dot.save_pretrained(config.output_dir)
     facts = {
         "command": command_line(),

@@ -48,7 +48,10 @@ class TuneDotConfig(RunConfig):
     )
     speed_ratio: float | None = field(
         default=None,
-        metadata={"help": "N, Dash's time over Dot's; its config's, or measured, if left out"},
+        metadata={
+            "help": "N, Dash's time over Dot's, by which budgets become plans; saved with Dot; its "
+            "config's, or measured, if left out"
+        },
     )
     seed: int = field(
         default=9_000_000,
@@ -132,8 +135,9 @@ class TuneDotConfig(RunConfig):
         require_least(self, _LEAST)
         require(bool(self.lsd), "lsd", self.lsd, "1 or more each")
         require_positive(self, ("speed_ratio",))
-        scales = self.guidance_scale
-        require(len(set(scales)) == len(scales), "guidance_scale", scales, "different scales")
+        for name in ("solver", "lsd", "guidance_scale"):
+            given = getattr(self, name)
+            require(len(set(given)) == len(given), name, given, "without repetition")
         require(0 < self.blend <= 1, "blend", self.blend, "in (0, 1]")
         counted = self.blend < 1 or self.blend_from is None
         require(counted, "blend_from", self.blend_from, "left out where --blend is 1")

@@ -80,9 +80,8 @@ def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
     """What the targets depend on."""
     scheduler, plan = sampled.runs[0].scheduler, sampled.runs[0].plan
     settings = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
-    # Full precision is not said, so that older targets serve.
-    dtype = {} if config.dtype == "float32" else {"dtype": config.dtype}
-    return dtype | {
+    return {
+        "dtype": config.dtype,
         "dash": fingerprint(find_denoiser(sampled.pipe)),
         "scheduler": type(scheduler).__name__,
         "scheduler_config": digest(json.dumps(settings, sort_keys=True, default=str)),

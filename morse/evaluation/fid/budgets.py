@@ -10,7 +10,7 @@ import torch
 from morse.evaluation.bench.loading import drop_safety_checker
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import make_conditions
-from morse.evaluation.digests import state_sha256
+from morse.evaluation.digests import dot_sha256, state_sha256
 from morse.evaluation.fid.folders import made_with, threads_notes
 from morse.evaluation.fid.generation import Recipe, Request, check_folder, generate
 from morse.evaluation.progress import progress_bar
@@ -154,7 +154,7 @@ def _settings(
     return {
         "pipeline": config.pipeline,
         "denoiser_sha256": state_sha256(find_denoiser(pipe)),
-        "dot_sha256": None if pipe.dot is None else state_sha256(pipe.dot),
+        "dot_sha256": None if pipe.dot is None else dot_sha256(pipe.dot, plans=False),
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": {
             key: value

@@ -94,6 +94,7 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
         kept = [entry for entry in plans.get(name, ()) if entry not in replaced]
         kept += [each.to_config() for each in (best, *beside)]
         plans[name] = sorted(kept, key=lambda entry: entry["lsd"])
+        report = [each for each in report if (each["solver"], each["lsd"]) != (solver, lsd)]
         report.append(describe(solver, best, beside, found))
         print(
             f"{solver} {lsd} LSD: {best.plan} ({best.grid}) {best.psnr:.2f} dB "

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,11 +32,9 @@ def check_output(config: PlanConfig) -> None:
 
 
 def earlier_searches(config: PlanConfig) -> list[dict[str, object]]:
-    """Read what earlier searches into this folder told of solvers and budgets not searched now."""
+    """Read what earlier searches into this folder told."""
     file = config.output_dir / "plan_search.json"
-    earlier = json.loads(file.read_text())["searches"] if file.exists() else []
-    again = set(product(config.solver, config.lsd))
-    return [each for each in earlier if (each["solver"], each["lsd"]) not in again]
+    return json.loads(file.read_text())["searches"] if file.exists() else []
 
 
 def describe(
