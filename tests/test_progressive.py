@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from train_runs import assert_same_run, weights
 from morse import MorseDot
 from morse.cli import parse_config
 from morse.dot.mixture import GaussianMixture
+from morse.training import loop
 from morse.training.loop import TrainDotConfig, train_dot
 from morse.training.progressive import grow, start_from
 from morse.training.run import TrainingRun
@@ -203,10 +205,13 @@ def test_interrupted_in_either_stage_and_resumed_gives_the_same_bits(
     assert_same_run(resumed / "first_stage", whole / "first_stage", 3)
 
 
-def test_time_that_is_up_in_the_first_stage(configure, whole, monkeypatch):
+@pytest.mark.parametrize("last", [2, 3])
+def test_time_that_is_up_in_the_first_stage_or_right_after(configure, whole, monkeypatch, last):
     config = configure(*GROWING, "--max_train_seconds", "1000")
+    clock = iter([0.0, 1001.0])
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_out_of_time", lambda run: run.step == 2)
+        patch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        patch.setattr(TrainingRun, "_out_of_time", lambda run: run.step == last)
         folder = train_dot(config)
     assert folder.name == "first_stage"
     assert MorseDot.from_pretrained(folder).config.num_down_blocks == 1

@@ -36,7 +36,11 @@ class RunConfig:
         default=10_000, metadata={"help": "optimizer updates in all, resumed ones included"}
     )
     max_train_seconds: float | None = field(
-        default=None, metadata={"help": "stop this run after so many seconds, saving as at the end"}
+        default=None,
+        metadata={
+            "help": "stop after so many seconds of training, which caches are made before, and "
+            "save as at the end"
+        },
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "highest learning rate"})
     lr_scheduler: Literal["cosine", "constant"] = field(

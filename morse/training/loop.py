@@ -155,7 +155,6 @@ def train_dot(config: TrainDotConfig) -> Path:
     Returns:
         Its folder: `config.output_dir`, or that of the first stage if time was up in it.
     """
-    started = time.monotonic()
     config = inherit(config)
     accelerator = claim_output(config)
     pipeline = load_frozen_pipeline(config, accelerator.device)
@@ -165,12 +164,15 @@ def train_dot(config: TrainDotConfig) -> Path:
         grow(_new_dot(pipeline.dash.model, config, pipeline.sample_size), dot)
     data = _open_data(pipeline, config, accelerator)
     if config.progressive_steps:
-        first = begin_run(stage)
+        first, started = begin_run(stage), time.monotonic()
         done = _train_stage(stage, first, dot, data)
         for tracker in first.trackers:
             tracker.finish()
-        if done >= config.progressive_steps:  # more, where a resumed run was given fewer
-            stage = second_stage(config, time.monotonic() - started)
+        limit = config.max_train_seconds
+        left = None if limit is None else limit - (time.monotonic() - started)
+        # More, where a resumed run was given fewer.
+        if done >= config.progressive_steps and (left is None or left > 0):
+            stage = second_stage(config, left)
             dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
     if stage.output_dir == config.output_dir:
         _train_stage(stage, accelerator, dot, data)

@@ -38,17 +38,16 @@ def first_stage(config: TrainDotConfig) -> TrainDotConfig:
     )
 
 
-def second_stage(config: TrainDotConfig, seconds: float) -> TrainDotConfig:
-    """Give the settings of the training after a first stage that took some seconds.
+def second_stage(config: TrainDotConfig, seconds: float | None) -> TrainDotConfig:
+    """Give the settings of the training after the first stage, with the seconds that are left.
 
     Convolutions were annealed in that one; see `morse.training.convolutions.annealing_steps`.
     """
-    limit = config.max_train_seconds
     return replace(
         config,
         init_from=config.output_dir / FIRST_STAGE,
         conv_annealing_steps=None,
-        max_train_seconds=None if limit is None else max(1e-6, limit - seconds),
+        max_train_seconds=seconds,
     )
 
 

@@ -149,19 +149,6 @@ ROWS = (
         description="a plain Dot with blocks half as wide",
         overrides={"block_out_channels": (8, 16)},
     ),
-    Row(
-        name="history-0",
-        method="history",
-        description="Dot sees the line through Dash's two latest estimates",
-        overrides={"history": 1, "extrapolation_cap": 0.0},
-    ),
-    Row(
-        name="history-1",
-        method="history",
-        description="the same, and the line is the base of its residual",
-        overrides={"history": 1, "extrapolation_cap": 1.0},
-        controls=("history-0",),
-    ),
     *_pruned(50),
     *_pruned(80),
     _distilled(
