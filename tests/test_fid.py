@@ -146,6 +146,15 @@ def test_a_budget_is_spent_as_a_call_spends_it(tiny_folder, tmp_path):  # noqa: 
             assert (same, len(told)) == ((True, 0) if spacing is None else (False, 1))
     with pytest.raises(ValueError, match="LeapfrogScheduler has none"):
         run_fid(replace(config, timestep_spacing="leading"))
+    # A plan of another scheduler changes no image; what Dot's residual is added to does.
+    dot.register_to_config(plans={"LeapfrogScheduler": [entry]})
+    dot.save_pretrained(tmp_path / "dot")
+    assert run_fid(config)["rows"][0]["plan"] == "Dooo"
+    dot.register_to_config(base_space="x0")
+    dot.save_pretrained(tmp_path / "dot")
+    with pytest.raises(ValueError, match="dot_sha256 was"):
+        run_fid(config)
+    dot.register_to_config(base_space=None)
     with pytest.raises(ValueError, match="plan_scheduler was"):
         dot.register_to_config(plans=None)
         dot.save_pretrained(tmp_path / "dot")
