@@ -94,9 +94,10 @@ class LeapfrogMoves:
         """Move on by one evaluation.
 
         Args:
-            model_output: The estimate at `sample`, (B, C, H, W).
+            model_output: The estimate at `sample`, (B, C, H, W). Of 2 C channels the second half, a
+                learned variance, is not used.
             timestep: Its timestep; where a run begins it tells where.
-            sample: Like `model_output`.
+            sample: (B, C, H, W).
             generator: Not used; some pipelines give one.
             return_dict: Whether to return an object rather than a tuple.
 
@@ -110,6 +111,8 @@ class LeapfrogMoves:
             raise ValueError("num_inference_steps is None: call set_timesteps before step.")
         if self._step_index is None:
             self._step_index = self._find_beginning(timestep)
+        if model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
         here, dtype = 2 * self._step_index, model_output.dtype
         sample, model_output = (
             each.to(torch.promote_types(each.dtype, torch.float32))

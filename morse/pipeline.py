@@ -128,10 +128,14 @@ class MorsePipeline:
 
         Raises:
             OSError: If no Dot is saved there.
+            TypeError: If `scheduler` is a class.
             ValueError: As `from_pretrained`.
         """
         if isinstance(dot, (str, os.PathLike)):
             dot = load_dot(dot)
+        if isinstance(scheduler, type):
+            name = scheduler.__name__
+            raise TypeError(f"scheduler is the class {name}; give its name or an object.")
         if isinstance(scheduler, str):
             scheduler = make_scheduler(scheduler, pipe.scheduler.config)
         if scheduler is not None:

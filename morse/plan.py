@@ -135,7 +135,8 @@ class MorsePlan:
             lsd: Budget in LSD, at least 1; the plan's cost never exceeds it.
             speed_ratio: N, the latency of a Dash evaluation over that of a Dot evaluation.
             ratio: Evaluations per LSD to aim at, at least 1.
-            max_dot_share: At most this share of the budget goes to Dot, in [0, 1].
+            max_dot_share: About this share of the budget, in [0, 1], goes to Dot at most, before
+                rounding to whole Dash evaluations; at least one is traded, as said.
 
         Raises:
             ValueError: If an argument is outside its range.

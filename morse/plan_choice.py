@@ -8,10 +8,10 @@ import torch
 
 from morse.dot import MorseDot
 from morse.plan import MIXTURE_START, MorsePlan, check_budget
-from morse.rates import adds_noise, find_family
+from morse.rates import adds_noise, always_adds_noise, find_family
 from morse.sampling import Dot
 from morse.saved_plans import SavedPlan, chooses_timesteps, find_saved_plan, scheduler_options
-from morse.steps import count_evaluations, find_exact_steps, shorten_plan
+from morse.steps import count_evaluations, find_exact_steps, fixes_timesteps, shorten_plan
 
 DEFAULT_PLAN_RATIO = 2.0
 # LSD. A mixture gains less the finer the grid is, and from 20 on it loses (eval/results/NOTES.md).
@@ -59,10 +59,12 @@ class PlanChoice:
         given = self._with_defaults({"num_inference_steps": None, **arguments})
         if not isinstance(self.dot, MorseDot) or chooses_timesteps(given):
             return None
+        is_noisy = adds_noise(self.scheduler, given.get("eta"))
+        if is_noisy and not adds_noise(self.scheduler):
+            return None  # plans are searched without `eta`
         plans, speed_ratio = self.dot.config.plans, self._known_speed_ratio(arguments)
         if saved := find_saved_plan(plans, self.scheduler, lsd, speed_ratio):
             return saved
-        is_noisy = adds_noise(self.scheduler, given.get("eta"))
         known = find_family(self.scheduler) is not None and not is_noisy
         if self.dot.mixture is None or lsd > BEGUN_UP_TO or not known:
             return None
@@ -97,9 +99,11 @@ class PlanChoice:
                 )
             return MorsePlan.from_budget(lsd, self._known_speed_ratio(arguments), ratio)
         if counts:
-            steps = arguments.get("num_inference_steps")
+            steps, known = arguments.get("num_inference_steps"), self._with_defaults(arguments)
+            if steps is None and fixes_timesteps(self.scheduler, known):
+                steps = 1  # not read: their number counts
             if steps is not None:
-                steps = count_evaluations(self, self._with_defaults(arguments), steps)
+                steps = count_evaluations(self, known, steps)
             chosen = MorsePlan.from_counts(num_dash, num_dot, steps)
         else:
             chosen = MorsePlan.parse(plan)
@@ -144,7 +148,8 @@ class PlanChoice:
         """Return how many evaluations per LSD a uniform plan for a budget aims at; 1 is all Dash.
 
         Dot's config tells (`MorseDot`). With a scheduler that adds noise it is its "stochastic", or
-        1, as a weight-shared Dot is trained on deterministic runs and gains nothing there.
+        1, as a weight-shared Dot is trained on deterministic runs and gains nothing there, unless
+        the scheduler's class always adds noise and has a ratio of its own.
 
         Args:
             lsd: The budget.
@@ -153,11 +158,13 @@ class PlanChoice:
         if not isinstance(self.dot, MorseDot):
             return DEFAULT_PLAN_RATIO
         ratios = self.dot.config.plan_ratio or {}
-        if adds_noise(self.scheduler, eta):
+        if is_noisy := adds_noise(self.scheduler, eta):
             ratio = ratios.get("stochastic", 1.0)
         else:
-            default = ratios.get("default", DEFAULT_PLAN_RATIO)
-            ratio = ratios.get(type(self.scheduler).__name__, default)
+            ratio = ratios.get("default", DEFAULT_PLAN_RATIO)
+        # A class's own ratio is not for noise that its settings or `eta` add.
+        if not is_noisy or always_adds_noise(self.scheduler):
+            ratio = ratios.get(type(self.scheduler).__name__, ratio)
         if not isinstance(ratio, Sequence):
             return ratio
         return next((value for least, value in reversed(ratio) if least <= lsd), ratio[0][1])

@@ -52,6 +52,11 @@ _ALWAYS_STOCHASTIC = (
     "DPMSolverSDE",
     "SASolver",
     "FlowMatchLCM",
+    "CMStochasticIterative",
+    "CogVideoXDPM",
+    "DDPMWuerstchen",
+    "SCM",
+    "UnCLIP",
 )
 
 
@@ -94,6 +99,11 @@ def scales_noise(scheduler: object) -> bool:
     return getattr(scheduler, "init_noise_sigma", 1) != 1
 
 
+def always_adds_noise(scheduler: object) -> bool:
+    """Tell whether a scheduler's class adds fresh noise at each step, whatever its settings."""
+    return _short_name(scheduler) in _ALWAYS_STOCHASTIC
+
+
 def adds_noise(scheduler: object, eta: float | None = None) -> bool:
     """Tell whether a scheduler adds fresh noise at each step, by its class and settings.
 
@@ -101,7 +111,7 @@ def adds_noise(scheduler: object, eta: float | None = None) -> bool:
     """
     config = _own_config(scheduler)
     return (
-        _short_name(scheduler) in _ALWAYS_STOCHASTIC
+        always_adds_noise(scheduler)
         or str(config.get("algorithm_type")).startswith("sde-")
         or bool(config.get("stochastic_sampling"))
         or (bool(eta) and "eta" in inspect.signature(scheduler.step).parameters)

@@ -23,9 +23,17 @@ _CHOOSE_TIMESTEPS = (
     "denoising_start",
     "denoising_end",
 )
-# Options that make other solvers of one scheduler class. Where steps lie, such as leapfrog's
-# timestep_power, is not among them: a plan brings its own grid, whichever the pipeline has.
+# Options that make other solvers of one scheduler class. Where steps lie is not among them: a plan
+# brings its own grid, whichever the pipeline has.
 _SOLVER_OPTIONS = ("algorithm_type", "solver_order", "solver_type", "clean_above")
+_GRID_OPTIONS = (
+    "timestep_power",
+    "fitted_steps",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,8 @@ class SavedPlan:
         lsd: The budget.
         plan: Every evaluation's model, such as "DooDoo"; it may be all Dash.
         scheduler: Options of the scheduler that lay its grid, such as {"timestep_power": 1.5} or
-            `LeapfrogScheduler`'s "fitted_steps", set for the call.
+            `LeapfrogScheduler`'s "fitted_steps", set for the call. Of those that
+            `read_grid_options` lists, what is left out is as the class has it by default.
         speed_ratio: N that the plan was searched with.
         psnr: In dB, to many steps from the same noise, on the calibration set; None where it is not
             the best, or not known.
@@ -90,6 +99,15 @@ def _solver_defaults(scheduler: object) -> dict[str, object]:
     return {name: parameters[name].default for name in _SOLVER_OPTIONS if name in parameters}
 
 
+def read_grid_options(scheduler: object) -> dict[str, object]:
+    """Give the options by which a scheduler's grid is not that of its class's defaults."""
+    found = {}
+    for name, parameter in own_parameters(scheduler).items():
+        if name in _GRID_OPTIONS and scheduler.config[name] != parameter.default:
+            found[name] = scheduler.config[name]
+    return found
+
+
 def find_saved_plan(
     plans: Mapping[str, Sequence[Mapping[str, object]]] | None,
     scheduler: object,
@@ -113,7 +131,8 @@ def find_saved_plan(
     Returns:
         The plan as it is to be run; None if there is none that fits.
     """
-    fitting = []
+    fitting, parameters = [], own_parameters(scheduler)
+    plain = {name: parameters[name].default for name in read_grid_options(scheduler)}
     for entry in (plans or {}).get(type(scheduler).__name__, ()):
         if not is_saved_for(entry, scheduler):
             continue
@@ -122,7 +141,8 @@ def find_saved_plan(
         if lsd / 2 <= saved.lsd <= lsd and is_affordable(plan.cost(speed_ratio), lsd):
             if "fitted_steps" not in saved.scheduler:
                 plan = plan.extended(lsd, speed_ratio)
-            fitting.append(replace(saved, plan=str(plan)))
+            grid = {**plain, **saved.scheduler}
+            fitting.append(replace(saved, plan=str(plan), scheduler=grid))
     return max(fitting, key=lambda saved: saved.lsd, default=None)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import diffusers
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, SchedulerMixin
+from torch import Tensor
 
 from morse.flow_leapfrog import FlowMatchLeapfrogScheduler
 from morse.leapfrog import LeapfrogScheduler
@@ -83,6 +84,9 @@ def make_scheduler(name: str, config: dict[str, object]) -> object:
     # is for the new class to say, unless the pipeline's author did.
     unset = {"_use_default_values", *_OF_CLASS.intersection(config.get("_use_default_values", ()))}
     config = {key: value for key, value in config.items() if key not in unset}
+    # DDIM's and DDPM's default, for pixels, would cut off latents.
+    if "clip_sample" not in config and "clip_sample" in inspect.signature(known).parameters:
+        options = {"clip_sample": False, **options}
     return known.from_config(config, **options)
 
 
@@ -175,6 +179,14 @@ def check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
             f"scheduler {type(scheduler).__name__} is not for {type(pipe).__name__}, whose model "
             f"was trained {trained} ({type(pipe.scheduler).__name__}); use {others}."
         )
+    if not any(flows) and _have_other_noise(pipe.scheduler, scheduler):
+        own = type(pipe.scheduler).__name__
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} is not for {type(pipe).__name__}, whose model "
+            f"was trained with the noise levels of its {own}, not with that scheduler's; use one "
+            "of the same levels: of a class that takes what pipe.scheduler.config says of them, "
+            "made with that config."
+        )
     taken = inspect.signature(scheduler.step).parameters
     if isinstance(pipe, DDIMPipeline) and "use_clipped_model_output" not in taken:
         raise ValueError(
@@ -189,3 +201,23 @@ def check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
             "generator; use leapfrog, ddim, ddpm, dpmsolver++, dpmsolver++1, sde-dpmsolver++ or "
             "lcm."
         )
+
+
+def _have_other_noise(*schedulers: object) -> bool:
+    """Tell whether of two schedulers, neither for flows, each noises timesteps in its own way.
+
+    Whether signal is left at the last timestep (`rescale_betas_zero_snr`) is for users to say.
+    """
+    tables = [getattr(each, "alphas_cumprod", None) for each in schedulers]
+    unknown = [type(each) for each, table in zip(schedulers, tables, strict=True) if table is None]
+    if unknown:
+        # Diffusers' without a table go by sigmas of their own, as EDM's; a user's may do anything.
+        return len(unknown) == 1 and unknown[0].__module__.startswith("diffusers.")
+    one, other = map(_without_signal_at_the_end, tables)
+    return one.shape != other.shape or bool((one - other).abs().max() > 1e-3)
+
+
+def _without_signal_at_the_end(alphas_cumprod: Tensor) -> Tensor:
+    """Give alphas, (T,), as `rescale_betas_zero_snr` makes them (Lin et al. 2024, Algorithm 1)."""
+    alphas = alphas_cumprod.cpu().double().sqrt()
+    return (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])

@@ -14,6 +14,9 @@ from diffusers import DiffusionPipeline
 from morse.plan import MorsePlan
 
 MOST_STEPS = 1000
+_WITH_CLEAN_END = ("DDPMWuerstchenScheduler", "SCMScheduler")  # a timestep, but not evaluated
+_FIXING = ("timesteps", "sigmas")
+_CUTTING = ("strength", "denoise_strength", "denoising_start", "denoising_end")
 
 
 def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], steps: int) -> int:
@@ -31,8 +34,6 @@ def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], ste
     scheduler = copy.deepcopy(pipe.scheduler)
     steps = _set_timesteps(scheduler, arguments, steps)
     timesteps = scheduler.timesteps
-    if type(scheduler).__name__ == "DDPMWuerstchenScheduler":
-        timesteps = timesteps[:-1]  # the clean end, where nothing is evaluated
     cut = getattr(type(pipe), "get_timesteps", None)
     # Latent consistency's image-to-image has the method too, but its scheduler applies `strength`.
     if cut is not None and _is_cut(arguments):
@@ -43,6 +44,8 @@ def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], ste
         names = [name for name in inspect.signature(cut).parameters if name in known]
         stand_in = SimpleNamespace(scheduler=scheduler, config=pipe.config)
         *_, timesteps, _ = cut(stand_in, **{name: known[name] for name in names})
+    if type(scheduler).__name__ in _WITH_CLEAN_END:
+        timesteps = timesteps[:-1]
     end = arguments.get("denoising_end")
     if isinstance(end, float) and 0 < end < 1:
         # As SDXL's pipelines do it, by value and without telling the scheduler.
@@ -63,7 +66,7 @@ def _is_cut(arguments: dict[str, object]) -> bool:
 def _set_timesteps(scheduler: object, arguments: dict[str, object], steps: int) -> int:
     """Do what the pipeline does before its loop; returns the number of steps."""
     parameters = inspect.signature(scheduler.set_timesteps).parameters
-    names = ["timesteps", "sigmas"]
+    names = [*_FIXING]
     if "original_inference_steps" in arguments:  # latent consistency
         names += ["original_inference_steps", "strength"]
     options: dict[str, object] = {
@@ -71,6 +74,8 @@ def _set_timesteps(scheduler: object, arguments: dict[str, object], steps: int) 
         for name in names
         if name in parameters and arguments.get(name) is not None
     }
+    for name in {"max_timesteps", "intermediate_timesteps"} & set(parameters) & set(arguments):
+        options[name] = arguments[name]  # of SCM, for which None is another choice
     if scheduler.config.get("use_dynamic_shifting") and "mu" in parameters:
         options["mu"] = 1.0  # shifts the values, not their number
     if "timesteps" in options or "sigmas" in options:
@@ -78,6 +83,12 @@ def _set_timesteps(scheduler: object, arguments: dict[str, object], steps: int) 
         return len(scheduler.timesteps)
     scheduler.set_timesteps(steps, **options)
     return steps
+
+
+def fixes_timesteps(scheduler: object, arguments: dict[str, object]) -> bool:
+    """Tell whether a call names its timesteps one by one, and the scheduler takes them so."""
+    parameters = inspect.signature(scheduler.set_timesteps).parameters
+    return any(name in parameters and arguments.get(name) is not None for name in _FIXING)
 
 
 def find_steps(
@@ -163,7 +174,7 @@ def possible_counts(
         end then, where another pipeline goes on.
 
     Raises:
-        ValueError: If the scheduler takes no number of steps at all.
+        ValueError: If the scheduler takes no number of steps at all, or none leaves an evaluation.
     """
 
     def count(steps: int) -> int | None:
@@ -172,8 +183,10 @@ def possible_counts(
         except ValueError:
             return None
 
-    if arguments.get("timesteps") is not None or arguments.get("sigmas") is not None:
+    if fixes_timesteps(pipe.scheduler, arguments):
         fixed = count_evaluations(pipe, arguments, length)
+        if not fixed:
+            raise ValueError(_nothing_left(pipe, arguments))
         return {fixed: fixed}
     ends_early = isinstance(arguments.get("denoising_end"), float)
     if count(length) == length and not ends_early:
@@ -190,8 +203,18 @@ def possible_counts(
         if found is not None and found >= length + ends_early:
             break
     if not counts:
-        count_evaluations(pipe, arguments, length)  # raises the scheduler's own error
+        count_evaluations(pipe, arguments, length)  # raises the scheduler's own error, if any
+        raise ValueError(_nothing_left(pipe, arguments))
     return counts
+
+
+def _nothing_left(pipe: DiffusionPipeline, arguments: dict[str, object]) -> str:
+    given = {name: arguments[name] for name in _CUTTING if arguments.get(name) is not None}
+    cuts = ", ".join(f"{name}={value}" for name, value in given.items())
+    return (
+        f"{_whose(pipe)} makes no evaluation at all with {cuts}, however many steps there are; "
+        "raise strength or denoising_end, or call it without a budget, counts or a plan."
+    )
 
 
 def _whose(pipe: DiffusionPipeline) -> str:

@@ -293,10 +293,27 @@ class TestBudgets:
         assert pipe.plan_ratio(4, eta=0.5) == 1
         dot.register_to_config(plan_ratio={"stochastic": 1.25})
         assert (pipe.plan_ratio(4, eta=0.5), pipe.plan_ratio(4)) == (1.25, 2)
-        dot.register_to_config(plan_ratio=None)
+        # Ratios by class are not for noise that settings or `eta` add to it.
+        dot.register_to_config(plan_ratio={"DDIMScheduler": 3.0, "DDPMScheduler": 1.5})
+        assert (pipe.plan_ratio(4, eta=0.5), pipe.plan_ratio(4)) == (1, 3)
         pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        assert pipe.plan_ratio(4) == 1.5
+        dot.register_to_config(plan_ratio=None)
         with pytest.warns(UserWarning, match="DDPMScheduler adds noise at each step"):
             assert pipe.plan_for(4).plan == "DDDD"
+
+    def test_a_saved_plan_is_not_run_with_noise_that_a_call_adds(self):
+        """It was searched without."""
+        pipe = text_pipe()
+        dot = trained_dot(pipe.unet)
+        saved = SavedPlan(4, "DooDoo").to_config()
+        dot.register_to_config(speed_ratio=4.0, plans={"DDIMScheduler": [saved]})
+        enable_morse(pipe, dot)
+        latents(pipe, lsd=4)
+        assert str(pipe.last_run.plan).startswith("DooDoo")
+        with pytest.warns(UserWarning, match="DDIMScheduler adds noise at each step"):
+            latents(pipe, lsd=4, eta=1.0)
+        assert str(pipe.last_run.plan) == "DDDD"
 
     def test_n_is_measured_unnoticed_before_the_first_budget(self):
         pipe, steps = text_pipe(), []
@@ -344,6 +361,15 @@ class TestBudgets:
         found = latents(pipe, lsd=10, timesteps=timesteps)
         assert str(pipe.last_run.plan) == "D" * 10 == pipe.plan_for(10, timesteps=timesteps).plan
         assert torch.equal(found, latents(disable_morse(pipe), timesteps=timesteps))
+
+    def test_chosen_timesteps_are_the_number_that_counts_need(self):
+        pipe = text_pipe()
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        enable_morse(pipe, lambda sample, timestep, jump, **conditions: 0.1 * sample)
+        latents(pipe, num_dash_steps=2, timesteps=[900, 500, 100])
+        assert str(pipe.last_run.plan) == "DDo"
+        with pytest.raises(ValueError, match="num_dash_steps=4 is more than"):
+            latents(pipe, num_dash_steps=4, timesteps=[900, 500, 100])
 
     def test_n_of_too_few_times_is_not_taken(self, pipe, dot, monkeypatch):
         enable_morse(pipe, dot)

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
 from tiny_pipelines import loop_pipeline
 
-from morse import LeapfrogScheduler, MorsePipeline
+from morse import FlowMatchLeapfrogScheduler, LeapfrogScheduler, MorsePipeline
 from morse.saved_plans import SavedPlan
 from morse.schedulers import make_scheduler
 
@@ -208,6 +208,20 @@ def test_a_run_may_begin_in_the_middle():
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize("kind", [LeapfrogScheduler, FlowMatchLeapfrogScheduler])
+def test_a_learned_variance_is_left_aside(kind):
+    """Such denoisers give it as further channels."""
+    ends = []
+    for variance in ([], [torch.full((1, 3, 2, 2), 9.0)]):
+        scheduler, sample = kind(), torch.ones(1, 3, 2, 2)
+        scheduler.set_timesteps(3)
+        for timestep in scheduler.timesteps:
+            output = torch.cat([0.3 * sample, *variance], dim=1)
+            sample = scheduler.step(output, timestep, sample).prev_sample
+        ends.append(sample)
+    assert torch.equal(*ends)
+
+
 def test_zero_terminal_snr_is_kept_from_another_scheduler():
     other = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     scheduler = make_scheduler("leapfrog", other.config)
@@ -242,7 +256,9 @@ def test_saved_with_a_pipeline(make_dot, build_unet, tmp_path):
         images.append(torch.from_numpy(each(generator=noise, output_type="np", **budget).images))
         if "lsd" in budget:
             assert (str(each.last_run.plan), each.last_run.lsd) == ("DoDoD", 4.0)
-    assert torch.equal(images[0], images[1]) and torch.equal(images[2], images[3])
+    # Where weights lie in memory may change a rounding.
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(images[2], images[3], rtol=0, atol=1e-4)
     assert not torch.equal(images[1], images[2])
     assert "DPMSolverMultistepScheduler" in {each.__name__ for each in pipe.scheduler.compatibles}
 

@@ -1,15 +1,17 @@
 import inspect
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import ConfigMixin, DDPMPipeline, DiffusionPipeline, ModelMixin, PNDMScheduler
+from tiny_pipelines import loop_pipeline
 from tiny_text import sd3_pipeline, tokenizer
 
 from morse import MorseDot, MorsePipeline, enable_morse
 from morse.rates import adds_noise
-from morse.schedulers import SCHEDULERS, make_scheduler
+from morse.schedulers import SCHEDULERS, check_scheduler, make_scheduler
 
 
 def sample(pipe, **kwargs):
@@ -100,6 +102,14 @@ def test_spacing_is_the_new_classes_unless_it_was_chosen():
     for name, spacing in (("dpmsolver++", "linspace"), ("ddim", "leading")):
         assert make_scheduler(name, default).config.timestep_spacing == spacing
         assert make_scheduler(name, chosen).config.timestep_spacing == "leading"
+
+
+def test_clipping_is_what_the_pipelines_own_scheduler_says_of_it():
+    for own in (diffusers.DPMSolverMultistepScheduler(), diffusers.EulerDiscreteScheduler()):
+        for name in ("ddim", "ddpm", "DDIMParallelScheduler"):
+            assert not make_scheduler(name, own.config).config.clip_sample
+    pixels = make_scheduler("leapfrog", diffusers.DDPMScheduler().config)
+    assert make_scheduler("ddim", pixels.config).config.clip_sample
 
 
 def test_a_schedulers_name_says_which_solver_whatever_was_there_before(make_pipe):
@@ -209,6 +219,46 @@ def test_first_order_dpmsolver_is_ddim_where_the_steps_divide_the_schedule(make_
 def test_a_scheduler_that_the_pipeline_cannot_run_is_refused(make_pipe, name):
     with pytest.raises(ValueError, match=r"Scheduler does not work in diffusers' DDPMPipeline"):
         MorsePipeline.from_pipe(make_pipe(), scheduler=name)
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ("EDMEulerScheduler", "leapfrog"),
+        ("DDIMScheduler", diffusers.EDMEulerScheduler()),
+        ("DDIMScheduler", diffusers.IPNDMScheduler()),
+        ("DDIMScheduler", diffusers.DDIMScheduler(beta_schedule="scaled_linear")),
+        ("CogVideoXDDIMScheduler", "ddim"),  # whose `snr_shift_scale` DDIM has not
+    ],
+)
+def test_a_scheduler_of_other_noise_levels_is_refused(own, other):
+    pipe = loop_pipeline(torch.nn.Identity(), getattr(diffusers, own)())
+    before = pipe.scheduler
+    with pytest.raises(ValueError, match=rf"is not for LoopPipeline, .* noise levels of its {own}"):
+        MorsePipeline.from_pipe(pipe, scheduler=other)
+    assert pipe.scheduler is before
+
+
+def test_schedulers_of_the_same_noise_levels_are_taken(make_pipe):
+    class OwnScheduler(diffusers.EDMEulerScheduler):
+        """One of a user's, without a table of alphas."""
+
+    own = make_pipe().scheduler
+    pipe = loop_pipeline(torch.nn.Identity(), own)
+    for name in SCHEDULERS:
+        check_scheduler(pipe, make_scheduler(name, own.config))
+    karras = diffusers.DPMSolverMultistepScheduler.from_config(own.config, use_karras_sigmas=True)
+    zero_snr = diffusers.DDIMScheduler.from_config(own.config, rescale_betas_zero_snr=True)
+    for scheduler in (karras, zero_snr, OwnScheduler()):
+        check_scheduler(pipe, scheduler)
+    check_scheduler(loop_pipeline(torch.nn.Identity(), zero_snr), own)
+    edm = loop_pipeline(torch.nn.Identity(), diffusers.EDMDPMSolverMultistepScheduler())
+    check_scheduler(edm, diffusers.EDMEulerScheduler())
+
+
+def test_a_schedulers_class_is_no_scheduler(make_pipe):
+    with pytest.raises(TypeError, match="is the class DDIMScheduler; give its name or an object"):
+        MorsePipeline.from_pipe(make_pipe(), scheduler=diffusers.DDIMScheduler)
 
 
 @pytest.mark.supports("pipeline", "DDIMPipeline")

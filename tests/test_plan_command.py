@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from evaluation_fixtures import QUICK_PLAN
 from safetensors.torch import save_file
 from tiny_pipelines import xl_unet
@@ -103,6 +104,15 @@ class TestSearch:
         pipe.dot.save_pretrained(f"{folder}/dot")
         found = MorseDot.from_pretrained(run(speed_ratio=3.5))
         assert found.config.speed_ratio == 7.0
+
+    @pytest.mark.parametrize("karras", [True, False])
+    def test_a_plan_is_saved_with_the_grid_that_it_was_searched_on(self, run, folder, karras):
+        kind = DPMSolverMultistepScheduler
+        kind(use_karras_sigmas=karras).save_pretrained(f"{folder}/scheduler")
+        found = run(speed_ratio=3.5, solver=("dpmsolver++",))
+        (entry,) = MorseDot.from_pretrained(found).config.plans[kind.__name__]
+        own = {"use_karras_sigmas": True} if karras else {}
+        assert entry["scheduler"] == {"timestep_spacing": "trailing", **own}
 
     def test_n_is_measured_where_nothing_says_it(self, run, monkeypatch):
         measured = []

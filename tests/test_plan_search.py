@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
 from evaluation_fixtures import QUICK_PLAN, tiny_folder  # noqa: F401
+from tiny_pipelines import loop_pipeline
 
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.bench.runs import Samples, reference_images
@@ -281,8 +282,6 @@ class TestUse:
 
     @pytest.fixture
     def pipe(self, build_unet):
-        from tiny_pipelines import loop_pipeline
-
         torch.manual_seed(0)
         unet = build_unet(channels=(8, 16), sample_size=8)
         saved = SavedPlan(4, "DDoDoo", {"timestep_power": 2.0})
@@ -357,6 +356,34 @@ class TestUse:
         scheduler = make_scheduler(solver, {})
         plans = {type(scheduler).__name__: [{"lsd": 4, "plan": "DDDD", **saved}]}
         assert (find_saved_plan(plans, scheduler, 4, 4.0) is not None) == found
+
+    @pytest.mark.parametrize(
+        ("scheduler", "options", "reset"),
+        [
+            (
+                LeapfrogScheduler(
+                    timestep_power=1.5, fitted_steps=curves_to_rows(power_curves(2), "DD")
+                ),
+                {"timestep_power": 2.0},
+                {"fitted_steps": None},
+            ),
+            (LeapfrogScheduler(timestep_power=1.5), {}, {"timestep_power": 1.0}),
+            (DPMSolverMultistepScheduler(use_karras_sigmas=True), {}, {"use_karras_sigmas": False}),
+            (DPMSolverMultistepScheduler(use_karras_sigmas=True), {"use_karras_sigmas": True}, {}),
+            (DPMSolverMultistepScheduler(), {"use_karras_sigmas": True}, {}),
+        ],
+    )
+    def test_a_plan_is_run_on_its_own_grid(self, scheduler, options, reset):
+        """What it does not name of the grid is as the class has it, whatever the pipeline has."""
+        pipe = loop_pipeline(torch.nn.Identity(), scheduler)
+        plans = {type(scheduler).__name__: [SavedPlan(4, "DDDD", options).to_config()]}
+        found = find_saved_plan(plans, scheduler, 4, 4.0)
+        assert found.scheduler == {**options, **reset}
+        with scheduler_options(pipe, found.scheduler):
+            pipe.scheduler.set_timesteps(4)
+            own = type(scheduler)(**options)
+            own.set_timesteps(4)
+            assert torch.equal(pipe.scheduler.timesteps, own.timesteps)
 
     def test_the_embedded_plans_are_leapfrogs(self):
         for solver in ("leapfrog", "pfdiff"):

@@ -263,7 +263,7 @@ class TestChoice:
         (name, {**options, "prediction_type": kinds[0]} if kinds[0] else options)
         for name, options, kinds, _ in ALL_SCHEDULERS
     ]
-    + [("DDPMParallel", {}), ("FlowMatchLCM", {})],
+    + [("DDPMParallel", {}), ("FlowMatchLCM", {}), ("CMStochasticIterative", {}), ("UnCLIP", {})],
 )
 def test_those_that_add_noise_are_those_whose_end_a_seed_changes(name, options):
     def end(seed):
@@ -280,6 +280,11 @@ def test_those_that_add_noise_are_those_whose_end_a_seed_changes(name, options):
         return sample
 
     assert adds_noise(make(name, **options)) != torch.equal(end(0), end(1))
+
+
+@pytest.mark.parametrize("name", ["CogVideoXDPM", "DDPMWuerstchen", "SCM"])
+def test_those_that_add_noise_in_steps_called_otherwise(name):
+    assert adds_noise(make(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

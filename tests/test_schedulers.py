@@ -204,6 +204,33 @@ def test_what_video_pipelines_leave_out(name, arguments, length):
     assert count_evaluations(pipe, {"timesteps": None, **arguments}, 10) == length
 
 
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ({"max_timesteps": 1.57, "intermediate_timesteps": 1.3}, 2),
+        ({"max_timesteps": 1.57, "intermediate_timesteps": None}, 4),
+    ],
+)
+def test_the_clean_end_of_sana_sprint_is_no_evaluation(arguments, count):
+    sprint = SimpleNamespace(scheduler=diffusers.SCMScheduler(), config={})
+    arguments = {"timesteps": None, **arguments}
+    assert find_steps(sprint, arguments, 4) == (count, count)
+    assert find_exact_steps(sprint, arguments, 2) == 2
+    cut = {"get_timesteps": diffusers.SanaSprintImg2ImgPipeline.get_timesteps}
+    sprint = type("SanaSprintImg2Img", (), {**cut, **vars(sprint)})()
+    assert count_evaluations(sprint, {**arguments, "strength": 0.5}, 2) == 1
+
+
+@pytest.mark.parametrize("find", [find_steps, find_exact_steps])
+@pytest.mark.parametrize("timesteps", [None, [900, 500, 100]])
+def test_a_strength_that_leaves_no_evaluation_is_named(find, timesteps):
+    cut = {"get_timesteps": diffusers.StableDiffusionImg2ImgPipeline.get_timesteps}
+    members = {**cut, "scheduler": diffusers.EulerDiscreteScheduler(), "config": {}}
+    pipe = type("ImageToImage", (), members)()
+    with pytest.raises(ValueError, match=r"no evaluation at all with strength=0\.0, .* raise"):
+        find(pipe, {"strength": 0.0, "timesteps": timesteps}, 5)
+
+
 def test_a_run_that_ends_early_ends_where_another_goes_on():
     """SDXL's base hands over to its refiner at 80 %, timestep 200 of 1000."""
     scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1)

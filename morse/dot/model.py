@@ -66,9 +66,9 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         lora_alpha: The LoRA is scaled by lora_alpha / lora_rank; None for 1.
         independent: Estimate from the sample alone, not as a correction: a control for experiments.
         speed_ratio: N on the machine named in the model card; plans for `lsd=` are made with it.
-        plan_ratio: Evaluations per LSD that suit this Dot, by scheduler class name, "default" or
-            "stochastic" (for those that add noise; 1, all Dash, if left out). A number, or pairs
-            [budget, ratio] of rising budgets, each from which on a ratio holds.
+        plan_ratio: Evaluations per LSD that suit this Dot, by scheduler class name, "default", or
+            "stochastic" where noise is added (1, all Dash, if left out; a name counts there only if
+            its class always adds it). A number, or pairs [budget, ratio], each from a budget on.
         output_channels: Channels of Dash's estimate; None for `sample_channels`.
         base_space: What of Dash's latest estimate the residual is added to: "raw", "x0" or "v"; by
             the scheduler if None (`morse.rates.choose_base_space`). After the deterministic step

@@ -30,7 +30,7 @@ from morse.evaluation.planning.results import (
 from morse.evaluation.planning.search import Candidate, Evaluate, Found, Space, search_plan
 from morse.plan import MorsePlan
 from morse.rates import own_parameters
-from morse.saved_plans import SavedPlan, is_saved_for, read_solver_options
+from morse.saved_plans import SavedPlan, is_saved_for, read_grid_options, read_solver_options
 from morse.steps import shorten_plan
 
 if TYPE_CHECKING:
@@ -233,6 +233,7 @@ def make_spend(pipe: "MorsePipeline", speed_ratio: float) -> Callable[[str, int]
 
 
 def _spacing(pipe: "MorsePipeline") -> dict[str, object]:
-    """Give the option by which a user's scheduler lays the grid that a plan was judged on."""
+    """Give the options by which a user's scheduler lays the grid that a plan was judged on."""
     taken = own_parameters(pipe.scheduler)
-    return {name: pipe.scheduler.config[name] for name in SPACING if name in taken}
+    spacing = {name: pipe.scheduler.config[name] for name in SPACING if name in taken}
+    return spacing | read_grid_options(pipe.scheduler)
