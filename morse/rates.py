@@ -54,6 +54,7 @@ _ALWAYS_STOCHASTIC = (
     "FlowMatchLCM",
     "CMStochasticIterative",
     "CogVideoXDPM",
+    "CosineDPMSolverMultistep",
     "DDPMWuerstchen",
     "SCM",
     "UnCLIP",
@@ -114,6 +115,7 @@ def adds_noise(scheduler: object, eta: float | None = None) -> bool:
         always_adds_noise(scheduler)
         or str(config.get("algorithm_type")).startswith("sde-")
         or bool(config.get("stochastic_sampling"))
+        or bool(config.get("eta"))
         or (bool(eta) and "eta" in inspect.signature(scheduler.step).parameters)
     )
 

@@ -282,9 +282,16 @@ def test_those_that_add_noise_are_those_whose_end_a_seed_changes(name, options):
     assert adds_noise(make(name, **options)) != torch.equal(end(0), end(1))
 
 
-@pytest.mark.parametrize("name", ["CogVideoXDPM", "DDPMWuerstchen", "SCM"])
+@pytest.mark.parametrize(
+    "name",
+    ["CogVideoXDPM", "CosineDPMSolverMultistep", "DDPMWuerstchen", "LTXEulerAncestralRF", "SCM"],
+)
 def test_those_that_add_noise_in_steps_called_otherwise(name):
     assert adds_noise(make(name))
+
+
+def test_without_its_noise_ltx_ancestral_euler_adds_none():
+    assert not adds_noise(diffusers.LTXEulerAncestralRFScheduler(eta=0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
