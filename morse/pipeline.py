@@ -61,7 +61,8 @@ class MorsePipeline:
                 pipeline, if any.
             scheduler: A scheduler, or the name of one (`morse.schedulers.SCHEDULERS`), made with
                 the pipeline's own scheduler's config, but for a `timestep_spacing` left at its
-                default. For models trained by flow matching names mean its schedulers.
+                default, and without clipping where that has none. For models trained by flow
+                matching names mean its schedulers.
             merge_lora: See `enable_morse`.
             kwargs: As for `DiffusionPipeline.from_pretrained`; only safetensors are read. Of these
                 `revision` is the pipeline's, and with it of a Dot that is saved there.

@@ -1,9 +1,11 @@
 """Schedulers by short names, made from a pipeline's own scheduler's config."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 
 import diffusers
+import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
@@ -163,10 +165,12 @@ def remake(kind: type, config: Mapping[str, object]) -> SchedulerMixin:
 
 
 def check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
-    """Refuse what draws wrong: a scheduler of another noise path, or of another loop.
+    """Refuse what draws wrong: a scheduler for flows where there are alphas, or of another loop.
 
     Diffusers' `DDPMPipeline` neither scales its input nor takes steps without a generator, its
-    `DDIMPipeline` hands to each step what DDIM's alone take.
+    `DDIMPipeline` hands to each step what DDIM's alone take. Other noise levels than those of the
+    pipeline's own scheduler are warned of: they mostly are a mistake, but AnimateDiff's motion
+    modules, for example, were trained on others.
     """
     flows = is_flow(pipe.scheduler), is_flow(scheduler)
     other = pipe.scheduler if flows[1] else scheduler  # EDM's path, say, is neither
@@ -180,12 +184,12 @@ def check_scheduler(pipe: DiffusionPipeline, scheduler: object) -> None:
             f"was trained {trained} ({type(pipe.scheduler).__name__}); use {others}."
         )
     if not any(flows) and _have_other_noise(pipe.scheduler, scheduler):
-        own = type(pipe.scheduler).__name__
-        raise ValueError(
-            f"scheduler {type(scheduler).__name__} is not for {type(pipe).__name__}, whose model "
-            f"was trained with the noise levels of its {own}, not with that scheduler's; use one "
-            "of the same levels: of a class that takes what pipe.scheduler.config says of them, "
-            "made with that config."
+        warnings.warn(
+            f"scheduler {type(scheduler).__name__} has other noise levels than the pipeline's "
+            f"{type(pipe.scheduler).__name__}, with which its model is likely to have been "
+            "trained; if that is not meant, give a name, such as scheduler='heun', which makes one "
+            "of these levels (`from_config` drops what was left at its default).",
+            stacklevel=3,
         )
     taken = inspect.signature(scheduler.step).parameters
     if isinstance(pipe, DDIMPipeline) and "use_clipped_model_output" not in taken:
@@ -219,5 +223,5 @@ def _have_other_noise(*schedulers: object) -> bool:
 
 def _without_signal_at_the_end(alphas_cumprod: Tensor) -> Tensor:
     """Give alphas, (T,), as `rescale_betas_zero_snr` makes them (Lin et al. 2024, Algorithm 1)."""
-    alphas = alphas_cumprod.cpu().double().sqrt()
+    alphas = torch.as_tensor(alphas_cumprod).cpu().double().sqrt()
     return (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])

@@ -152,7 +152,7 @@ def test_a_budget_is_spent_as_a_call_spends_it(tiny_folder, tmp_path):  # noqa: 
     assert run_fid(config)["rows"][0]["plan"] == "Dooo"
     dot.register_to_config(base_space="x0")
     dot.save_pretrained(tmp_path / "dot")
-    with pytest.raises(ValueError, match="dot_sha256 was"):
+    with pytest.raises(ValueError, match="dot_config was"):
         run_fid(config)
     dot.register_to_config(base_space=None)
     with pytest.raises(ValueError, match="plan_scheduler was"):

@@ -31,17 +31,8 @@ def state_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-_OF_PLANS = ("plans", "plan_ratio", "speed_ratio")
-
-
-def dot_sha256(dot: "MorseDot", plans: bool = True) -> str:
-    """Return the SHA-256 of a Dot's config and its weights.
-
-    Args:
-        dot: The Dot.
-        plans: Whether those that are saved with it count, and what chooses one.
-    """
-    left_out = () if plans else _OF_PLANS
-    config = {k: v for k, v in dot.config.items() if k[0] != "_" and k not in left_out}  # no paths
+def dot_sha256(dot: "MorseDot") -> str:
+    """Return the SHA-256 of a Dot's config, saved plans included, and its weights."""
+    config = {name: value for name, value in dot.config.items() if name[0] != "_"}  # no paths
     told = json.dumps(config, sort_keys=True, default=str) + state_sha256(dot)
     return hashlib.sha256(told.encode()).hexdigest()

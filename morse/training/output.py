@@ -39,14 +39,15 @@ def claim_output(config: RunConfig) -> "Accelerator":
     and run again; see `record_run`.
 
     Raises:
-        FileExistsError: If the folder has a result that would be overwritten.
+        FileExistsError: If the folder is not empty and no run goes on, or if it has a result that
+            would be overwritten.
         FileNotFoundError: If there is no checkpoint of the name that is given.
     """
     accelerator = make_accelerator(config)
     folder, wanted = config.output_dir, config.resume_from_checkpoint
     prepare_output_dir(folder, wanted is not None)
     finished = any((folder / name).exists() for name in ("config.json", "model_index.json"))
-    if find_checkpoint(folder, wanted) is None and finished:
+    if config.max_train_steps and finished and find_checkpoint(folder, wanted) is None:
         raise FileExistsError(
             f"output_dir is {folder}, which holds a trained network and no checkpoint to go on "
             "from, so that a run would begin anew and overwrite it; give another --output_dir"

@@ -11,11 +11,13 @@ from morse.training.common import RunConfig
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
-# Where a run lies, what it prints and when it ends; what a checkpoint restores, or began with.
+# Where a run lies, what it prints and when it ends; what a checkpoint restores, or began with; what
+# is told by other names.
 _WITHOUT_EFFECT = {
     "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "cache_dir",
     "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "dot",
-    "ema_max_decay", "init_from", "logging_steps", "max_train_seconds", "output_dir", "report_to",
+    "ema_max_decay", "init_from", "logging_steps", "max_train_seconds", "num_images", "output_dir",
+    "prune_gamma", "prune_power", "prune_start", "prune_stop", "report_to",
     "resume_from_checkpoint", "save_images_steps", "validation_images", "validation_steps",
 }  # fmt: skip
 

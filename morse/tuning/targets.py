@@ -56,12 +56,14 @@ def prepare_targets(
         ValueError: If the folder holds targets made with other settings.
     """
 
+    ways = range(len(sampled.runs))
+    several = len(ways) > 1
+
     @torch.no_grad()
     def make(rows: range) -> dict[str, Tensor]:
         parts = torch.tensor(rows).split(config.train_batch_size)
-        ways = range(len(sampled.runs))
         samples = [torch.stack([sampled(part, way).cpu() for way in ways], 1) for part in parts]
-        return {"samples": torch.cat(samples)}
+        return {"samples": torch.cat(samples) if several else torch.cat(samples).squeeze(1)}
 
     paths = make_shards(
         folder=config.cache_dir or config.output_dir / "targets",
@@ -73,15 +75,18 @@ def prepare_targets(
         make=make,
         accelerator=accelerator,
     )
-    return Targets(torch.cat([read_shard(path)["samples"] for path in paths]), config.num_images)
+    samples = torch.cat([read_shard(path)["samples"] for path in paths])
+    return Targets(samples if several else samples.unsqueeze(1), config.num_images)
 
 
 def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
     """What the targets depend on."""
     scheduler, plan = sampled.runs[0].scheduler, sampled.runs[0].plan
     settings = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
-    return {
-        "dtype": config.dtype,
+    scales = [run.guidance_scale for run in sampled.runs]
+    # What an earlier version knew nothing of is not said where it has no effect.
+    dtype = {} if config.dtype == "float32" else {"dtype": config.dtype}
+    return dtype | {
         "dash": fingerprint(find_denoiser(sampled.pipe)),
         "scheduler": type(scheduler).__name__,
         "scheduler_config": digest(json.dumps(settings, sort_keys=True, default=str)),
@@ -90,7 +95,7 @@ def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
         "samples": config.num_images + config.validation_images,
         "output_type": sampled.output_type,
         "seed": config.seed,
-        "guidance_scale": [run.guidance_scale for run in sampled.runs],
+        "guidance_scale": scales if len(scales) > 1 else scales[0],
         "conditions": digest(repr(_asked_for(config))),
     }
 

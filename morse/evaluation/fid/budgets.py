@@ -10,7 +10,7 @@ import torch
 from morse.evaluation.bench.loading import drop_safety_checker
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import make_conditions
-from morse.evaluation.digests import dot_sha256, state_sha256
+from morse.evaluation.digests import state_sha256
 from morse.evaluation.fid.folders import made_with, threads_notes
 from morse.evaluation.fid.generation import Recipe, Request, check_folder, generate
 from morse.evaluation.progress import progress_bar
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from diffusers import DiffusionPipeline, SchedulerMixin
 
+    from morse.dot import MorseDot
     from morse.evaluation.fid.config import FidConfig
 
 
@@ -154,7 +155,7 @@ def _settings(
     return {
         "pipeline": config.pipeline,
         "denoiser_sha256": state_sha256(find_denoiser(pipe)),
-        "dot_sha256": None if pipe.dot is None else dot_sha256(pipe.dot, plans=False),
+        "dot_sha256": None if pipe.dot is None else state_sha256(pipe.dot),
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": {
             key: value
@@ -164,7 +165,16 @@ def _settings(
         "dtype": config.dtype,
         "device": device.type,
         **threads,
+        **_beside_weights(pipe.dot),
     }
+
+
+def _beside_weights(dot: "MorseDot | None") -> dict[str, object]:
+    """Return what Dot's config decides that its weights do not tell, where it is unusual."""
+    usual = {"base_space": None, "extrapolation_cap": 1.0, "gate": None, "lora_alpha": None}
+    config = {} if dot is None else dot.config
+    found = {k: config[k] for k, v in usual.items() if k in config and config[k] != v}
+    return {"dot_config": found} if found else {}
 
 
 def _notes(
