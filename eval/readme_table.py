@@ -39,9 +39,13 @@ FLOW = ROOT / "eval/results/flow_matching.json"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
 MAX_BUDGETS = 6
 PLANNED = "Morse-Leapfrog as planned"
+# What `lsd=` runs with DPM-Solver++ 2M, on pixels and on text.
+WITH_DPM = ("Morse-DPM++ 2M as planned", "Morse-DPM++ 2M r1.5")
+REPORTS = {"pixels": "fashion_mnist/planned", "text": "fashion_mnist_text"}
 # Of many rows at each guidance scale: the best without training, Morse, and what Dot is worth.
 GUIDED_ROWS = (
-    "DPM++ 2M", "Leapfrog", "PFDiff-DDIM", "Morse-DPM++ 2M r1.5", PLANNED, "Reuse-DPM++ 2M r1.5",
+    "DPM++ 2M", "UniPC", "Leapfrog", "PFDiff-DDIM", "Morse-DPM++ 2M r1.5", "Morse-UniPC r1.5",
+    PLANNED, "Reuse-DPM++ 2M r1.5",
 )  # fmt: skip
 # Of the searched plans' report: each solver with and without the mixture, and as planned.
 PLANNED_ROWS = (
@@ -54,6 +58,11 @@ PLANNED_ROWS = (
 def load_result(folder: str) -> Result:
     """Return a committed benchmark's JSON, by its folder in eval/results."""
     return read_result(ROOT / "eval/results" / folder / "benchmark.json")
+
+
+def load_reports() -> dict[str, Result]:
+    """Return what README's factors are of."""
+    return {name: load_result(folder) for name, folder in REPORTS.items()}
 
 
 def make_table(result: Result, names: tuple[str, ...] | None = None) -> str:
@@ -105,18 +114,21 @@ def _cell(result: Result, row: Measured | None) -> str:
     return " ".join(filter(None, (f"{distance}, {fidelity}", mark)))
 
 
-def make_factors(results: dict[str, Result], baselines: tuple[str, ...]) -> str:
-    """Return how many times fewer LSD `PLANNED` needs for the same PSNR, as Markdown.
+def make_factors(
+    results: dict[str, Result], baselines: tuple[str, ...], methods: tuple[str, ...] = (PLANNED,)
+) -> str:
+    """Return how many times fewer LSD Morse needs for the same PSNR, as Markdown.
 
     Args:
         results: What the rows are about -> a benchmark's JSON.
         baselines: Each has rows: a method's label, or the best training-free solver.
+        methods: Labels of what `lsd=` runs, of which each result has one.
     """
     rows: dict[tuple[str, str], dict[float, str]] = {}
     for baseline, (about, result) in product(baselines, results.items()):
         for entry in result["speedups"]:
-            chosen = (entry["method"], entry["baseline"], entry["axis"], entry["cost"])
-            if chosen == (PLANNED, baseline, "psnr", "lsd"):
+            chosen = (entry["baseline"], entry["axis"], entry["cost"])
+            if chosen == (baseline, "psnr", "lsd") and entry["method"] in methods:
                 scale = entry.get("guidance_scale")
                 place = about if scale is None else f"{about}, guidance {scale:g}"
                 rows.setdefault((baseline, place), {})[entry["budget"]] = _factor(result, entry)
@@ -201,9 +213,9 @@ def make_flow_table(result: dict[str, object]) -> str:
 # By the names in the pages' marks.
 TABLES: dict[str, Callable[[], str]] = {
     "factors": lambda: make_factors(
-        {"pixels": load_result("fashion_mnist/planned"), "text": load_result("fashion_mnist_text")},
-        (BEST_TRAINING_FREE, BEST_WITH_MIXTURE, "DPM++ 2M"),
+        load_reports(), (BEST_TRAINING_FREE, BEST_WITH_MIXTURE, "DPM++ 2M")
     ),
+    "dpm": lambda: make_factors(load_reports(), ("DPM++ 2M",), WITH_DPM),
     "table": lambda: make_table(load_result("fashion_mnist")),
     "planned": lambda: make_table(load_result("fashion_mnist/planned"), names=PLANNED_ROWS),
     "speeds": lambda: make_speeds(
