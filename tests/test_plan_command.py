@@ -98,12 +98,13 @@ class TestSearch:
     def test_the_dot_is_saved_with_the_n_that_it_was_searched_with(self, run):
         assert MorseDot.from_pretrained(run(speed_ratio=3.5)).config.speed_ratio == 3.5
 
-    def test_an_n_that_the_dot_had_stays(self, run, folder):
+    def test_an_n_that_the_dot_had_stays(self, run, folder, capsys):
         pipe = MorsePipeline.from_pretrained(folder)
-        pipe.dot.register_to_config(speed_ratio=7.0)
+        pipe.dot.register_to_config(speed_ratio=2.0)
         pipe.dot.save_pretrained(f"{folder}/dot")
         found = MorseDot.from_pretrained(run(speed_ratio=3.5))
-        assert found.config.speed_ratio == 7.0
+        assert found.config.speed_ratio == 2.0
+        assert "Dot's own N, 2, stays in its config" in capsys.readouterr().out
 
     @pytest.mark.parametrize("karras", [True, False])
     def test_a_plan_is_saved_with_the_grid_that_it_was_searched_on(self, run, folder, karras):

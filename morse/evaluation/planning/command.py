@@ -191,7 +191,13 @@ def _choose_speed_ratio(config: PlanConfig, main: "MorsePipeline", conditions: C
     """Return N: as set, as Dot's config has it, or measured; 1 without a Dot."""
     if main.dot is None:
         return 1.0
-    if chosen := config.speed_ratio or main.speed_ratio:
+    own, given = main.dot.config.speed_ratio, config.speed_ratio
+    if own and given and own < given:
+        print(
+            f"Dot's own N, {own:g}, stays in its config; `lsd=` passes over plans for {given:g} "
+            "that cost more than their budget by it"
+        )
+    if chosen := given or main.speed_ratio:
         return chosen
     few = conditions.arguments(range(min(config.batch_size, config.num_images)))
     return main.measure_speed_ratio(**few).speed_ratio
