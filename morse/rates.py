@@ -6,7 +6,7 @@ are those of the denoiser's *input*: the Euler family keeps x_0 + sigma * epsilo
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -71,9 +71,23 @@ def find_family(scheduler: object) -> Family | None:
     return next((family for family, names in _FAMILIES.items() if name in names), None)
 
 
-def own_parameters(scheduler: object) -> Mapping[str, inspect.Parameter]:
+def own_parameters(configured: object) -> Mapping[str, inspect.Parameter]:
     """Give what a scheduler's class takes: its config also holds what others took before it."""
-    return inspect.signature(type(scheduler)).parameters
+    return inspect.signature(type(configured)).parameters
+
+
+def unusual_options(configured: object, names: Collection[str]) -> dict[str, object]:
+    """Give those of some options of a config that are not as the class has them by default.
+
+    Args:
+        configured: A scheduler, or a network that has a config.
+        names: Of the options; those that the class does not take are passed over.
+    """
+    return {
+        name: configured.config[name]
+        for name, parameter in own_parameters(configured).items()
+        if name in names and configured.config[name] != parameter.default
+    }
 
 
 def _own_config(scheduler: object) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from morse.plan import MorsePlan
-from morse.rates import own_parameters
+from morse.rates import own_parameters, unusual_options
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -101,11 +101,7 @@ def _solver_defaults(scheduler: object) -> dict[str, object]:
 
 def read_grid_options(scheduler: object) -> dict[str, object]:
     """Give the options by which a scheduler's grid is not that of its class's defaults."""
-    found = {}
-    for name, parameter in own_parameters(scheduler).items():
-        if name in _GRID_OPTIONS and scheduler.config[name] != parameter.default:
-            found[name] = scheduler.config[name]
-    return found
+    return unusual_options(scheduler, _GRID_OPTIONS)
 
 
 def find_saved_plan(

@@ -78,7 +78,7 @@ def _set_timesteps(scheduler: object, arguments: dict[str, object], steps: int) 
         options[name] = arguments[name]  # of SCM, for which None is another choice
     if scheduler.config.get("use_dynamic_shifting") and "mu" in parameters:
         options["mu"] = 1.0  # shifts the values, not their number
-    if "timesteps" in options or "sigmas" in options:
+    if fixes_timesteps(scheduler, arguments):
         scheduler.set_timesteps(**options)
         return len(scheduler.timesteps)
     scheduler.set_timesteps(steps, **options)

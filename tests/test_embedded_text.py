@@ -17,11 +17,15 @@ PROMPTS = (
 WITH_DOT = MorsePlan.from_budget(8, 4.0, ratio=1.5)
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = MorsePipeline.from_pretrained("fashion-mnist-text")
+def load(scheduler=None):
+    pipe = MorsePipeline.from_pretrained("fashion-mnist-text", scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load()
 
 
 def sample(pipe, count=1, guidance_scale=3.0, **kwargs):
@@ -34,9 +38,7 @@ def sample(pipe, count=1, guidance_scale=3.0, **kwargs):
 @cache
 def reference(guidance_scale):
     """Images of many steps."""
-    many = MorsePipeline.from_pretrained("fashion-mnist-text", scheduler="dpmsolver++")
-    many.set_progress_bar_config(disable=True)
-    return sample(many, guidance_scale=guidance_scale, num_inference_steps=25)
+    return sample(load("dpmsolver++"), guidance_scale=guidance_scale, num_inference_steps=25)
 
 
 def test_a_budget_is_spent_on_dash_alone_where_dot_does_harm(pipe):
@@ -51,9 +53,7 @@ def test_dot_brings_images_nearer_than_the_bare_solver(pipe, guidance_scale):
     options = {"guidance_scale": guidance_scale}
     with_dot = sample(pipe, lsd=8, **options)
     assert pipe.last_run.num_dot > 0
-    leapfrog = MorsePipeline.from_pretrained("fashion-mnist-text", scheduler="leapfrog")
-    leapfrog.set_progress_bar_config(disable=True)
-    many = sample(leapfrog, lsd=20, **options)  # near to the end, and of another solver
+    many = sample(load("leapfrog"), lsd=20, **options)  # near to the end, and of another solver
     bare = sample(pipe, num_inference_steps=8, **options)
     assert psnr(with_dot, many).mean() > psnr(bare, many).mean() + 1
 
@@ -69,8 +69,7 @@ def test_prompts_draw_their_classes(pipe):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 7.5])
 def test_fitted_steps_carry_over_to_other_noise_and_guidance(guidance_scale):
     """They were fitted at guidance 3 on other seeds."""
-    few = MorsePipeline.from_pretrained("fashion-mnist-text", scheduler="leapfrog")
-    few.set_progress_bar_config(disable=True)
+    few = load("leapfrog")
     options, many = {"guidance_scale": guidance_scale}, reference(guidance_scale)
     fitted = sample(few, lsd=8, **options)
     assert few.last_run.num_dash == 8

@@ -119,6 +119,11 @@ def whole_run(tune):
     return tune()
 
 
+def generators(numbers):
+    """Of the noise of these samples, by the seed of `OPTIONS`."""
+    return [torch.Generator().manual_seed(3 + number) for number in numbers]
+
+
 @pytest.fixture
 def sampled(folder):
     bare, dot = load_bare(str(folder), None, "cpu")
@@ -137,9 +142,8 @@ class TestSampledRun:
         pipe.scheduler = type(pipe.scheduler).from_config(
             pipe.scheduler.config, **PLANS[plan].scheduler
         )
-        generators = [torch.Generator().manual_seed(3 + number) for number in (5, 1)]
         images = pipe(
-            batch_size=2, generator=generators, plan=PLANS[plan].plan, output_type="np"
+            batch_size=2, generator=generators((5, 1)), plan=PLANS[plan].plan, output_type="np"
         ).images
         expected = torch.from_numpy(images).permute(0, 3, 1, 2)
         torch.testing.assert_close(sampled(torch.tensor([5, 1]), plan).detach(), expected)
@@ -465,10 +469,6 @@ def test_each_guidance_scale_has_its_targets(text_folder, tmp_path):
     assert not torch.allclose(wanted[3.0], wanted[1.0], atol=1e-2)
     facts = json.loads((tmp_path / "run/tuning.json").read_text())
     assert facts["decibels_by_step"]["0"] == pytest.approx(expected, abs=1e-3)
-
-
-def generators(numbers):
-    return [torch.Generator().manual_seed(3 + number) for number in numbers]
 
 
 def test_what_became_worse_is_named():

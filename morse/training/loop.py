@@ -159,29 +159,27 @@ def train_dot(config: TrainDotConfig) -> Path:
     """
     config = inherit(config)
     accelerator = claim_output(config)
-    # In its second stage, if there are two.
+    # If there are two stages, in the second: the first is over.
     goes_on = find_checkpoint(config.output_dir, config.resume_from_checkpoint) is not None
+    left = config.max_train_seconds
     pipeline = load_frozen_pipeline(config, accelerator.device)
     stage = first_stage(config) if config.progressive_steps else config
     dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
     if config.progressive_steps:  # whether it can be grown is told before its training
         grow(_new_dot(pipeline.dash.model, config, pipeline.sample_size), dot)
     data = _open_data(pipeline, config, accelerator)
-    if config.progressive_steps and goes_on:
-        stage = second_stage(config, config.max_train_seconds)
-        dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
-    elif config.progressive_steps:
+    if config.progressive_steps and not goes_on:
         first, started = begin_run(stage), time.monotonic()
         done = _train_stage(stage, first, dot, data)
         for tracker in first.trackers:
             tracker.finish()
-        limit = config.max_train_seconds
-        left = None if limit is None else limit - (time.monotonic() - started)
-        left = broadcast_object_list([left])[0]  # clocks differ, and processes must agree
+        if left is not None:  # clocks differ, and processes must agree
+            left = broadcast_object_list([left - (time.monotonic() - started)])[0]
         # More, where a resumed run was given fewer.
-        if done >= config.progressive_steps and (left is None or left > 0):
-            stage = second_stage(config, left)
-            dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
+        goes_on = done >= config.progressive_steps and (left is None or left > 0)
+    if config.progressive_steps and goes_on:
+        stage = second_stage(config, left)
+        dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
     if stage.output_dir == config.output_dir:
         _train_stage(stage, accelerator, dot, data)
     else:

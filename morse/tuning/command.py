@@ -178,11 +178,8 @@ def runs_to_tune(
     runs = []
     for (solver, scheduler), lsd in product(schedulers.items(), budgets):
         pipe.scheduler = scheduler
-        name, plan = f"{solver}, {lsd:g} LSD", pipe.plan_for(lsd)
-        runs += [
-            PlannedRun(scheduler, plan, name + _at(scale, scales), scale, target)
-            for target, scale in enumerate(scales)
-        ]
+        run = PlannedRun(scheduler, pipe.plan_for(lsd), f"{solver}, {lsd:g} LSD")
+        runs += _at_scales(run, scales)
     with_dot = [run for run in runs if "o" in run.plan.plan]
     if not with_dot:
         raise ValueError(
@@ -192,8 +189,16 @@ def runs_to_tune(
     return with_dot
 
 
-def _at(scale: float | None, scales: Sequence[float | None]) -> str:
-    return f", guidance {scale:g}" if len(scales) > 1 else ""
+def _at_scales(run: PlannedRun, scales: Sequence[float | None]) -> list[PlannedRun]:
+    """Give a run at each guidance scale, with the index of the scale's targets."""
+    return [
+        run._replace(
+            name=f"{run.name}, guidance {scale:g}" if len(scales) > 1 else run.name,
+            guidance_scale=scale,
+            target=target,
+        )
+        for target, scale in enumerate(scales)
+    ]
 
 
 def _target_runs(
@@ -207,10 +212,7 @@ def _target_runs(
     if set(plan.plan) != {"D"} or len(plan.plan) < evaluations:
         all_dash = MorsePlan.uniform(evaluations, 0)
         plan = SavedPlan(lsd, str(shorten_plan(pipe, {}, all_dash)[0]))
-    return [
-        PlannedRun(pipe.scheduler, plan, "target" + _at(scale, scales), scale, target)
-        for target, scale in enumerate(scales)
-    ]
+    return _at_scales(PlannedRun(pipe.scheduler, plan, "target"), scales)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from morse.evaluation.fid.generation import Recipe, Request, check_folder, gener
 from morse.evaluation.progress import progress_bar
 from morse.evaluation.prompts import read_prompts
 from morse.plan import MorsePlan
-from morse.rates import adds_noise, own_parameters
+from morse.rates import adds_noise, own_parameters, unusual_options
 from morse.steps import count_evaluations
 
 if TYPE_CHECKING:
@@ -171,9 +171,8 @@ def _settings(
 
 def _beside_weights(dot: "MorseDot | None") -> dict[str, object]:
     """Return what Dot's config decides that its weights do not tell, where it is unusual."""
-    usual = {"base_space": None, "extrapolation_cap": 1.0, "gate": None, "lora_alpha": None}
-    config = {} if dot is None else dot.config
-    found = {k: config[k] for k, v in usual.items() if k in config and config[k] != v}
+    names = ("base_space", "extrapolation_cap", "gate", "lora_alpha")
+    found = {} if dot is None else unusual_options(dot, names)
     return {"dot_config": found} if found else {}
 
 
