@@ -18,6 +18,21 @@ DEFAULT_PLAN_RATIO = 2.0
 BEGUN_UP_TO = 10
 
 
+def require_networks(plan: MorsePlan, dot: Dot | None) -> None:
+    """Refuse a plan whose evaluations `dot` can't make.
+
+    Raises:
+        ValueError: If there is no Dot for Dot's, or no mixture for the Gaussian ones.
+    """
+    if plan.num_dot and dot is None:
+        raise ValueError("the plan has Dot evaluations but the pipeline has no dot.")
+    if plan.num_gaussian and getattr(dot, "mixture", None) is None:
+        raise ValueError(
+            f"plan {str(plan)!r} begins with a Gaussian mixture, but the pipeline has no dot "
+            "that holds one; leave the g's away, or fit one: morse plan --mixture_images 1024."
+        )
+
+
 class PlanChoice:
     """The part of `morse.calls.MorseCalls` that plans; it runs nothing but to measure N.
 
@@ -107,13 +122,7 @@ class PlanChoice:
             chosen = MorsePlan.from_counts(num_dash, num_dot, steps)
         else:
             chosen = MorsePlan.parse(plan)
-        if chosen.num_dot and self.dot is None:
-            raise ValueError("the plan has Dot evaluations but the pipeline has no dot.")
-        if chosen.num_gaussian and getattr(self.dot, "mixture", None) is None:
-            raise ValueError(
-                f"plan {str(chosen)!r} begins with a Gaussian mixture, but the pipeline has no dot "
-                "that holds one; leave the g's away, or fit one: morse plan --mixture_images 1024."
-            )
+        require_networks(chosen, self.dot)
         return chosen
 
     def _fit_plan(

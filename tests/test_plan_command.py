@@ -168,6 +168,30 @@ class TestSearch:
         (saved,) = MorseDot.from_pretrained(found).config.plans["DDIMScheduler"]
         assert saved["plan"] == "DoD"
 
+    def test_plans_from_outside_are_started_from(self, run, monkeypatch):
+        starts = []
+
+        def search(evaluate, space, known, max_rounds):
+            starts.extend(known)
+            return Found(known[0], 2, known[0], 1)
+
+        monkeypatch.setattr(command, "search_plan", search)
+        found = run(speed_ratio=4.0, start_plans=("DoDo", "DooD"))
+        assert starts == [Candidate("DoDo"), Candidate("DooD")]
+        (saved,) = MorseDot.from_pretrained(found).config.plans["DDIMScheduler"]
+        assert saved["plan"] == "DoDo"
+
+    @pytest.mark.parametrize(
+        ("plan", "message"),
+        [
+            ("gDD", r"plan 'gDD' begins with a Gaussian mixture.*--mixture_images"),
+            ("DoDDo", r"start_plans has 'DoDDo', which costs 3.50 LSD at N = 4, .* lsd \(3,\)"),
+        ],
+    )
+    def test_a_start_that_cannot_be_tried_is_named(self, run, plan, message):
+        with pytest.raises(ValueError, match=message):
+            run(speed_ratio=4.0, start_plans=(plan,))
+
     def test_overflow_is_seen_before_the_reference(self, run, folder):
         pipe = MorsePipeline.from_pretrained(folder)
         torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
@@ -181,6 +205,7 @@ class TestSearch:
     [
         ({"dtype": "float16", "mixed_precision": "fp16"}, "dtype is float16 and mixed_precision"),
         ({"speed_ratio": 0.0}, "speed_ratio is 0.0; it must be more than 0"),
+        ({"start_plans": ("DxD",)}, r"a plan is written with .*\['x'\]"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, options, message):

@@ -15,7 +15,7 @@ from tiny_pipelines import loop_pipeline
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.bench.runs import Samples, reference_images
 from morse.evaluation.planning import best_fit, command, memory, mixture, results
-from morse.evaluation.planning.best_fit import known_rows
+from morse.evaluation.planning.best_fit import given_candidates, known_rows
 from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
 from morse.evaluation.planning.memory import remembering
@@ -485,6 +485,10 @@ def test_saved_rows_that_a_fit_may_start_from():
     assert [row[0] for row in longer] == pytest.approx(
         [row[0] for row in curves_to_rows(power_curves(1.0), "DDDDDD")]
     )
+    plain, stretched = given_candidates(["DDDDDD"], [(("timestep_power", 1.0),)], known[:1])
+    assert plain == Candidate("DDDDDD", (("timestep_power", 1.0),))
+    assert stretched.plan == "DDDDDD"
+    assert dict(stretched.options) == {"fitted_steps": tuple(map(tuple, longer))}
 
 
 def test_solvers_of_one_class_keep_their_plans(tiny_folder, tmp_path, monkeypatch):  # noqa: F811

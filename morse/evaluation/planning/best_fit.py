@@ -125,6 +125,25 @@ def candidate_of(entry: Mapping[str, object]) -> Candidate:
     return Candidate(entry["plan"], tuple(sorted(options.items())))
 
 
+def given_candidates(
+    plans: Sequence[str],
+    grids: Sequence[tuple[tuple[str, object], ...]],
+    known: Sequence[Mapping[str, object]],
+) -> list[Candidate]:
+    """List candidates with plans from outside: on every grid, and with saved plans' fitted steps.
+
+    Args:
+        plans: Letters of each.
+        grids: Scheduler options.
+        known: Saved plans; the rows of those of the same kind are stretched to a plan's length.
+    """
+    found = []
+    for plan in plans:
+        options = [*map(dict, grids), *({"fitted_steps": rows} for rows in known_rows(known, plan))]
+        found += [candidate_of({"plan": plan, "scheduler": each}) for each in options]
+    return found
+
+
 def known_rows(known: Sequence[Mapping[str, object]], plan: str) -> list[Rows]:
     """List the rows of saved plans of the same kind, as a start for the fit of `plan`."""
     found = []

@@ -16,7 +16,13 @@ from morse.evaluation.conditions import Conditions, encode_once, make_conditions
 from morse.evaluation.environment import autocast
 from morse.evaluation.metrics import psnr
 from morse.evaluation.planning.beside import bare_from, is_bare, next_budget, without_dot
-from morse.evaluation.planning.best_fit import Trajectories, candidate_of, fit_best, follow
+from morse.evaluation.planning.best_fit import (
+    Trajectories,
+    candidate_of,
+    fit_best,
+    follow,
+    given_candidates,
+)
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture, fit_mixture
@@ -29,8 +35,15 @@ from morse.evaluation.planning.results import (
 )
 from morse.evaluation.planning.search import Candidate, Evaluate, Found, Space, search_plan
 from morse.plan import MorsePlan
+from morse.plan_choice import require_networks
 from morse.rates import own_parameters
-from morse.saved_plans import SavedPlan, is_saved_for, read_grid_options, read_solver_options
+from morse.saved_plans import (
+    SavedPlan,
+    is_affordable,
+    is_saved_for,
+    read_grid_options,
+    read_solver_options,
+)
 from morse.steps import shorten_plan
 
 if TYPE_CHECKING:
@@ -66,6 +79,7 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
     if mixture_seeds:
         # All pipelines have this Dot.
         main.dot.set_mixture(fit_mixture(main, mixture_seeds, config.batch_size, conditions))
+    _check_start_plans(config, main, speed_ratio)
     judged_on = follow(main, judge_seeds, config.batch_size, conditions)
     fitted_on = follow(main, fit_seeds, config.batch_size, conditions) if fits else None
     saved_plans = None if main.dot is None else main.dot.config.plans
@@ -84,6 +98,7 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
         evaluate = make_judge(config, pipe, judged_on)
         with remembering(find_denoiser(pipe)):
             starts = [candidate_of(entry) for entry in replaced if entry["lsd"] == lsd]
+            starts += given_candidates(config.start_plans, config.grids(solver), known)
             space = _space(config, pipe, solver, lsd, speed_ratio)
             found = search_plan(evaluate, space, starts, config.max_rounds)
             if fits and solver == "leapfrog":
@@ -185,6 +200,19 @@ def _load(config: PlanConfig) -> "dict[str, MorsePipeline]":
     if config.mixture_images:
         check_mixture(main, config.mixture_images)
     return pipes
+
+
+def _check_start_plans(config: PlanConfig, main: "MorsePipeline", speed_ratio: float) -> None:
+    """Refuse plans that could not be tried, before hours of sampling."""
+    for letters in config.start_plans:
+        plan = MorsePlan.from_string(letters)
+        require_networks(plan, main.dot)
+        if not any(is_affordable(plan.cost(speed_ratio), lsd) for lsd in config.lsd):
+            raise ValueError(
+                f"start_plans has {letters!r}, which costs {plan.cost(speed_ratio):.2f} LSD at N = "
+                f"{speed_ratio:g}, more than each budget in lsd {config.lsd}; shorten it, or add "
+                "a budget"
+            )
 
 
 def _choose_speed_ratio(config: PlanConfig, main: "MorsePipeline", conditions: Conditions) -> float:

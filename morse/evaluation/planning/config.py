@@ -8,6 +8,7 @@ from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.environment import check_precision
 from morse.evaluation.planning.search import UNIFORM_RATIOS
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
+from morse.plan import MorsePlan
 from morse.settings import require_least, require_positive
 
 
@@ -51,6 +52,14 @@ class PlanConfig:
     ratios: tuple[float, ...] = field(
         default=UNIFORM_RATIOS,
         metadata={"help": "evaluations per LSD of the uniform plans tried first; all Dash is too"},
+    )
+    start_plans: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": 'plans to start from as well, such as "ggDoDDoD" (g: mixture, D: Dash, o: '
+            "Dot), on the grids and with the fitted steps of saved plans of the same letters, "
+            "stretched to their length; each for every budget that pays for it"
+        },
     )
     num_images: int = field(default=128, metadata={"help": "trajectories to judge the best on"})
     num_quick_images: int = field(
@@ -117,6 +126,8 @@ class PlanConfig:
         zeros = ("fit_rounds", "refine_rounds", "mixture_images")
         require_least(self, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
         require_positive(self, ["speed_ratio"])
+        for plan in self.start_plans:
+            MorsePlan.from_string(plan)
         check_precision(self.dtype, self.mixed_precision)
         if self.num_quick_images > self.num_images:
             raise ValueError(
