@@ -165,7 +165,6 @@ def flow_solvers(config: FlowSolversConfig) -> None:
         **environment(torch.device("cpu")),
         "rows": rows,
     }
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(config.output, result)
 
 

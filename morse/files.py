@@ -25,7 +25,11 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a place to write a file to, which then becomes `path`, or is gone if writing fails."""
+    """Give a place to write a file to, which then becomes `path`, or is gone if writing fails.
+
+    Folders that `path` is to be in are made if missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_for(path)
     try:
         yield temporary

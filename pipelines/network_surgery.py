@@ -223,7 +223,6 @@ def run(config: SurgeryConfig) -> None:
         "environment": environment(torch.device("cpu")),
         "config": settings, "rows": summarise(runs),
     }  # fmt: skip
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.output_dir / "results.json", result)
     write_bytes(config.output_dir / "results.md", to_markdown(result).encode())
 

@@ -186,7 +186,6 @@ def run(config: SkeletonConfig) -> None:
         **compared, "floor": measure(parts, held_out, []),
         "seconds": time.monotonic() - started,
     }  # fmt: skip
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.output_dir / "results.json", result)
     write_bytes(config.output_dir / "results.md", to_markdown(result).encode())
     title = f"Skeletons from the same noise; red: bones more than {VALID:.0%} too long or short"

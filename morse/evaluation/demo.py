@@ -170,7 +170,6 @@ def _write_json(config: DemoConfig, facts: dict[str, object], rows: list[Row]) -
         "note": NOTE if has_distances(rows) else None,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-    config.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(config.json, content)
     return config.json
 
@@ -183,7 +182,6 @@ def _write_pictures(
     title: str,
 ) -> list[Path]:
     """Write the grid and the plot; return the files."""
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     grid, plot = config.output_dir / "grid.png", config.output_dir / "quality.png"
     labelled = [
         (f"{row.label}, {row.budget} LSD", samples.images)

@@ -126,7 +126,6 @@ def save_features(
         facts: What config.json should tell beside the architecture, such as the accuracy.
         folder: Where to; made if missing. config.json, which loading starts from, comes last.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     atomic_save_file(state, folder / "model.safetensors")
     notes = {

@@ -42,7 +42,6 @@ def open_folder(
                     f"{name} is {value!r}, but the run in {folder} has {before.get(name)!r}; "
                     "repeat its settings or name another output_dir"
                 )
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS_FILE, settings)
 
 

@@ -100,7 +100,6 @@ def gather_rows(parts: Iterable[dict[str, Tensor]], size: int) -> dict[str, Tens
 
 def _claim(folder: Path, description: dict[str, object]) -> None:
     """Note what a folder holds, or check that it holds just this."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / _DESCRIPTION
     if not path.exists():
         if any(folder.glob("*.safetensors")):

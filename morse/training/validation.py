@@ -190,7 +190,6 @@ def make_validator(
         ratios = residual_ratios(dot, batches, len(pipeline.dash.schedule))
         if sequences:
             ratios |= sequence_ratios(dot, sequences, VALIDATION_STEPS)
-        folder.mkdir(exist_ok=True)
         write_json(folder / f"step-{step:07d}.json", ratios)
         samples = sample_rows(pipeline.dash, dot, shape, conditions, batch_size=at_once)
         images = pipeline.to_images(samples.flatten(0, 1)).unflatten(0, samples.shape[:2])

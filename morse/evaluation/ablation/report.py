@@ -26,7 +26,6 @@ def write_report(result: Result, folder: Path) -> None:
             f"schema_version is {result.get('schema_version')!r}, but this version reads "
             f"{SCHEMA_VERSION}: run the ablation again"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "ablation.json", result)
     write_bytes(folder / "ablation.md", to_markdown(result).encode())
 

@@ -26,8 +26,7 @@ class AblationStore:
         """Open or begin."""
         self.folder = folder
         open_folder(folder, settings, resume)
-        for name in ("cells", "latency", "logs"):
-            (folder / name).mkdir(exist_ok=True)
+        (folder / "logs").mkdir(exist_ok=True)
 
     def cell(self, name: str, seed: int, overrides: Facts) -> Facts | None:
         """Return a finished run; None if it is not.

@@ -112,7 +112,6 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
         **join_parts(scales, facts, figures),
     }
     target = config.json or config.output_dir / "benchmark.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, result)
     print(f"wrote {target}")
     return result

@@ -30,7 +30,6 @@ def count_architectures(names: tuple[str, ...], file: Path) -> dict[str, object]
         "dot": DOT_WORDS,
         "entries": entries,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, result)
     write_bytes(file.with_suffix(".md"), to_markdown(result).encode())
     for written in (file, file.with_suffix(".md")):

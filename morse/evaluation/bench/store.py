@@ -91,7 +91,6 @@ class CellStore:
         """
         self.folder = folder
         open_folder(folder, settings, resume, may_lack=True, absent=_ABSENT)
-        (folder / "cells").mkdir(exist_ok=True)
 
     def has(self, method: Method, budget: int, seed: int) -> bool:
         """Tell whether this cell is measured."""

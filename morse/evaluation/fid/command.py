@@ -53,7 +53,6 @@ def run_fid(config: FidConfig) -> dict[str, object] | None:
     result = measure(config, extractor, rows, device)
     print_result(result)
     if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.json, result)
         print(f"wrote {config.json}")
     return result

@@ -147,7 +147,6 @@ def save_statistics(path: Path, features: FeatureSet, extractor: Extractor) -> N
     features are of; `load_statistics` checks it.
     """
     cropped = {} if features.resolution is None else {"resolution": np.int64(features.resolution)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.savez(
         content,

@@ -95,7 +95,6 @@ def record_settings(folder: Path, content: Mapping[str, object], batches: list[r
         threads += [number for number in content.get(_THREADS, ()) if number not in threads]
     settings = _without_threads(content) | ({_THREADS: threads} if threads else {})
     if settings != before:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS_FILE, settings)
 
 

@@ -89,7 +89,6 @@ def write_found(
         report: From `describe`, one for each search.
         speed_ratio: N that plans were searched with.
     """
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     if main.dot is not None:
         # With its N, or a call with `lsd=` would first measure another, and might pass plans over.
         known = main.dot.config.speed_ratio or speed_ratio

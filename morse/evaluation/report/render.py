@@ -48,7 +48,6 @@ def render(result: Result, folder: Path) -> list[Path]:
     Raises:
         ValueError: If a picture in it is no PNG.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, bytes] = {}
     pictures: dict[str, list[Picture]] = {}
     figures = _figures(result)
