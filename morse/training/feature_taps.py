@@ -70,7 +70,7 @@ def hooks(*registered: RemovableHandle) -> Iterator[None]:
     """Remove hooks at the end, however it comes."""
     with ExitStack() as stack:
         for handle in registered:
-            stack.callback(handle.remove)
+            stack.enter_context(handle)
         yield
 
 

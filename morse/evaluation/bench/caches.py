@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.untouched import untouched
@@ -181,7 +182,7 @@ def cache_dit(pipe: "DiffusionPipeline", threshold: float) -> Iterator[None]:
     def refresh() -> None:
         package.refresh_context(denoiser, num_inference_steps=len(pipe.scheduler.timesteps))
 
-    with untouched(denoiser), _watched(denoiser, _Run(refresh)):
+    with untouched(denoiser), _Run(refresh).follow(denoiser):
         try:
             package.enable_cache(denoiser, cache_config=config)
             yield
@@ -203,22 +204,12 @@ def _installed(
 
     denoiser = find_denoiser(pipe)
     run = _Run(lambda: None if _names_branches(pipe) else _reset_caches(denoiser))
-    with untouched(denoiser), _watched(denoiser, run):
+    with untouched(denoiser), run.follow(denoiser):
         for module in denoiser.modules():  # registries that remember the tree without these hooks
             vars(module).pop("_diffusers_hook", None)
         install(denoiser, lambda: run.timestep)
         HookRegistry.check_if_exists_or_initialize(denoiser).invalidate_child_registries_cache()
         yield
-
-
-@contextmanager
-def _watched(denoiser: nn.Module, run: "_Run") -> Iterator[None]:
-    """Tell `run` of each evaluation."""
-    watch = denoiser.register_forward_pre_hook(run.begin_evaluation, with_kwargs=True)
-    try:
-        yield
-    finally:
-        watch.remove()
 
 
 def _names_branches(pipe: "DiffusionPipeline") -> bool:
@@ -245,7 +236,11 @@ class _Run:
         self.reset = reset
         self.timestep = self._first = float("nan")
 
-    def begin_evaluation(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def follow(self, denoiser: nn.Module) -> RemovableHandle:
+        """Note each evaluation from now on, till the handle's context ends."""
+        return denoiser.register_forward_pre_hook(self._begin_evaluation, with_kwargs=True)
+
+    def _begin_evaluation(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note the timestep; a run begins where it is as large as the first one."""
         value = kwargs["timestep"] if "timestep" in kwargs else args[1]
         timestep = float(torch.as_tensor(value).flatten()[0])

@@ -39,9 +39,5 @@ def timed(model: nn.Module) -> Iterator[list[float]]:
     def stop(*_: object) -> None:
         seconds[-1] += wall_clock(device)
 
-    handles = [model.register_forward_pre_hook(start), model.register_forward_hook(stop)]
-    try:
+    with model.register_forward_pre_hook(start), model.register_forward_hook(stop):
         yield seconds
-    finally:
-        for handle in handles:
-            handle.remove()
