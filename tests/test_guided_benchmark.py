@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiTPipeline, StableDiffusionPipeline
 from evaluation_fixtures import REFERENCE_STEPS, short_reference  # noqa: F401
 from safetensors.torch import save_file
-from tiny_pipelines import stable_diffusion, text_inputs, text_unet
+from tiny_pipelines import stable_diffusion, text_inputs, text_unet, tiny_vae
 
 from morse import MorseDot
 from morse.attach import disable_morse
@@ -58,7 +58,6 @@ def tiny_text_pipeline():
 
     tokenizer = CLIPTokenizer().train_new_from_iterator([NAMES], 300, show_progress=False)
     tokenizer.model_max_length = 6
-    torch.manual_seed(0)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=8,
@@ -69,18 +68,8 @@ def tiny_text_pipeline():
         max_position_embeddings=6,
         eos_token_id=tokenizer.eos_token_id,
     )
-    vae = AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=32,
-    )
     return StableDiffusionPipeline(
-        vae=vae.eval(),
+        vae=tiny_vae(in_channels=1, out_channels=1),
         text_encoder=CLIPTextModel(text).eval(),
         tokenizer=tokenizer,
         unet=text_unet(),
@@ -303,7 +292,6 @@ def test_other_images_than_fashion_mnist_need_an_extractor_for_a_distance(tmp_pa
 
 def tiny_dit():
     from diffusers import DiTTransformer2DModel
-    from tiny_pipelines import tiny_vae
 
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(

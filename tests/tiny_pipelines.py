@@ -70,18 +70,19 @@ def xl_unet(**options):
     )
 
 
-def tiny_vae():
+def tiny_vae(channels=8, norm_num_groups=4, sample_size=32, **options):
     """Latents have a quarter of the picture's pixels."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     return AutoencoderKL(
-        block_out_channels=(8, 8),
+        block_out_channels=(channels, channels),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
+        norm_num_groups=norm_num_groups,
         latent_channels=4,
-        sample_size=32,
+        sample_size=sample_size,
+        **options,
     ).eval()
 
 

@@ -4,7 +4,6 @@ import string
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -15,7 +14,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from tiny_pipelines import TEXT_CHANNELS, text_unet
+from tiny_pipelines import TEXT_CHANNELS, text_unet, tiny_vae
 from tiny_transformers import tiny_flux
 from transformers import (
     CLIPTextConfig,
@@ -56,18 +55,8 @@ def text_encoder(projected=False, half=False, tokens=TOKENS):
 
 def grey_vae():
     """8x8 grey pictures have 4x4 latents."""
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=2,
-        latent_channels=4,
-        sample_size=8,
-        mid_block_add_attention=False,
-    ).eval()
+    options = {"in_channels": 1, "out_channels": 1, "mid_block_add_attention": False}
+    return tiny_vae(4, norm_num_groups=2, sample_size=8, **options)
 
 
 def scheduler(**options):
