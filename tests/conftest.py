@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from idx_files import write_parts
 
 _HAS_CUDA = torch.cuda.is_available()
 
@@ -92,6 +93,14 @@ def build_unet():
         ).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder of random images of 8x8 pixels, with labels of three classes."""
+    folder = tmp_path_factory.mktemp("data")
+    write_parts(folder, num_classes=3)
+    return folder
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_dot import inputs
-from test_train_dot import arguments, base, data_dir  # noqa: F401
+from test_train_dot import arguments, base  # noqa: F401
 from tiny_transformers import BUILDERS
 from train_runs import assert_same_run, weights
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
-from idx_files import write_parts
 from torch.testing import assert_close
 from train_runs import (
     assert_same_run,
@@ -214,13 +213,6 @@ def test_pictures_in_validation_are_runs_of_it(frozen, dot):
     expected = run_dot(frozen, dot, noise, timesteps, "DooDoo")[-1]
     forgetful = run_dot(frozen, forget(dot), noise, timesteps, "DooDoo")[-1]
     assert (rows[1] - expected).abs().max() < 0.01 * (forgetful - expected).abs().max()
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_parts(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

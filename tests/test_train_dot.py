@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline
-from idx_files import write_parts
 from safetensors.torch import load_file
 from train_runs import assert_same_run, dot_arguments, save_pixels, weights
 
@@ -33,13 +32,6 @@ from morse.training.start import inherit
 OPTIONS = """--train_batch_size 3 --max_train_steps 5 --lr_warmup_steps 2 --learning_rate 1e-2
     --checkpointing_steps 2 --logging_steps 2 --validation_steps 0 --validation_images 4 --seed 3
     --num_down_blocks 1 --block_out_channels 4 --lora_rank 2"""
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_parts(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
-from idx_files import write_parts
 from safetensors.torch import load_file
 from tiny_pipelines import xl_unet
 from tiny_text import dit_pipeline, sd3_pipeline, text_pipeline, xl_pipeline
@@ -37,13 +36,6 @@ OPTIONS = """--train_batch_size 3 --max_train_steps 5 --lr_warmup_steps 2 --lear
     --num_down_blocks 1 --block_out_channels 4 --lora_rank 2"""
 CACHE = ("--cache_pairs", "40", "--window_steps", "3", "--pairs_per_window", "2",
          "--timestep_sampling", "plans")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_parts(folder, num_classes=3)
-    return folder
 
 
 @pytest.fixture(scope="module")

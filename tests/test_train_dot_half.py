@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
-from idx_files import write_parts
 from tiny_pipelines import xl_unet
 from tiny_text import dit_pipeline, sd3_pipeline, text_pipeline, xl_pipeline
 from train_runs import dot_arguments, weights
@@ -24,13 +23,6 @@ WINDOWS = ("--window_steps", "3", "--timestep_sampling", "plans")
 CACHE = (*WINDOWS, "--cache_pairs", "40", "--pairs_per_window", "2")
 BFLOAT16 = ("--dtype", "bfloat16", "--mixed_precision", "bf16")
 FLOAT16 = ("--dtype", "float16", "--mixed_precision", "fp16")
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_parts(folder, num_classes=3)
-    return folder
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.pipelines.pipeline_loading_utils import is_safetensors_compatible
 from safetensors.torch import load_file
 from test_hub import hub  # noqa: F401
-from test_train_dot import arguments, data_dir  # noqa: F401
+from test_train_dot import arguments
 from train_runs import WEIGHTS, assert_same_run, save_pixels
 
 from morse import MorseDot, MorsePipeline
@@ -37,7 +37,7 @@ def base(build_unet, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def train(base, data_dir, tmp_path_factory):  # noqa: F811
+def train(base, data_dir, tmp_path_factory):
     """A function that trains into a new folder."""
 
     def run(*options):
@@ -184,7 +184,7 @@ def test_what_a_pruned_dot_lacked_learns_from_zero(train, pruned_run):
     assert torch.equal(old == 0, before == 0) and new.any()
 
 
-def test_surgery_goes_on_from_a_pruned_dot(base, data_dir, pruned_run, tmp_path):  # noqa: F811
+def test_surgery_goes_on_from_a_pruned_dot(base, data_dir, pruned_run, tmp_path):
     given = arguments(base, data_dir, tmp_path, "--init_from", str(pruned_run), "--prune", "0.8")
     dash = MorsePipeline.from_pretrained(base).unet
     dot = build_dot(dash, inherit(parse_config(TrainDotConfig, given)))
@@ -235,7 +235,7 @@ class TestResuming:
     def whole(self, recorded):
         return recorded[0]
 
-    def test_killed_amid_surgery(self, base, data_dir, tmp_path, recorded, monkeypatch):  # noqa: F811
+    def test_killed_amid_surgery(self, base, data_dir, tmp_path, recorded, monkeypatch):
         whole, decisions = recorded
         expected = [entry for entry in decisions if entry[0] >= 1]
         assert len(expected) == 2 and any(not all(entry[2].values()) for entry in expected)
@@ -262,7 +262,7 @@ class TestResuming:
         monkeypatch.setattr(TrainingRun, "_out_of_time", lambda run: run.step >= step)
 
     @pytest.mark.parametrize("step", [2, 7], ids=["before", "after"])
-    def test_out_of_time_at_any_stage(self, base, data_dir, tmp_path, whole, step, monkeypatch,  # noqa: F811
+    def test_out_of_time_at_any_stage(self, base, data_dir, tmp_path, whole, step, monkeypatch,
                                       capsys):  # fmt: skip
         config = parse_config(
             TrainDotConfig, arguments(base, data_dir, tmp_path / "run", *self.options)
@@ -277,7 +277,7 @@ class TestResuming:
         train_dot(replace(config, resume_from_checkpoint="latest"))
         self.assert_same_run(tmp_path / "run", whole)
 
-    def test_a_longer_run_goes_on_amid_surgery(self, base, data_dir, tmp_path, monkeypatch):  # noqa: F811
+    def test_a_longer_run_goes_on_amid_surgery(self, base, data_dir, tmp_path, monkeypatch):
         given = arguments(base, data_dir, tmp_path / "run", *STEPS[:2])
         config = replace(parse_config(TrainDotConfig, given), prune=0.8)
         with monkeypatch.context() as patch:
@@ -288,7 +288,7 @@ class TestResuming:
         weight = MorseDot.from_pretrained(tmp_path / "run").conv_in.weight
         assert (weight == 0).float().mean() == pytest.approx(0.8, abs=0.5 / weight.numel())
 
-    def test_other_runs_checkpoints(self, base, data_dir, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def test_other_runs_checkpoints(self, base, data_dir, tmp_path, monkeypatch, capsys):
         given = arguments(base, data_dir, tmp_path / "run")
         dense = parse_config(TrainDotConfig, given)
         train_dot(dense)
@@ -305,7 +305,7 @@ class TestResuming:
         assert "prune was 0.8 and is now 0.5" in capsys.readouterr().out
 
 
-def test_what_a_pruner_does_not_load(base, data_dir, tmp_path):  # noqa: F811
+def test_what_a_pruner_does_not_load(base, data_dir, tmp_path):
     config = parse_config(TrainDotConfig, arguments(base, data_dir, tmp_path, *STEPS))
     pruner = DotPruner(build_dot(UNet2DModel.from_pretrained(base / "unet"), config), config)
     with torch.device("meta"):
