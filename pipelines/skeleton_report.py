@@ -94,12 +94,10 @@ def draw_report(
         samples: Poses (n, J, 2) of one seed by method and LSD, as the rows shall be.
         title: Above all.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     upper_height = 1.12 * len(samples)
     figure = Figure(figsize=(12, upper_height + 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     upper, lower = figure.subfigures(2, 1, height_ratios=(upper_height, 4))
     _draw_poses(upper, samples)
     _draw_curves(lower, result)

@@ -76,7 +76,7 @@ def test_a_legend_covers_no_data_and_limits_come_from_solvers_and_morse():
     rows = [*ROWS, replace(ROWS[-1], label="Off", kind="independent", frechet=500.0)]
     panel = Panel("x", "y", True, _curves(rows, "frechet"), (5, 10))
     figure = draw_panels([panel, panel], "title")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
@@ -97,7 +97,7 @@ def test_a_legend_of_long_names_fits_into_the_picture():
         for k in range(1, 6)
     )
     figure = draw_panels([Panel("x", "y", False, curves)] * 2)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
 

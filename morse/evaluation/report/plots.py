@@ -69,7 +69,6 @@ def draw_panels(
         legend: Whether to draw it.
         looks: From `find_looks`, of these panels and of those drawn elsewhere; None for these only.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(2, len(panels))
@@ -80,7 +79,6 @@ def draw_panels(
     legend_columns = max(1, min(2 * columns, int(width / (0.085 * longest + 0.6))))
     height = 4.4 * lines + 0.25 * -(-len(labels) // legend_columns) + 0.5 * bool(title)
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, squeeze=False).flat
     looks = find_looks(panels) if looks is None else looks
     for axes, panel in zip(grid, panels, strict=False):
