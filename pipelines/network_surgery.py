@@ -21,6 +21,7 @@ from torch.nn import functional
 from morse.cli import run_command
 from morse.compression import NetworkSurgery, save_sparse
 from morse.evaluation.environment import command_line, environment
+from morse.evaluation.report.markdown import pipe_table
 from morse.files import write_bytes, write_json
 from morse.settings import replace_defaults, require, require_least
 from morse.training.batches import StepBatches
@@ -180,26 +181,23 @@ def summarise(runs: list[dict[str, dict[str, float]]]) -> list[dict[str, object]
 def to_markdown(result: dict[str, object]) -> str:
     """Return the report as Markdown."""
     config, place = result["config"], result["environment"]
-    lines = [
-        "# Network surgery and one-shot pruning: LeNet-300-100 on Fashion-MNIST",
-        "",
-        f"`{result['command']}`, {place['device']}, torch {place['torch']}, {place['dtype']}, "
-        f"seeds 0 to {config['seeds'] - 1}; mean ± standard deviation.",
-        "",
-        "| network | parameters left | fewer | file, bytes | fewer | test accuracy, % |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    rows = []
     for row in result["rows"]:
         kept, size, accuracy = (
             f"{row[key]['mean']:,.{digits}f}"
             + (f" ± {row[key]['std']:,.{digits}f}" if row[key]["std"] is not None else "")
             for key, digits in (("kept", 0), ("bytes", 0), ("accuracy", 2))
         )
-        lines.append(
-            f"| {row['network']} | {kept} | {row['fewer_parameters']:.1f}× | {size} "
-            f"| {row['fewer_bytes']:.1f}× | {accuracy} |"
-        )
-    lines += [
+        fewer, smaller = (f"{row[key]:.1f}×" for key in ("fewer_parameters", "fewer_bytes"))
+        rows.append((row["network"], kept, fewer, size, smaller, accuracy))
+    header = "network", "parameters left", "fewer", "file, bytes", "fewer", "test accuracy, %"
+    lines = [
+        "# Network surgery and one-shot pruning: LeNet-300-100 on Fashion-MNIST",
+        "",
+        f"`{result['command']}`, {place['device']}, torch {place['torch']}, {place['dtype']}, "
+        f"seeds 0 to {config['seeds'] - 1}; mean ± standard deviation.",
+        "",
+        pipe_table(header, rows, "|---|--:|--:|--:|--:|--:|"),
         "",
         f"The dense network had {config['dense_steps']} updates; each other one starts from it and "
         f"had {config['prune_steps']} more on the same batches of {config['batch_size']}. Surgery "

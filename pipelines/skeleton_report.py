@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from morse.evaluation.report.markdown import pipe_table
 from pipelines.skeleton_data import PARENTS, VALID, bone_errors
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ def _value(found: dict[str, object], digits: int) -> str:
     return f"{found['mean']:.{digits}f}{spread}"
 
 
-def _line(row: dict[str, object], name: str, budget: str, plan: str) -> str:
+def _cells(row: dict[str, object], name: str, budget: str, plan: str) -> list[str]:
     digits = {"valid": 1, "bone_error": 2, "energy_distance": 4, "rmse": 3}
-    cells = [_value(row[key], n) if key in row else "" for key, n in digits.items()]
-    return "| " + " | ".join([budget, name, plan, *cells]) + " |"
+    values = [_value(row[key], n) if key in row else "" for key, n in digits.items()]
+    return [budget, name, plan, *values]
 
 
 def to_markdown(result: dict[str, object]) -> str:
@@ -55,6 +56,13 @@ def to_markdown(result: dict[str, object]) -> str:
     given = "that is what plans are made with"
     if config["speed_ratio"] is not None:
         given = f"**plans are made with an assumed N = {config['speed_ratio']:g} all the same**"
+    rows = [
+        _cells(row, METHODS[row["method"]], str(row["lsd"]), row["plan"] or "bare")
+        for row in result["rows"]
+    ]
+    rows.append(_cells(result["reference"], "DPM++ 2M", "100", "bare"))
+    rows.append(_cells(result["floor"], "training poses", "", ""))
+    header = ("LSD", "method", "plan", *METRICS.values())
     lines = [
         "# Morse on skeletons: 17 joints, denoised on a grid",
         "",
@@ -66,14 +74,7 @@ def to_markdown(result: dict[str, object]) -> str:
         f"On held-out poses Dot leaves {result['dot_error']:.2f} of the squared error of reusing "
         f"Dash's latest estimate. Dash's loss: {result['dash_loss']:.3f}.",
         "",
-        "| LSD | method | plan | " + " | ".join(METRICS.values()) + " |",
-        "|--:|---|---|" + "--:|" * len(METRICS),
-        *(
-            _line(row, METHODS[row["method"]], str(row["lsd"]), row["plan"] or "bare")
-            for row in result["rows"]
-        ),
-        _line(result["reference"], "DPM++ 2M", "100", "bare"),
-        _line(result["floor"], "training poses", "", ""),
+        pipe_table(header, rows, "|--:|---|---|" + "--:|" * len(METRICS)),
         "",
         f"{config['num_poses']} samples a method and seed; mean ± standard deviation over "
         f"{config['seeds']} sets of noise, the same for every method. It does not cover the "
