@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from morse.settings import require, require_least, require_positive
 from morse.training.common import TrainingConfig, derive_seed
 from morse.training.data import open_training_images, to_model_range
-from morse.training.output import begin_run
+from morse.training.output import begin_run, save_grid
 from morse.training.run import LossFunction, TrainingRun
 
 if TYPE_CHECKING:
@@ -109,7 +109,6 @@ def _sample_saver(
 ) -> Callable[[int], None]:
     """Give a function that draws the same 16 pictures with the weights of a step."""
     from diffusers import DDIMPipeline, DDIMScheduler
-    from diffusers.utils import make_image_grid
 
     unet = build_unet(config).to(run.accelerator.device).eval()
     pipeline = DDIMPipeline(unet, DDIMScheduler.from_config(scheduler.config))
@@ -121,9 +120,7 @@ def _sample_saver(
         run.copy_weights_to(unet)
         generators = [torch.Generator().manual_seed(derive_seed(config.seed, i)) for i in range(16)]
         images = pipeline(16, generator=generators, num_inference_steps=25).images
-        folder = config.output_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows=4, cols=4).save(folder / f"step-{step:07d}.png")
+        save_grid(images, 4, config.output_dir / "samples" / f"step-{step:07d}.png")
 
     return save_samples
 

@@ -10,6 +10,7 @@ from morse.training.common import RunConfig, make_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from PIL.Image import Image
 
 
 def prepare_output_dir(output_dir: Path, resume: bool | None) -> None:
@@ -64,6 +65,14 @@ def record_run(config: RunConfig, accelerator: "Accelerator") -> None:
     write_json(config.output_dir / "train_config.json", settings)
     if config.report_to != "none":
         accelerator.init_trackers("logs", {k: str(v) for k, v in settings.items()})
+
+
+def save_grid(images: list["Image"], rows: int, path: Path) -> None:
+    """Save pictures as one PNG, row by row; its folder is made if missing."""
+    from diffusers.utils import make_image_grid
+
+    path.parent.mkdir(exist_ok=True)
+    make_image_grid(images, rows, len(images) // rows).save(path)
 
 
 def begin_run(config: RunConfig) -> "Accelerator":

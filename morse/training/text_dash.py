@@ -23,7 +23,7 @@ from morse.training.data import (
     to_model_range,
 )
 from morse.training.latents import LatentCodec
-from morse.training.output import claim_output, record_run
+from morse.training.output import claim_output, record_run, save_grid
 from morse.training.run import LossFunction, TrainingRun
 from morse.training.text_model import (
     TEXT_HEAD_SIZE,
@@ -158,8 +158,6 @@ def _sample_saver(
 
     `pipeline` is overwritten with the weights each time.
     """
-    from diffusers.utils import make_image_grid
-
     model = TextDash(pipeline.unet, pipeline.text_encoder)
     shown = prompts[:10]
 
@@ -174,9 +172,7 @@ def _sample_saver(
             guidance_scale=3.0,
             num_inference_steps=25,
         ).images
-        folder = config.output_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows=8, cols=len(shown)).save(folder / f"step-{step:07d}.png")
+        save_grid(images, 8, config.output_dir / "samples" / f"step-{step:07d}.png")
 
     return save_samples
 

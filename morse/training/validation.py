@@ -15,6 +15,7 @@ from morse.training.config import TrainDotConfig
 from morse.training.data import in_batches
 from morse.training.frozen import FrozenDash
 from morse.training.guidance import UNCONDITIONAL, Conditions
+from morse.training.output import save_grid
 from morse.training.pairs import Pairs, Point, dot_outputs, join_points, with_memory
 from morse.training.sequences import sequence_pairs, sequence_ratios
 from morse.training.source import ConditionedImages, draw_windows
@@ -202,8 +203,6 @@ def make_validator(
 def _save_picture(rows: Tensor, path: Path) -> None:
     """Save (rows, columns, C, H, W) in [0, 1] as one PNG."""
     from diffusers import DiffusionPipeline
-    from diffusers.utils import make_image_grid
 
     arrays = rows.flatten(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    images = DiffusionPipeline.numpy_to_pil(arrays)
-    make_image_grid(images, rows=rows.shape[0], cols=rows.shape[1]).save(path)
+    save_grid(DiffusionPipeline.numpy_to_pil(arrays), len(rows), path)
