@@ -160,8 +160,6 @@ def _open_idx_folder(
 def _open_idx(path: Path, resolution: int, channels: int, split: str | None) -> ImageDataset:
     """Open a whole IDX file, or its part for a `split` where it serves for both."""
     array = read_idx(path, IDX_IMAGES)
-    if array.size == 0:
-        raise ValueError(f"{path} holds no images (its shape is {array.shape})")
     labels = read_idx_labels(path, len(array))
     if split is not None:
         rows = np.array(held_out_rows(len(array), split))

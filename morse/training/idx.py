@@ -20,6 +20,9 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     Args:
         path: The file.
         magic: Its first four bytes: `IDX_IMAGES` or `IDX_LABELS`. The last one counts dimensions.
+
+    Raises:
+        ValueError: If it is damaged, of another kind, or holds no images where they are wanted.
     """
     try:
         content = path.read_bytes()
@@ -41,6 +44,8 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
             f"{path} is damaged: shape {shape} needs {expected} bytes, but it has "
             f"{len(content)}; download it again"
         )
+    if magic == IDX_IMAGES and 0 in shape:
+        raise ValueError(f"{path} holds no images (its shape is {shape})")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 

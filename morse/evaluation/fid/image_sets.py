@@ -180,8 +180,6 @@ def _natural_order(file: Path) -> list[tuple[bool, int, str]]:
 
 def _open_idx(path: Path, resolution: int | None) -> ImageSet:
     array = read_idx(path, IDX_IMAGES)
-    if array.size == 0:
-        raise ValueError(f"{path} holds no images (its shape is {array.shape})")
     if resolution is not None:  # by training's rule for these, which may be a border
         array = fit_images(torch.from_numpy(array)[:, None], resolution)[:, 0].numpy()
     names = [f"{path}[{i}]" for i in range(len(array))]
