@@ -132,7 +132,6 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
     pipeline, kind = source.pipeline, source.pipeline.encoder.kind
     # Which caption or class each image has: shards keep it, so that the set of them won't do.
     numbers = None if source.numbers is None else source.numbers.tolist()
-    conditions = digest(repr((source.table.values, numbers)))
     description = {
         "dash": fingerprint(pipeline.dash.model),
         "vae": None if pipeline.codec is None else fingerprint(pipeline.codec.vae),
@@ -154,7 +153,7 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
         "captions": digest(repr(source.table.values)) if kind == "text" else None,
     } | describe_data(source, config)
     if numbers is not None:
-        description["conditions"] = conditions
+        description["conditions"] = digest(repr((source.table.values, numbers)))
     return description
 
 
