@@ -31,12 +31,6 @@ if TYPE_CHECKING:
 LossFunction = Callable[[nn.Module, Tensor | tuple[Tensor, ...], torch.Generator], Tensor]
 
 
-def _move(batch: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tuple[Tensor, ...]:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    return tuple(part.to(device, non_blocking=True) for part in batch)
-
-
 class TrainingRun:
     """A network in training: its optimizer, moving average, checkpoints and loop.
 
@@ -207,11 +201,13 @@ class TrainingRun:
 
     def _forward_backward(self, batch: Tensor | tuple[Tensor, ...], micro_step: int) -> Tensor:
         """Do one forward and backward pass, with the update after the last of a step."""
+        from accelerate.utils import send_to_device
+
         config, accelerator = self.config, self.accelerator
         generator = step_generator(
             config.seed, self.step, accelerator.process_index, accelerator.device, micro_step
         )
-        batch = _move(batch, accelerator.device)
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
         with accelerator.accumulate(self.wrapped):
             with accelerator.autocast():
                 loss = self.compute_loss(self.wrapped, batch, generator)
