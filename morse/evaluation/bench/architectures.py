@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from morse.training.guidance import nest
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -166,16 +168,10 @@ def make_inputs(
         return torch.randn(shape, device=like.device, dtype=like.dtype)
 
     size = architecture.size
-    conditions: dict[str, object] = {}
-    for name, shape in architecture.shapes(batch_size).items():
-        value = random(shape)
-        if name == "class_labels":
-            value = torch.zeros(shape, dtype=torch.long, device=like.device)
-        outer, _, inner = name.partition(".")
-        if inner:
-            conditions.setdefault(outer, {})[inner] = value
-        else:
-            conditions[name] = value
+    flat = {name: random(shape) for name, shape in architecture.shapes(batch_size).items()}
+    if "class_labels" in flat:
+        flat["class_labels"] = torch.zeros_like(flat["class_labels"], dtype=torch.long)
+    conditions = nest(flat)
     timestep = torch.full((batch_size,), 500, device=like.device)
     if architecture.packed:
         places = torch.arange(size, device=like.device, dtype=like.dtype)
