@@ -218,28 +218,19 @@ class BenchmarkConfig:
         object.__setattr__(made, "prompts", self.prompts)
         return made
 
-    @property
-    def chosen_peers(self) -> tuple[str, ...]:
-        """The peers asked for, without the word "none"."""
-        return tuple(peer for peer in self.peers if peer != "none")
-
     def tasks(self) -> list[tuple[Method, int]]:
         """List every method with every budget it is measured at, what matters most first."""
         return list_tasks(self)
 
     def identity(self) -> dict[str, object]:
         """Return the settings that a cell depends on, as JSON; a resumed run may only add cells."""
-        names = ("pipeline", "dot", "independent_dot", "num_images", "batch_size", "speed_ratio")
-        names += ("num_reference_images", "merge_lora", "mixed_precision", "device", "compile")
-        # No cell depends on the margins, but they are to be chosen before there is one.
-        names += (
-            "cuda_graphs",
-            "prompts",
-            "class_names",
-            "prompt_embeds",
+        names = (
+            "pipeline", "dot", "independent_dot", "num_images", "batch_size", "speed_ratio",
+            "num_reference_images", "merge_lora", "mixed_precision", "device", "compile",
+            "cuda_graphs", "prompts", "class_names", "prompt_embeds", "dtype",
+            # No cell depends on the margins, but they are to be chosen before there is one.
             "lossless_delta",
-            "dtype",
-        )
-        # Earlier versions called it so, and their runs go on.
+        )  # fmt: skip
         settings = as_json(self)
+        # Earlier versions called the extractor so, and their runs go on.
         return {name: settings[name] for name in names} | {"features": settings["extractor"]}

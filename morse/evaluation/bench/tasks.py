@@ -75,6 +75,6 @@ def _methods(config: "BenchmarkConfig", solver: str) -> Iterator[Method]:
             yield Method(solver, kind, ratio, AYS_SETTING if kind == "ays" else "")
         if kind == "morse" and solver in config.planned_solvers:
             yield Method(solver, kind, setting=AS_PLANNED)
-    for peer in config.chosen_peers if asked and has_controls else ():
-        for setting in PEER_SETTINGS[peer]:
+    for peer in config.peers if asked and has_controls else ():
+        for setting in PEER_SETTINGS.get(peer, ()):  # "none" has no settings
             yield Method(solver, peer, setting=setting)
