@@ -17,8 +17,7 @@ def file_sha256(*files: Path) -> str:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # adds to it
     return digest.hexdigest()
 
 

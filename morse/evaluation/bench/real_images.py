@@ -1,6 +1,5 @@
 """The real images that the benchmark compares sampled ones with."""
 
-import hashlib
 import json
 
 import numpy as np
@@ -18,6 +17,7 @@ from morse.evaluation.fid.image_sets import ImageSet, open_image_set
 from morse.evaluation.metrics import feature_statistics
 from morse.evaluation.progress import progress_bar
 from morse.evaluation.scoring import distance_for
+from morse.training.shards import digest
 
 MAX_REAL = 5000  # images that are read; kernels of all pairs are computed with those sampled
 
@@ -74,7 +74,7 @@ def read_real(
 
     # Cells do not depend on them, so that a run may go on with others.
     named = json.dumps([opened.name, opened.names, extractor.identity()])
-    stored = f"real-{hashlib.sha256(named.encode()).hexdigest()[:12]}"
+    stored = f"real-{digest(named)}"
 
     def extract() -> Tensor:
         with progress_bar(f"features of {images.name}", shown=True) as on_images:
