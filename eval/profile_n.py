@@ -106,11 +106,9 @@ def profile_n(config: ProfileConfig) -> None:
     for batch_size in config.batch_sizes:
         measured = time_calls(make_calls(pipe.unet, dots, batch_size), config.repeats)
         for name in dots:
-            quartiles = {"dash_seconds": measured["Dash"], "dot_seconds": measured[name]}
-            ratio = quartiles["dash_seconds"][1] / quartiles["dot_seconds"][1]
-            entries.append(
-                {"dot": name, "batch_size": batch_size, "speed_ratio": ratio, **quartiles}
-            )
+            seconds = {"dash_seconds": measured["Dash"], "dot_seconds": measured[name]}
+            ratio = seconds["dash_seconds"][1] / seconds["dot_seconds"][1]
+            entries.append({"dot": name, "batch_size": batch_size, "speed_ratio": ratio, **seconds})
     result = {
         "command": command_line(),
         "how": f"CPU seconds, quartiles of {config.repeats} evaluations in turn, warm",

@@ -91,10 +91,10 @@ def environment(
         mixed_precision: The autocast of networks in float32, if any.
         dtype: The networks' own.
     """
-    autocast = {"no": dtype, "fp16": "float16 autocast", "bf16": "bfloat16 autocast"}
+    precisions = {"no": dtype, "fp16": "float16 autocast", "bf16": "bfloat16 autocast"}
     return {
         "device": device_name(device),
-        "dtype": autocast[mixed_precision],
+        "dtype": precisions[mixed_precision],
         "cudnn_allows_tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
         "torch": torch.__version__,
         **{name: version(name) for name in ("diffusers", "morse-diffusion")},
