@@ -72,7 +72,7 @@ def disable_cuda_graphs(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
-def graphed_call(module: nn.Module) -> "GraphedCall | None":
+def graphed_call(module: nn.Module) -> GraphedCall | None:
     """Give what replays a model's calls; None where nothing does."""
     call = _plain_call(module)
     return call if isinstance(call, GraphedCall) else None

@@ -72,7 +72,6 @@ def step_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_as_is,
-        persistent_workers=False,
     )
 
 

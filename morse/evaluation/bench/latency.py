@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from morse.capture import CudaCapture
+from morse.dot import MorseDot
 from morse.evaluation.bench import architectures
 from morse.evaluation.bench.architectures import build_architecture, make_inputs
 from morse.evaluation.bench.speed import Mode
 from morse.evaluation.environment import wall_clock
+from morse.sampling import JumpPoint
 from morse.summary import quartiles
 
 DOT_CHANNELS = (96, 160)  # of the extra blocks, as the paper has them for SD 1.4
@@ -45,9 +47,6 @@ def make_pair(
     name: str, model: nn.Module, num_down_blocks: int, batch_size: int, merged: bool
 ) -> Pair:
     """Make the calls for one architecture; `model` may lie on "meta"."""
-    from morse.dot import MorseDot
-    from morse.sampling import JumpPoint
-
     architecture = architectures.ARCHITECTURES[name]
     like = next(model.parameters())
     sample, timestep, conditions = make_inputs(architecture, batch_size, like)

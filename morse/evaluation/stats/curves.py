@@ -94,9 +94,7 @@ class Curve:
             the cost is infinite (better, flat) or 0 (worse).
         """
         rows, last = np.arange(len(targets)), len(self.costs) - 1
-        right = (self.errors > targets[:, None]).sum(
-            axis=1
-        )  # the first point as good as the target
+        right = (self.errors > targets[:, None]).sum(axis=1)  # the first as good as the target
         at_right = self.errors[rows, right.clip(max=last)]
         after_right = self.errors[rows, (right + 1).clip(max=last)]
         left = (right - 1).clip(min=0)

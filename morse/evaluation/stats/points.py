@@ -56,7 +56,7 @@ class Point:
     @property
     def seconds(self) -> float:
         """Wall time for one repetition's images, the mean."""
-        return float(np.mean([cell.seconds for cell in self.cells]))
+        return fmean(cell.seconds for cell in self.cells)
 
     def errors(self, axis: str) -> np.ndarray:
         """The axis' draws with the sign that makes lower better, (1 + replicates,)."""
