@@ -15,7 +15,7 @@ from tiny_pipelines import loop_pipeline
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.bench.runs import Samples, reference_images
 from morse.evaluation.planning import best_fit, command, memory, mixture, results
-from morse.evaluation.planning.best_fit import given_candidates, known_rows
+from morse.evaluation.planning.best_fit import _worth_fitting, given_candidates, known_rows
 from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
 from morse.evaluation.planning.memory import remembering
@@ -593,9 +593,24 @@ def test_a_second_search_goes_on_from_the_first(tiny_folder, searched, tmp_path,
         json.loads((folder / "plan_search.json").read_text())["searches"][0]
         for folder in (searched, again)
     )
-    assert "fitted_steps" in first["scheduler"] and second["fits"] == []
+    assert "fitted_steps" in first["scheduler"]
+    assert [fit["scheduler"] for fit in second["fits"]] == [first["scheduler"]]
     for name in ("plan", "scheduler", "psnr"):
         assert second[name] == first[name]
+
+
+def test_plans_from_outside_are_fitted_however_far_behind(tmp_path):
+    plain, steep = ((("timestep_power", power),) for power in (1.0, 1.5))
+    tried = {
+        Candidate("DDDD", plain): 40.0, Candidate("DDDD", steep): 39.0,
+        Candidate("DoDo", plain): 38.0, Candidate("DooD", plain): 37.0,
+        Candidate("DooD", steep): 37.5, Candidate("gDDo", plain): 20.0,
+    }  # fmt: skip
+    given = {"output_dir": tmp_path, "start_plans": ("DooD", "DDDo")}
+    best, dot, other = Candidate("DDDD", plain), Candidate("DoDo", plain), Candidate("DooD", steep)
+    assert _worth_fitting(PlanConfig(fit_margin=3.0, **given), tried) == [best, dot, other]
+    assert _worth_fitting(PlanConfig(fit_margin=-1.0, **given), tried) == [other]
+    assert _worth_fitting(PlanConfig(fit_margin=0.0, output_dir=tmp_path), tried) == [best]
 
 
 @pytest.mark.slow

@@ -65,10 +65,10 @@ def fit_best(
     curves: dict[str, np.ndarray],
     known: Sequence[Mapping[str, object]],
 ) -> Found:
-    """Fit the steps of the best plan of each kind: with Dot or not, begun by a mixture or not.
+    """Fit the steps of the best plan of each kind, with Dot or not, begun by a mixture or not.
 
-    Those far behind the best of all are left out. They are fitted on images of their own, and
-    judged on those that all candidates are.
+    Those far behind the best of all are left out, but not plans from outside. They are fitted on
+    images of their own, and judged on those that all candidates are.
 
     Args:
         config: How many rounds.
@@ -80,12 +80,8 @@ def fit_best(
         known: Saved plans; the rows of those of the same kind are a start too.
     """
     num_train_timesteps = pipe.scheduler.config.num_train_timesteps
-    for kind in dict.fromkeys(_kind(each.plan) for each in found.tried):
-        of_kind = [each for each in found.tried if _kind(each.plan) == kind]
-        start = max(of_kind, key=found.tried.__getitem__)
-        if found.tried[start] < max(found.tried.values()) - config.fit_margin:
-            continue
-        plan = start.plan
+    for start in _worth_fitting(config, found.tried):
+        plan, kind = start.plan, _kind(start.plan)
 
         def sample(rows: Rows, plan: str = plan) -> Tensor:
             return fitted_on.sample(pipe, SavedPlan(0, plan, {"fitted_steps": rows}))
@@ -108,6 +104,20 @@ def fit_best(
         if value > found.psnr:
             found = replace(found, best=fitted, psnr=value)
     return found
+
+
+def _worth_fitting(config: PlanConfig, tried: Mapping[Candidate, float]) -> list[Candidate]:
+    """List the best of each kind that is near the best of all, and of each plan from outside."""
+    best_first = sorted(tried, key=tried.__getitem__, reverse=True)
+    by_kind, by_plan = {}, {}
+    for each in best_first:
+        by_kind.setdefault(_kind(each.plan), each)
+        by_plan.setdefault(each.plan, each)
+    least = tried[best_first[0]] - config.fit_margin
+    near = [each for each in by_kind.values() if tried[each] >= least]
+    return list(
+        dict.fromkeys([*near, *(by_plan[plan] for plan in config.start_plans if plan in by_plan)])
+    )
 
 
 def _kind(plan: str) -> str:

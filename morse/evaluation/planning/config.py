@@ -58,7 +58,7 @@ class PlanConfig:
         metadata={
             "help": 'plans to start from as well, such as "ggDoDDoD" (g: mixture, D: Dash, o: '
             "Dot), on the grids and with the fitted steps of saved plans of the same letters, "
-            "stretched to their length; each for every budget that pays for it"
+            "stretched to their length; each for every budget that pays for it, and always fitted"
         },
     )
     num_images: int = field(default=128, metadata={"help": "trajectories to judge the best on"})
@@ -86,7 +86,7 @@ class PlanConfig:
         default=3.0,
         metadata={
             "help": "dB: the best plans with and without Dot, and begun by a mixture or not, are "
-            "fitted too if no further than this behind the best of all"
+            "fitted too if no further than this behind the best of all; below 0 start_plans alone"
         },
     )
     mixture_images: int = field(

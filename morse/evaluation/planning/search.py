@@ -39,8 +39,8 @@ class Found:
         uniform: The best of the uniform plans, judged on all images.
         uniform_psnr: Its PSNR there.
         tried: Every candidate's PSNR on few images.
-        fitted: PSNR on all images of candidates whose steps were fitted, and of the all Dash that
-            a fit began with.
+        fitted: PSNR on all images of candidates whose steps were fitted, before or after the
+            search, and of the all Dash that a fit began with.
     """
 
     best: Candidate
@@ -195,4 +195,5 @@ def search_plan(
     }
     winner = max(final, key=final.__getitem__)
     best_uniform = max(uniform, key=final.__getitem__)
-    return Found(winner, final[winner], best_uniform, final[best_uniform], tried)
+    fitted = {each: value for each, value in final.items() if "fitted_steps" in dict(each.options)}
+    return Found(winner, final[winner], best_uniform, final[best_uniform], tried, fitted)
