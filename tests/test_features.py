@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from idx_files import write_idx
 from PIL import Image
 
@@ -97,6 +98,25 @@ def test_training_writes_what_loading_reads(tiny_data, tmp_path):
     assert mean.dtype == covariance.dtype == torch.float64 and covariance.shape == (32, 32)
     with pytest.raises(FileExistsError, match="not empty"):
         train_features(config)
+
+
+def test_processes_on_cpus_form_a_group(tiny_data, tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    for name, value in {**launched, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    try:
+        train_features(
+            TrainFeaturesConfig(
+                tiny_data, tmp_path / "out", num_train_epochs=1, train_batch_size=32
+            )
+        )
+        assert PartialState().distributed_type == "MULTI_CPU"
+        assert torch.distributed.is_initialized()
+    finally:
+        PartialState().destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_images_without_labels_or_too_few_are_refused(tiny_data, tmp_path):

@@ -92,7 +92,8 @@ def train_features(config: TrainFeaturesConfig) -> float:
             f"train_data_dir is {str(config.train_data_dir)!r}, whose images have no labels; "
             "give a folder with IDX files of images and labels, as Fashion-MNIST's"
         )
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    on_cpu = not torch.accelerator.is_available()  # where processes must be told, to form a group
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     start = time.perf_counter()
     model = _fit(config, accelerator, splits["train"])

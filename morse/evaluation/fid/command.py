@@ -64,5 +64,6 @@ def _process(device: str) -> "tuple[PartialState, torch.device]":
 
     from morse.evaluation.environment import resolve_device
 
-    state = PartialState(cpu=device == "cpu")
-    return state, state.device if state.num_processes > 1 else resolve_device(device)
+    found = resolve_device(device)
+    state = PartialState(cpu=found.type == "cpu")  # else processes on CPUs form no group
+    return state, state.device if state.num_processes > 1 else found
