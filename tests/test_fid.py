@@ -194,6 +194,28 @@ def test_no_safety_checker_blacks_out_what_is_measured(tmp_path, monkeypatch):
         run_fid(config)
 
 
+def test_images_of_another_autoencoder_or_text_encoder_are_not_kept(tmp_path, monkeypatch):
+    loaded = enable_morse(text_pipeline(), None)
+    monkeypatch.setattr(MorsePipeline, "from_pretrained", lambda *_, **__: loaded)
+    options = {"class_names": ("cat",), "num_inference_steps": (1,), "num_images": 2}
+    config = FidConfig(pipeline="text", output_dir=tmp_path, device="cpu", **options)
+    run_fid(config)
+    file = tmp_path / "steps_1" / "settings.json"
+    noted = json.loads(file.read_text())
+    for name, part in (("vae", loaded.vae), ("text_encoder", loaded.text_encoder)):
+        weight = next(part.parameters()).data
+        kept = weight.clone()
+        weight += 1
+        with pytest.raises(ValueError, match=rf"\(components_sha256\.{name} was .* give another"):
+            run_fid(config)
+        weight.copy_(kept)
+    weight += 1
+    del noted["components_sha256"]  # as in folders of earlier versions
+    file.write_text(json.dumps(noted))
+    run_fid(config)
+    assert "vae" in json.loads(file.read_text())["components_sha256"]
+
+
 def test_two_folders_in_the_features_of_a_users_network(tmp_path, capsys):
     real = write_images(tmp_path / "real", seed=0)
     fake = write_images(tmp_path / "fake", count=10, seed=1, shift=40)

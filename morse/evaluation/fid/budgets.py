@@ -11,7 +11,7 @@ from morse.evaluation.bench.loading import drop_safety_checker
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import make_conditions
 from morse.evaluation.digests import state_sha256
-from morse.evaluation.fid.folders import made_with, threads_notes
+from morse.evaluation.fid.folders import COMPONENTS, made_with, threads_notes
 from morse.evaluation.fid.generation import Recipe, Request, check_folder, generate
 from morse.evaluation.progress import progress_bar
 from morse.evaluation.prompts import read_prompts
@@ -149,13 +149,20 @@ def _settings(
     """
     from morse.denoisers import find_denoiser
 
+    denoiser = find_denoiser(pipe)
+    others = {  # an autoencoder, text encoders
+        name: state_sha256(part)
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module) and part not in (denoiser, pipe.dot)
+    }
     # Another class' spacing, left in the config, is of no effect.
     unspaced = "timestep_spacing" not in own_parameters(pipe.scheduler)
     threads = {"num_threads": [torch.get_num_threads()]} if device.type == "cpu" else {}
     return {
         "pipeline": config.pipeline,
-        "denoiser_sha256": state_sha256(find_denoiser(pipe)),
+        "denoiser_sha256": state_sha256(denoiser),
         "dot_sha256": None if pipe.dot is None else state_sha256(pipe.dot),
+        **({COMPONENTS: others} if others else {}),
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": {
             key: value

@@ -9,6 +9,7 @@ from morse.evaluation.resuming import SETTINGS_FILE, check_images
 from morse.files import write_json
 
 FALLBACKS = "fallbacks-*.json"  # * is the batch's first image
+COMPONENTS = "components_sha256"
 _THREADS = "num_threads"
 _CONFIG, _SPACING = "scheduler_config", "timestep_spacing"
 
@@ -58,6 +59,7 @@ def check_settings(folder: Path, content: Mapping[str, object]) -> None:
         folder: The folder.
         content: All that its pixels depend on, as JSON has it; "num_images" may be more than
             before, and "num_threads", by which pixels change no more than rounding does, another.
+            "components_sha256" may be new, of which earlier versions noted nothing.
 
     Raises:
         ValueError: If it holds images of other settings.
@@ -69,7 +71,10 @@ def check_settings(folder: Path, content: Mapping[str, object]) -> None:
     own, noted = (each.get(_CONFIG, {}) for each in (content, before))
     if _SPACING in noted and _SPACING not in own:  # earlier versions noted what was of no effect
         may_differ[_CONFIG] = {**own, _SPACING: noted[_SPACING]}
-    check_images(folder, _without_threads(content) | may_differ)
+    wanted = _without_threads(content) | may_differ
+    if COMPONENTS not in before:
+        wanted.pop(COMPONENTS, None)
+    check_images(folder, wanted)
 
 
 def record_settings(folder: Path, content: Mapping[str, object], batches: list[range]) -> None:
