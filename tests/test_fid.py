@@ -345,9 +345,12 @@ def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path, caps
     assert len(list(images.glob("*.png"))) == 2
     # Classes alone give a score without real images.
     options = {"extractor": "fashion-mnist", "device": "cpu"}
-    config |= {**options, "num_inference_steps": (2,), "num_images": 10}
+    (row,) = run_fid(FidConfig(fake=str(images), **options))["rows"]
+    assert row["scores"] == {} and "100 images or more, so it was not measured" in row["notes"][0]
+    config |= {**options, "num_inference_steps": (2,), "num_images": 100}
     generated, alone = run_fid(FidConfig(**config)), run_fid(FidConfig(fake=str(images), **options))
     assert set(generated["rows"][0]["scores"]) == {"inception_score"}
+    assert "100 images is over 1 of the usual 10 splits" in generated["rows"][0]["notes"][0]
     assert score(alone, "inception_score") == score(generated, "inception_score")
     assert "nothing will be measured" not in capsys.readouterr().out
     assert not [note for note in generated["rows"][0]["notes"] if "singular" in note]

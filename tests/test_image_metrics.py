@@ -120,12 +120,20 @@ def test_precision_and_recall_equal_torch_fidelity_and_know_their_sides():
 
 
 def test_inception_score_has_closed_forms():
-    certain = torch.eye(4).repeat(30, 1) * 100  # each image is surely one of four classes
+    certain = torch.eye(4).repeat(250, 1) * 100  # each image is surely one of four classes
     # Undo torch-fidelity's shuffling, so that each of its ten splits has every class equally often.
-    certain = certain[np.argsort(np.random.RandomState(2020).permutation(120))]
+    certain = certain[np.argsort(np.random.RandomState(2020).permutation(1000))]
     assert inception_score(certain).value == pytest.approx(4, rel=1e-6)
-    same = inception_score(torch.ones(50, 4))
+    same = inception_score(torch.ones(200, 4))
     assert same.value == pytest.approx(1) and same.standard_error == pytest.approx(0, abs=1e-9)
+
+
+def test_the_inception_score_of_few_images_has_fewer_splits_or_is_none():
+    logits = torch.eye(4).repeat(50, 1) * 100
+    errors = [inception_score(logits[:count]).standard_error for count in (100, 199, 200)]
+    assert errors[:2] == [None, None] and errors[2] > 0
+    assert inception_score(logits[:100]).value == pytest.approx(4, rel=1e-6)
+    assert not feature_scores(extractor(), None, feature_set(torch.rand(99, 6), logits[:99]))
 
 
 def unit(count, seed, dim=8):
@@ -163,7 +171,7 @@ def test_clip_score_is_100_cosines_without_negative_ones():
 def test_statistics_alone_allow_the_frechet_distance_only():
     real = feature_set(random_features(50))
     alone = FeatureSet("statistics", real.mean, real.covariance, None)
-    fake = feature_set(random_features(50, seed=1), logits=torch.randn(50, 4))
+    fake = feature_set(random_features(50, seed=1), logits=torch.randn(100, 4))
     assert set(feature_scores(extractor(), alone, fake)) == {"frechet", "inception_score"}
     assert set(feature_scores(extractor(), None, fake)) == {"inception_score"}
     everything = {"frechet", "kernel_distance", "precision", "recall", "cmmd"}

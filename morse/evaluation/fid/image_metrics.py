@@ -15,6 +15,7 @@ from morse.evaluation.stats.frechet import Gaussians, frechet_distances
 from morse.evaluation.torch_fidelity_loader import fidelity_module
 
 KID_SUBSETS, PRC_NEIGHBOURS, IS_SPLITS = 100, 3, 10  # the values of published figures
+IS_LEAST = 100  # images of a split: of n images the score is at most n, and too low for few
 JACKKNIFE_GROUPS = 10
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 LOWER = {"frechet", "kernel_distance", "cmmd"}
@@ -40,8 +41,8 @@ def feature_scores(
     """Measure everything that the two sets allow.
 
     Statistics alone allow the Fréchet distance; features of both sets also the kernel distance,
-    precision and recall, and with CLIP the CMMD; class logits the Inception score, without real
-    images too.
+    precision and recall, and with CLIP the CMMD; class logits of 100 images or more the Inception
+    score, without real images too.
 
     Args:
         extractor: What the features are of.
@@ -54,7 +55,7 @@ def feature_scores(
         ValueError: If the sets have features of different lengths.
     """
     scores = {} if real is None else _distances(extractor, real, fake, kid_subset_size, device)
-    if fake.logits is not None and len(fake.logits) >= IS_SPLITS:
+    if fake.logits is not None and inception_splits(len(fake.logits)):
         scores["inception_score"] = inception_score(fake.logits)
     return scores
 
@@ -161,14 +162,22 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[Score, Score]:
 
 
 def inception_score(logits: Tensor) -> Score:
-    """Return exp E KL(p(y|x) || p(y)) (Salimans et al. 2016), mean and error over 10 splits.
+    """Return exp E KL(p(y|x) || p(y)) (Salimans et al. 2016), mean and error over the splits.
 
     Args:
-        logits: Of the images measured, (N, K), N >= 10.
+        logits: Of the images measured, (N, K), N >= 100; below 200 they are one split and there is
+            no error.
     """
-    found = fidelity_module("metric_isc").isc_features_to_metric(logits, IS_SPLITS)
-    error = found["inception_score_std"] / math.sqrt(IS_SPLITS - 1)  # of the mean of the splits
+    splits = inception_splits(len(logits))
+    found = fidelity_module("metric_isc").isc_features_to_metric(logits, splits)
+    # That of the mean of the splits.
+    error = found["inception_score_std"] / math.sqrt(splits - 1) if splits > 1 else None
     return Score(found["inception_score_mean"], error)
+
+
+def inception_splits(num_images: int) -> int:
+    """Return over how many splits the Inception score of so many images is taken, 0 to 10."""
+    return min(IS_SPLITS, num_images // IS_LEAST)
 
 
 def cmmd(real: Tensor, fake: Tensor, block: int = 2000) -> Score:

@@ -18,10 +18,12 @@ from morse.evaluation.fid.feature_sets import (
 from morse.evaluation.fid.fidelity import fidelity_scores
 from morse.evaluation.fid.generation import generated_set
 from morse.evaluation.fid.image_metrics import (
+    IS_LEAST,
     IS_SPLITS,
     axes,
     clip_score,
     feature_scores,
+    inception_splits,
     kernel_subset_size,
 )
 from morse.evaluation.fid.image_sets import open_image_set
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 NOTHING = (
     "nothing will be measured: give --real for distances, --reference_steps for PSNR, --extractor "
-    "inception for the Inception score"
+    f"inception for the Inception score of {IS_LEAST} images or more"
 )
 
 
@@ -57,7 +59,7 @@ def measures_nothing(config: "FidConfig", extractor: Extractor | None) -> bool:
         return False
     if extractor is None or is_statistics(config.fake or ""):
         return True
-    has_classes = extractor.has_logits and config.num_images >= IS_SPLITS
+    has_classes = extractor.has_logits and config.num_images >= IS_LEAST
     return not (has_classes or (extractor.embed_text is not None and _prompts(config)))
 
 
@@ -85,7 +87,7 @@ def measure(
             fake = _load(config, config.fake, extractor)
             row = {"label": Path(config.fake).name, "kind": "images", "source": config.fake}
             scores = _scores(config, extractor, real, fake, device)
-            rows.append(_finish(config, row, real, fake, scores))
+            rows.append(_finish(config, row, extractor, real, fake, scores))
     else:
         lpips = load_lpips(config.lpips_weights, device) if config.lpips else None
         rows = [
@@ -153,7 +155,8 @@ def _measure_generated(
             scores |= fidelity_scores(
                 images, references, config.batch_size, lpips, device, on_images
             )
-    return _finish(config, {**row, "num_images": config.num_images}, real, fake, scores)
+    row = {**row, "num_images": config.num_images}
+    return _finish(config, row, extractor, real, fake, scores)
 
 
 def _scores(
@@ -193,6 +196,7 @@ def _prompts(config: "FidConfig") -> tuple[str, ...]:
 def _finish(
     config: "FidConfig",
     row: dict[str, object],
+    extractor: Extractor | None,
     real: FeatureSet | None,
     fake: FeatureSet | None,
     scores: dict[str, Score],
@@ -205,6 +209,8 @@ def _finish(
     notes = [*row.get("notes", []), *([] if fake is None else fake.notes)]
     if None not in (real, fake):
         notes += fake.warnings()  # of distances between the two
+    if fake is not None and fake.logits is not None:
+        notes += _splits_notes(extractor, len(fake.logits))
     sizes = [set(each.facts.get("sizes", ())) for each in (real, fake) if each is not None]
     if len(sizes) == 2 and all(sizes) and sizes[0] != sizes[1]:
         notes.append(
@@ -216,6 +222,19 @@ def _finish(
         for axis, score in scores.items()
     }
     return {**row, **side, "scores": told, "notes": notes}
+
+
+def _splits_notes(extractor: Extractor, num_images: int) -> list[str]:
+    """Say what is otherwise with the Inception score of so few images than with published ones."""
+    splits, title = inception_splits(num_images), extractor.titles["inception_score"]
+    if splits == 0:
+        return [f"{title} takes {IS_LEAST} images or more, so it was not measured of {num_images}"]
+    if splits == IS_SPLITS:
+        return []
+    return [
+        f"{title} of {num_images} images is over {splits} of the usual {IS_SPLITS} splits; few "
+        "images make it too low"
+    ]
 
 
 def _reading(features: FeatureSet) -> dict[str, object]:
