@@ -341,6 +341,8 @@ def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path, caps
     result = run_fid(FidConfig(num_inference_steps=(2,), num_images=2, **config))
     assert "nothing will be measured: give --real" in capsys.readouterr().out
     assert result["rows"][0]["scores"] == {} and result["extractor"] is None
+    run_fid(FidConfig(num_inference_steps=(2,), num_images=2, resolution=8, **config))
+    assert "brought to" not in capsys.readouterr().out  # nothing was
     images = tmp_path / "out" / "steps_2"
     assert len(list(images.glob("*.png"))) == 2
     # Classes alone give a score without real images.

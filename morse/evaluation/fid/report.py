@@ -29,8 +29,9 @@ def print_result(result: dict[str, object]) -> None:
         )
     if real is not None:
         console.print(f"real images: {real['name']}, {_count(real['num_images'])}", highlight=False)
-    if size := result["settings"]["resolution"]:
-        text = f"images were brought to {size}x{size}, as in training, before they were measured"
+    size = result["settings"]["resolution"]
+    if size and extractor is not None:  # fidelity is measured at the images' own size
+        text = f"for their features images were brought to {size}x{size}, as in training"
         console.print(text, highlight=False)
     notes = [*result["warnings"], *(note for row in result["rows"] for note in row["notes"])]
     for note in dict.fromkeys(notes):
