@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
+from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from evaluation_fixtures import tiny_folder  # noqa: F401
 from PIL import Image
 from test_extractors import clip_folder, inception  # noqa: F401
@@ -163,6 +163,17 @@ def test_a_budget_is_spent_as_a_call_spends_it(tiny_folder, tmp_path):  # noqa: 
     dot.save_pretrained(tmp_path / "dot")
     with pytest.raises(ValueError, match=r"measure_speed_ratio\(batch_size=16\)"):
         run_fid(config)
+
+
+def test_a_pipeline_that_starts_from_a_picture_is_refused(tmp_path):
+    pipe = StableDiffusionImg2ImgPipeline.from_pipe(text_pipeline())
+    pipe.save_pretrained(tmp_path / "pipeline")
+    options = {"class_names": ("cat",), "num_inference_steps": (1,), "device": "cpu"}
+    out = tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=r"Img2ImgPipeline, which takes \['prompt', 'image', .*--fake"
+    ):
+        run_fid(FidConfig(pipeline=str(tmp_path / "pipeline"), output_dir=out, **options))
 
 
 class Blackout(nn.Module):

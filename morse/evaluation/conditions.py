@@ -27,6 +27,7 @@ _ENCODED = {
     "FluxPipeline": (_BOTH[0], _POOLED[0]),
 }
 _PROMPTS_AT_ONCE = 32
+_ASKED_FOR = ("prompt", "class_labels", "batch_size")  # what a call may take beside noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +148,18 @@ def base_class(pipe: "DiffusionPipeline") -> type:
 def call_parameters(pipe: "DiffusionPipeline") -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a pipeline's own call, without what Morse adds."""
     return inspect.signature(base_class(pipe).__call__).parameters
+
+
+def check_starts_from_noise(pipe: "DiffusionPipeline", name: str) -> None:
+    """Raise `ValueError` for a pipeline, loaded as `name`, that takes images or other input."""
+    parameters = call_parameters(pipe)
+    if not set(_ASKED_FOR) & set(parameters) or "image" in parameters:
+        raise ValueError(
+            f"pipeline {name!r} is a {base_class(pipe).__name__}, which takes "
+            f"{list(parameters)[1:6]}; only pipelines that sample from noise and one of "
+            f"{list(_ASKED_FOR)} are measured. Make the images of others by a script of your own "
+            "and give their folder to `morse eval fid --fake`"
+        )
 
 
 def _of_text(

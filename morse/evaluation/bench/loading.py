@@ -9,7 +9,7 @@ import torch
 
 from morse.denoisers import find_denoiser
 from morse.evaluation.bench.solvers import make_solver
-from morse.evaluation.conditions import call_parameters
+from morse.evaluation.conditions import check_starts_from_noise
 from morse.evaluation.environment import resolve_device
 from morse.rates import is_flow
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from morse.evaluation.bench.solver_pipeline import SolverPipeline
     from morse.pipeline import MorsePipeline
 
-# What a pipeline's call may ask for beside noise.
-ASKED_FOR = ("prompt", "class_labels", "batch_size")
 _LARGE_LATENTS = 64  # of images of 512 pixels, for most autoencoders
 
 
@@ -119,12 +117,7 @@ def _bare_pipeline(bare: "DiffusionPipeline", name: str) -> "DiffusionPipeline":
         )
     if set(bare.components) == {"unet", "scheduler"}:
         return make_pipeline(bare.unet, "ddim", scheduler.config)
-    parameters = call_parameters(bare)
-    if not set(ASKED_FOR) & set(parameters) or "image" in parameters:
-        raise ValueError(
-            f"pipeline {name!r} is a {type(bare).__name__}, which takes {list(parameters)[1:6]}; "
-            f"the benchmark samples from noise and one of {list(ASKED_FOR)}"
-        )
+    check_starts_from_noise(bare, name)
     if getattr(bare, "vae", None) is not None:
         decode_in_full(bare.vae)
     drop_safety_checker(bare)

@@ -9,7 +9,7 @@ import torch
 
 from morse.evaluation.bench.loading import drop_safety_checker
 from morse.evaluation.bench.solvers import make_solver
-from morse.evaluation.conditions import make_conditions
+from morse.evaluation.conditions import check_starts_from_noise, make_conditions
 from morse.evaluation.digests import state_sha256
 from morse.evaluation.fid.folders import COMPONENTS, made_with, threads_notes
 from morse.evaluation.fid.generation import Recipe, Request, check_folder, generate
@@ -38,9 +38,10 @@ def generate_all(
 
     Raises:
         ValueError: If the pipeline has no Dot or no N for --lsd, or does not suit the scheduler,
-            prompts or classes.
+            prompts or classes, or takes images.
     """
     pipe = _load_pipeline(config, device)
+    check_starts_from_noise(pipe, config.pipeline)
     asked = read_prompts(config.prompts), config.class_names
     conditions = make_conditions(pipe, *asked, guidance_scale=config.guidance_scale)
     # Recorded, so that no folder goes on whose images a checker may have blacked out.
