@@ -319,6 +319,9 @@ def test_a_class_conditional_pipeline_takes_names_and_numbers():
     assert wanted.arguments(range(2, 5)) == {"guidance_scale": 2.0, "class_labels": [5, 7, 3]}
     with pytest.raises(ValueError, match=r"class_names has \['cat'\]"):
         make_conditions(pipe, class_names=("cat",))
+    assert make_conditions(pipe, class_names=("999",)).class_labels == (999,)
+    with pytest.raises(ValueError, match=r"class_names has 1000, .* knows 1000 classes; .* to 999"):
+        make_conditions(pipe, class_names=("boot", "1000"))
     with pytest.raises(ValueError, match="give --class_names"):
         make_conditions(pipe)
     with pytest.raises(ValueError, match="takes none"):

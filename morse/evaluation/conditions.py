@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from morse.denoisers import find_denoiser
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -214,4 +216,12 @@ def _class_numbers(pipe: "DiffusionPipeline", names: tuple[str, ...]) -> tuple[i
     if unknown:
         some = f"such as {list(labels)[:5]}" if labels else "and the pipeline has no names: numbers"
         raise ValueError(f"class_names has {unknown}, which are no classes; choose some, {some}")
-    return tuple(labels[name] if name in labels else int(name) for name in names)
+    numbers = tuple(labels[name] if name in labels else int(name) for name in names)
+    settings = find_denoiser(pipe).config
+    count = settings.get("num_class_embeds") or settings.get("num_embeds_ada_norm")
+    if count is not None and max(numbers) >= count:
+        raise ValueError(
+            f"class_names has {max(numbers)}, but {type(pipe).__name__} knows {count} classes; "
+            f"choose numbers from 0 to {count - 1}"
+        )
+    return numbers
