@@ -383,6 +383,7 @@ def test_a_pipeline_without_dot_cannot_have_a_budget(tiny_folder, tmp_path, caps
         ({"real": "a", "save_stats": Path("s.npz"), "scheduler": "ddim"}, ": scheduler;"),
         ({"real": "a", "fake": "b", "output_dir": Path("o"), "dtype": "float16"}, "dtype, output"),
         ({"real": "a.npz", "save_stats": Path("s.npz")}, "save_stats"),
+        ({"real": "a", "save_stats": Path("b/s")}, "save_stats is b/s, .* give b/s.npz"),
         ({"real": "a", "fake": "b", "lpips": True}, "--reference_steps"),
         ({"real": "a", "fake": "b", "num_images": 1}, "num_images is 1"),
         ({"real": "a", "fake": "b", "lpips_weights": Path("w")}, "give --lpips as well"),

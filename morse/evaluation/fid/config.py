@@ -10,7 +10,7 @@ from morse.evaluation.fid.extractors import (
     ExtractorOptions,
     load_extractor,
 )
-from morse.evaluation.fid.feature_sets import is_statistics
+from morse.evaluation.fid.feature_sets import STATISTICS_SUFFIX, is_statistics
 from morse.evaluation.fid.image_sets import HUB, SetOptions
 from morse.evaluation.prompts import read_prompts
 from morse.settings import given, require_least, require_positive
@@ -176,6 +176,11 @@ class FidConfig:
             raise ValueError(
                 f"save_stats writes the statistics of real images, but real is {self.real}; give "
                 "a folder or another source of images"
+            )
+        if self.save_stats is not None and not str(self.save_stats).endswith(STATISTICS_SUFFIX):
+            raise ValueError(
+                f"save_stats is {self.save_stats}, but --real tells statistics from images by "
+                f"their ending; give {self.save_stats}.npz"
             )
         if self.lpips and self.reference_steps is None:
             raise ValueError("lpips compares with a reference; give --reference_steps")
