@@ -241,9 +241,10 @@ def test_broken_and_missing_files_are_refused(tmp_path):
         (tmp_path / "s.npz").write_bytes(content)
         with pytest.raises(ValueError, match="is no statistics file"):
             load_statistics(tmp_path / "s.npz", extractor())
-    np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(2))
-    with pytest.raises(ValueError, match="must be"):
-        load_statistics(tmp_path / "s.npz", extractor())
+    for sigma, told in ((np.eye(2), "must be"), (np.eye(3) * np.nan, "holds NaN or infinity")):
+        np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=sigma)
+        with pytest.raises(ValueError, match=told):
+            load_statistics(tmp_path / "s.npz", extractor())
     with pytest.raises(FileNotFoundError):
         load_statistics(tmp_path / "nowhere.npz", extractor())
 

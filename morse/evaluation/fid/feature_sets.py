@@ -189,6 +189,8 @@ def load_statistics(path: Path, extractor: Extractor, resolution: int | None = N
             f"{path}: mu has shape {tuple(mean.shape)} and sigma {tuple(covariance.shape)}, but "
             "they must be (D,) and (D, D)"
         )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"{path}: mu or sigma holds NaN or infinity; make it anew")
     for key, wanted in extractor.identity().items():
         if key in arrays and str(arrays[key]) != wanted:
             raise ValueError(
