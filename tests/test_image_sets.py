@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,13 @@ def test_images_are_read_in_the_order_of_their_names(tmp_path):
     assert batches[0].dtype == torch.uint8
     (note,) = facts.notes("set")
     assert note.startswith("set: not all images are square") and facts.sizes == {"8x6": 3}
+
+
+def test_names_may_hold_any_digits(tmp_path):
+    for name in ("1²10.png", "1²2.png", "٣.png"):
+        save(tmp_path, name)
+    names = [Path(name).name for name in open_image_set(str(tmp_path)).names]
+    assert names == ["1²2.png", "1²10.png", "٣.png"]
 
 
 def test_a_change_of_size_begins_a_batch_and_is_told(tmp_path):

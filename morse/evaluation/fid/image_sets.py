@@ -172,10 +172,11 @@ def image_files(folder: Path, files: list[Path]) -> ImageSet:
     return ImageSet(str(folder), [str(file) for file in files], lambda i: Image.open(files[i]))
 
 
-def _natural_order(file: Path) -> list[tuple[bool, int, str]]:
+def _natural_order(file: Path) -> list[tuple[int, str]]:
     """Compare runs of digits as numbers, so that the n-th image is the one that is numbered n."""
     parts = re.split(r"([0-9]+)", str(file))
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+    # Every second part is a run of digits; others may hold such as the Unicode digit "²".
+    return [(int(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
 
 
 def _open_idx(path: Path, resolution: int | None) -> ImageSet:
