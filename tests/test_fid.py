@@ -21,7 +21,7 @@ from morse.evaluation.bench.config import BenchmarkConfig
 from morse.evaluation.features import extract_features, load_features, load_reference
 from morse.evaluation.fid.budgets import _recipes
 from morse.evaluation.fid.command import FidConfig, run_fid
-from morse.evaluation.fid.measuring import measures_nothing
+from morse.evaluation.fid.measuring import _prompts, measures_nothing
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.prompts import read_prompts
@@ -454,9 +454,11 @@ def test_prompts_give_a_clip_score(clip_folder, tmp_path):  # noqa: F811
 
 def test_numbers_of_classes_are_no_words_to_score():
     clip = SimpleNamespace(has_logits=False, embed_text=print)
-    for names, nothing in ((("207", "3"), True), (("cat", "dog"), False), ((), True)):
+    words = ("cat", "dog")
+    for names, nothing in ((("207", "3"), True), (words, False), (("7", "cat"), False), ((), True)):
         config = FidConfig(pipeline="dit", class_names=names, num_inference_steps=(2,))
         assert measures_nothing(config, clip) is nothing
+        assert _prompts(config, of_classes=True) == (words if names == words else ())
 
 
 def test_schedulers_that_draw_noise_are_told(tiny_folder, tmp_path):  # noqa: F811

@@ -86,7 +86,7 @@ def measure(
         if config.fake is not None:
             fake = _load(config, config.fake, extractor)
             row = {"label": Path(config.fake).name, "kind": "images", "source": config.fake}
-            scores = _scores(config, extractor, real, fake, device)
+            scores = _scores(config, extractor, real, fake, device, _prompts(config))
             rows.append(_finish(config, row, extractor, real, fake, scores))
     else:
         lpips = load_lpips(config.lpips_weights, device) if config.lpips else None
@@ -147,7 +147,8 @@ def _measure_generated(
         fitted = replace(images, resolution=config.resolution)
         with progress_bar(f"features of {row['label']}", shown=True) as on_images:
             fake = extract_feature_set(fitted, extractor, config.batch_size, True, on_images)
-        scores = _scores(config, extractor, real, fake, device)
+        prompts = _prompts(config, "class_labels" in row["made_with"])
+        scores = _scores(config, extractor, real, fake, device, prompts)
     reference = next((other for other in rows if other["kind"] == "reference"), None)
     if reference is not None and reference is not row:
         references = generated_set(Path(reference["source"]), config.num_images)
@@ -165,9 +166,9 @@ def _scores(
     real: FeatureSet | None,
     fake: FeatureSet,
     device: torch.device,
+    prompts: tuple[str, ...],
 ) -> dict[str, Score]:
     scores = feature_scores(extractor, real, fake, config.kid_subset_size, device)
-    prompts = _prompts(config)
     if prompts and extractor.embed_text is not None and fake.features is not None:
         if fake.facts["num_unreadable"]:
             raise ValueError(
@@ -187,10 +188,16 @@ def _scores(
     return scores
 
 
-def _prompts(config: "FidConfig") -> tuple[str, ...]:
-    """Give the words that images were asked for by; numbers of classes are none."""
-    names = config.class_names
-    return read_prompts(config.prompts) or (() if any(map(str.isdigit, names)) else names)
+def _prompts(config: "FidConfig", of_classes: bool = False) -> tuple[str, ...]:
+    """Give the words that images were asked for by; numbers of classes are none.
+
+    Args:
+        config: The settings.
+        of_classes: Whether a class-conditional pipeline made the images, where also a number among
+            names is that of a class.
+    """
+    names, some = config.class_names, any if of_classes else all
+    return read_prompts(config.prompts) or (() if some(map(str.isdecimal, names)) else names)
 
 
 def _finish(
