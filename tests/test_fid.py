@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from evaluation_fixtures import tiny_folder  # noqa: F401
+from evaluation_fixtures import save_tiny_pipeline, tiny_folder  # noqa: F401
 from PIL import Image
 from test_extractors import clip_folder, inception  # noqa: F401
 from tiny_pipelines import stable_diffusion, text_unet
@@ -19,7 +19,7 @@ from morse import MorseDot, MorsePipeline, enable_morse
 from morse.cli import parse_config
 from morse.evaluation.bench.config import BenchmarkConfig
 from morse.evaluation.features import extract_features, load_features, load_reference
-from morse.evaluation.fid.budgets import _recipes
+from morse.evaluation.fid.budgets import _image_size, _recipes
 from morse.evaluation.fid.command import FidConfig, run_fid
 from morse.evaluation.fid.measuring import _prompts, measures_nothing
 from morse.evaluation.metrics import FRECHET_LABEL, feature_statistics, frechet_distance
@@ -324,6 +324,28 @@ def test_what_is_missing_is_told_before_sampling(tiny_folder, tmp_path):  # noqa
     with pytest.raises(ValueError, match=r"alone extractor .* measures nothing; give --real"):
         run_fid(FidConfig(fake=str(tmp_path / "real"), extractor=OWN, device="cpu"))
     assert not out.exists()
+
+
+def test_sizes_that_cannot_be_measured_are_told_before_sampling(tmp_path):
+    folder = save_tiny_pipeline(
+        tmp_path / "tiny", sample_size=(16, 40), in_channels=1, out_channels=1
+    )
+    (tmp_path / "weights").touch()
+    options = {"pipeline": str(folder), "num_inference_steps": (1,), "device": "cpu"}
+    config = FidConfig(**options, num_images=2, reference_steps=2, output_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"lpips is on, .* makes 40x16; leave out --lpips"):
+        run_fid(replace(config, lpips=True, lpips_weights=tmp_path / "weights"))
+    fashion = replace(config, extractor="fashion-mnist")
+    with pytest.raises(ValueError, match=r"cannot take images of 40x16, .* give --resolution"):
+        run_fid(fashion)
+    assert not (tmp_path / "out").exists()
+    assert set(run_fid(replace(fashion, resolution=32))["rows"][1]["scores"]) == {"psnr", "ssim"}
+
+
+def test_latents_have_the_size_of_their_images():
+    assert (
+        _image_size(text_pipeline()) == text_pipeline()("cat", num_inference_steps=1).images[0].size
+    )
 
 
 def test_evaluations_are_counted_as_the_scheduler_makes_them():

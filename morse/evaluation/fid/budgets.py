@@ -13,6 +13,7 @@ from morse.evaluation.conditions import check_starts_from_noise, make_conditions
 from morse.evaluation.digests import state_sha256
 from morse.evaluation.fid.folders import COMPONENTS, made_with, threads_notes
 from morse.evaluation.fid.generation import Recipe, Request, check_folder, generate
+from morse.evaluation.fid.measuring import check_size
 from morse.evaluation.progress import progress_bar
 from morse.evaluation.prompts import read_prompts
 from morse.plan import MorsePlan
@@ -25,12 +26,22 @@ if TYPE_CHECKING:
 
     from morse.dot import MorseDot
     from morse.evaluation.fid.config import FidConfig
+    from morse.evaluation.fid.extractors import Extractor
 
 
 def generate_all(
-    config: "FidConfig", state: "PartialState", device: torch.device
+    config: "FidConfig",
+    state: "PartialState",
+    device: torch.device,
+    extractor: "Extractor | None" = None,
 ) -> list[dict[str, object]]:
     """Generate the images of every budget, and first of the reference if asked for.
+
+    Args:
+        config: The settings.
+        state: Of accelerate: this process among all.
+        device: Where to sample.
+        extractor: What the images are for, if they are for one; it is tried before.
 
     Returns:
         The facts of each recipe: its row of the result, without scores. "made_with" has what is
@@ -38,10 +49,11 @@ def generate_all(
 
     Raises:
         ValueError: If the pipeline has no Dot or no N for --lsd, or does not suit the scheduler,
-            prompts or classes, or takes images.
+            prompts or classes, or takes images; or if its images do not suit the extractor.
     """
     pipe = _load_pipeline(config, device)
     check_starts_from_noise(pipe, config.pipeline)
+    check_size(config, extractor, _image_size(pipe))
     asked = read_prompts(config.prompts), config.class_names
     conditions = make_conditions(pipe, *asked, guidance_scale=config.guidance_scale)
     # Recorded, so that no folder goes on whose images a checker may have blacked out.
@@ -93,6 +105,18 @@ def _load_pipeline(config: "FidConfig", device: torch.device) -> "DiffusionPipel
             "use; or run `morse plan`, which saves it with the Dot"
         )
     return pipe
+
+
+def _image_size(pipe: "DiffusionPipeline") -> tuple[int, int] | None:
+    """Return the height and width of images that a pipeline makes unasked; None if not known."""
+    from morse.denoisers import find_denoiser
+
+    size, vae = find_denoiser(pipe).config.get("sample_size"), getattr(pipe, "vae", None)
+    levels = 1 if vae is None else len(vae.config.get("block_out_channels", ()))
+    if size is None or not levels:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * 2 ** (levels - 1), width * 2 ** (levels - 1)
 
 
 def _make_scheduler(config: "FidConfig", own: "SchedulerMixin") -> "SchedulerMixin":

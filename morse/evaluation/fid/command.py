@@ -44,7 +44,9 @@ def run_fid(config: FidConfig) -> dict[str, object] | None:
                     "have classes, or clip with --prompts"
                 )
             print(NOTHING)
-    rows = generate_all(config, state, device) if config.pipeline is not None else None
+    rows = None
+    if config.pipeline is not None:
+        rows = generate_all(config, state, device, extractor)
     is_main = state.is_main_process
     if state.num_processes > 1:
         state.destroy_process_group()  # nobody waits for the main process from here on

@@ -18,6 +18,7 @@ from morse.evaluation.torch_fidelity_loader import torchmetrics_module
 
 Lpips = Callable[[Tensor, Tensor], Tensor]
 LPIPS_FILE = "alexnet-owt-7be5be79.pth"
+LPIPS_LEAST = 31  # height and width, below which AlexNet's pooling has nothing left
 CONVERT = conversion(LPIPS_FILE, "alexnet.safetensors")
 
 

@@ -27,7 +27,7 @@ from morse.evaluation.fid.image_metrics import (
     kernel_subset_size,
 )
 from morse.evaluation.fid.image_sets import open_image_set
-from morse.evaluation.fid.lpips import Lpips, load_lpips
+from morse.evaluation.fid.lpips import LPIPS_LEAST, Lpips, load_lpips
 from morse.evaluation.progress import progress_bar
 from morse.evaluation.prompts import read_prompts
 from morse.evaluation.report.scores import Score
@@ -51,6 +51,34 @@ def check_real(config: "FidConfig", extractor: Extractor | None) -> None:
         load_feature_set(config.real, extractor, options=config.set_options)
     else:
         open_image_set(config.real, config.set_options)
+
+
+def check_size(
+    config: "FidConfig", extractor: Extractor | None, size: tuple[int, int] | None
+) -> None:
+    """Raise what `measure` would raise about the size of generated images, before any is sampled.
+
+    Args:
+        config: The settings.
+        extractor: Tried on blank images; None for none.
+        size: Height and width that the pipeline makes; None where that is not known.
+    """
+    if config.lpips and size is not None and min(size) < LPIPS_LEAST:
+        raise ValueError(
+            f"lpips is on, but AlexNet takes images of {LPIPS_LEAST}x{LPIPS_LEAST} or more and "
+            f"pipeline {config.pipeline!r} makes {size[1]}x{size[0]}; leave out --lpips"
+        )
+    taken = size if config.resolution is None else (config.resolution,) * 2
+    if extractor is None or taken is None:
+        return
+    try:
+        extractor.compute(torch.zeros(2, extractor.channels, *taken, dtype=torch.uint8))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"extractor {extractor.name} cannot take images of {taken[1]}x{taken[0]}, which it "
+            f"would get of pipeline {config.pipeline!r} ({error}); give --resolution, or another "
+            "--extractor"
+        ) from error
 
 
 def measures_nothing(config: "FidConfig", extractor: Extractor | None) -> bool:
