@@ -6,29 +6,53 @@ import sys
 import types
 import typing
 from importlib import import_module
+from itertools import takewhile
 from typing import Literal, TypeVar
 
 Config = TypeVar("Config")
 
-# command -> (settings, function): where they lie in modules of their own, what a command runs is
-# imported once its options are parsed, as diffusers takes seconds.
+# command -> (settings, function, what it does): the first two lie in modules of their own, and what
+# a command runs is imported once its options are parsed, as diffusers takes seconds.
 COMMANDS = {
-    "demo": ("morse.evaluation.demo.DemoConfig", "morse.evaluation.demo.run_demo"),
+    "demo": (
+        "morse.evaluation.demo.DemoConfig",
+        "morse.evaluation.demo.run_demo",
+        "sample the same noise with and without Morse, and show it",
+    ),
     "bench": (
         "morse.evaluation.bench.config.BenchmarkConfig",
         "morse.evaluation.bench.benchmark.run_benchmark",
+        "measure quality against cost, of Morse and of solvers alone",
     ),
     "plan": (
         "morse.evaluation.planning.config.PlanConfig",
         "morse.evaluation.planning.command.run_plan",
+        "search which evaluations Dot makes, and save the plans with it",
     ),
-    "eval fid": ("morse.evaluation.fid.command.FidConfig", "morse.evaluation.fid.command.run_fid"),
-    "train-dash": ("morse.training.dash.TrainDashConfig", "morse.training.dash.train_dash"),
-    "train-dot": ("morse.training.config.TrainDotConfig", "morse.training.loop.train_dot"),
-    "tune-dot": ("morse.tuning.config.TuneDotConfig", "morse.tuning.command.tune_dot"),
+    "eval fid": (
+        "morse.evaluation.fid.command.FidConfig",
+        "morse.evaluation.fid.command.run_fid",
+        "measure FID and other distances of images, or make them first",
+    ),
+    "train-dash": (
+        "morse.training.dash.TrainDashConfig",
+        "morse.training.dash.train_dash",
+        "train a small diffusion model",
+    ),
+    "train-dot": (
+        "morse.training.config.TrainDotConfig",
+        "morse.training.loop.train_dot",
+        "train a Dot for a pretrained pipeline",
+    ),
+    "tune-dot": (
+        "morse.tuning.config.TuneDotConfig",
+        "morse.tuning.command.tune_dot",
+        "tune a trained Dot on whole runs of its plans",
+    ),
     "train-features": (
         "morse.evaluation.train_features.TrainFeaturesConfig",
         "morse.evaluation.train_features.train_features",
+        "train the classifier that images of Fashion-MNIST are measured by",
     ),
 }
 
@@ -117,19 +141,28 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     words = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)
     if not words:
-        usage = "usage: morse {" + " | ".join(COMMANDS) + "} [options]; --help after a command"
-        wanted_help = bool(argv) and argv[0] in ("-h", "--help")
-        if argv and not wanted_help:
-            print(f"unknown command {argv[0]!r}", file=sys.stderr)
-        print(usage, file=sys.stdout if wanted_help else sys.stderr)
-        raise SystemExit(0 if wanted_help else 2)
+        _explain(argv)
     command = " ".join(argv[:words])
-    config, function = COMMANDS[command]
+    config, function, _ = COMMANDS[command]
 
     def run(settings: object) -> None:
         find_command(function)(settings)
 
     run_command(find_command(config), run, argv[words:], command)
+
+
+def _explain(argv: list[str]) -> typing.NoReturn:
+    """List the commands, or those of a group such as `eval`, and end the program."""
+    asked = list(takewhile(lambda word: not word.startswith("-"), argv))
+    found = [name for name in COMMANDS if asked == name.split()[: len(asked)]]
+    helps = bool(found) and bool({"-h", "--help"} & set(argv))
+    output = sys.stdout if helps else sys.stderr
+    if not found:
+        print(f"unknown command {' '.join(asked)!r}", file=sys.stderr)
+    print("usage: morse COMMAND [options]; --help after a command", file=output)
+    for name in found or COMMANDS:
+        print(f"  {name:15} {COMMANDS[name][2]}", file=output)
+    raise SystemExit(0 if helps else 2)
 
 
 def run_command(

@@ -46,13 +46,24 @@ def test_unknown_commands_show_the_known_ones(argv, capsys):
     assert "eval fid" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("group", "count"), [([], len(COMMANDS)), (["eval"], 1)])
+def test_help_has_a_line_for_each_command(group, count, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*group, "--help"])
+    told = capsys.readouterr()
+    assert stop.value.code == 0 and told.err == ""
+    lines = {line[:17].strip(): line[17:].strip() for line in told.out.splitlines()[1:]}
+    assert lines["eval fid"].startswith("measure FID") and all(lines.values())
+    assert len(lines) == count and set(lines) <= set(COMMANDS)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_its_options(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    config, function = map(find_command, COMMANDS[command])
+    config, function = map(find_command, COMMANDS[command][:2])
     assert callable(function)
     for option in dataclasses.fields(config):
         assert option.metadata.get("help"), f"{command} --{option.name} has no help text"
@@ -82,7 +93,7 @@ def test_what_a_user_can_mend_is_told_in_one_line(error, capsys):
 
 def test_a_mistyped_command_is_repeated(capsys):
     with pytest.raises(SystemExit):
-        main(["bnch"])
+        main(["bnch", "--lsd", "5", "--help"])
     assert "unknown command 'bnch'" in capsys.readouterr().err
 
 

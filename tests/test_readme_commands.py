@@ -34,7 +34,7 @@ def parse(words, monkeypatch):
     """Parse a command as the script or the `morse` command does that it names."""
     if words[0] == "morse":
         count = 2 if " ".join(words[1:3]) in COMMANDS else 1
-        config, function = COMMANDS[" ".join(words[1 : count + 1])]
+        config, function, _ = COMMANDS[" ".join(words[1 : count + 1])]
         assert callable(find_command(function))
         return [parse_config(find_command(config), words[count + 1 :])]
     parsed, start = [], 2  # `accelerate launch` or `python -m`
