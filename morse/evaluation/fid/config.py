@@ -137,9 +137,9 @@ class FidConfig:
     resolution: int | None = field(
         default=None,
         metadata={
-            "help": "crop the centre square of all images, real and measured, and resize it to "
-            "this, as training does; those of IDX files are fitted as training fits them, where "
-            "there is room by a border; if left out all are taken as they are"
+            "help": "for features crop the centre square of all images, real and measured, and "
+            "resize it to this, as training does; those of IDX files are fitted as training fits "
+            "them, where there is room by a border; if left out all are taken as they are"
         },
     )
     strict: bool = field(
