@@ -56,6 +56,13 @@ def run(base, data_dir, tmp_path_factory):
     return train
 
 
+def make_one_shard(folder, description, **options):
+    alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None,
+                            process_index=0, num_processes=1)  # fmt: skip
+    make_shards(folder, "windows", 1, 1, "", lambda: description,
+                lambda rows: {"a": torch.ones(1)}, alone, **options)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def whole_run(run):
     return run()
@@ -267,10 +274,18 @@ class TestCache:
             path.touch()
         for path in (old, other):
             os.utime(path, (0, 0))
-        alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None,
-                                process_index=0, num_processes=1)  # fmt: skip
-        make_shards(tmp_path, "windows", 1, 1, "", dict, lambda rows: {"a": torch.ones(1)}, alone)
+        make_one_shard(tmp_path, {})
         assert not old.exists() and new.exists() and other.exists()
+
+    def test_those_of_an_earlier_version_may_lack_a_key(self, tmp_path):
+        make_one_shard(tmp_path, {"seed": 1})
+        make_one_shard(tmp_path, {"seed": 1, "vae": 2}, may_lack=("vae",))
+        for told, may_lack in (({"seed": 1, "vae": 2}, ()), ({"seed": 2, "vae": 2}, ("vae",))):
+            with pytest.raises(ValueError, match="contents were made with other"):
+                make_one_shard(tmp_path, told, may_lack=may_lack)
+        make_one_shard(tmp_path / "noted", {"vae": 2}, may_lack=("vae",))
+        with pytest.raises(ValueError, match=r"made with other \['vae'\]"):
+            make_one_shard(tmp_path / "noted", {"vae": 3}, may_lack=("vae",))
 
     def test_shards_hold_whole_batches(self):
         from morse.training.cache import _BATCH_SIZES, _DEFAULT_BATCH_SIZE

@@ -37,7 +37,7 @@ from morse.tuning.command import (
 from morse.tuning.loading import load_to_tune
 from morse.tuning.loss import run_loss
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
-from morse.tuning.targets import SHARD_SAMPLES, _describe
+from morse.tuning.targets import SHARD_SAMPLES, _describe, describe_encoders
 
 # Begun where there is little noise, for a random Dash takes samples far away.
 ROWS = [[400.0, 0.4, 0.0, 0.0], [300.0, 0.5, 0.2, 0.3], [200.0, 0.5, 0.1, 0.1], [90.0, 1, 0, 0]]
@@ -424,6 +424,7 @@ def test_a_text_pipeline_is_tuned_on_its_guided_latents_or_images(text_folder, t
     tune_dot(config)
     samples = load_file(tmp_path / "run/targets/targets-00000.safetensors")["samples"]
     assert samples.shape == (9, 4, 4, 4)
+    assert "text_encoders" in json.loads((tmp_path / "run/targets/cache.json").read_text())
     plain = StableDiffusionPipeline.from_pretrained(text_folder, use_safetensors=True, dot=None)
     plain.set_progress_bar_config(disable=True)
     plain = with_solver(plain, "dpmsolver++")
@@ -537,6 +538,28 @@ def test_targets_of_another_solver_are_others(folder):
         run = PlannedRun(make_solver(solver, bare.scheduler.config), SavedPlan(4, "DDDD"), "")
         told.append(_describe(SampledRun(pipe, [run], UNCONDITIONAL, 0), config))
     assert told[0] != told[1]
+
+
+@pytest.mark.parametrize("what", ["vae", "text_encoder"])
+@pytest.mark.parametrize("decode", [False, True])
+def test_targets_of_other_networks_are_others(what, decode):
+    pipe = text_pipeline()
+    config = TuneDotConfig(pretrained_model_name_or_path="p", output_dir=Path("o"))
+    run = PlannedRun(pipe.scheduler, SavedPlan(4, "DDDD"), "")
+    pipe.dot = None
+    told = []
+    for _ in range(2):
+        encoders = describe_encoders(pipe, make_conditions(pipe, ("a",)))
+        sampled = SampledRun(pipe, [run], UNCONDITIONAL, 0, decode)
+        told.append(_describe(sampled, config) | encoders)
+        for parameter in getattr(pipe, what).requires_grad_(False).parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    # Latents are as they are, whatever decodes them.
+    assert (told[0] == told[1]) == (what == "vae" and not decode)
+    before = _describe(sampled, config)
+    pipe.vae.register_to_config(scaling_factor=0.7)
+    assert (_describe(sampled, config) == before) == (not decode)
+    assert describe_encoders(pipe, UNCONDITIONAL) == {}
 
 
 def test_a_dit_is_tuned_through_its_images():

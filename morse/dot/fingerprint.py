@@ -51,6 +51,14 @@ def quantization_of(model: nn.Module) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def identify(network: nn.Module) -> dict[str, object] | str:
+    """Tell any network from others: by `fingerprint`, or by the method of its quantization alone.
+
+    Quantized weights have no values to compare.
+    """
+    return quantization_of(network) or fingerprint(network)
+
+
 def _project(weight: Tensor) -> float:
     flat = weight.detach().cpu().double().flatten()  # MPS has no float64
     direction = torch.cos(torch.arange(flat.numel(), dtype=flat.dtype, device="cpu"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from morse.dot.fingerprint import fingerprint, quantization_of
+from morse.dot.fingerprint import fingerprint, identify
 from morse.training.batches import StepBatches
 from morse.training.cache_sizes import choose_rows, note_rows, size_on_disk, window_shards
 from morse.training.common import step_generator
@@ -136,11 +136,7 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
         "dash": fingerprint(pipeline.dash.model),
         "vae": None if pipeline.codec is None else fingerprint(pipeline.codec.vae),
         "scaling": None if pipeline.codec is None else pipeline.codec.constants,
-        "text_encoders": [
-            # Quantized weights have no values to compare.
-            quantization_of(model) or fingerprint(model)
-            for model in pipeline.encoder.models
-        ],
+        "text_encoders": [identify(model) for model in pipeline.encoder.models],
         "schedule": digest(repr(pipeline.dash.schedule.sigmas.tolist())),
         "prediction_type": pipeline.dash.prediction_type,
         "dtype": config.dtype,

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ def make_shards(
     describe: Callable[[], dict[str, object]],
     make: Callable[[range], dict[str, Tensor]],
     accelerator: "Accelerator",
+    may_lack: Collection[str] = (),
 ) -> list[Path]:
     """Make the missing shards, shared out among the processes.
 
@@ -47,6 +48,8 @@ def make_shards(
         describe: Says what the shards depend on, as JSON has it.
         make: Gives the tensors of these rows.
         accelerator: The run's.
+        may_lack: Keys of what `describe` gives that earlier versions did not note; shards without
+            them are served all the same.
 
     Returns:
         All shards, in order.
@@ -58,7 +61,7 @@ def make_shards(
     from rich.progress import track
 
     if accelerator.is_main_process:
-        _claim(folder, describe())
+        _claim(folder, describe(), may_lack)
         _tidy(folder, name)
     accelerator.wait_for_everyone()
     count = -(-total // shard_size)
@@ -98,7 +101,7 @@ def gather_rows(parts: Iterable[dict[str, Tensor]], size: int) -> dict[str, Tens
     return found
 
 
-def _claim(folder: Path, description: dict[str, object]) -> None:
+def _claim(folder: Path, description: dict[str, object], may_lack: Collection[str]) -> None:
     """Note what a folder holds, or check that it holds just this."""
     path = folder / _DESCRIPTION
     if not path.exists():
@@ -107,6 +110,8 @@ def _claim(folder: Path, description: dict[str, object]) -> None:
         write_json(path, description)
         return
     noted = json.loads(path.read_text(encoding="utf-8"))
+    unsaid = {name for name in may_lack if name not in noted}
+    description = {name: value for name, value in description.items() if name not in unsaid}
     if noted != description:
         either = noted | description
         differing = sorted(key for key in either if noted.get(key) != description.get(key))

@@ -31,7 +31,7 @@ from morse.tuning.loading import load_to_tune
 from morse.tuning.loss import MAX_PSNR, FeatureLoss, load_feature_loss, run_loss
 from morse.tuning.progress import Progress
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
-from morse.tuning.targets import Targets, prepare_targets
+from morse.tuning.targets import Targets, describe_encoders, prepare_targets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,7 +56,9 @@ def tune_dot(config: TuneDotConfig) -> Path:
     decode = bool(config.feature_networks) and getattr(pipe, "vae", None) is not None
     asked = (config.prompts, config.class_names, config.prompt_embeds)
     scales: tuple[float | None, ...] = config.guidance_scale or (None,)
-    conditions = encode_once([pipe], make_conditions(pipe, *asked, scales[0]))
+    conditions = make_conditions(pipe, *asked, scales[0])
+    encoders = describe_encoders(pipe, conditions)
+    conditions = encode_once([pipe], conditions)
     progress = Progress(config.output_dir)
     earlier_ratio = progress.choices.get("speed_ratio")
     # Of the largest scale: without guidance Dash takes half the time.
@@ -73,7 +75,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
             pipe.vae.enable_gradient_checkpointing()
     features = _feature_loss(many, config, accelerator)
     record_run(config, accelerator)
-    targets = prepare_targets(many, config, accelerator)
+    targets = prepare_targets(many, config, accelerator, encoders)
     choices = _choices(config, pipe.speed_ratio, [*runs, *target_runs])
     loss = run_loss([run.target for run in runs], features)
     training = TrainingRun(config, accelerator, sampled, targets, loss, choices=choices)

@@ -1,23 +1,28 @@
 """Where runs of many Dash evaluations end: what the runs of Dot's plans are to come near to."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from morse.denoisers import find_denoiser
-from morse.dot.fingerprint import fingerprint
+from morse.dot.fingerprint import fingerprint, identify
 from morse.evaluation.digests import file_sha256
+from morse.training.latents import LatentCodec
 from morse.training.shards import digest, make_shards, read_shard
 from morse.tuning.config import TuneDotConfig
 from morse.tuning.sampler import SampledRun
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+
+    from morse.evaluation.conditions import Conditions
 
 SHARD_SAMPLES = 256
+_MAY_LACK = ("text_encoders", "vae", "scaling")
 
 
 class Targets:
@@ -42,8 +47,19 @@ class Targets:
         return self.__getitems__(range(self.length, len(self.samples)))
 
 
+def describe_encoders(pipe: "DiffusionPipeline", conditions: "Conditions") -> dict[str, object]:
+    """Say which text encoders the prompts are for, as JSON has it; call it while they are there."""
+    if not conditions.prompts:
+        return {}
+    parts = (part for name, part in pipe.components.items() if name.startswith("text_encoder"))
+    return {"text_encoders": [identify(part) for part in parts if part is not None]}
+
+
 def prepare_targets(
-    sampled: SampledRun, config: TuneDotConfig, accelerator: "Accelerator"
+    sampled: SampledRun,
+    config: TuneDotConfig,
+    accelerator: "Accelerator",
+    encoders: Mapping[str, object],
 ) -> Targets:
     """Make the missing shards of targets, as `make_shards` does, and read all of them.
 
@@ -51,6 +67,7 @@ def prepare_targets(
         sampled: Samples them, by one run for each guidance scale.
         config: How many, and where they are kept.
         accelerator: The run's.
+        encoders: From `describe_encoders`.
 
     Raises:
         ValueError: If the folder holds targets made with other settings.
@@ -71,9 +88,10 @@ def prepare_targets(
         total=config.num_images + config.validation_images,
         shard_size=SHARD_SAMPLES,
         label=f"evaluating Dash, {SHARD_SAMPLES} runs a shard",
-        describe=lambda: _describe(sampled, config),
+        describe=lambda: _describe(sampled, config) | encoders,
         make=make,
         accelerator=accelerator,
+        may_lack=_MAY_LACK,
     )
     samples = torch.cat([read_shard(path)["samples"] for path in paths])
     return Targets(samples if several else samples.unsqueeze(1), config.num_images)
@@ -87,6 +105,7 @@ def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
     # What an earlier version knew nothing of is not said where it has no effect.
     dtype = {} if config.dtype == "float32" else {"dtype": config.dtype}
     return dtype | {
+        **_describe_decoder(sampled),
         "dash": fingerprint(find_denoiser(sampled.pipe)),
         "scheduler": type(scheduler).__name__,
         "scheduler_config": digest(json.dumps(settings, sort_keys=True, default=str)),
@@ -98,6 +117,14 @@ def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
         "guidance_scale": scales if len(scales) > 1 else scales[0],
         "conditions": digest(repr(_asked_for(config))),
     }
+
+
+def _describe_decoder(sampled: SampledRun) -> dict[str, object]:
+    """Say what decodes the targets, if anything does."""
+    vae = getattr(sampled.pipe, "vae", None)
+    if vae is None or sampled.output_type == "latent":
+        return {}
+    return {"vae": identify(vae), "scaling": LatentCodec(vae).constants}
 
 
 def _asked_for(config: TuneDotConfig) -> tuple[object, ...]:
