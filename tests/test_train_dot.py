@@ -20,6 +20,7 @@ from train_runs import assert_same_run, dot_arguments, save_pixels, weights
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
+from morse.settings import as_json
 from morse.training.cache_sizes import MOST_ROWS
 from morse.training.common import make_accelerator
 from morse.training.graphs import GraphedDot
@@ -402,6 +403,31 @@ def test_graphs_need_cuda(run):
     wrapped = SimpleNamespace(device=torch.device("cuda"))
     with pytest.raises(ValueError, match="in a SimpleNamespace; train in one process"):
         GraphedDot(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("launched", "options", "expected"),
+    [
+        (None, (), "no"),
+        ("bf16", (), "bf16"),
+        ("bf16", ("--mixed_precision", "no"), "no"),
+        ("no", ("--mixed_precision", "bf16"), "bf16"),
+    ],
+)
+def test_the_precision_is_that_of_the_launch(launched, options, expected, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    config = parse_config(TrainDotConfig, arguments("b", "d", "o", *options))
+    assert config.mixed_precision == expected
+    assert as_json(config)["mixed_precision"] == expected
+
+
+def test_an_unknown_precision_of_the_launch_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(SystemExit):
+        parse_config(TrainDotConfig, arguments("b", "d", "o"))
+    assert "ACCELERATE_MIXED_PRECISION, is 'fp8'" in capsys.readouterr().err
 
 
 def test_processes_wait_long_for_each_other(monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -56,9 +57,12 @@ class RunConfig:
     max_grad_norm: float = field(
         default=1.0, metadata={"help": "gradients are clipped to this norm"}
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(
-        default="no",
-        metadata={"help": "autocast precision; most CPUs are far slower in half precision"},
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        default=None,
+        metadata={
+            "help": "autocast precision, most CPUs are far slower in half precision; that of "
+            "`accelerate launch` if not given, else no"
+        },
     )
     compile: bool = field(
         default=False, metadata={"help": "compile the trained network with torch.compile"}
@@ -94,7 +98,9 @@ class RunConfig:
         return 1
 
     def __post_init__(self) -> None:
-        """Check ranges and combinations."""
+        """Check ranges and combinations, and settle the precision."""
+        if self.mixed_precision is None:
+            object.__setattr__(self, "mixed_precision", _launched_precision())
         positive = (
             "train_batch_size",
             "gradient_accumulation_steps",
@@ -149,6 +155,21 @@ class TrainingConfig(RunConfig):
                 f"dataset_config_name is {self.dataset_config_name!r}, but it is for datasets on "
                 "the hub; give --dataset_name too, or leave --dataset_config_name away"
             )
+
+
+def _launched_precision() -> str:
+    """Give the precision that `accelerate launch` hands on, "no" without it.
+
+    Raises:
+        ValueError: If it is none that training knows.
+    """
+    found = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if found not in ("no", "fp16", "bf16"):
+        raise ValueError(
+            f"mixed_precision is not given, and accelerate's, ACCELERATE_MIXED_PRECISION, is "
+            f"{found!r}; give --mixed_precision no, fp16 or bf16"
+        )
+    return found
 
 
 def check_frozen_dtype(dtype: str, mixed_precision: str) -> None:

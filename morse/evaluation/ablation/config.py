@@ -141,6 +141,7 @@ class AblationConfig:
             cache_pairs=self.cache_windows,
             cache_dir=self.output_dir / f"windows-seed{seed}",
             seed=seed,
+            mixed_precision="no",  # whatever accelerate's is
             # The run's own validation is of no use here: every Dot is measured as it was saved.
             validation_images=1,
             validation_steps=0,
