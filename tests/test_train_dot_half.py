@@ -101,6 +101,17 @@ def test_autocast_has_to_be_of_the_same_precision(arguments, given, capsys):
     assert re.search("dtype is float16 .*give --mixed_precision fp16 too", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("more", [(), ("--dtype", "float16")])
+def test_autocast_to_float16_needs_a_gpu(more, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = dot_arguments(OPTIONS, "b", "d", tmp_path / "run", "--mixed_precision", "fp16", *more)
+    with pytest.raises(ValueError, match="mixed_precision is fp16, in which a CPU does not"):
+        train_dot(parse_config(TrainDotConfig, given))
+    assert not (tmp_path / "run").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_float16_needs_a_gpu(arguments):
     with pytest.raises(ValueError, match="a CPU does not train; give --dtype bfloat16"):
         load_frozen_pipeline(

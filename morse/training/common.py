@@ -246,7 +246,11 @@ def make_ema(parameters: Iterable[nn.Parameter], config: RunConfig) -> "EMAModel
 
 
 def make_accelerator(config: RunConfig) -> "Accelerator":
-    """Build the accelerator, and on CUDA allow TF32 and the search for fast convolutions."""
+    """Build the accelerator, and on CUDA allow TF32 and the search for fast convolutions.
+
+    Raises:
+        ValueError: If the tracker is not installed, or the device does not train in the precision.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
@@ -266,6 +270,12 @@ def make_accelerator(config: RunConfig) -> "Accelerator":
         project_dir=config.output_dir,
         kwargs_handlers=[waiting, alike],
     )
+    # accelerate scales no gradients there, and the small ones of float16 vanish.
+    if accelerator.device.type == "cpu" and config.mixed_precision == "fp16":
+        raise ValueError(
+            "mixed_precision is fp16, in which a CPU does not train; give --mixed_precision bf16, "
+            "with --dtype bfloat16 where that is float16, or --mixed_precision no"
+        )
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
