@@ -430,12 +430,13 @@ def test_an_unknown_precision_of_the_launch_is_named(monkeypatch, capsys):
     assert "ACCELERATE_MIXED_PRECISION, is 'fp8'" in capsys.readouterr().err
 
 
-def test_processes_wait_long_for_each_other(monkeypatch):
+def test_processes_wait_long_for_each_other_and_form_groups_on_cpus(monkeypatch):
     seen, made = {}, SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr(accelerate, "Accelerator", lambda **options: seen.update(options) or made)
     base = {"pretrained_model_name_or_path": "x", "train_data_dir": Path("x")}
     make_accelerator(TrainDotConfig(**base, output_dir=Path("x")))
     assert seen["kwargs_handlers"][0].timeout.total_seconds() > 3600
+    assert seen["cpu"] != torch.accelerator.is_available()
 
 
 @pytest.mark.gpu

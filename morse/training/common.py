@@ -264,6 +264,8 @@ def make_accelerator(config: RunConfig) -> "Accelerator":
     # its gradients would find those that it kept changed.
     alike = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(
+        # Said, for launched processes form no group on CPUs unless it is.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
