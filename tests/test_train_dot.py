@@ -446,11 +446,19 @@ def test_graphs_change_nothing_but_speed(run):
                                rtol=1e-3, atol=1e-4)  # fmt: skip
 
 
-def test_a_size_that_m_does_not_divide(base, data_dir, tmp_path):
-    config = parse_config(
-        TrainDotConfig,
-        arguments(base, data_dir, tmp_path / "run", "--num_down_blocks", "3",
-                  "--block_out_channels", "4", "4", "4"),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"8x8.*multiples of 16"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num_down_blocks", "3", "--block_out_channels", "4", "4", "4", "--cache_pairs", "9"),
+         r"resolution is 8, .*num_down_blocks 3 .* of 16 here: give --resolution 16, or fewer"),
+        (("--num_down_blocks", "2", "--block_out_channels", "4", "4", "--resolution", "12",
+          "--progressive_steps", "2"), "resolution is 12, .* multiples of 8"),
+        (("--resolution", "10"), r"resolution is 10, .* give --resolution 8\.$"),
+    ],
+)  # fmt: skip
+def test_a_size_that_m_does_not_divide(base, data_dir, tmp_path, options, message):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = parse_config(TrainDotConfig, arguments(base, data_dir, tmp_path / "run", *options))
+    with pytest.raises(ValueError, match=message):
         train_dot(config)
+    assert not any((tmp_path / "run").iterdir())

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from morse.dot.conv_settings import conv_settings
 from morse.dot.guidance import check_dot_guidance
+from morse.dot.ports import describe_layers
 from morse.history import check_history
 from morse.settings import given, require, require_least
 from morse.training.common import check_frozen_dtype
@@ -14,6 +15,7 @@ from morse.training.pruning import check_prune_settings
 
 if TYPE_CHECKING:
     from morse.training.config import TrainDotConfig
+    from morse.training.frozen import FrozenPipeline
 
 _LEAST = {
     "window_steps": 1,
@@ -59,6 +61,22 @@ def check_dot_settings(config: "TrainDotConfig") -> None:
             f"{config.cache_pairs} and window_steps is {config.window_steps}"
         )
     _check_caches(config)
+
+
+def check_size(config: "TrainDotConfig", pipeline: "FrozenPipeline") -> None:
+    """Raise `ValueError` unless Dot's blocks can halve the pipeline's samples."""
+    side = pipeline.sample_size[0]
+    multiple = describe_layers(pipeline.dash.model, config.num_down_blocks)["size_multiple"]
+    if side % multiple == 0:
+        return
+    pixels = multiple * (pipeline.resolution // side)
+    nearest = max(1, round(pipeline.resolution / pixels)) * pixels
+    fewer = ", or fewer --num_down_blocks" if config.num_down_blocks > 1 else ""
+    raise ValueError(
+        f"resolution is {pipeline.resolution}, but a Dot with num_down_blocks "
+        f"{config.num_down_blocks} needs images whose height and width are multiples of {pixels} "
+        f"here: give --resolution {nearest}{fewer}."
+    )
 
 
 def _check_caches(config: "TrainDotConfig") -> None:

@@ -21,6 +21,7 @@ from morse.training.convolutions import (
     warn_unless_annealed,
 )
 from morse.training.distillation import DistilledDot, add_distillation
+from morse.training.dot_checks import check_size
 from morse.training.frozen import FrozenPipeline, load_frozen_pipeline
 from morse.training.gate import calibration_pairs, fit_gate
 from morse.training.graphs import GraphedDot
@@ -163,6 +164,7 @@ def train_dot(config: TrainDotConfig) -> Path:
     goes_on = find_checkpoint(config.output_dir, config.resume_from_checkpoint) is not None
     left = config.max_train_seconds
     pipeline = load_frozen_pipeline(config, accelerator.device)
+    check_size(config, pipeline)
     stage = first_stage(config) if config.progressive_steps else config
     dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
     if config.progressive_steps:  # whether it can be grown is told before its training
