@@ -453,10 +453,13 @@ def test_graphs_change_nothing_but_speed(run):
          r"resolution is 8, .*num_down_blocks 3 .* of 16 here: give --resolution 16, or fewer"),
         (("--num_down_blocks", "2", "--block_out_channels", "4", "4", "--resolution", "12",
           "--progressive_steps", "2"), "resolution is 12, .* multiples of 8"),
+        (("--window_steps", "60", "--timestep_sampling", "plans", "--cache_pairs", "9"),
+         "window_steps is 60; it must be 59 or less with timestep_sampling 'plans' here"),
+        (("--window_steps", "1000"), "window_steps is 1000; it must be 999 or less"),
         (("--resolution", "10"), r"resolution is 10, .* give --resolution 8\.$"),
     ],
 )  # fmt: skip
-def test_a_size_that_m_does_not_divide(base, data_dir, tmp_path, options, message):
+def test_sizes_that_do_not_fit_are_told_at_once(base, data_dir, tmp_path, options, message):
     AcceleratorState._reset_state(reset_partial_state=True)
     config = parse_config(TrainDotConfig, arguments(base, data_dir, tmp_path / "run", *options))
     with pytest.raises(ValueError, match=message):

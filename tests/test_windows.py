@@ -10,7 +10,13 @@ from morse.training import windows
 from morse.training.frozen import FrozenDash
 from morse.training.pairs import Pairs, weighted_loss
 from morse.training.schedule import NoiseSchedule
-from morse.training.windows import draw_timesteps, fresh_window, make_window, pick_pairs
+from morse.training.windows import (
+    draw_timesteps,
+    fresh_window,
+    make_window,
+    most_points,
+    pick_pairs,
+)
 
 ALPHAS = DDPMScheduler().alphas_cumprod
 
@@ -40,6 +46,14 @@ def test_timesteps_decrease_within_the_schedule(sampling, num_points):
     # Both ends are reached, and a seed gives the same draws.
     assert timesteps[:, 0].max() > 980 and timesteps[:, -1].min() < 60
     assert torch.equal(timesteps, draw_timesteps(500, num_points, sampling, 1000, seeded()))
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "plans"])
+@pytest.mark.parametrize("num_train_timesteps", [50, 1000])
+def test_the_longest_windows_fit(sampling, num_train_timesteps):
+    most = most_points(sampling, num_train_timesteps)
+    timesteps = draw_timesteps(3, most, sampling, num_train_timesteps, seeded())
+    assert (timesteps.diff(dim=1) < 0).all() and timesteps.min() >= 0
 
 
 @pytest.mark.parametrize("num_train_timesteps", [4, 50])

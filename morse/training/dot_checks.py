@@ -12,6 +12,7 @@ from morse.training.common import check_frozen_dtype
 from morse.training.convolutions import annealing_steps, parse_conv_options
 from morse.training.distillation_terms import check_distill
 from morse.training.pruning import check_prune_settings
+from morse.training.windows import most_points
 
 if TYPE_CHECKING:
     from morse.training.config import TrainDotConfig
@@ -77,6 +78,13 @@ def check_size(config: "TrainDotConfig", pipeline: "FrozenPipeline") -> None:
         f"{config.num_down_blocks} needs images whose height and width are multiples of {pixels} "
         f"here: give --resolution {nearest}{fewer}."
     )
+
+
+def check_window_steps(config: "TrainDotConfig", pipeline: "FrozenPipeline") -> None:
+    """Raise `ValueError` unless windows fit into the noise schedule, or the grids of plans."""
+    most = most_points(config.timestep_sampling, len(pipeline.dash.schedule)) - 1
+    allowed = f"{most} or less with timestep_sampling {config.timestep_sampling!r} here"
+    require(config.window_steps <= most, "window_steps", config.window_steps, allowed)
 
 
 def _check_caches(config: "TrainDotConfig") -> None:

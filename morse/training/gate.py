@@ -12,7 +12,7 @@ from morse.dot.gate import Gate
 from morse.training.config import TrainDotConfig
 from morse.training.pairs import Pairs, dot_outputs, with_memory
 from morse.training.validation import GAP_BOUNDS, VALIDATION_STEPS, held_out_windows
-from morse.training.windows import pick_pairs
+from morse.training.windows import most_points, pick_pairs
 
 if TYPE_CHECKING:
     from morse.training.source import ConditionedImages
@@ -59,7 +59,8 @@ def calibration_pairs(source: "ConditionedImages", config: TrainDotConfig) -> li
     """
     first = max(0, min(config.validation_images, len(source) - config.validation_images))
     settings = replace(config, timestep_sampling="plans")
-    steps = max(config.window_steps, VALIDATION_STEPS)
+    most = most_points("plans", len(source.pipeline.dash.schedule)) - 1
+    steps = min(max(config.window_steps, VALIDATION_STEPS), most)
     dash, generator = source.pipeline.dash, torch.Generator(source.pipeline.device).manual_seed(1)
     return [
         pick_pairs(dash, window, 4 * steps, generator, False).to("cpu")

@@ -21,7 +21,7 @@ from morse.training.convolutions import (
     warn_unless_annealed,
 )
 from morse.training.distillation import DistilledDot, add_distillation
-from morse.training.dot_checks import check_size
+from morse.training.dot_checks import check_size, check_window_steps
 from morse.training.frozen import FrozenPipeline, load_frozen_pipeline
 from morse.training.gate import calibration_pairs, fit_gate
 from morse.training.graphs import GraphedDot
@@ -165,6 +165,7 @@ def train_dot(config: TrainDotConfig) -> Path:
     left = config.max_train_seconds
     pipeline = load_frozen_pipeline(config, accelerator.device)
     check_size(config, pipeline)
+    check_window_steps(config, pipeline)
     stage = first_stage(config) if config.progressive_steps else config
     dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
     if config.progressive_steps:  # whether it can be grown is told before its training

@@ -54,6 +54,12 @@ class Window:
         )
 
 
+def most_points(sampling: TimestepSampling, num_train_timesteps: int) -> int:
+    """Give how many points a window has room for: on grids of more, neighbours would coincide."""
+    longest = num_train_timesteps if sampling == "uniform" else PLAN_EVALUATIONS[1]
+    return min(longest, num_train_timesteps)
+
+
 def draw_timesteps(
     batch_size: int,
     num_points: int,
@@ -71,7 +77,7 @@ def draw_timesteps(
         scores = torch.rand(batch_size, num_train_timesteps, generator=generator, device=device)
         drawn = scores.topk(num_points, dim=1).indices
         return drawn.sort(dim=1, descending=True).values
-    high = min(PLAN_EVALUATIONS[1], num_train_timesteps)  # with more, neighbours would coincide
+    high = most_points(sampling, num_train_timesteps)
     low = min(max(PLAN_EVALUATIONS[0], num_points), high)
     dtype = _widest_float(device)
     uniform = torch.rand(2, batch_size, generator=generator, device=device, dtype=dtype)
