@@ -13,6 +13,7 @@ from train_runs import dot_arguments, save_pixels, weights
 from morse import MorseDot, enable_morse
 from morse.cli import parse_config
 from morse.dot.gate import Gate
+from morse.dot.hub import renew_card
 from morse.sampling import JumpPoint
 from morse.training.frozen import FrozenDash
 from morse.training.gate import calibration_pairs, fit_gate
@@ -271,6 +272,18 @@ def test_train_dot_fits_a_gate_also_to_a_dot_that_there_is(folders, tmp_path, ca
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     both = train_dot(config_of(folders, tmp_path / "both", "--max_train_steps", "3", "--fit_gate"))
     assert MorseDot.from_pretrained(both).gate == gated.gate
+    cards = ((path / "README.md").read_text() for path in (plain, folder, both))
+    assert ["gate on the residual" in card for card in cards] == [False, True, True]
+
+
+def test_a_card_with_words_of_people_is_not_renewed(make_dot, dash, tmp_path):
+    dot = make_dot(dash)
+    dot.save_pretrained(tmp_path)
+    card, before = tmp_path / "README.md", dot.model_card()
+    dot.set_gate(Gate((), (), ((0.5,),)).to_config())
+    card.write_text(before + "Ours.")
+    renew_card(dot, tmp_path, before)
+    assert card.read_text() == before + "Ours."
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,19 @@ class Publishable:
             )
 
 
+def renew_card(model: Publishable, folder: Path, before: str) -> None:
+    """Write the card of a saved model that has changed since, unless somebody wrote into it.
+
+    Args:
+        model: As it is to be saved again.
+        folder: Where it was saved.
+        before: Its card as it was then.
+    """
+    card = folder / CARD
+    if card.exists() and card.read_text(encoding="utf-8") == before:
+        write_bytes(card, model.model_card().encode())
+
+
 def publish(
     folder: Path,
     repo_id: str,

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from morse.dot import MorseDot
+from morse.dot.hub import renew_card
 from morse.training.cache import WindowCache, prepare_cache
 from morse.training.checkpoint import find_checkpoint
 from morse.training.config import TrainDotConfig
@@ -231,8 +232,9 @@ def _train_stage(
             finished.register_to_config(sparse=True)
         finished.save_pretrained(config.output_dir)  # first: what follows may run out of memory
         if config.fit_gate:
-            pairs = calibration_pairs(test, config)
+            pairs, ungated = calibration_pairs(test, config), finished.model_card()
             accelerator.print(fit_gate(finished, pairs, len(train.pipeline.dash.schedule)))
+            renew_card(finished, config.output_dir, ungated)
             finished.save_pretrained(config.output_dir)
         ratios = validate(finished, step)
         accelerator.print(f"residual error / reuse error on held-out images: {ratios}")
