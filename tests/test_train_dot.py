@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
-from train_runs import assert_same_run, dot_arguments, save_pixels, weights
+from train_runs import assert_same_run, copy_unfinished, dot_arguments, save_pixels, weights
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
@@ -341,6 +341,21 @@ def train_and_die_in_the_fourth_step(words):
     AcceleratorState._reset_state(reset_partial_state=True)
     TrainingRun._forward_backward = last_pass
     train_dot(parse_config(TrainDotConfig, words))
+
+
+def test_a_validation_that_an_interrupted_run_did_not_come_to_is_made(
+    run, base, data_dir, tmp_path
+):
+    validating = ("--validation_steps", "2")
+    whole = run(*validating)
+    given = arguments(base, data_dir, tmp_path / "run", *validating)
+    copy_unfinished(whole, tmp_path / "run", 5)
+    files = [tmp_path / f"run/validation/step-000000{step}.json" for step in (2, 4)]
+    for file in files:
+        file.unlink()
+    train_dot(parse_config(TrainDotConfig, [*given, "--resume_from_checkpoint", "latest"]))
+    assert [file.exists() for file in files] == [False, True]
+    assert files[1].read_bytes() == (whole / "validation/step-0000004.json").read_bytes()
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ from morse.training.source import (
     open_source,
 )
 from morse.training.start import DOT_OPTIONS, check_start, inherit
-from morse.training.validation import make_validator
+from morse.training.validation import make_validator, validation_file
 from morse.training.windows import pick_pairs
 
 if TYPE_CHECKING:
@@ -222,6 +222,9 @@ def _train_stage(
             accelerator.log(ratios, step=step)
             accelerator.print(f"step {step}: residual ratio {ratios['residual_ratio']:.4f}")
 
+    resumed = 0 < run.step < config.max_train_steps
+    if resumed and validate is not None and not validation_file(config, run.step).exists():
+        after_step(run.step)  # which the run that was interrupted did not come to
     if config.distill:
         accelerator.print("distill: Dash is evaluated once more for each training pair")
     step = run.train(after_step, make_annealer(dot, config))

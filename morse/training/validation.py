@@ -170,6 +170,11 @@ def _sample(
     return morse_sample(all_branches, corrected, step, noise, positions, plan)
 
 
+def validation_file(config: TrainDotConfig, step: int) -> Path:
+    """Give where the ratios after so many updates are written."""
+    return config.output_dir / "validation" / f"step-{step:07d}.json"
+
+
 def make_validator(
     source: ConditionedImages, config: TrainDotConfig
 ) -> Callable[[nn.Module, int], dict[str, float]]:
@@ -179,7 +184,6 @@ def make_validator(
     """
     pipeline, batches = source.pipeline, validation_pairs(source, config)
     sequences = validation_sequences(source, config) if config.norm == "dnr" else []
-    folder = config.output_dir / "validation"
     rows = [index % len(source) for index in range(_PICTURES)]
     low, high = pipeline.guidance_scale
     scale = torch.full((_PICTURES,), (low + high) / 2, device=pipeline.device)
@@ -191,10 +195,10 @@ def make_validator(
         ratios = residual_ratios(dot, batches, len(pipeline.dash.schedule))
         if sequences:
             ratios |= sequence_ratios(dot, sequences, VALIDATION_STEPS)
-        write_json(folder / f"step-{step:07d}.json", ratios)
+        write_json(validation_file(config, step), ratios)
         samples = sample_rows(pipeline.dash, dot, shape, conditions, batch_size=at_once)
         images = pipeline.to_images(samples.flatten(0, 1)).unflatten(0, samples.shape[:2])
-        _save_picture(images, folder / f"step-{step:07d}.png")
+        _save_picture(images, validation_file(config, step).with_suffix(".png"))
         return ratios
 
     return validate
