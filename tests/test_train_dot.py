@@ -343,6 +343,17 @@ def train_and_die_in_the_fourth_step(words):
     train_dot(parse_config(TrainDotConfig, words))
 
 
+def test_without_time_an_update_is_made_and_the_run_goes_on(
+    base, data_dir, tmp_path, whole_run, capsys
+):
+    given = arguments(base, data_dir, tmp_path / "run")
+    train_dot(parse_config(TrainDotConfig, [*given, "--max_train_seconds", "1e-9"]))
+    assert "max_train_seconds is 1e-09: stopped at step 1 of 5; to go" in capsys.readouterr().out
+    assert (tmp_path / "run/checkpoint-1").is_dir()
+    train_dot(parse_config(TrainDotConfig, [*given, "--resume_from_checkpoint", "latest"]))
+    assert_same_run(tmp_path / "run", whole_run, 5)
+
+
 def test_a_validation_that_an_interrupted_run_did_not_come_to_is_made(
     run, base, data_dir, tmp_path
 ):

@@ -39,8 +39,8 @@ class RunConfig:
     max_train_seconds: float | None = field(
         default=None,
         metadata={
-            "help": "stop after so many seconds of training (caches are made before), and save as "
-            "at the end"
+            "help": "stop after so many seconds of training (caches are made before), but not "
+            "before the first update, and save as at the end"
         },
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "highest learning rate"})

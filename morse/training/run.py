@@ -181,6 +181,11 @@ class TrainingRun:
                     after_step(self.step)
             log.check(self.step)
         self.save()
+        if self.step < config.max_train_steps:
+            accelerator.print(
+                f"max_train_seconds is {config.max_train_seconds}: stopped at step {self.step} of "
+                f"{config.max_train_steps}; to go on give --resume_from_checkpoint latest"
+            )
         accelerator.wait_for_everyone()
         return self.step
 
@@ -224,7 +229,8 @@ class TrainingRun:
         limit, accelerator = self.config.max_train_seconds, self.accelerator
         if limit is None:
             return False
-        late = time.monotonic() - self.started > limit
+        # One update is made at least: a network without any is no result, nor one to go on from.
+        late = time.monotonic() - self.started > limit and self.step > 0
         if accelerator.num_processes == 1:
             return late
         if self.step % self.config.logging_steps:
