@@ -165,12 +165,12 @@ def train_dot(config: TrainDotConfig) -> Path:
     goes_on = find_checkpoint(config.output_dir, config.resume_from_checkpoint) is not None
     left = config.max_train_seconds
     pipeline = load_frozen_pipeline(config, accelerator.device)
-    check_size(config, pipeline)
-    check_window_steps(config, pipeline)
     stage = first_stage(config) if config.progressive_steps else config
     dot = build_dot(pipeline.dash.model, stage, pipeline.sample_size)
     if config.progressive_steps:  # whether it can be grown is told before its training
         grow(_new_dot(pipeline.dash.model, config, pipeline.sample_size), dot)
+    check_size(config, pipeline)
+    check_window_steps(config, pipeline)
     data = _open_data(pipeline, config, accelerator)
     if config.progressive_steps and not goes_on:
         first, started = begin_run(stage), time.monotonic()
