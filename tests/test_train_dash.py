@@ -80,7 +80,8 @@ def test_time_limit_saves_and_resumes(data_file, tmp_path, whole_run, monkeypatc
 
 
 def test_settings_that_a_checkpoint_keeps_are_told(data_file, tmp_path, capsys):
-    config = make_config(data_file, tmp_path / "run", "--max_train_steps", "2")
+    steps = ("--max_train_steps", "2", "--lr_warmup_steps", "1")
+    config = make_config(data_file, tmp_path / "run", *steps)
     train_dash(config)
     changes = {"adam_beta2": 0.99, "adam_weight_decay": 0.1, "ema_max_decay": 0.5, "seed": 4,
                "learning_rate": 0.02, "logging_steps": 1}  # fmt: skip

@@ -343,6 +343,13 @@ def train_and_die_in_the_fourth_step(words):
     train_dot(parse_config(TrainDotConfig, words))
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_a_warm_up_without_an_end_is_told(run, warmup, capsys):
+    run("--max_train_steps", "2", "--lr_warmup_steps", str(warmup))
+    told = "lr_warmup_steps is 2 and max_train_steps 2, so that the rate ends at 5.0e-03"
+    assert (told in capsys.readouterr().out) == (warmup == 2)
+
+
 def test_without_time_an_update_is_made_and_the_run_goes_on(
     base, data_dir, tmp_path, whole_run, capsys
 ):

@@ -72,6 +72,13 @@ class TrainingRun:
         self.ema: EMAModel | None = make_ema(self.model.parameters(), config)
         self.step = self.saved_step = 0
         self._resume()
+        if config.lr_warmup_steps >= config.max_train_steps > 0:
+            accelerator.print(
+                f"warning: lr_warmup_steps is {config.lr_warmup_steps} and max_train_steps "
+                f"{config.max_train_steps}, so that the rate ends at "
+                f"{learning_rate_at(config, config.max_train_steps - 1):.1e} without reaching "
+                f"{config.learning_rate:g}; give fewer --lr_warmup_steps"
+            )
 
     def _resume(self) -> None:
         path = find_checkpoint(self.config.output_dir, self.config.resume_from_checkpoint)
