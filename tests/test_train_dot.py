@@ -157,6 +157,14 @@ class TestInitFrom:
         # Dash's estimate, which the pairs are made from, is kept there too.
         assert json.loads((folder / "train_config.json").read_text())["base_space"] == "x0"
 
+    def test_a_scale_without_a_lora_is_no_hindrance(self, dash, tmp_path):
+        MorseDot.from_dash(dash, 1, (8,), lora_rank=0, lora_alpha=8).save_pretrained(tmp_path)
+        words = arguments("", "", "", "--block_out_channels", "8", "--init_from", str(tmp_path))
+        config = inherit(parse_config(TrainDotConfig, [*words, "--lora_rank", "0"]))
+        assert build_dot(dash, config).config.lora_alpha is None
+        with pytest.raises(ValueError, match="lora_rank=0, but lora_rank is 2"):
+            build_dot(dash, inherit(parse_config(TrainDotConfig, words)))
+
     def test_widths_and_options_too(self, dash, tmp_path):
         start = MorseDot.from_dash(dash, 1, (8,), lora_rank=2, conv="odconv",
                                    conv_options={"num_kernels": 2, "reduction": 0.5})  # fmt: skip
@@ -174,6 +182,7 @@ class TestInitFrom:
         ("options", "message"),
         [
             (("--lora_rank", "3"), "lora_rank=2, but lora_rank is 3 .*: give --lora_rank 2"),
+            (("--lora_rank", "0"), "lora_rank=2, but lora_rank is 0 .*: give --lora_rank 2"),
             (("--lora_alpha", "3"), "lora_alpha=2, but lora_alpha is 3.0 .*: give --lora_alpha 2"),
             (("--block_out_channels", "8"), "block_out_channels=.*: give --block_out_channels 4"),
             (("--num_down_blocks", "3", "--block_out_channels", "4", "4", "4"),
@@ -408,6 +417,8 @@ def test_killed_in_a_step_and_resumed_gives_the_same_bits(base, data_dir, tmp_pa
         (("--window_steps", "0"), "window_steps is 0"),
         (("--cache_pairs", "0"), "cache_pairs is 0"),
         (("--validation_steps", "-1"), "validation_steps is -1"),
+        (("--lora_alpha", "0"), "lora_alpha is 0.0; it must be more than 0"),
+        (("--lora_rank", "0", "--lora_alpha", "8"), "lora_alpha is 8 and lora_rank is 0"),
     ],
 )
 def test_settings_are_checked(base, data_dir, tmp_path, options, message, capsys):

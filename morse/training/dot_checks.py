@@ -7,7 +7,7 @@ from morse.dot.conv_settings import conv_settings
 from morse.dot.guidance import check_dot_guidance
 from morse.dot.ports import describe_layers
 from morse.history import check_history
-from morse.settings import given, require, require_least
+from morse.settings import given, require, require_least, require_positive
 from morse.training.common import check_frozen_dtype
 from morse.training.convolutions import annealing_steps, parse_conv_options
 from morse.training.distillation_terms import check_distill
@@ -34,6 +34,7 @@ def check_dot_settings(config: "TrainDotConfig") -> None:
     """Raise `ValueError`, naming setting, value and way out, unless all of them can be used."""
     require_least(config, _LEAST)
     check_frozen_dtype(config.dtype, config.mixed_precision)
+    _check_lora(config)
     check_prune_settings(config)
     _check_progressive(config)
     _check_gate(config)
@@ -62,6 +63,15 @@ def check_dot_settings(config: "TrainDotConfig") -> None:
             f"{config.cache_pairs} and window_steps is {config.window_steps}"
         )
     _check_caches(config)
+
+
+def _check_lora(config: "TrainDotConfig") -> None:
+    require_positive(config, ("lora_alpha",))
+    if config.lora_alpha is not None and not config.lora_rank:
+        raise ValueError(
+            f"lora_alpha is {config.lora_alpha:g} and lora_rank is 0, with which there is no LoRA "
+            "to scale; leave --lora_alpha away, or give a --lora_rank"
+        )
 
 
 def check_size(config: "TrainDotConfig", pipeline: "FrozenPipeline") -> None:

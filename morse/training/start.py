@@ -31,7 +31,9 @@ def inherit(config: TrainDotConfig) -> TrainDotConfig:
     if config.init_from is None:
         return config
     start = MorseDot.from_pretrained(config.init_from).config
-    own = {"lora_alpha": start.lora_alpha, "base_space": start.base_space}
+    own = {"base_space": start.base_space}
+    if start.lora_rank and config.lora_rank:
+        own["lora_alpha"] = start.lora_alpha
     if config.num_down_blocks == start.num_down_blocks:
         own["block_out_channels"] = tuple(start.block_out_channels)
     if config.conv == start.conv and start.conv_options is not None:
@@ -72,10 +74,11 @@ def check_start(dot: MorseDot, start: MorseDot, path: Path) -> None:
 
 def _settings(config: Mapping[str, object]) -> dict[str, object]:
     """Give what is compared, the same whether it was left away, given or read from a file."""
-    alpha, options = config["lora_alpha"], conv_settings(config["conv"], config["conv_options"])
+    rank, alpha = config["lora_rank"], config["lora_alpha"]
+    options = conv_settings(config["conv"], config["conv_options"])
     return {name: config[name] for name in DOT_OPTIONS if name != "guidance"} | {
         "block_out_channels": tuple(config["block_out_channels"]),
-        "lora_alpha": config["lora_rank"] if alpha is None else alpha,
+        "lora_alpha": alpha if rank and alpha is not None else rank,
         "conv_options": None if options is None else _words(asdict(options)),
     }
 
