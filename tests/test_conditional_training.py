@@ -456,6 +456,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="takes the guidance scale as an input"):
             freeze_pipeline(text_pipeline(text_unet(time_cond_proj_dim=8)))
 
+    @pytest.mark.parametrize("kind", ["timestep", "identity"])
+    def test_classes_that_are_no_numbers_are_refused(self, kind, build_unet, make_pipe):
+        unet = build_unet(class_embed_type=kind)
+        with pytest.raises(ValueError, match=f"has class_embed_type '{kind}', but train_dot"):
+            freeze_pipeline(make_pipe(unet=unet))
+
     def test_no_text_encoder(self):
         pipe = text_pipeline()
         pipe.text_encoder = None

@@ -68,6 +68,12 @@ def make_encoder(pipe: "DiffusionPipeline", denoiser: nn.Module, size: int) -> C
             "consistency models do; train_dot does not handle it: give a pipeline with ordinary "
             "classifier-free guidance."
         )
+    if denoiser.config.get("class_embed_type") is not None:
+        raise ValueError(
+            f"{type(pipe).__name__}'s denoiser has class_embed_type "
+            f"{denoiser.config.class_embed_type!r}, but train_dot knows classes by their number "
+            "only: give a pipeline whose denoiser has num_class_embeds alone, or takes no classes."
+        )
     if hasattr(pipe, "encode_prompt"):
         return _text_encoder(pipe, denoiser, size)
     if type(denoiser).__name__ == "DiTTransformer2DModel":
