@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from morse.attach import enable_morse, inherit_dot, morse_class
 from morse.dot import MorseDot
-from morse.dot.loading import safetensors_only
+from morse.dot.loading import loading_from, safetensors_only
 from morse.sampling import Dot
 from morse.schedulers import check_scheduler, make_scheduler
 
@@ -159,6 +159,11 @@ def load_dot(path: str | os.PathLike, **kwargs: object) -> MorseDot:
     Raises:
         OSError: If neither holds a Dot.
     """
+    with loading_from("dot", path):
+        return _load_either(path, **kwargs)
+
+
+def _load_either(path: str | os.PathLike, **kwargs: object) -> MorseDot:
     if (Path(path) / "dot").is_dir():
         return _load_variant(path, "dot", **kwargs)
     try:
@@ -170,9 +175,8 @@ def load_dot(path: str | os.PathLike, **kwargs: object) -> MorseDot:
             return _load_variant(path, "dot", **kwargs)
         except OSError:
             raise OSError(
-                f"dot={str(path)!r} is no folder, and on the hub it has a Dot neither in its root "
-                'nor in the subfolder "dot"; for another place pass '
-                "dot=MorseDot.from_pretrained(id, subfolder=..., revision=...). In its root: "
+                'it has a Dot neither in its root nor in the subfolder "dot"; for another place '
+                "pass dot=MorseDot.from_pretrained(id, subfolder=..., revision=...). In its root: "
                 f"{error}"
             ) from error
 

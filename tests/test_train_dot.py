@@ -441,6 +441,21 @@ def test_a_failed_first_try_leaves_an_empty_folder(
     assert not any((tmp_path / "run").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("option", "place", "message"),
+    [
+        ("init_from", "{}/nowhere", "does not exist; give a folder, or an id of the hub"),
+        ("init_from", "{}", "cannot be loaded: Error no file named config.json"),
+        ("pretrained_model_name_or_path", "some/where/else", "does not exist"),
+    ],
+)
+def test_a_place_without_a_model_is_told_with_its_option(run, base, option, place, message):
+    place = place.format(base)
+    start = re.escape(f"{option} is {place!r}, which ")
+    with pytest.raises(OSError, match=start + message):
+        run(f"--{option}", place)
+
+
 def test_graphs_need_cuda(run):
     with pytest.raises(ValueError, match="cuda_graphs needs a CUDA device"):
         run("--cuda_graphs")

@@ -1,6 +1,7 @@
 """Tuning a Dot through whole runs: gradients, targets, the command, and what it saves."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from itertools import combinations
@@ -470,6 +471,17 @@ def test_each_guidance_scale_has_its_targets(text_folder, tmp_path):
     assert not torch.allclose(wanted[3.0], wanted[1.0], atol=1e-2)
     facts = json.loads((tmp_path / "run/tuning.json").read_text())
     assert facts["decibels_by_step"]["0"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("option", "more"),
+    [("dot", ()), ("blend_from", ("--blend", "0.5")), ("pretrained_model_name_or_path", ())],
+)
+def test_a_place_without_a_model_is_told_with_its_option(tune, tmp_path, option, more):
+    for place, message in ((tmp_path, "cannot be loaded: "), (tmp_path / "no", "does not exist")):
+        start = re.escape(f"{option} is {str(place)!r}, which ")
+        with pytest.raises(OSError, match=f"^{start}{message}"):
+            tune(f"--{option}", str(place), *more)
 
 
 def test_what_became_worse_is_named():

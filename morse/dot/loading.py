@@ -1,6 +1,13 @@
 """What every loading of a Dot or of a pipeline insists on."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from torch import nn
+
+_PARTS_OF_AN_ID = 2  # owner/name
 
 
 def safetensors_only(kwargs: dict[str, object]) -> dict[str, object]:
@@ -13,6 +20,35 @@ def safetensors_only(kwargs: dict[str, object]) -> dict[str, object]:
     if kwargs.get("use_safetensors") not in (None, True):
         raise ValueError("use_safetensors must be True: Morse never reads pickled weights.")
     return {**kwargs, "use_safetensors": True}
+
+
+class PlaceError(OSError):
+    """Nothing, or not all, could be loaded from a place; the message names the setting."""
+
+
+@contextmanager
+def loading_from(option: str, place: str | os.PathLike) -> Iterator[None]:
+    """Let the errors of a loading name the setting that says from where.
+
+    Args:
+        option: Its name.
+        place: Its value, a folder or a hub id.
+
+    Raises:
+        PlaceError: For an `OSError` within, and at once for a path that does not exist and is no
+            hub id.
+    """
+    path, told = Path(place), f"{option} is {str(place)!r}"
+    is_path = path.is_absolute() or str(place).startswith(".") or len(path.parts) > _PARTS_OF_AN_ID
+    if is_path and not path.exists():  # the hub, where there is any, need not be asked
+        raise PlaceError(f"{told}, which does not exist; give a folder, or an id of the hub")
+    try:
+        yield
+    except PlaceError:
+        raise
+    except OSError as error:
+        what = "cannot be loaded" if path.exists() else "is no folder here, nor found on the hub"
+        raise PlaceError(f"{told}, which {what}: {error}") from error
 
 
 def align_weights(model: nn.Module) -> None:

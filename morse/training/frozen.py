@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from morse.capture import map_tensors
 from morse.dot.guidance import DotGuidance
+from morse.dot.loading import loading_from
 from morse.history import extrapolate
 from morse.spaces import BaseSpace, Rates, rebase
 from morse.training.conditions import ConditionEncoder, make_encoder
@@ -194,7 +195,8 @@ def load_frozen_pipeline(config: "TrainDotConfig", device: torch.device) -> Froz
 
     dtypes = frozen_dtypes(config.dtype, device)
     name = config.pretrained_model_name_or_path
-    pipe = MorsePipeline.from_pretrained(name, dtype=dtypes).to(device)
+    with loading_from("pretrained_model_name_or_path", name):
+        pipe = MorsePipeline.from_pretrained(name, dtype=dtypes).to(device)
     found = freeze_pipeline(pipe, config.resolution, config.guidance_scale, config.base_space)
     if config.guidance == "guided":
         check_one_pass(pipe, found.guidance_scale)

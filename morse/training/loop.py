@@ -40,7 +40,7 @@ from morse.training.source import (
     draw_windows,
     open_source,
 )
-from morse.training.start import DOT_OPTIONS, check_start, inherit
+from morse.training.start import DOT_OPTIONS, check_start, inherit, load_start
 from morse.training.validation import make_validator, validation_file
 from morse.training.windows import pick_pairs
 
@@ -64,7 +64,7 @@ def build_dot(
     """
     dot = _new_dot(dash, config, sample_size)
     if config.init_from is not None:
-        start = MorseDot.from_pretrained(config.init_from)
+        start = load_start(config.init_from)
         check_start(dot, start, config.init_from)
         dot.set_mixture(start.mixture)  # it is of the data, whatever becomes of Dot
         start_from(dot, start)

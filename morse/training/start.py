@@ -6,6 +6,7 @@ from pathlib import Path
 
 from morse.dot import MorseDot
 from morse.dot.conv_settings import conv_settings
+from morse.dot.loading import loading_from
 from morse.training.config import TrainDotConfig
 
 # Settings of a Dot that a training has under the same names.
@@ -30,7 +31,7 @@ def inherit(config: TrainDotConfig) -> TrainDotConfig:
     """Take settings that were left away from the Dot of `init_from`, if there is one."""
     if config.init_from is None:
         return config
-    start = MorseDot.from_pretrained(config.init_from).config
+    start = load_start(config.init_from).config
     own = {"base_space": start.base_space}
     if start.lora_rank and config.lora_rank:
         own["lora_alpha"] = start.lora_alpha
@@ -39,6 +40,16 @@ def inherit(config: TrainDotConfig) -> TrainDotConfig:
     if config.conv == start.conv and start.conv_options is not None:
         own["conv_options"] = _words(start.conv_options)
     return replace(config, **{k: v for k, v in own.items() if getattr(config, k) is None})
+
+
+def load_start(path: Path) -> MorseDot:
+    """Load the Dot of `init_from`.
+
+    Raises:
+        OSError: If there is none.
+    """
+    with loading_from("init_from", path):
+        return MorseDot.from_pretrained(path)
 
 
 def check_start(dot: MorseDot, start: MorseDot, path: Path) -> None:

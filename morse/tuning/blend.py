@@ -19,14 +19,17 @@ def weights_before(dot: "MorseDot", blend_from: str | None) -> dict[str, Tensor]
         blend_from: Folder or hub id of a like Dot whose weights count; those of `dot` if None.
 
     Raises:
+        OSError: If there is no such Dot.
         ValueError: If the two have other weights, or weights of other shapes.
     """
     own = {name: value.clone() for name, value in _own_weights(dot).items()}
     if blend_from is None:
         return own
     from morse.dot import MorseDot
+    from morse.dot.loading import loading_from
 
-    other = MorseDot.from_pretrained(blend_from).to(dot.device)
+    with loading_from("blend_from", blend_from):
+        other = MorseDot.from_pretrained(blend_from).to(dot.device)
     weights = _own_weights(other)
     shapes, wanted = ({n: v.shape for n, v in each.items()} for each in (weights, own))
     if shapes != wanted:

@@ -6,6 +6,7 @@ import torch
 
 from morse.denoisers import find_denoiser
 from morse.dot import MorseDot
+from morse.dot.loading import loading_from
 from morse.evaluation.bench.loading import load_bare
 from morse.pipeline import load_dot
 from morse.training.frozen_checks import frozen_dtypes
@@ -37,11 +38,13 @@ def load_to_tune(
     """Load a pipeline without Morse, as `load_bare` does, and its Dot.
 
     Raises:
+        OSError: If nothing is there, or is not whole; the message names the setting.
         ValueError: As `load_bare`, or if the precision is none that the device trains in.
     """
     dtypes = frozen_dtypes(config.dtype, device)
     name = config.pretrained_model_name_or_path
-    bare, dot = load_bare(name, config.dot, str(device), dtype=dtypes)
+    with loading_from("pretrained_model_name_or_path", name):
+        bare, dot = load_bare(name, config.dot, str(device), dtype=dtypes)
     if config.dtype != "float32":
         # Anew, as that one was rounded to Dash's precision.
         dot = load_dot(dot.config["_name_or_path"], dtype=torch.float32)
