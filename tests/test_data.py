@@ -8,10 +8,12 @@ from idx_files import write_idx
 from PIL import Image, PngImagePlugin
 
 from morse.cli import parse_config
+from morse.evaluation.fid.image_sets import open_image_set
 from morse.training.batches import StepBatches, step_loader
 from morse.training.dash import TrainDashConfig
 from morse.training.data import open_images, open_training_images, to_model_range
 from morse.training.idx import IDX_IMAGES, IDX_LABELS, fit_images, read_idx
+from morse.training.image_reading import find_images
 
 
 @pytest.fixture
@@ -126,6 +128,21 @@ def test_more_than_8_bits_are_not_clipped_in_silence(tmp_path, mode, name):
     Image.new(mode, (4, 4)).save(tmp_path / name)
     with pytest.raises(ValueError, match=rf"{name} cannot be read.*mode is {mode}, but 8 bits"):
         open_images(tmp_path, 4, 1)[0]
+
+
+def test_folders_are_searched_as_they_look(tmp_path):
+    """Hidden ones are not, links are followed, once each, and none is an image itself."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / ".cache", root / "b", root / "dir.png", elsewhere / ".hidden"):
+        folder.mkdir(parents=True)
+        Image.new("L", (4, 4)).save(folder / "1.png")
+    Image.new("L", (4, 4)).save(elsewhere / "2.png")
+    for link, target in (("a", root / "b"), ("b/up", root), ("b/c.png", elsewhere)):
+        (root / link).symlink_to(target, target_is_directory=True)
+    found = [path.relative_to(root).as_posix() for path in sorted(find_images(root))]
+    assert found == ["b/1.png", "b/c.png/2.png", "dir.png/1.png"]
+    assert open_images(root, 4, 1).__getitems__([0, 1, 2]).shape == (3, 1, 4, 4)
+    assert len(open_image_set(str(root))) == 3
 
 
 def test_hidden_files_are_no_images(tmp_path):
@@ -275,6 +292,14 @@ def test_an_unfit_image_of_the_hub_is_named(hub):
     assert images[0].shape == (1, 4, 4)
     with pytest.raises(ValueError, match=r"row 1 .* in image_column 'image' cannot be read.*I;16"):
         images[1]
+
+
+@pytest.mark.parametrize("value", [None, "x.png", {"bytes": b"", "path": None}])
+def test_what_is_no_image_of_the_hub_is_named(hub, value):
+    hub(train=Rows(image=[value]), test=Rows(image=[value]))
+    message = r"row 0 .* in image_column 'image' cannot be .*it is .*; give another --image_column"
+    with pytest.raises(ValueError, match=message):
+        open_hub(4, 1)[0]
 
 
 def test_contents_tell_images_from_others(tmp_path, pixels, hub):

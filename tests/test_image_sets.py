@@ -161,6 +161,9 @@ def test_a_hub_data_set_is_read_by_row(monkeypatch):
     images = open_image_set("hub:some/name", SetOptions("test"))
     (batch,) = read_batches(images, 1, 8, ReadingFacts())
     assert batch[:, 0, 0, 0].tolist() == [1, 2]
+    facts, rows[0]["image"] = ReadingFacts(), None
+    (batch,) = read_batches(images, 1, 8, facts)
+    assert len(batch) == 1 and facts.unreadable == ["some/name/test[0] (it is None, no image)"]
     named = open_image_set("hub:some/name", SetOptions("test", dataset_config_name="plain"))
     assert (images.name, named.name) == ("hub:some/name (test)", "hub:some/name (plain, test)")
     with pytest.raises(ValueError, match=r"dataset_config_name 'other' .* \['plain'\]"):

@@ -21,7 +21,7 @@ from morse.training.idx import (
     read_idx,
     read_idx_labels,
 )
-from morse.training.image_reading import IMAGE_SUFFIXES, is_image, read_files, read_rows
+from morse.training.image_reading import IMAGE_SUFFIXES, find_images, read_files, read_rows
 
 if TYPE_CHECKING:
     from morse.training.common import TrainingConfig
@@ -179,7 +179,7 @@ def _open_folder(
 ) -> ImageDataset:
     has_splits = all((root / name).is_dir() for name in IDX_PREFIXES)
     path = root / split if has_splits else root
-    files = sorted(filter(is_image, path.rglob("*")))
+    files = sorted(find_images(path))
     if not files:
         raise ValueError(
             f"train_data_dir is {path}, which has no images: expected files ending in "

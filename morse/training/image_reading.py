@@ -1,5 +1,7 @@
 """Image files: which names they have, and their pixels as 8-bit grey or colour."""
 
+import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,38 @@ BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # wha
 def is_image(path: Path) -> bool:
     """Tell images by their names; hidden files, as the `._a.png` of macOS's archives, are none."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def find_images(folder: Path) -> list[Path]:
+    """List the images in a folder and those below it, through links to folders too.
+
+    Hidden folders are passed over, and each folder is looked through once, by its own path before
+    that of a link.
+    """
+    found, seen, tops = [], set(), [str(folder)]
+    for top in tops:  # which grows
+        for place, folders, names in os.walk(top):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            links = (os.path.join(place, name) for name in folders)
+            tops += [link for link in links if os.path.islink(link)]
+            found += [path for name in names if is_image(path := Path(place, name))]
+    return found
+
+
+def as_image(value: object) -> Image.Image:
+    """Give what is in a column of images.
+
+    Raises:
+        ValueError: If it is no image.
+    """
+    if isinstance(value, Image.Image):
+        return value
+    raise ValueError(f"it is {reprlib.repr(value)}, no image")
 
 
 def has_alpha(image: Image.Image) -> bool:
@@ -63,20 +97,25 @@ def read_files(files: list[Path], resolution: int, channels: int, indices: list[
 def read_rows(
     rows: "Dataset", column: str, resolution: int, channels: int, indices: list[int]
 ) -> Tensor:
-    """Read the images in a column of a hub data set likewise."""
+    """Read the images in a column of a hub data set.
+
+    Raises:
+        ValueError: If one is missing or cannot be read; the message names its row.
+    """
     images = []
     for index in indices:
-        with _naming(f"row {index} (of its part) in image_column {column!r}"):
-            images.append(fit_image(rows[index][column], resolution, channels))
+        row = f"row {index} (of its part) in image_column {column!r}"
+        with _naming(row, "give another --image_column, or a data set without it"):
+            images.append(fit_image(as_image(rows[index][column]), resolution, channels))
     return torch.stack(images)
 
 
 @contextmanager
-def _naming(name: object) -> Iterator[None]:
+def _naming(name: object, remedy: str = "remove it") -> Iterator[None]:
     try:
         yield
     except BROKEN as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}; remove it") from error
+        raise ValueError(f"{name} cannot be read as an image: {error}; {remedy}") from error
 
 
 def fit_image(image: Image.Image, resolution: int, channels: int) -> Tensor:

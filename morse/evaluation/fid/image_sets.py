@@ -11,7 +11,7 @@ from PIL import Image
 
 from morse.training.data import IDX_PREFIXES
 from morse.training.idx import IDX_IMAGES, IDX_IMAGES_NAME, fit_images, read_idx
-from morse.training.image_reading import IMAGE_SUFFIXES, is_image
+from morse.training.image_reading import IMAGE_SUFFIXES, as_image, find_images
 
 HUB = "hub:"
 NAMED_FILES = 10  # unreadable files that a result lists by name
@@ -153,7 +153,7 @@ def open_image_set(source: str, options: SetOptions = AS_IT_IS) -> ImageSet:
         if not chosen:
             raise FileNotFoundError(f"split is {options.split!r}, but {path} has only {idx_files}")
         return _open_idx(chosen[0], options.resolution)
-    images = image_files(path, list(filter(is_image, path.rglob("*"))))
+    images = image_files(path, find_images(path))
     return replace(images, resolution=options.resolution)
 
 
@@ -207,4 +207,4 @@ def _open_hub(name: str, options: SetOptions) -> ImageSet:
     names = [f"{name}/{split}[{i}]" for i in range(len(rows))]
     part = ", ".join(filter(None, (config_name, split)))
     known_as = f"{HUB}{name} ({part})"
-    return ImageSet(known_as, names, lambda i: rows[i][column], options.resolution)
+    return ImageSet(known_as, names, lambda i: as_image(rows[i][column]), options.resolution)
