@@ -490,9 +490,13 @@ def test_what_became_worse_is_named():
     assert worse_plans(found[0], found[0]) == []
 
 
-def test_plans_without_dot_are_refused(sampled):
-    with pytest.raises(ValueError, match=r"lsd is \(4,\), but the plans of leapfrog"):
-        runs_to_tune(sampled.pipe, {"leapfrog": sampled.pipe.scheduler}, (4,))
+def test_plans_without_dot_are_told_and_alone_refused(sampled):
+    schedulers, told = {"leapfrog": sampled.pipe.scheduler}, []
+    with pytest.raises(ValueError, match=r"lsd is \(4,\), but at N = 4 the plans of leapfrog"):
+        runs_to_tune(sampled.pipe, schedulers, (4,))
+    runs = runs_to_tune(sampled.pipe, schedulers, (2, 4), tell=told.append)
+    assert [run.name for run in runs] == ["leapfrog, 2 LSD"]
+    assert told == ["not tuned for, as without Dot at N = 4: leapfrog, 4 LSD"]
 
 
 @pytest.mark.parametrize(

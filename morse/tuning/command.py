@@ -4,7 +4,7 @@ A Dot learns single steps first (`train_dot`), where an error counts as much as 
 whole runs are made, Dash frozen but differentiated, so that it learns what matters at a run's end.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -65,7 +65,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
     guided = replace(conditions, guidance_scale=max(config.guidance_scale, default=None))
     pipe.speed_ratio = _choose_speed_ratio(pipe, config, guided, accelerator, earlier_ratio)
     target_runs = _target_runs(pipe, config.target_lsd, scales)
-    runs = runs_to_tune(pipe, schedulers, config.lsd, scales)
+    runs = runs_to_tune(pipe, schedulers, config.lsd, scales, accelerator.print)
     sampled, many = (
         SampledRun(pipe, each, conditions, config.seed, decode) for each in (runs, target_runs)
     )
@@ -165,6 +165,7 @@ def runs_to_tune(
     schedulers: Mapping[str, "SchedulerMixin"],
     budgets: Sequence[float],
     scales: Sequence[float | None] = (None,),
+    tell: Callable[[str], None] = print,
 ) -> list[PlannedRun]:
     """Give what `lsd=` runs with each solver for each budget, without those that have no Dot.
 
@@ -173,22 +174,29 @@ def runs_to_tune(
         schedulers: By the name of their solver.
         budgets: In LSD.
         scales: Guidance scales, each for all of these; their targets are in this order.
+        tell: Is told which are left out.
 
     Raises:
         ValueError: If none has.
     """
-    runs = []
+    runs, all_dash = [], []
     for (solver, scheduler), lsd in product(schedulers.items(), budgets):
         pipe.scheduler = scheduler
         run = PlannedRun(scheduler, pipe.plan_for(lsd), f"{solver}, {lsd:g} LSD")
-        runs += _at_scales(run, scales)
-    with_dot = [run for run in runs if "o" in run.plan.plan]
-    if not with_dot:
+        if "o" in run.plan.plan:
+            runs += _at_scales(run, scales)
+        else:
+            all_dash.append(run.name)
+    if not runs:
         raise ValueError(
-            f"lsd is {tuple(budgets)}, but the plans of {', '.join(schedulers)} for these are all "
-            "Dash; give budgets whose plans have Dot."
+            f"lsd is {tuple(budgets)}, but at N = {pipe.speed_ratio:g} the plans of "
+            f"{', '.join(schedulers)} for these are without Dot, and there is nothing to tune: "
+            "give another --solver or other --lsd, or the N of where Dot is to run by "
+            "--speed_ratio; where no plan has Dot, it is of no help there, so leave it as it is."
         )
-    return with_dot
+    if all_dash:
+        tell(f"not tuned for, as without Dot at N = {pipe.speed_ratio:g}: {'; '.join(all_dash)}")
+    return runs
 
 
 def _at_scales(run: PlannedRun, scales: Sequence[float | None]) -> list[PlannedRun]:
