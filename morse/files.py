@@ -16,6 +16,27 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the files in a folder and below that processes which are gone were writing."""
+    for path in folder.rglob(".*.tmp-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdecimal() and path.is_file() and _is_gone(int(number)):
+            path.unlink(missing_ok=True)
+
+
+def _is_gone(process: int) -> bool:
+    """Tell whether there is no process of this number; where that cannot be asked, there may be."""
+    if os.name != "posix":  # the question would end it
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is another user's
+        return False
+    return False
+
+
 def put_in_place(temporary: Path, path: Path) -> None:
     """Make a file or folder `path`, once it is on the disk."""
     _sync(temporary)

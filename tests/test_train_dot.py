@@ -385,6 +385,26 @@ def test_a_validation_that_an_interrupted_run_did_not_come_to_is_made(
     assert files[1].read_bytes() == (whole / "validation/step-0000004.json").read_bytes()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="processes are not asked for elsewhere")
+def test_what_a_killed_run_left_is_removed(base, data_dir, tmp_path, whole_run):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    gone = get_context("spawn").Process(target=abs, args=(0,))
+    gone.start()
+    gone.join()
+    left, running = (
+        [folder / f".config.json.tmp-{number}", folder / f"validation/.step.json.tmp-{number}"]
+        for number in (gone.pid, os.getppid())
+    )
+    for path in (*left, *running):
+        path.touch()
+    (folder / ".checkpoint-2.tmp-old").mkdir()
+    options = ("--checkpoints_total_limit", "1", "--resume_from_checkpoint", "latest")
+    train_dot(parse_config(TrainDotConfig, arguments(base, data_dir, folder, *options)))
+    assert [path.exists() for path in (*left, *running)] == [False, False, True, True]
+    kept = [path.name for path in folder.iterdir() if "checkpoint" in path.name]
+    assert kept == ["checkpoint-5"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_in_a_step_and_resumed_gives_the_same_bits(base, data_dir, tmp_path, whole_run):

@@ -90,8 +90,7 @@ def save_checkpoint(
         total_limit: How many checkpoints to keep; None keeps all.
     """
     final = output_dir / f"checkpoint-{step}"
-    for leftover in output_dir.glob(".checkpoint-*.tmp-*"):
-        shutil.rmtree(leftover)
+    _remove_unfinished(output_dir)
     temporary = temporary_for(final)
     temporary.mkdir(parents=True)
     tensors, scalars = _flatten(optimizer.state_dict()["state"])
@@ -113,13 +112,29 @@ def save_checkpoint(
     if final.exists():  # saved before this run went back to an earlier one
         _set_aside(final)
     put_in_place(temporary, final)
+    for number, path in _find_checkpoints(output_dir).items():
+        if number > step:
+            _set_aside(path)
+    remove_old_checkpoints(output_dir, step, total_limit)
+    return final
+
+
+def remove_old_checkpoints(output_dir: Path, step: int, total_limit: int | None) -> None:
+    """Remove all but the newest `total_limit` checkpoints up to `step`, and unfinished ones.
+
+    A run that was killed before it came to that, and has nothing more to save, does it at its end.
+    """
+    _remove_unfinished(output_dir)
     found = _find_checkpoints(output_dir)
-    kept = [number for number in found if number <= step][-(total_limit or 0) :]
-    for number in found.keys() - set(kept):
+    numbers = [number for number in found if number <= step]
+    for number in numbers[: -total_limit if total_limit else 0]:
         _set_aside(found[number])
+    _remove_unfinished(output_dir)
+
+
+def _remove_unfinished(output_dir: Path) -> None:
     for path in output_dir.glob(".checkpoint-*.tmp-*"):
         shutil.rmtree(path)
-    return final
 
 
 def _set_aside(path: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from morse.files import write_json
+from morse.files import remove_leftovers, write_json
 from morse.settings import as_json
 from morse.training.checkpoint import find_checkpoint
 from morse.training.common import RunConfig, make_accelerator
@@ -58,9 +58,13 @@ def claim_output(config: RunConfig) -> "Accelerator":
 
 
 def record_run(config: RunConfig, accelerator: "Accelerator") -> None:
-    """Save the settings in the output folder and start the trackers."""
+    """Save the settings in the output folder and start the trackers.
+
+    What a killed run was writing there is removed.
+    """
     if not accelerator.is_main_process:
         return
+    remove_leftovers(config.output_dir)
     settings = as_json(config)
     write_json(config.output_dir / "train_config.json", settings)
     if config.report_to != "none":

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from morse.training.batches import Batched, StepBatches, step_loader
-from morse.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from morse.training.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
 from morse.training.common import (
     RunConfig,
     learning_rate_at,
@@ -188,6 +193,9 @@ class TrainingRun:
                     after_step(self.step)
             log.check(self.step)
         self.save()
+        if accelerator.is_main_process:
+            limit = config.checkpoints_total_limit
+            remove_old_checkpoints(config.output_dir, self.step, limit)
         if self.step < config.max_train_steps:
             accelerator.print(
                 f"max_train_seconds is {config.max_train_seconds}: stopped at step {self.step} of "
