@@ -110,17 +110,31 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     assert partial["seeds_left_out"] == [{"seed": 10, "missing": 1}]
     assert all(list(row["scores"]["psnr"]["by_seed"]) == ["0"] for row in partial["rows"])
 
-    # The same command would measure another Dot, whose plans were searched meanwhile.
+    # The same command would measure another Dot, whose plans were searched meanwhile, other
+    # weights, which the fingerprint that a Dot knows its Dash by does not tell, or the same
+    # weights read as another estimate.
     load = pipelines.load_bare
 
-    def load_changed(*args, **options):
-        bare, dot = load(*args, **options)
-        dot.register_to_config(plans={"DDIMScheduler": [SavedPlan(3, "DDD").to_config()]})
-        return bare, dot
+    def scale(bare, dot):
+        bare.unet.conv_out.weight.data *= 2
 
-    monkeypatch.setattr(pipelines, "load_bare", load_changed)
-    with pytest.raises(ValueError, match=r"dot_sha256 is '.* repeat its settings"):
-        run_benchmark(dataclasses.replace(config, resume=True))
+    def search(bare, dot):
+        dot.register_to_config(plans={"DDIMScheduler": [SavedPlan(3, "DDD").to_config()]})
+
+    def predict_velocity(bare, dot):
+        bare.scheduler.register_to_config(prediction_type="v_prediction")
+
+    changes = {"dot": search, "unet": scale, "scheduler": predict_velocity}
+    for name, change in changes.items():
+
+        def load_changed(*args, change=change, **options):
+            loaded = load(*args, **options)
+            change(*loaded)
+            return loaded
+
+        monkeypatch.setattr(pipelines, "load_bare", load_changed)
+        with pytest.raises(ValueError, match=rf"^{name}_sha256 is '.* repeat its settings"):
+            run_benchmark(dataclasses.replace(config, resume=True))
 
 
 def test_the_speed_table_leaves_the_pipeline_as_it_was(tiny_folder):  # noqa: F811

@@ -24,6 +24,7 @@ from morse.evaluation.bench.loading import load_bare, load_pipelines
 from morse.evaluation.bench.peers import PEERS, Peer
 from morse.evaluation.bench.runs import sample_images
 from morse.evaluation.conditions import Conditions, make_conditions
+from morse.evaluation.digests import components_sha256
 from morse.evaluation.metrics import psnr
 from morse.evaluation.report.data import guidance_parts
 from morse.pipeline import MorsePipeline
@@ -349,3 +350,12 @@ def test_conditions_and_pipeline_must_suit_each_other(text_folder, tmp_path):
     for given in ({"prompts": NAMES}, {"class_names": NAMES}, {"guidance_scale": 2.0}):
         with pytest.raises(ValueError, match="takes none"):
             make_conditions(unconditional, **given)
+
+
+def test_every_network_of_a_pipeline_is_told_from_others():
+    pipe = tiny_text_pipeline()
+    before = components_sha256(pipe)
+    pipe.vae.decoder.conv_out.weight.data *= 2
+    after = components_sha256(pipe)
+    assert set(after) == {f"{name}_sha256" for name in ("unet", "vae", "text_encoder", "scheduler")}
+    assert [name for name in after if after[name] != before[name]] == ["vae_sha256"]

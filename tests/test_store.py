@@ -50,6 +50,10 @@ def test_a_store_resumes_only_the_same_run(tmp_path):
         CellStore(tmp_path, {**SETTINGS, "lossless_delta": ["psnr=1"]}, resume=True)
     again = CellStore(tmp_path, {**SETTINGS, "lossless_delta": []}, resume=True)
     assert again.has(cell.method, 5, 0)
+    # Nor does an earlier version tell networks but Dash's; its runs go on, with these from then on.
+    CellStore(tmp_path, {**SETTINGS, "vae_sha256": "a"}, resume=True)
+    with pytest.raises(ValueError, match=r"vae_sha256 is 'b', but .* has 'a'"):
+        CellStore(tmp_path, {**SETTINGS, "vae_sha256": "b"}, resume=True)
     assert not again.has(cell.method, 6, 0) and not again.has(cell.method, 5, 10)
     for content in ("{", "[]"):
         (tmp_path / "settings.json").write_text(content)

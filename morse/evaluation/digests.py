@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from diffusers import ConfigMixin, DiffusionPipeline
+
     from morse.dot import MorseDot
 
 
@@ -32,6 +34,21 @@ def state_sha256(network: nn.Module) -> str:
 
 def dot_sha256(dot: "MorseDot") -> str:
     """Return the SHA-256 of a Dot's config, saved plans included, and its weights."""
-    config = {name: value for name, value in dot.config.items() if name[0] != "_"}  # no paths
-    told = json.dumps(config, sort_keys=True, default=str) + state_sha256(dot)
-    return hashlib.sha256(told.encode()).hexdigest()
+    return hashlib.sha256((_config_text(dot) + state_sha256(dot)).encode()).hexdigest()
+
+
+def components_sha256(pipe: "DiffusionPipeline") -> dict[str, str]:
+    """Return the SHA-256 of each network of a pipeline, and of its scheduler's config.
+
+    Returns:
+        Such as {"unet_sha256": ..., "vae_sha256": ..., "scheduler_sha256": ...}.
+    """
+    networks = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    found = {f"{name}_sha256": state_sha256(network) for name, network in networks.items()}
+    scheduler = hashlib.sha256(_config_text(pipe.scheduler).encode()).hexdigest()
+    return {**found, "scheduler_sha256": scheduler}
+
+
+def _config_text(part: "ConfigMixin") -> str:
+    config = {name: value for name, value in part.config.items() if name[0] != "_"}  # no paths
+    return json.dumps(config, sort_keys=True, default=str)

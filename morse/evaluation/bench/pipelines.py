@@ -18,7 +18,7 @@ from morse.evaluation.bench.peers import PEERS
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.speed import Mode, set_merged
 from morse.evaluation.bench.tasks import all_solvers
-from morse.evaluation.digests import dot_sha256
+from morse.evaluation.digests import components_sha256, dot_sha256
 from morse.rates import scales_noise
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Pipelines:
         by_solver: With each solver, and Morse attached.
         main: That of the reference's solver.
         shrunk: Dash's place taken by the independent Dot; None if none was given.
-        models: What tells Dash, Dot, with its saved plans, and the independent one from others;
-            JSON types.
+        models: What tells Dash, Dot, with its saved plans, the independent one and the pipeline's
+            other networks and scheduler from others; JSON types.
     """
 
     def __init__(self, config: "BenchmarkConfig"):
@@ -48,7 +48,11 @@ class Pipelines:
         self._merge_lora = config.merge_lora
         dtype = getattr(torch, config.dtype)
         self.bare, dot = load_bare(config.pipeline, config.dot, config.device, dtype=dtype)
-        self.models = {"dash": fingerprint(find_denoiser(self.bare)), "dot_sha256": dot_sha256(dot)}
+        self.models = {
+            "dash": fingerprint(find_denoiser(self.bare)),
+            "dot_sha256": dot_sha256(dot),
+            **components_sha256(self.bare),
+        }
         self._is_conditional = not isinstance(self.bare, SolverPipeline)
         self._obstacles = self._find_obstacles()
         self.by_solver: dict[str, MorsePipeline] = {
