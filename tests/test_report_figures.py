@@ -88,6 +88,18 @@ def test_seeds_that_are_left_out_are_named():
     assert "Seed 10000 is left out: 1 of its cells is missing." in all_text(result)
 
 
+def test_fewer_images_against_the_reference_are_told():
+    result = full_result()
+    assert "biased" not in markdown_report(result)
+    result["settings"]["num_reference_images"] = 3000  # more than there are
+    assert "against the reference" not in markdown_report(result)
+    result["settings"]["num_reference_images"] = 100
+    text = markdown_report(result)
+    assert "2,000 images a point (100 against the reference)" in text.splitlines()[2]
+    assert "distances to the reference are of the first 100 of each seed's. Fréchet" in text
+    assert "biased upwards" in text
+
+
 def test_seeds_are_left_out_at_a_guidance_scale():
     result = copy.deepcopy(full_result())
     for entry in (*result["rows"], *result["speedups"], *result["lossless"]):

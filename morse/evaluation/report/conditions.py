@@ -8,6 +8,7 @@ from morse.evaluation.report.data import (
     Result,
     guidance_parts,
     is_paired,
+    num_paired,
     read_axes,
     read_score,
     used_seeds,
@@ -26,13 +27,7 @@ def conditions_section(result: Result) -> Section:
     settings = result["settings"]
     parts = [f"{result['device']}, {result['dtype']}."]
     if result["rows"]:
-        seeds, batch = used_seeds(result), settings.get("batch_size")
-        each = f" from each of {len(seeds)} seeds ({join(seeds)})" if len(seeds) > 1 else ""
-        number = settings["num_images"]
-        size = f", batch {min(batch, number)}" if batch else ""
-        parts.append(f"{number:,} images of each method and budget{each}{size}.")
-        if number < FEW_IMAGES and any(axis.is_distance("frechet") for axis in read_axes(result)):
-            parts.append("Fréchet distances of so few are biased upwards, those of all alike.")
+        parts += _numbers_words(result)
         parts += _bootstrap_words(settings)
         parts += _memory_words(result)
     parts += _seeds_words(result)
@@ -54,6 +49,23 @@ def conditions_section(result: Result) -> Section:
         )
     texts = (" ".join(filter(None, parts)), words, *_guidance_words(result))
     return Section("Conditions", texts, code=result["command"])
+
+
+def _numbers_words(result: Result) -> list[str]:
+    """Say how many images there are, and how many of them are compared with the reference's."""
+    settings, seeds, paired = result["settings"], used_seeds(result), num_paired(result)
+    number, batch = settings["num_images"], settings.get("batch_size")
+    each = f" from each of {len(seeds)} seeds ({join(seeds)})" if len(seeds) > 1 else ""
+    size = f", batch {min(batch, number)}" if batch else ""
+    words = [f"{number:,} images of each method and budget{each}{size}."]
+    if paired < number:
+        of = "each seed's" if each else "them"
+        words.append(
+            f"PSNR, SSIM and distances to the reference are of the first {paired:,} of {of}."
+        )
+    if paired < FEW_IMAGES and any(axis.is_distance("frechet") for axis in read_axes(result)):
+        words.append("Fréchet distances of so few are biased upwards, those of all alike.")
+    return words
 
 
 def _features_words(result: Result) -> str:

@@ -70,6 +70,12 @@ def used_seeds(result: Result) -> list[int]:
     return [seed for seed in result["settings"].get("seeds", ()) if seed not in left_out]
 
 
+def num_paired(result: Result) -> int:
+    """Return how many images of a method and seed are compared with the reference's."""
+    settings = result["settings"]
+    return min(settings["num_images"], settings.get("num_reference_images") or math.inf)
+
+
 def read_axes(result: Result) -> list[Axis]:
     """Return every axis, in the JSON's order."""
     return [Axis(**about, name=name) for name, about in result.get("axes", {}).items()]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from morse.evaluation.report.curves import MAX_CURVES, quality_panels
-from morse.evaluation.report.data import Result, guidance_parts, used_seeds
+from morse.evaluation.report.data import Result, guidance_parts, num_paired, used_seeds
 from morse.evaluation.report.html import Picture, to_html
 from morse.evaluation.report.looks import find_looks
 from morse.evaluation.report.markdown import to_markdown
@@ -118,7 +118,9 @@ def _subtitle(result: Result) -> str:
     if result["rows"]:
         seeds = len(used_seeds(result))
         repeated = f" from each of {seeds} seeds" if seeds > 1 else ""
-        parts.insert(0, f"{settings['num_images']:,} images a point{repeated}")
+        number, paired = settings["num_images"], num_paired(result)
+        few = f" ({paired:,} against the reference)" if paired < number else ""
+        parts.insert(0, f"{number:,} images a point{few}{repeated}")
     if result.get("guidance_scale") is not None:
         parts.insert(0, f"guidance {result['guidance_scale']:g}")
     speeds = [part["speed_ratio"] for part in result.get("guidance") or [result]]
