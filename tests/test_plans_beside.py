@@ -1,5 +1,7 @@
 """What `morse plan` saves beside the best plan of a budget."""
 
+from dataclasses import replace
+
 import pytest
 from evaluation_fixtures import QUICK_PLAN
 from tiny_text import text_pipeline
@@ -124,4 +126,13 @@ def test_they_are_saved_and_run(tmp_path, monkeypatch):
     plans = MorseDot.from_pretrained(tmp_path / "found").config.plans["LeapfrogScheduler"]
     assert [(each["lsd"], each["plan"]) for each in plans] == [
         (4, "DDoDo"), (4, "DDDD"), (8, "D" * 8)
+    ]  # fmt: skip
+    # One for a slower Dot leaves what a faster one runs.
+    better_from[0], wanted = 6, Candidate("DDDo", best.options)
+    slow = replace(result, best=wanted, tried={**result.tried, wanted: 29.0})
+    monkeypatch.setattr(command, "search_plan", lambda *args: slow)
+    run_plan(PlanConfig(**{**settings, "dot": str(tmp_path / "found"), "speed_ratio": 1.0}))
+    plans = MorseDot.from_pretrained(tmp_path / "found").config.plans["LeapfrogScheduler"]
+    assert [(each["lsd"], each["plan"]) for each in plans] == [
+        (4, "DDoDo"), (4, "DDDo"), (4, "DDDD"), (8, "D" * 8)
     ]  # fmt: skip

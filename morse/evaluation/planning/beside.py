@@ -7,6 +7,8 @@ they are. By then the bare solver, which spends all of the budget, may have beco
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from morse.evaluation.planning.search import Candidate, Evaluate, Found
+from morse.plan import MorsePlan
+from morse.saved_plans import is_affordable
 
 
 def without_dot(found: Found) -> Candidate | None:
@@ -73,6 +75,14 @@ def next_budget(lsd: int, known: Sequence[Mapping[str, object]], budgets: Sequen
 def is_bare(entry: Mapping[str, object]) -> bool:
     """Tell whether a saved plan is one of `bare_from`; plans that were searched have a PSNR."""
     return entry.get("psnr") is None and _is_plain(entry["plan"], entry["scheduler"].items())
+
+
+def too_dear(
+    known: Sequence[Mapping[str, object]], lsd: int, speed_ratio: float
+) -> list[Mapping[str, object]]:
+    """List the plans saved for a budget that cost more than it where Dot is only so much faster."""
+    costs = [(each, MorsePlan.from_string(each["plan"]).cost(speed_ratio)) for each in known]
+    return [each for each, cost in costs if each["lsd"] == lsd and not is_affordable(cost, lsd)]
 
 
 def _is_plain(plan: str, options: Iterable[tuple[str, object]]) -> bool:

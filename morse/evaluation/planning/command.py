@@ -15,7 +15,13 @@ from morse.evaluation.bench.solvers import SPACING
 from morse.evaluation.conditions import Conditions, encode_once, make_conditions
 from morse.evaluation.environment import autocast
 from morse.evaluation.metrics import psnr
-from morse.evaluation.planning.beside import bare_from, is_bare, next_budget, without_dot
+from morse.evaluation.planning.beside import (
+    bare_from,
+    is_bare,
+    next_budget,
+    too_dear,
+    without_dot,
+)
 from morse.evaluation.planning.best_fit import (
     Trajectories,
     candidate_of,
@@ -90,11 +96,12 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
         name = type(pipe.scheduler).__name__
         known = [entry for entry in plans.get(name, ()) if is_saved_for(entry, pipe.scheduler)]
         stop = next_budget(lsd, known, config.lsd)
-        replaced = [
-            entry
-            for entry in known
-            if entry["lsd"] == lsd or (is_bare(entry) and lsd < entry["lsd"] < stop)
-        ]
+        # A faster Dot still runs those, ahead of what is found here, and the bare solver from where
+        # it was better than they are.
+        dear = too_dear(known, lsd, speed_ratio)
+        replaced = [entry for entry in known if entry["lsd"] == lsd and entry not in dear]
+        if not dear:
+            replaced += [each for each in known if is_bare(each) and lsd < each["lsd"] < stop]
         evaluate = make_judge(config, pipe, judged_on)
         with remembering(find_denoiser(pipe)):
             starts = [candidate_of(entry) for entry in replaced if entry["lsd"] == lsd]
@@ -104,7 +111,8 @@ def _search(config: PlanConfig, pipes: "dict[str, MorsePipeline]") -> None:
             if fits and solver == "leapfrog":
                 found = fit_best(config, found, evaluate, pipe, fitted_on, curves, known)
             spend = make_spend(pipe, speed_ratio)
-            bare = bare_from(found, evaluate, lsd, stop, spend) if pipe.dot else None
+            judged = pipe.dot is not None and not dear
+            bare = bare_from(found, evaluate, lsd, stop, spend) if judged else None
         best, *beside = _to_save(config, pipe, lsd, found, bare, speed_ratio)
         kept = [entry for entry in plans.get(name, ()) if entry not in replaced]
         kept += [each.to_config() for each in (best, *beside)]
