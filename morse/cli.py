@@ -7,9 +7,9 @@ import types
 import typing
 from importlib import import_module
 from itertools import takewhile
-from typing import Literal, TypeVar
+from typing import Literal
 
-Config = TypeVar("Config")
+from morse.settings import Config, make_given
 
 # command -> (settings, function, what it does): the first two lie in modules of their own, and what
 # a command runs is imported once its options are parsed, as diffusers takes seconds.
@@ -117,11 +117,12 @@ def parse_config(
         )
     values = vars(parser.parse_args(argv))
     try:
-        return config_class(
-            **{
+        return make_given(
+            config_class,
+            {
                 key: tuple(value) if isinstance(value, list) else value
                 for key, value in values.items()
-            }
+            },
         )
     except ValueError as error:
         parser.error(str(error))

@@ -6,6 +6,10 @@ Settings are frozen dataclasses, one a command.
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
+from typing import TypeVar
+
+Config = TypeVar("Config")
+_GIVEN = "_given"  # attribute with the names of what was given
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -43,17 +47,30 @@ def require_positive(config: object, names: Collection[str]) -> None:
         require(value is None or value > 0, name, value, "more than 0")
 
 
+def make_given(config_class: type[Config], values: Mapping[str, object]) -> Config:
+    """Make settings that know which of them were given, be they at their defaults (`given`)."""
+    config = config_class.__new__(config_class)
+    object.__setattr__(config, _GIVEN, frozenset(values))  # before its own checks ask
+    config.__init__(**values)
+    return config
+
+
 def given(config: object, names: Collection[str]) -> list[str]:
-    """List those of some settings that are not at their defaults, in the dataclass' order."""
+    """List those of some settings that were given on a command line or are not at their defaults.
+
+    They are in the dataclass' order.
+    """
+    named = getattr(config, _GIVEN, ())
     return [
         option.name
         for option in fields(config)
-        if option.name in names and getattr(config, option.name) != option.default
+        if option.name in names
+        and (option.name in named or getattr(config, option.name) != option.default)
     ]
 
 
 def replace_defaults(config: object, values: Mapping[str, object]) -> None:
-    """Give other values to those settings of a frozen dataclass that are at their defaults."""
+    """Give other values to those settings of a frozen dataclass that were not `given`."""
     kept = given(config, values)
     for option in fields(config):
         if option.name in values and option.name not in kept:

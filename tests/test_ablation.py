@@ -282,6 +282,9 @@ def test_settings_are_checked(tmp_path):
         AblationConfig(train_data_dir=tmp_path, seeds=0)
     config = AblationConfig(train_data_dir=tmp_path, quick=True, train_batch_size=2)
     assert (config.max_train_steps, config.train_batch_size) == (4, 2)
+    argv = f"--quick --seeds 3 --train_data_dir {tmp_path}".split()
+    asked = parse_config(AblationConfig, argv)
+    assert (asked.seeds, asked.max_train_steps) == (3, 4)
     with pytest.raises(ValueError, match="'seed'"):
         config.training(0, tmp_path, {"seed": 3})
 

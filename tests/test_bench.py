@@ -10,6 +10,7 @@ import torch
 from diffusers.utils import logging
 from evaluation_fixtures import independent_folder, short_reference, tiny_folder  # noqa: F401
 
+from morse.cli import parse_config
 from morse.dot.mixture import GaussianMixture
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark
 from morse.evaluation.bench.grid import image_grid
@@ -87,6 +88,9 @@ def test_what_is_left_out_depends_on_the_device_and_on_quick(monkeypatch):
     quick = BenchmarkConfig(quick=True, lsd=(5,), device="cpu").resolved()
     assert (quick.num_images, quick.lsd) == (12, (5,))
     assert {method.kind for method, _ in quick.tasks()} == {"baseline", "morse", "reuse"}
+    # What is written out stays, be it what there would be with a GPU.
+    argv = ["--device", "cpu", "--lsd", *map(str, BenchmarkConfig.lsd)]
+    assert parse_config(BenchmarkConfig, argv).resolved().lsd[-1] == 50
 
 
 def test_a_run_without_a_gpu_fits_into_an_hour():

@@ -9,7 +9,7 @@ from morse.training.config import TrainDotConfig
 from morse.training.pairs import LossWeighting
 from morse.training.windows import TimestepSampling
 
-# What --quick puts in the place of settings that were left at their defaults.
+# What --quick puts in the place of settings that were not given.
 QUICK: dict[str, object] = {
     "seeds": 1,
     "max_train_steps": 4,

@@ -1,4 +1,4 @@
-"""What the benchmark fills in where settings were left at their defaults."""
+"""What the benchmark fills in where settings were not given."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ from morse.settings import given
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
 
-# What --quick puts in the place of settings that were left at their defaults.
+# What --quick puts in the place of settings that were not given.
 QUICK: dict[str, object] = {
     "num_images": 12,
     "lsd": (4, 8, 16),
