@@ -76,6 +76,32 @@ def test_bad_settings_are_named():
         BenchmarkConfig(arch=("sd15",), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--quick --planned_solvers leapfrog", r"planned_solvers has \['leapfrog'\], but solvers"),
+        (
+            "--kinds reuse --solvers leapfrog --control_solvers unipc",
+            r"control_solvers has \['unipc'\], but solvers is \('leapfrog',\): name them there",
+        ),
+        (
+            "--kinds reuse --solvers leapfrog",
+            r"kinds is \('reuse',\) .* among control_solvers \('ddim', 'dpmsolver\+\+'\)",
+        ),
+    ],
+)
+def test_solvers_that_nothing_runs_with_are_refused(options, message):
+    config = parse_config(BenchmarkConfig, ["--device", "cpu", *options.split()])
+    with pytest.raises(ValueError, match=message):
+        config.resolved()
+
+
+def test_pfdiff_brings_its_own_solver():
+    options = {"kinds": ("pfdiff",), "solvers": ("leapfrog",), "control_solvers": ("ddim",)}
+    tasks = BenchmarkConfig(**options, peers=("none",), device="cpu").resolved().tasks()
+    assert {method.label for method, _ in tasks} == {"PFDiff-DDIM"}
+
+
 def test_what_is_left_out_depends_on_the_device_and_on_quick(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     slow = BenchmarkConfig(device="cpu").resolved()

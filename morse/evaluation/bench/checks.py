@@ -1,11 +1,12 @@
 """What the benchmark's settings must be, beyond their types."""
 
+from collections.abc import Collection
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from morse.evaluation.bench import architectures
 from morse.evaluation.bench.solvers import check_solvers
-from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS
+from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS, all_solvers
 from morse.evaluation.environment import check_precision
 from morse.evaluation.stats.lossless import read_deltas
 from morse.settings import require, require_least, require_positive
@@ -61,6 +62,34 @@ def check_settings(config: "BenchmarkConfig") -> None:
         raise ValueError(
             f"seeds is {config.seeds}, but image i of a repetition has seed + i: keep them "
             f"num_images = {config.num_images} apart, or repetitions share images"
+        )
+
+
+def check_methods(config: "BenchmarkConfig", named: Collection[str]) -> None:
+    """Refuse solvers that nothing would run with, and settings that make no method at all.
+
+    Args:
+        config: Settings without gaps.
+        named: Those that were given; defaults may have more solvers than there are.
+
+    Raises:
+        ValueError: For the first that is wrong.
+    """
+    if config.arch or config.latency_only:
+        return
+    known = {"planned_solvers": config.solvers, "control_solvers": all_solvers(config)}
+    for name, solvers in known.items():
+        left_over = sorted(set(getattr(config, name)) - set(solvers))
+        if left_over and name in named:
+            raise ValueError(
+                f"{name} has {left_over}, but solvers is {config.solvers}: name them there too, or "
+                f"leave them out of {name}"
+            )
+    if not config.tasks():
+        raise ValueError(
+            f"kinds is {config.kinds} and peers {config.peers}, of which nothing runs with solvers "
+            f"{config.solvers}; controls and peers run with those that are among control_solvers "
+            f"{config.control_solvers} too, pfdiff with ddim and ays with dpmsolver++ alone"
         )
 
 

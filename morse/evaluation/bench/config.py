@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from morse.evaluation.bench.architectures import ARCHITECTURES
-from morse.evaluation.bench.checks import check_settings
+from morse.evaluation.bench.checks import check_methods, check_settings
 from morse.evaluation.bench.methods import Method
 from morse.evaluation.bench.presets import left_out
 from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS, list_tasks
 from morse.evaluation.fid.extractors import ExtractorOptions
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
-from morse.settings import as_json
+from morse.settings import as_json, given
 
 PEER_NAMES = tuple(PEER_SETTINGS)
 
@@ -212,10 +212,15 @@ class BenchmarkConfig:
         check_settings(self)
 
     def resolved(self) -> "BenchmarkConfig":
-        """Fill in what depends on the device and on --quick."""
+        """Fill in what depends on the device and on --quick.
+
+        Raises:
+            ValueError: If there is nothing to measure then, or solvers are named in vain.
+        """
         # Prompts are read by now; a file's only one may look like a file's name itself.
         made = dataclasses.replace(self, prompts=(), **left_out(self))
         object.__setattr__(made, "prompts", self.prompts)
+        check_methods(made, given(self, ("planned_solvers", "control_solvers")))
         return made
 
     def tasks(self) -> list[tuple[Method, int]]:
