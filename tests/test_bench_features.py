@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from evaluation_fixtures import save_tiny_pipeline, short_reference, tiny_folder  # noqa: F401
+from idx_files import write_idx
 from PIL import Image
 from torch import nn
 
@@ -194,6 +196,25 @@ def test_real_images_are_drawn_at_random_and_kept(tmp_path, real_folder, monkeyp
         kept = read_real(opened, extractor, store)
     torch.testing.assert_close(kept.features, real.features, rtol=0, atol=0)
     assert (kept.facts, kept.num_images) == (real.facts, 4)
+
+
+@pytest.mark.parametrize("kind", ["images", "idx"])
+def test_real_images_that_were_replaced_are_read_anew(tmp_path, kind):
+    extractor, store = load_extractor(FEW, CPU), CellStore(tmp_path / "run", {}, False)
+
+    def read(shade):
+        folder = tmp_path / "real"
+        folder.mkdir(exist_ok=True)
+        pixels = np.full((6, 28, 28), shade, dtype=np.uint8)
+        if kind == "idx":
+            write_idx(folder / "train-images-idx3-ubyte", pixels)
+        for i in range(6 if kind == "images" else 0):
+            Image.fromarray(pixels[i]).save(folder / f"{i}.png")
+        for file in folder.iterdir():
+            os.utime(file, (shade, shade))  # a clock may stand still for a moment
+        return read_real(open_real(str(folder), extractor), extractor, store).features.mean()
+
+    assert float(read(102)) == pytest.approx(2 * float(read(51)))
 
 
 @pytest.mark.parametrize(("channels", "name"), [(3, PIXELS), (1, PIXELS), (3, FEW)])

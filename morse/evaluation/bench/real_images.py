@@ -1,6 +1,7 @@
 """The real images that the benchmark compares sampled ones with."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -72,8 +73,9 @@ def read_real(
         names = [opened.names[i] for i in chosen]
         images = ImageSet(opened.name, names, lambda i: opened.open(chosen[i]))
 
-    # Cells do not depend on them, so that a run may go on with others.
-    named = json.dumps([opened.name, opened.names, extractor.identity()])
+    # Cells do not depend on them, so that a run may go on with others, be they of the same names.
+    contents = [_version(name) for name in (images.name, *images.names)]
+    named = json.dumps([opened.name, opened.names, extractor.identity(), contents])
     stored = f"real-{digest(named)}"
 
     def extract() -> Tensor:
@@ -98,6 +100,12 @@ def real_words(real: FeatureSet) -> str:
     available = real.facts.get("num_available", real.num_images)
     drawn = f" drawn at random from {available:,}" * (real.num_images < available)
     return f"{real.name} ({real.num_images:,}{drawn})"
+
+
+def _version(name: str) -> tuple[int, int] | None:
+    """Tell a file from another of its name; None for what is no file, such as a row of a set."""
+    file = Path(name)
+    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
 
 
 def _checked(real: FeatureSet) -> FeatureSet:
