@@ -133,14 +133,14 @@ class TestSearch:
         with pytest.raises(FileExistsError, match=r"output_dir is .*found.* go on .* --dot"):
             run(speed_ratio=4.0, lsd=(2,))
         assert (found / "config.json").read_bytes() == before
-        run(lsd=(2,), dot=str(found))
-        run(lsd=(2,), dot=str(found))  # takes the place of the one before
+        run(lsd=(4,), dot=str(found))
+        run(lsd=(4,), dot=str(found))  # takes the place of the one before
         report = json.loads((found / "plan_search.json").read_text())
         assert [(each["solver"], each["lsd"]) for each in report["searches"]] == [
-            ("ddim", 3), ("ddim", 2)
+            ("ddim", 3), ("ddim", 4)
         ]  # fmt: skip
         plans = MorseDot.from_pretrained(found).config.plans["DDIMScheduler"]
-        assert [entry["lsd"] for entry in plans] == [2, 3]
+        assert [entry["lsd"] for entry in plans] == [3, 4]
 
     def test_networks_are_loaded_in_the_precision_asked_for(self, run, monkeypatch):
         seen = []

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
 from morse.evaluation.planning.memory import remembering
 from morse.evaluation.planning.mixture import check_mixture
+from morse.evaluation.planning.results import check_output, earlier_searches
 from morse.evaluation.planning.search import Candidate, Found, Space, neighbours, search_plan
+from morse.files import write_json
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, find_saved_plan, scheduler_options
 from morse.schedulers import make_scheduler
@@ -634,6 +637,17 @@ def test_a_pipeline_without_a_dot_gets_schedulers(tiny_folder, tmp_path, monkeyp
     pipe(num_inference_steps=3)
     fitted = [round(timestep) for timestep, *_ in scheduler.config.fitted_steps]
     assert pipe.scheduler.timesteps.tolist() == fitted
+
+
+def test_searches_for_two_pipelines_are_not_mixed(tmp_path):
+    folder, facts = tmp_path / "found", {"settings": {"pipeline": "one"}, "searches": [{"lsd": 3}]}
+    write_json(folder / "plan_search.json", facts)
+    config = PlanConfig(pipeline=str(Path("one").resolve()), output_dir=folder)
+    check_output(config)
+    assert earlier_searches(config) == [{"lsd": 3}]
+    check_output(replace(config, pipeline="two", dot=str(folder)))  # whose Dot knows its Dash
+    with pytest.raises(FileExistsError, match=r"output_dir is .* pipeline 'one', .* name another"):
+        check_output(replace(config, pipeline="two"))
 
 
 @pytest.mark.parametrize(

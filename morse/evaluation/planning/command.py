@@ -63,7 +63,7 @@ def run_plan(config: PlanConfig) -> None:
 
     Raises:
         FileExistsError: If `output_dir` holds a Dot with plans that the search would not go on
-            from.
+            from, or searches for another pipeline.
     """
     check_output(config)
     pipes = _load(config)

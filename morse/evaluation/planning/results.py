@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 def check_output(config: PlanConfig) -> None:
-    """Refuse to overwrite the Dot and plans of an earlier search that this one would not keep."""
+    """Refuse to overwrite or mix what an earlier search wrote for another Dot or pipeline.
+
+    Raises:
+        FileExistsError: If `output_dir` holds a Dot with plans that this search would not go on
+            from, or searches for another pipeline.
+    """
     folder = config.output_dir
     goes_on = config.dot is not None and Path(config.dot).resolve() == folder.resolve()
     if (folder / "config.json").exists() and not goes_on:
@@ -29,12 +34,23 @@ def check_output(config: PlanConfig) -> None:
             f"output_dir is {folder}, which holds a Dot with its plans; go on from them with "
             f"--dot {folder}, or name another folder"
         )
+    before = _read(config).get("settings", {}).get("pipeline", config.pipeline)
+    # With a Dot either may be another name of one pipeline: it knows its Dash.
+    if not goes_on and Path(before).resolve() != Path(config.pipeline).resolve():
+        raise FileExistsError(
+            f"output_dir is {folder}, which holds searches for pipeline {before!r}, but pipeline "
+            f"is {config.pipeline!r}; name another folder, or delete {folder}"
+        )
 
 
 def earlier_searches(config: PlanConfig) -> list[dict[str, object]]:
     """Read what earlier searches into this folder told."""
+    return _read(config).get("searches", [])
+
+
+def _read(config: PlanConfig) -> dict[str, object]:
     file = config.output_dir / "plan_search.json"
-    return json.loads(file.read_text())["searches"] if file.exists() else []
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def describe(
