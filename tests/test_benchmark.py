@@ -108,6 +108,7 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
     stopped = dataclasses.replace(config, output_dir=folder, resume=True, max_seconds=1e-9)
     partial = measure_benchmark(stopped.resolved())
     assert partial["seeds_left_out"] == [{"seed": 10, "missing": 1}]
+    assert partial["not_measured"] == []  # the figures of the other seed have every cell
     assert all(list(row["scores"]["psnr"]["by_seed"]) == ["0"] for row in partial["rows"])
 
     # The same command would measure another Dot, whose plans were searched meanwhile, other

@@ -135,14 +135,17 @@ def _speed(part: Part) -> dict[str, object]:
 
 
 def _not_measured(part: Part) -> list[str]:
-    """List methods that can't be measured, with the reason, and cells that time ran out for."""
-    lines, config, store = [], part.config, part.store
-    for method, budget in config.tasks():
+    """List methods that can't be measured, with the reason, and cells that time ran out for.
+
+    Seeds that no figure is made of are told of by themselves (`compared_seeds`).
+    """
+    lines, store, (seeds, _) = [], part.store, compared_seeds(part)
+    for method, budget in part.config.tasks():
         reason = part.bench.obstacle(method) or _peer_error(store, method)
         if reason is not None:
             applies = not reason.startswith("not applicable")
             lines.append(f"{method.label if applies else method.kind}: {reason}")
-        elif not all(store.has(method, budget, seed) for seed in config.seeds):
+        elif not all(store.has(method, budget, seed) for seed in seeds):
             lines.append(f"{method.label}, {budget} LSD")
     return list(dict.fromkeys(lines))
 
