@@ -258,6 +258,15 @@ def test_only_common_seeds_are_compared(result):
     assert "-0.1000" in line_of(to_markdown(result), "good")
 
 
+@pytest.mark.parametrize("ratio", [math.nan, math.inf, -math.inf])
+def test_a_run_that_diverged_is_told(result, ratio):
+    for index, seed in ((1, 0), (3, 2)):  # the good row, and its control elsewhere
+        result["rows"][index]["runs"][seed]["ratios"]["residual_ratio"] = ratio
+    good = line_of(to_markdown(result), "good")
+    assert good == "| good | not finite |  | not finite | its control not finite |"
+    assert compact_table(result).endswith("their controls: none.")
+
+
 def test_from_json_redraws_the_table(result, tmp_path):
     file = tmp_path / "old.json"
     file.write_text(json.dumps(result))

@@ -1,5 +1,6 @@
 """The ablation's table: every row against the plain Dot and against its control."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -187,6 +188,8 @@ def _difference(found: Difference | None, digits: int = 4) -> tuple[str, str]:
     """Return the figures of a difference, and what they say."""
     if found is None:
         return "", "not measured"
+    if math.isnan(found.mean):
+        return "", found.verdict
     mean, *ends = (
         "" if value is None else f"{value:+.{digits}f}"
         for value in (found.mean, found.low, found.high)
@@ -214,6 +217,8 @@ def _ratio(row: RowFacts, name: str = OVERALL) -> str:
     values = [run["ratios"][name] for run in row["runs"] if name in run["ratios"]]
     if not values:
         return "not measured"
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
     return f"{fmean(values):.4f}{spread}"
 

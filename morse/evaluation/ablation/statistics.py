@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-Verdict = Literal["better", "worse", "within noise", "one seed"]
+Verdict = Literal["better", "worse", "within noise", "one seed", "not finite"]
 
 
 def student_probability(t: float, degrees: int) -> float:
@@ -47,8 +47,8 @@ class Difference:
     """A mean of differences between runs of the same seeds.
 
     Attributes:
-        mean: Negative where the first is lower.
-        low: Lower end of its 95 % interval; None for one seed.
+        mean: Negative where the first is lower; NaN where a run diverged.
+        low: Lower end of its 95 % interval; None for one seed, or where a run diverged.
         high: Upper end.
     """
 
@@ -59,6 +59,8 @@ class Difference:
     @property
     def verdict(self) -> Verdict:
         """Say what the interval says of errors: lower ones are better."""
+        if math.isnan(self.mean):
+            return "not finite"
         if self.low is None:
             return "one seed"
         if self.high < 0:
@@ -74,6 +76,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
         second: The same of what it is compared with, seed by seed.
     """
     differences = [a - b for a, b in zip(first, second, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        return Difference(math.nan, None, None)
     mean, count = fmean(differences), len(differences)
     if count == 1:
         return Difference(mean, None, None)
