@@ -139,6 +139,7 @@ def test_seeds_are_averaged():
         {"note": "slow start", "peak_memory_mib": 5.0, "fallbacks": {"shape": 1}},
         {"engaged": False, "peak_memory_mib": 7.0, "fallbacks": {"shape": 2}},
     ]
+    options[0]["seconds"], options[1]["seconds"] = 0.5, 1.5
     cells = [
         quality_cell(DDIM, 5, error, seed, **extra)
         for (seed, error), extra in zip(((0, 1.0), (90, 3.0)), options, strict=True)
@@ -149,6 +150,7 @@ def test_seeds_are_averaged():
     assert score["by_seed"] == {"0": pytest.approx(-1), "90": pytest.approx(-3)}
     assert score["seed_deviation"] == pytest.approx(2**0.5)
     assert (row["note"], row["engaged"]) == ("slow start", False)
+    assert (row["seconds"], row["images_per_second"]) == (1.0, NUM_IMAGES)
     assert row["fallbacks"] == {"shape": 3} and row["peak_memory_mib"] == 7.0
     # Repetitions resample independently, so two halve the variance of one.
     (lone,) = summarize(cells[:1], REAL, references(0), Statistics(num_replicates=2000))["rows"]

@@ -59,11 +59,6 @@ class Cell:
     batch_seconds: tuple[float, float, float] | None = None
     scheduler_options: dict[str, object] | None = None
 
-    @property
-    def images_per_second(self) -> float:
-        """How many images were sampled in a second."""
-        return len(self.scores.features) / self.seconds
-
     def facts(self) -> dict[str, object]:
         """Return everything but the scores, ready for JSON."""
         facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

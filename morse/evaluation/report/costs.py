@@ -48,7 +48,7 @@ def _costs_table(result: Result, budgets: list[float]) -> Table:
         "Dash + Dot": lambda row: f"{row['num_dash']:.4g} + {row['num_dot']:.4g}",
         "seconds": lambda row: _number(row.get("seconds")),
         milliseconds: lambda row: _milliseconds(result, row),
-        "images/s": lambda row: _number(row.get("images_per_second")),
+        "images/s": lambda row: _images_a_second(result, row),
         "peak memory, MiB": lambda row: _number(row.get("peak_memory_mib"), "{:.0f}"),
         "measured on": lambda row: elsewhere(result, row),
     }
@@ -70,6 +70,11 @@ def _milliseconds(result: Result, row: Measured) -> str:
         return _number(milliseconds_an_image(result, row))
     low, middle, high = map(_number, quartiles)
     return f"{middle} [{low}, {high}]"
+
+
+def _images_a_second(result: Result, row: Measured) -> str:
+    milliseconds = milliseconds_an_image(result, row)
+    return _number(milliseconds and 1e3 / milliseconds)
 
 
 def _batches_words(result: Result) -> str:

@@ -4,7 +4,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 from torch import Tensor
 
 from morse.evaluation.bench.methods import (
@@ -94,7 +93,7 @@ def _row(point: Point, axes: Sequence[str]) -> dict[str, object]:
         "note": "; ".join(dict.fromkeys(cell.note for cell in cells if cell.note)),
         "seconds": point.seconds,
         "batch_seconds": first.batch_seconds,
-        "images_per_second": float(np.mean([cell.images_per_second for cell in cells])),
+        "images_per_second": len(first.scores.features) / point.seconds,
         "peak_memory_mib": max(memory, default=None),
         "scores": {axis: _score(point.estimates.get(axis)) for axis in axes},
     }
