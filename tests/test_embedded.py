@@ -42,6 +42,8 @@ def test_searched_plans_come_with_the_leapfrog_solver():
     assert str(pipe.last_run.plan) == saved["plan"] and pipe.last_run.lsd <= 5
     sample(pipe, count=1, lsd=5, plan="uniform")
     assert pipe.last_run.plan == MorsePlan.from_budget(5, 6.0, 1.5)
+    # Beyond the searched plans Dot does harm.
+    assert pipe.plan_for(100).plan == "D" * 100
 
 
 @pytest.fixture(scope="module")
