@@ -127,6 +127,10 @@ def test_a_gain_without_an_interval_is_not_sure(result):
         entry["cheaper"] = 0.96 if entry["budget"] == 5 else 1.0
     claim = find_claims(changed)["Morse-DPM++ 2M r1.75", "Same-noise PSNR"]
     assert claim == ("1.27–1.60× (3 of 5, surely 4)", "1.14–1.44× (3 of 5, surely 4)")
+    for number, sure in ((40, 4), (39, 0)):  # of fewer than 40 replicates nothing is sure
+        changed["settings"]["num_replicates"] = number
+        claim = find_claims(changed)["Morse-DPM++ 2M r1.75", "Same-noise PSNR"]
+        assert claim[0] == f"1.27–1.60× (3 of 5, surely {sure})"
 
 
 def test_methods_ahead_of_morse_are_named(result):

@@ -28,6 +28,7 @@ KIND_ORDER = (*TRAINING_FREE, "morse", *CONTROLS, *PEER_SETTINGS)
 FOOTNOTE_MARKS = "†‡§¶"
 NONE = "–"
 SURE = 0.975  # the share of the bootstrap's replicates that "surely" asks for
+LEAST_REPLICATES = 40  # of which 2.5 % are one
 
 
 def read_result(file: Path) -> Result:
@@ -176,11 +177,14 @@ def against_best(result: Result, row: Measured, axis: Axis) -> Verdict | None:
     return "better" if low > 0 else "worse" if high < 0 else "within noise"
 
 
-def is_surely_cheaper(entry: Measured) -> bool:
+def is_surely_cheaper(result: Result, entry: Measured) -> bool:
     """Tell whether a speed-up is above 1 in at least 97.5 % of the bootstrap's replicates.
 
-    Before schema 4: whether its interval is, and then nothing without one is sure.
+    Before schema 4: whether its interval is, and then nothing without one is sure. Nor is anything
+    of so few replicates that none would be left for the other 2.5 %.
     """
+    if result["settings"].get("num_replicates", math.inf) < LEAST_REPLICATES:
+        return False
     if "cheaper" in entry:
         return (entry["cheaper"] or 0) >= SURE
     return bool(entry.get("interval")) and entry["interval"][0] > 1

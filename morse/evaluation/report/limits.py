@@ -135,14 +135,14 @@ def _range(result: Result, method: str, axis: Axis, cost: str) -> str:
         return NONE
     ends = (min(values), max(values)) if values else ()
     spread = "–".join(dict.fromkeys(f"{value:.2f}" for value in ends))
-    sure = sum(is_surely_cheaper(entry) for entry in entries)
+    sure = sum(is_surely_cheaper(result, entry) for entry in entries)
     return f"{spread + '×' if spread else 'none'} ({len(values)} of {len(entries)}, surely {sure})"
 
 
 def _not_faster(result: Result, method: str, axis: str) -> str:
     """Return the budgets at which a method saves no wall time, or not surely."""
     entries = _against_best(result, method, axis, "seconds")
-    slow = [entry["budget"] for entry in entries if not is_surely_cheaper(entry)]
+    slow = [entry["budget"] for entry in entries if not is_surely_cheaper(result, entry)]
     return budget_list(sorted(slow)) if entries else "not measured"
 
 
