@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -144,7 +146,9 @@ def test_seeds_are_averaged():
         quality_cell(DDIM, 5, error, seed, **extra)
         for (seed, error), extra in zip(((0, 1.0), (90, 3.0)), options, strict=True)
     ]
+    cells[1] = dataclasses.replace(cells[1], num_dash=7, num_dot=1, lsd=7.25)
     (row,) = summarize(cells, REAL, references(0, 90), STATISTICS)["rows"]
+    assert (row["num_dash"], row["num_dot"], row["lsd"]) == (6, 0.5, 6.125)
     score = row["scores"]["psnr"]
     assert score["value"] == pytest.approx(-2)
     assert score["by_seed"] == {"0": pytest.approx(-1), "90": pytest.approx(-3)}

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
 
 from torch import Tensor
 
@@ -84,8 +85,8 @@ def _row(point: Point, axes: Sequence[str]) -> dict[str, object]:
         **dataclasses.asdict(point.method),
         "budget": point.budget,
         "lsd": point.lsd,
-        "num_dash": first.num_dash,
-        "num_dot": first.num_dot,
+        "num_dash": mean(cell.num_dash for cell in cells),  # of adaptive peers they differ
+        "num_dot": mean(cell.num_dot for cell in cells),
         "plan": first.plan,
         **({} if first.scheduler_options is None else {OPTIONS: first.scheduler_options}),
         "fallbacks": dict(fallbacks),
