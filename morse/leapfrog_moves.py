@@ -198,7 +198,10 @@ def resample_steps(rows: Sequence[Sequence[float]], count: int) -> np.ndarray:
     if len(rows) > 1:
         own[-2:, 1] = rows[-2][1]  # the last row's own means nothing
     wanted = np.arange(count) * (len(rows) - 0.5) / (count - 0.5)
-    return np.stack([np.interp(wanted, at, column) for column in own.T], axis=1)
+    found = np.stack([np.interp(wanted, at, column) for column in own.T], axis=1)
+    # Beyond the last row's timestep too each evaluation keeps one of its own.
+    found[:, 0] = np.maximum(found[:, 0], np.arange(count)[::-1])
+    return found
 
 
 def _check_steps(rows: Sequence[Sequence[float]], num_train_timesteps: int) -> None:

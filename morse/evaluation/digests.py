@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,14 +38,24 @@ def dot_sha256(dot: "MorseDot") -> str:
     return hashlib.sha256((_config_text(dot) + state_sha256(dot)).encode()).hexdigest()
 
 
+def networks_sha256(
+    pipe: "DiffusionPipeline", but: Collection[nn.Module | None] = ()
+) -> dict[str, str]:
+    """Return the SHA-256 of each network of a pipeline, by its name; `but` are left out."""
+    return {
+        name: state_sha256(part)
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module) and part not in but
+    }
+
+
 def components_sha256(pipe: "DiffusionPipeline") -> dict[str, str]:
     """Return the SHA-256 of each network of a pipeline, and of its scheduler's config.
 
     Returns:
         Such as {"unet_sha256": ..., "vae_sha256": ..., "scheduler_sha256": ...}.
     """
-    networks = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
-    found = {f"{name}_sha256": state_sha256(network) for name, network in networks.items()}
+    found = {f"{name}_sha256": value for name, value in networks_sha256(pipe).items()}
     scheduler = hashlib.sha256(_config_text(pipe.scheduler).encode()).hexdigest()
     return {**found, "scheduler_sha256": scheduler}
 

@@ -10,7 +10,7 @@ import torch
 from morse.evaluation.bench.loading import drop_safety_checker
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import check_starts_from_noise, make_conditions
-from morse.evaluation.digests import state_sha256
+from morse.evaluation.digests import networks_sha256, state_sha256
 from morse.evaluation.fid.folders import COMPONENTS, made_with, threads_notes
 from morse.evaluation.fid.generation import Recipe, Request, check_folder, generate
 from morse.evaluation.fid.measuring import check_size
@@ -175,11 +175,7 @@ def _settings(
     from morse.denoisers import find_denoiser
 
     denoiser = find_denoiser(pipe)
-    others = {  # an autoencoder, text encoders
-        name: state_sha256(part)
-        for name, part in pipe.components.items()
-        if isinstance(part, torch.nn.Module) and part not in (denoiser, pipe.dot)
-    }
+    others = networks_sha256(pipe, but=(denoiser, pipe.dot))  # an autoencoder, text encoders
     # Another class' spacing, left in the config, is of no effect.
     unspaced = "timestep_spacing" not in own_parameters(pipe.scheduler)
     threads = {"num_threads": [torch.get_num_threads()]} if device.type == "cpu" else {}
