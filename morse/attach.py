@@ -30,6 +30,14 @@ class _Attached(MorseCalls):
             return super().__reduce_ex__(protocol)
         return _new, made_of, {**vars(self), "last_run": None}
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set a component; the first Dot that can be saved makes `dot` one."""
+        if name == "dot" and isinstance(value, ModelMixin) and not self._made_of[1]:
+            self.__class__ = morse_class(self._morse_base, True)
+            self.register_modules(dot=value)
+        else:
+            super().__setattr__(name, value)
+
 
 class _KeepsDot:
     """Writes `dot` into `model_index.json` without a library, and reads it as ours.
@@ -116,12 +124,8 @@ def enable_morse(
         if merge_lora is not None:
             dot.merge_lora() if merge_lora else dot.unmerge_lora()
     disable_morse(pipe)
-    is_component = isinstance(dot, ModelMixin)
-    pipe.__class__ = morse_class(type(pipe), is_component)
-    if is_component:
-        pipe.register_modules(dot=dot)
-    else:
-        pipe.dot = dot
+    pipe.__class__ = morse_class(type(pipe), False)
+    pipe.dot = dot
     pipe.last_run = None
     remember(pipe, dot)
     return pipe

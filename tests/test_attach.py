@@ -593,6 +593,22 @@ def test_another_dot_brings_its_own_speed_ratio(pipe, make_dot):
     assert pipe.speed_ratio == 6.0
 
 
+@pytest.mark.parametrize("first", [None, lambda sample, *_, **conditions: 0.1 * sample])
+def test_a_dot_is_assigned_where_there_was_none_or_a_callable(first, tmp_path):
+    expected = planned(enable_morse(text_pipe(), trained_dot(text_pipe().unet), merge_lora=False))
+    pipe = enable_morse(text_pipe(), first)
+    bare = latents(pipe, num_inference_steps=3)
+    pipe.dot = trained_dot(pipe.unet)
+    assert torch.equal(planned(pipe), expected)
+    assert torch.equal(latents(pipe, num_inference_steps=3), bare)
+    assert pipe.components["dot"] is pipe.to("cpu").dot
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "dot" / "config.json").exists()
+    pipe.dot = first  # and back
+    latents(pipe, plan="DDD" if first is None else "DoD")
+    assert disable_morse(pipe).components.keys() == text_pipe().components.keys()
+
+
 def test_a_saved_plan_is_no_argument(pipe, dot):
     dot.register_to_config(plans={"DDIMScheduler": [SavedPlan(10, "DDD").to_config()]})
     enable_morse(pipe, dot)
