@@ -88,7 +88,7 @@ class MorseCalls(PlanChoice, Publishable):
     def __setattr__(self, name: str, value: object) -> None:
         """Set a component; a wrong Dot is refused, and a replaced denoiser let go.
 
-        Another Dot brings its own N.
+        Another Dot brings its own N, and pipelines made of the same parts get it from then on.
         """
         if name == "dot":
             check_dot(value)
@@ -100,6 +100,7 @@ class MorseCalls(PlanChoice, Publishable):
         if name == "dot" and value is not before:
             self.speed_ratio = value.config.speed_ratio if isinstance(value, MorseDot) else None
             self.measured = None
+            remember(self, value)
         if isinstance(before, nn.Module) and before is not value:
             replace_module(self, before, value)
 

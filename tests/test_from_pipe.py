@@ -1,7 +1,9 @@
 """Pipelines made of another's parts, and saved and loaded ones, keep the Dot."""
 
+import gc
 import json
 import sys
+import weakref
 
 import diffusers
 import pytest
@@ -113,6 +115,18 @@ def test_a_pipeline_in_use_keeps_its_dot_and_settings(pipe):
     assert pipe.dot is not None and pipe.speed_ratio == 4.0
     assert MorsePipeline.from_pipe(pipe, scheduler="dpmsolver++").dot is pipe.dot
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+
+
+def test_the_dot_that_was_assigned_last_comes_along_and_others_are_let_go(pipe):
+    planned(pipe)
+    before = weakref.ref(pipe.dot)
+    pipe.dot = trained_dot(pipe.unet)
+    pipe.last_run = None
+    gc.collect()
+    assert before() is None  # and with it the copy of Dash's weights
+    assert type(pipe).from_pipe(pipe).dot is pipe.dot
+    pipe.dot = None
+    assert type(type(pipe).from_pipe(pipe)) is diffusers.StableDiffusionPipeline
 
 
 def test_a_callable_dot_is_kept_too():
