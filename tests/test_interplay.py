@@ -287,12 +287,35 @@ class TestCompiling:
 
         assert torch.equal(check_treated(treat), untreated())
 
+    def test_forward_methods(self):
+        """Also that of the whole; a block's is bound to the block, without Dot's LoRA."""
+
+        def treat(pipe):
+            for module in (pipe.unet, pipe.unet.mid_block, *pipe.unet.up_blocks):
+                module.forward = torch.compile(module.forward, backend="eager")
+
+        assert torch.equal(check_treated(treat), untreated())
+
     def test_a_wrapped_denoiser_is_saved_without_its_wrapper(self, pipe, tmp_path):
         expected = planned(pipe)
         pipe.unet = torch.compile(pipe.unet, backend="eager")
         pipe.save_pretrained(tmp_path)
         parts = {"text_encoder": None, "tokenizer": None}
         assert torch.equal(planned(MorsePipeline.from_pretrained(tmp_path, **parts)), expected)
+
+
+def test_a_function_in_place_of_a_blocks_forward_method_is_told(pipe):
+    """Dot can't run its shell of the block inside."""
+    with_lora = planned(pipe)
+    block = pipe.unet.mid_block
+    forward = block.forward
+    block.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.warns(UserWarning, match="Dash's 'mid_block' has another forward method, <func"):
+        assert difference(planned(pipe), with_lora) > 1e-3
+    block.forward = forward
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(planned(pipe), with_lora)
 
 
 def chunk_feed_forward(pipe):

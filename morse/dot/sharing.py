@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from morse.dot.fingerprint import check_fingerprint
 from morse.dot.lora import LowRank
-from morse.dot.shell import moves_weights, update_tree
+from morse.dot.shell import moves_weights, update_tree, warn_of_other_forwards
 from morse.dot.view import TreeState, check_projections, make_shared_tree, merge_shared_tree
 from morse.dot.wrapped import unwrap
 
@@ -62,6 +62,7 @@ class SharesDash(nn.Module):
         if not self._dash or self._dash[0] is not dash:
             self._unbind()
             self._dash = (dash,)
+        warn_of_other_forwards(dash, self.adapters)
         # Its layers may have been replaced, moved or set otherwise since.
         state = TreeState(dash, self.adapters if self.is_merged else None)
         if self._tree and state == self._tree_state:

@@ -1,6 +1,7 @@
 """Shells: second objects for Dash's modules, which share all but their tables of children."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, replace
 from functools import partial
 from types import MethodType
@@ -8,7 +9,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from morse.dot.wrapped import unwrap
+from morse.dot.wrapped import named_layers, unwrap
 from morse.sampling import JumpPoint
 
 # A shell's own; what else a module has, its shell gets at every `update_shell`.
@@ -95,10 +96,41 @@ def _forward_for(shell: nn.Module, module: nn.Module) -> Callable[..., object] |
     """
     if _is_hooked(module):
         return partial(_run_shell, shell, original_of(module))
-    forward = vars(module).get("forward")
+    forward = _uncompiled_forward(module)
     if isinstance(forward, MethodType) and forward.__self__ is module:
         return MethodType(forward.__func__, shell)
     return forward
+
+
+def _uncompiled_forward(module: nn.Module) -> Callable[..., object] | None:
+    """Give the forward method in a module's instance, or that which `torch.compile` made it of.
+
+    What is compiled is bound to the module, and would run it in place of its shell.
+    """
+    forward = vars(module).get("forward")
+    while hasattr(forward, "_torchdynamo_orig_callable"):
+        forward = forward._torchdynamo_orig_callable
+    return forward
+
+
+def warn_of_other_forwards(dash: nn.Module, adapters: Collection[str]) -> None:
+    """Warn of blocks that Dot runs without its LoRA, as a function stands in for their method.
+
+    A closure around the method runs the block itself, not its shell. That of Dash as a whole takes
+    no part in Dot.
+    """
+    for name, module in named_layers(dash):
+        forward = _uncompiled_forward(module)
+        bound = isinstance(forward, MethodType) and forward.__self__ is module
+        if not name or forward is None or bound or _is_hooked(module):
+            continue
+        if any(f"{adapter}.".startswith(f"{name}.") for adapter in adapters):
+            warnings.warn(
+                f"Dash's {name!r} has another forward method, {forward!r}, which Dot runs as it "
+                "is: there Dot's LoRA has no part, and its estimates are worse. Put it back while "
+                "Morse is attached, or use a forward hook or .compile() instead.",
+                stacklevel=2,
+            )
 
 
 def _run_shell(shell: nn.Module, module: nn.Module, *args: object, **kwargs: object) -> object:
