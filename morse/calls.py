@@ -2,17 +2,20 @@
 
 import inspect
 import time
+import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, wraps
 from statistics import median
 
 import torch
 from torch import nn
 
-from morse.denoisers import Denoiser, find_controlnet, find_denoisers
+from morse.denoisers import Denoiser, find_controlnet, find_denoiser, find_denoisers
 from morse.dot import MorseDot
 from morse.dot.card import pipeline_card
+from morse.dot.fingerprint import check_fingerprint
 from morse.dot.hub import Publishable
+from morse.dot.wrapped import unwrap
 from morse.one_pass import read_guidance
 from morse.plan import MorsePlan
 from morse.plan_choice import PlanChoice
@@ -192,6 +195,23 @@ class MorseCalls(PlanChoice, Publishable):
         if self.last_run is None:
             return "The latest call, if any, was not planned by Morse: give lsd= or plan=."
         return summarize_run(self.last_run, self.measured)
+
+    @wraps(Publishable.save_pretrained)
+    def save_pretrained(self, *args: object, **kwargs: object) -> None:
+        """Save the pipeline with its Dot; warns where Dash's weights are not Dot's Dash's."""
+        if isinstance(self.dot, MorseDot):
+            dash = unwrap(find_denoiser(self))
+            try:
+                check_fingerprint(dash, self.dot.config.dash_fingerprint)
+            except ValueError as error:
+                warnings.warn(
+                    "what is saved will be refused when it is loaded, as the denoiser has other "
+                    "weights than the one that dot was trained for. Where a LoRA was fused and "
+                    "unloaded, load the pipeline anew, save it without the LoRA, and load that "
+                    f"after every load. {error}",
+                    stacklevel=2,
+                )
+        super().save_pretrained(*args, **kwargs)
 
     def model_card(self) -> str:
         """Write the card that is saved along: what is known of the pipeline and its Dot."""

@@ -1,5 +1,7 @@
 """Adapters of the user's own (PEFT, `load_lora_weights`) beside the LoRA of a Dot."""
 
+import copy
+import pickle
 from functools import cache
 
 import pytest
@@ -168,7 +170,7 @@ class TestFingerprint:
         assert found["structure"] == expected["structure"]
         assert found["weights"] == pytest.approx(expected["weights"], abs=2e-3)
 
-    def test_a_lora_that_became_part_of_the_weights_is_another_dash(self):
+    def test_a_lora_that_became_part_of_the_weights_is_another_dash(self, tmp_path):
         """After fusing and unloading nobody knows the weights that Dash had.
 
         A slight change, or one of few layers, is taken for the same Dash.
@@ -182,7 +184,16 @@ class TestFingerprint:
             each.unload_lora_weights()
         with pytest.raises(ValueError, match=r"another Dash(.|\n)*without a LoRA fused"):
             enable_morse(pipe, dot)
-        planned(attached)  # where it was attached before, it stays
+        expected = planned(attached)  # where it was attached before, it stays
+        other = text_pipe()
+        for parameter in other.unet.parameters():
+            torch.nn.init.normal_(parameter)
+        for copied in (copy.deepcopy(attached), pickle.loads(pickle.dumps(attached))):
+            assert torch.equal(planned(copied), expected)
+            with pytest.raises(ValueError, match="another Dash"):
+                enable_morse(other, copied.dot)
+        with pytest.warns(UserWarning, match=r"refused when it is loaded.*\n  expected"):
+            attached.save_pretrained(tmp_path)
 
     def test_a_dot_made_beside_a_lora_is_made_for_dash_alone(self):
         pipe = text_pipe()

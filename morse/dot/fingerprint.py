@@ -65,19 +65,25 @@ def _project(weight: Tensor) -> float:
     return float(flat @ direction / flat.norm().clamp(min=1e-12))
 
 
-def check_fingerprint(dash: nn.Module, expected: dict[str, object]) -> None:
-    """Raise `ValueError`, showing both fingerprints, unless `dash` is the expected one."""
+def check_fingerprint(
+    dash: nn.Module, expected: dict[str, object], other: dict[str, object] | None = None
+) -> None:
+    """Raise `ValueError`, showing two fingerprints, unless `dash` is `expected` or `other`."""
     found = fingerprint(dash)
-    pairs = zip(found["weights"], expected["weights"], strict=False)
-    # A bfloat16 copy moves a projection by about 0.002, other weights by about 0.7. Where weights
-    # have no values ("meta"), the structure alone must do.
-    alike = len(found["weights"]) != len(expected["weights"]) or all(
-        abs(one - other) < 0.05 for one, other in pairs
-    )
-    same = found["structure"] == expected["structure"] and alike
-    if not same:
+    if not any(_agree(found, each) for each in (expected, other) if each is not None):
         raise ValueError(
             f"dot was trained for another Dash.\n  expected: {expected}\n  found:    {found}\n"
             "Load the model it was trained for (without a LoRA fused into its weights), or train a "
             "Dot for this one (train_dot.py)."
         )
+
+
+def _agree(found: dict[str, object], expected: dict[str, object]) -> bool:
+    if found["structure"] != expected["structure"]:
+        return False
+    pairs = zip(found["weights"], expected["weights"], strict=False)
+    # A bfloat16 copy moves a projection by about 0.002, other weights by about 0.7. Where weights
+    # have no values ("meta"), the structure alone must do.
+    return len(found["weights"]) != len(expected["weights"]) or all(
+        abs(one - other) < 0.05 for one, other in pairs
+    )

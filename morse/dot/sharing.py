@@ -5,7 +5,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from morse.dot.fingerprint import check_fingerprint
+from morse.dot.fingerprint import check_fingerprint, fingerprint
 from morse.dot.lora import LowRank
 from morse.dot.shell import moves_weights, update_tree, warn_of_other_forwards
 from morse.dot.view import TreeState, check_projections, make_shared_tree, merge_shared_tree
@@ -28,6 +28,9 @@ class SharesDash(nn.Module):
         self._drop_tree()
         self._tree_state: TreeState | None = None
 
+    # Of the Dash that a copy's original had then; a Dot without one knows its config's alone.
+    _copied_with: dict[str, object] | None = None
+
     def _drop_tree(self) -> None:
         """Let go of the layers, as merged weights are as large as Dash: not two copies at a time.
 
@@ -48,7 +51,7 @@ class SharesDash(nn.Module):
         check_projections(dash)
         # A fingerprint reads whole weights, so that one is made for each Dash only.
         if all(known is not dash for known in (*self._dash, *self._checked)):
-            check_fingerprint(dash, self.config.dash_fingerprint)
+            check_fingerprint(dash, self.config.dash_fingerprint, self._copied_with)
             self._checked = (dash,)
 
     def bind(self, dash: nn.Module) -> Self:
@@ -105,6 +108,12 @@ class SharesDash(nn.Module):
         return self._dash[0]
 
     def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles leave Dash behind; bind them again."""
+        """Copies and pickles leave Dash behind; bind them again.
+
+        They take a copy of that Dash too where it is another by then, as after a LoRA was fused
+        into its weights and unloaded: its Dot stays with it.
+        """
         left = {"_dash": (), "_checked": (), "_tree": (), "_tree_state": None}
+        if self._dash:
+            left["_copied_with"] = fingerprint(self._dash[0])
         return {**super().__getstate__(), **left}
