@@ -105,26 +105,30 @@ def rebase(
     Args:
         base_space: What stays: the output as it is, the x_0 that it implies, or the velocity
             v = alpha * epsilon - sigma * x_0.
-        model_output: Dash's, (B, C_out, ...).
-        jump: The sample where Dash was evaluated, (B, C_in, ...), and its rates.
+        model_output: Dash's, (B, C_out, ...), or packed as Flux has it, (B, L, C_out).
+        jump: The sample where Dash was evaluated, (B, C_in, ...) or (B, L, C_in), and its rates.
         here: The sample to express it at, and its rates.
         prediction_type: What `model_output` is.
 
     Returns:
         Like `model_output`. Where C_in and C_out differ, the sample is the first channels of both
-        (an inpainting mask follows it, or the learned variance follows the estimate).
+        (an inpainting mask or a control picture follows it, or the learned variance follows the
+        estimate).
     """
     if base_space == "raw":
         return model_output
-    channels = min(model_output.shape[1], here[0].shape[1])
-    kept, rest = model_output[:, :channels].float(), model_output[:, channels:]
-    then, now = jump[0][:, :channels].float(), here[0][:, :channels].float()
+    # Where their numbers agree, both dimensions are whole, whichever has the channels.
+    dim = 1 if model_output.shape[1] != here[0].shape[1] else -1
+    channels = min(model_output.shape[dim], here[0].shape[dim])
+    kept, rest = model_output.tensor_split([channels], dim)
+    then, now = (each.narrow(dim, 0, channels).float() for each in (jump[0], here[0]))
+    kept = kept.float()
     clean = to_clean(kept, then, jump[1], prediction_type)
     if base_space == "v":
         velocity = from_clean(clean, then, jump[1], "v_prediction")
         clean = to_clean(velocity, now, here[1], "v_prediction")
     carried = from_clean(clean, now, here[1], prediction_type).to(model_output.dtype)
-    return torch.cat([carried, rest], dim=1)
+    return torch.cat([carried, rest], dim)
 
 
 def ddim_step(

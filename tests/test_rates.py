@@ -97,6 +97,9 @@ class TestFormulas:
         arguments = ((noisy[:, :2], VP), (landed[:, :2], end), "epsilon")
         assert torch.equal(found[:, :2], rebase("x0", output[:, :2], *arguments))
         assert torch.equal(found[:, 2:], output[:, 2:])
+        flat = [each.flatten(2).transpose(1, 2) for each in (output, noisy, landed)]
+        packed = rebase("x0", flat[0], (flat[1], VP), (flat[2], end), "epsilon")
+        assert torch.equal(packed, found.flatten(2).transpose(1, 2))
 
 
 # PNDM mixes the epsilons of several samples, which have no common x_0.

@@ -4,7 +4,7 @@ import diffusers
 import pipeline_checks
 import pytest
 import torch
-from tiny_pipelines import text_inputs, tiny_vae
+from tiny_pipelines import picture, text_inputs, tiny_vae
 from tiny_text import sd3_pipeline
 from tiny_transformers import tiny_dit, tiny_flux, tiny_pixart, tiny_sd3
 
@@ -200,13 +200,14 @@ class TestStableDiffusion3:
 
 @pytest.mark.supports("pipeline", "FluxPipeline")
 class TestFlux:
-    def build(self, guidance_embeds=False, **scheduler):
+    def build(self, guidance_embeds=False, kind="FluxPipeline", in_channels=16, **scheduler):
         missing = dict.fromkeys(
             ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), None
         )
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**scheduler)
-        transformer = tiny_flux(guidance_embeds=guidance_embeds)
-        return build(diffusers.FluxPipeline, transformer, scheduler, **missing)
+        options = {"guidance_embeds": guidance_embeds, "in_channels": in_channels}
+        transformer = tiny_flux(out_channels=16, **options)
+        return build(getattr(diffusers, kind), transformer, scheduler, **missing)
 
     @pytest.fixture
     def inputs(self):
@@ -244,6 +245,12 @@ class TestFlux:
             for space in ("raw", "x0")
         ]
         assert not torch.equal(*found)
+
+    def test_base_of_clean_samples_before_a_control_picture(self, inputs):
+        """The sample is the first of the transformer's input channels; noise asks for this base."""
+        pipe = self.build(kind="FluxControlPipeline", in_channels=32, stochastic_sampling=True)
+        pipe.vae.register_to_config(shift_factor=0.1)
+        check(pipe, make_dot(pipe.transformer), **inputs, control_image=picture())
 
     @pytest.mark.parametrize("dynamic", [True, False])
     def test_leapfrog(self, inputs, dynamic):
