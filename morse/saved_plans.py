@@ -23,6 +23,9 @@ _CHOOSE_TIMESTEPS = (
     "denoising_start",
     "denoising_end",
 )
+# What pipelines call the share of a run that they make; where LTX has two, the last is that of its
+# conditions.
+STRENGTHS = ("denoise_strength", "inpaint_strength", "strength")
 # Options that make other solvers of one scheduler class. Where steps lie is not among them: a plan
 # brings its own grid, whichever the pipeline has.
 _SOLVER_OPTIONS = ("algorithm_type", "solver_order", "solver_type", "clean_above")
@@ -142,12 +145,21 @@ def find_saved_plan(
     return max(fitting, key=lambda saved: saved.lsd, default=None)
 
 
+def find_strength(arguments: Mapping[str, object]) -> object:
+    """Give the share of a run, of its end, that a call makes, from 0 to 1; None if it has no word.
+
+    Args:
+        arguments: Those of a pipeline's call by name.
+    """
+    return next((arguments[name] for name in STRENGTHS if name in arguments), None)
+
+
 def chooses_timesteps(arguments: Mapping[str, object]) -> bool:
     """Tell whether a pipeline's call chooses or cuts its timesteps itself.
 
     At a strength of 1, which Stable Diffusion's inpainting has by default, it makes whole runs.
     """
-    strength = arguments.get("strength")
+    strength = find_strength(arguments)
     is_cut = isinstance(strength, (int, float)) and strength < 1
     return is_cut or any(arguments.get(name) is not None for name in _CHOOSE_TIMESTEPS)
 

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 from diffusers import DiffusionPipeline
 
 from morse.plan import MorsePlan
+from morse.saved_plans import STRENGTHS, find_strength
 
 MOST_STEPS = 1000
 _WITH_CLEAN_END = ("DDPMWuerstchenScheduler", "SCMScheduler")  # a timestep, but not evaluated
 _FIXING = ("timesteps", "sigmas")
-_CUTTING = ("strength", "denoise_strength", "denoising_start", "denoising_end")
+_CUTTING = (*STRENGTHS, "denoising_start", "denoising_end")
 
 
 def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], steps: int) -> int:
@@ -34,13 +35,14 @@ def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], ste
     scheduler = copy.deepcopy(pipe.scheduler)
     steps = _set_timesteps(scheduler, arguments, steps)
     timesteps = scheduler.timesteps
-    cut = getattr(type(pipe), "get_timesteps", None)
+    # Combined pipelines, Kandinsky's, leave the loop to another one.
+    cut = getattr(type(getattr(pipe, "decoder_pipe", pipe)), "get_timesteps", None)
     # Latent consistency's image-to-image has the method too, but its scheduler applies `strength`.
     if cut is not None and _is_cut(arguments):
         known = {"device": "cpu", **arguments, "num_inference_steps": steps}
         # What pipelines of videos hand over here is the scheduler's, not what the call was given.
         known |= {"timesteps": timesteps, "sigmas": getattr(scheduler, "sigmas", None)}
-        known["strength"] = arguments.get("denoise_strength", arguments.get("strength"))
+        known["strength"] = find_strength(arguments)
         names = [name for name in inspect.signature(cut).parameters if name in known]
         stand_in = SimpleNamespace(scheduler=scheduler, config=pipe.config)
         *_, timesteps, _ = cut(stand_in, **{name: known[name] for name in names})
@@ -56,11 +58,9 @@ def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], ste
 
 def _is_cut(arguments: dict[str, object]) -> bool:
     """Tell whether a pipeline that can leave out its first steps does so in such a call."""
-    if "denoise_strength" in arguments:  # LTX's, whose `strength` is that of its conditions
-        return arguments["denoise_strength"] < 1
-    if "original_inference_steps" in arguments:
+    if "original_inference_steps" in arguments or find_strength(arguments) is None:
         return False
-    return "strength" in arguments and not arguments.get("enforce_inference_steps")
+    return not arguments.get("enforce_inference_steps")
 
 
 def _set_timesteps(scheduler: object, arguments: dict[str, object], steps: int) -> int:

@@ -24,6 +24,8 @@ def power(pipe):
         ({"strength": 0.8}, True),
         ({"strength": 1.0, "num_inference_steps": None}, False),  # as inpainting has it
         ({"strength": None}, False),
+        ({"inpaint_strength": 0.8}, True),
+        ({"strength": 0.8, "denoise_strength": 1.0}, False),  # of LTX's conditions, and of the run
         ({"strength": 1.0, "num_inference_steps": 5}, True),
         ({"timesteps": [999]}, True),
     ],

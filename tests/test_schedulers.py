@@ -193,9 +193,10 @@ class TestSteps:
         ("AnimateDiffVideoToVideoPipeline", {"strength": 0.5, "enforce_inference_steps": True}, 10),
         ("LTXConditionPipeline", {"strength": 1.0, "denoise_strength": 0.5}, 5),
         ("LTXConditionPipeline", {"strength": 0.5, "denoise_strength": 1.0}, 10),
+        ("StableDiffusionDiffEditPipeline", {"inpaint_strength": 0.5}, 5),
     ],
 )
-def test_what_video_pipelines_leave_out(name, arguments, length):
+def test_what_other_pipelines_leave_out(name, arguments, length):
     pipe = object.__new__(type(name, (), {"get_timesteps": getattr(diffusers, name).get_timesteps}))
     pipe.config = {}
     flows = name.startswith(("Wan", "LTX"))
