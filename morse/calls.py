@@ -8,6 +8,7 @@ from functools import partial, wraps
 from statistics import median
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from morse.denoisers import Denoiser, find_controlnet, find_denoiser, find_denoisers
@@ -104,6 +105,11 @@ class MorseCalls(PlanChoice, Publishable):
             self.speed_ratio = value.config.speed_ratio if isinstance(value, MorseDot) else None
             self.measured = None
             remember(self, value)
+        if name == "scheduler":
+            # Combined pipelines, Kandinsky's, have another one with it that makes the loop.
+            for part in vars(self).values():
+                if isinstance(part, DiffusionPipeline) and part.scheduler is before:
+                    part.scheduler = value
         if isinstance(before, nn.Module) and before is not value:
             replace_module(self, before, value)
 
