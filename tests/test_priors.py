@@ -1,13 +1,17 @@
-"""Pipelines whose denoiser is a prior or a decoder, with a Dot of the user's own."""
+"""Pipelines whose denoiser is a prior or a decoder, mostly with a Dot of the user's own."""
+
+import inspect
+from types import MappingProxyType
 
 import diffusers
 import pytest
 import torch
-from pipeline_checks import check, counted, latents, own_dot
-from tiny_pipelines import tiny_vae
+from pipeline_checks import check, counted, latents, make_dot, own_dot
+from tiny_pipelines import TEXT_CHANNELS, picture, text_unet, tiny_vae
 from torch import nn
 
 from morse import enable_morse
+from morse.saved_plans import scheduler_options
 
 
 class KandinskyPrior(diffusers.KandinskyV22PriorPipeline):
@@ -104,3 +108,57 @@ class TestStableCascade:
         image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
         options = {"guidance_scale": 1.1, "image_embeddings": image}
         check(pipe, own_dot, 6, 6, **self.texts(), **options)
+
+
+class TestKandinsky:
+    """The decoder's text is None, which its denoiser's forward method has no default for."""
+
+    IMAGE = MappingProxyType(
+        {
+            "image_embeds": torch.full((1, TEXT_CHANNELS), 0.5),
+            "negative_image_embeds": torch.zeros(1, TEXT_CHANNELS),
+        }
+    )
+    SIZE = MappingProxyType({"height": 64, "width": 64})
+
+    @pytest.fixture
+    def parts(self):
+        unet = text_unet(
+            out_channels=8,
+            encoder_hid_dim=TEXT_CHANNELS,
+            encoder_hid_dim_type="image_proj",
+            addition_embed_type="image",
+        )
+        vae = diffusers.VQModel(
+            latent_channels=4,
+            block_out_channels=(4, 4),
+            norm_num_groups=2,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        )
+        scheduler = diffusers.DDIMScheduler(clip_sample=False)
+        return {"unet": unet, "scheduler": scheduler, "movq": vae}
+
+    def test_decoder(self, parts):
+        pipe = diffusers.KandinskyV22Pipeline(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        check(pipe, make_dot(pipe.unet), 6, 6, **self.IMAGE, **self.SIZE)
+
+    def test_prior_and_decoder_in_one(self, parts):
+        """The decoder's pipeline cuts the timesteps, and takes the plan's scheduler."""
+        kind = diffusers.KandinskyV22Img2ImgCombinedPipeline
+        names = inspect.signature(kind).parameters
+        pipe = kind(**parts, **{name: None for name in names if name.startswith("prior_")})
+        pipe.decoder_pipe.set_progress_bar_config(disable=True)
+        pipe.prior_pipe = lambda **arguments: tuple(self.IMAGE.values())
+        pipe.set_progress_bar_config = lambda **options: None
+        enable_morse(pipe, make_dot(pipe.unet))
+        image = {"prompt": "x", "image": picture(1), "strength": 0.5}
+        latents(pipe, plan="DooDo", **image, **self.SIZE)
+        assert counted(pipe) == (2, 3) and pipe.last_run.fallbacks == {}
+        before = pipe.scheduler
+        with scheduler_options(pipe, {"timestep_spacing": "trailing"}):
+            assert pipe.decoder_pipe.scheduler is pipe.scheduler is not before
+            latents(pipe, plan="DooDo", **image, **self.SIZE)
+        assert counted(pipe) == (2, 3) and pipe.last_run.fallbacks == {}
+        assert pipe.decoder_pipe.scheduler is pipe.scheduler is before

@@ -41,14 +41,14 @@ def loop_pipeline(unet, scheduler):
 TEXT_CHANNELS = 8
 
 
-def text_unet(in_channels=4, **options):
+def text_unet(in_channels=4, out_channels=4, **options):
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=in_channels,
-        out_channels=4,
+        out_channels=out_channels,
         block_out_channels=(8, 16),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

@@ -1,5 +1,9 @@
 """Runs a tree of shells of Dash on Dot's own features, with Dash's own forward method."""
 
+import inspect
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -93,7 +97,19 @@ def _forward(
     # Dash's hooks (offloading, Morse's own switch) belong to Dash's calls alone.
     body.__dict__.pop("forward", None)
     run = type(body).forward
+    conditions = _missing(run) | conditions
     return run(body, sample, timestep=timestep, return_dict=False, **conditions)[0]
+
+
+@cache
+def _missing(forward: Callable[..., object]) -> dict[str, None]:
+    """Give None for each condition that a forward method must be given.
+
+    Some pipelines have none for it, as Kandinsky's text; conditions that are None are left out.
+    """
+    _, _, *parameters = inspect.signature(forward).parameters.values()  # self and the sample
+    required = [each.name for each in parameters if each.default is each.empty]
+    return {name: None for name in required if name != "timestep"}
 
 
 # Features for the inside of a UNet from a ControlNet or T2I-Adapter, at Dash's resolutions.
