@@ -108,7 +108,7 @@ class MorseCalls(PlanChoice, Publishable):
         if name == "scheduler":
             # Combined pipelines, Kandinsky's, have another one with it that makes the loop.
             for part in vars(self).values():
-                if isinstance(part, DiffusionPipeline) and part.scheduler is before:
+                if isinstance(part, DiffusionPipeline) and vars(part).get("scheduler") is before:
                     part.scheduler = value
         if isinstance(before, nn.Module) and before is not value:
             replace_module(self, before, value)
@@ -138,7 +138,10 @@ class MorseCalls(PlanChoice, Publishable):
             for name, module in denoisers.items()
         ]
         run.controlnet, run.scheduler = controlnet, self.scheduler
-        run.rebinds = any("callback" in name and arguments[name] for name in arguments)
+        if hasattr(self, "enable_fuser"):  # GLIGEN's, which sets Dash otherwise midway
+            run.rebinds = "each evaluation"
+        elif any("callback" in name and arguments[name] for name in arguments):
+            run.rebinds = "each of Dash"
         run.read_guidance = partial(read_guidance, self)
         self.last_run, started = run, time.perf_counter()
         token = CURRENT_RUN.set(run)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class MorseRun:
         seconds: Wall time of the call.
         timings: (model, seconds) of each evaluation, where the call was timed.
         base_space: What of Dash's latest estimate Dot's residual was added to.
-        rebinds: Whether Dash may change during the run, as by the call's callback.
+        rebinds: When Dash may have changed during the run, as by the call's callback.
     """
 
     plan: MorsePlan
@@ -55,7 +56,7 @@ class MorseRun:
     seconds: float = 0.0
     timings: list[tuple[ModelName, float]] | None = None
     base_space: BaseSpace = "raw"
-    rebinds: bool = False
+    rebinds: Literal["never", "each of Dash", "each evaluation"] = "never"
     denoisers: Sequence[Denoiser] = field(default=(), repr=False)
     controlnet: nn.Module | None = field(default=None, repr=False)
     scheduler: object = field(default=None, repr=False)
@@ -157,7 +158,7 @@ class MorseRun:
             earlier = self._branches.find_earlier(denoiser, steady)
             self._branches.keep(denoiser, steady, view.keep(output, timestep, rates, earlier))
             self._scale = view.scale
-            if self.rebinds:
+            if self.rebinds == "each of Dash":
                 self._bound.discard(denoiser.name)
         model: ModelName = "dash" if latest is None else "dot"
         self._count(model)
@@ -191,9 +192,11 @@ class MorseRun:
         """Let a weight-shared Dot look at Dash once a run, as it is when Dot is first needed.
 
         Not before the run: some pipelines give Dash other attention processors meanwhile. Callbacks
-        may change its adapters, so that with them Dot looks again after each evaluation of Dash.
+        may change its adapters, so that with them Dot looks again after each evaluation of Dash; at
+        each of its own where the pipeline sets Dash otherwise.
         """
-        if isinstance(denoiser.dot, MorseDot) and denoiser.name not in self._bound:
+        known = denoiser.name in self._bound and self.rebinds != "each evaluation"
+        if isinstance(denoiser.dot, MorseDot) and not known:
             denoiser.dot.bind(denoiser.module)
             self._bound.add(denoiser.name)
         return denoiser.dot

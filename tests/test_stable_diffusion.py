@@ -1,10 +1,20 @@
 """Stable Diffusion's pipelines with a weight-shared Dot, on tiny random models."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention import GatedSelfAttentionDense
 from pipeline_checks import check, latents, make_dot
-from tiny_pipelines import picture, stable_diffusion, text_inputs, text_unet, xl_unet
+from tiny_pipelines import (
+    TEXT_CHANNELS,
+    picture,
+    stable_diffusion,
+    text_inputs,
+    text_unet,
+    xl_unet,
+)
 
 from morse import enable_morse
 from morse.plan import MorsePlan
@@ -114,6 +124,25 @@ def test_instructions_on_an_image():
     unet = text_unet(in_channels=8)
     pipe = stable_diffusion(diffusers.StableDiffusionInstructPix2PixPipeline, unet)
     check(pipe, make_dot(unet), 6, 6, **text_inputs(), image=picture())
+
+
+def test_grounding_ends_for_dot_too(monkeypatch):
+    """GLIGEN switches its layers off midway, here between two evaluations of Dot."""
+    unet, enabled = text_unet(attention_type="gated"), []
+    pipe = stable_diffusion(diffusers.StableDiffusionGLIGENPipeline, unet)
+    fuser = next(each for each in unet.modules() if isinstance(each, GatedSelfAttentionDense))
+    forward = type(fuser).forward
+    monkeypatch.setattr(
+        type(fuser), "forward", lambda self, *x: enabled.append(self.enabled) or forward(self, *x)
+    )
+    pipe.tokenizer = lambda *phrases, **options: SimpleNamespace(to=lambda device: {})
+    pipe.text_encoder = lambda: SimpleNamespace(pooler_output=torch.ones(1, TEXT_CHANNELS))
+    pipe.text_encoder.dtype = torch.float32
+    enable_morse(pipe, make_dot(unet))
+    boxes = {"gligen_phrases": ["x"], "gligen_boxes": [[0.0, 0.0, 0.5, 0.5]]}
+    kwargs = {**text_inputs(1), **boxes, "gligen_scheduled_sampling_beta": 0.5}
+    latents(pipe, plan="DoooDo", height=32, width=32, **kwargs)
+    assert enabled == [True] * (len(enabled) // 2) + [False] * (len(enabled) // 2)
 
 
 @pytest.mark.supports("pipeline", "LatentConsistencyModelPipeline")
