@@ -207,4 +207,7 @@ def with_options(before: "SchedulerMixin", options: Mapping[str, object]) -> "Sc
             f"scheduler options {unknown} are not {type(before).__name__}'s; it has "
             f"{sorted(name for name in before.config if name[0] != '_')}."
         )
-    return remake(type(before), {**before.config, **options})
+    made = remake(type(before), {**before.config, **options})
+    if hasattr(before, "set_shift"):
+        made.set_shift(before.shift)  # the config does not tell of it
+    return made

@@ -3,6 +3,8 @@
 from threading import Event, Thread
 
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import loop_pipeline
 from torch import nn
 
@@ -42,6 +44,17 @@ def test_options_within_others():
             assert power(pipe) == 3
         assert power(pipe) == 2
     assert pipe.scheduler is before
+
+
+def test_a_shift_that_was_set_stays():
+    pipe = make_pipe()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    pipe.scheduler.set_shift(5.0)
+    pipe.scheduler.set_timesteps(4)
+    expected = pipe.scheduler.sigmas
+    with scheduler_options(pipe, {"use_karras_sigmas": False}):
+        pipe.scheduler.set_timesteps(4)
+        assert torch.equal(pipe.scheduler.sigmas, expected)
 
 
 def test_threads_take_turns():
