@@ -86,6 +86,12 @@ def make_scheduler(name: str, config: dict[str, object]) -> object:
     # is for the new class to say, unless the pipeline's author did.
     unset = {"_use_default_values", *_OF_CLASS.intersection(config.get("_use_default_values", ()))}
     config = {key: value for key, value in config.items() if key not in unset}
+    if config.get("thresholding") and "thresholding" not in inspect.signature(known).parameters:
+        warnings.warn(
+            f"scheduler={name!r} has no thresholding, which the pipeline's scheduler has and its "
+            "model may need under strong guidance; use ddim, ddpm, dpmsolver++, unipc or deis.",
+            stacklevel=3,
+        )
     # DDIM's and DDPM's default, for pixels, would cut off latents.
     if "clip_sample" not in config and "clip_sample" in inspect.signature(known).parameters:
         options = {"clip_sample": False, **options}

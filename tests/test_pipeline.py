@@ -1,5 +1,6 @@
 import inspect
 import json
+import warnings
 
 import diffusers
 import numpy as np
@@ -110,6 +111,15 @@ def test_clipping_is_what_the_pipelines_own_scheduler_says_of_it():
             assert not make_scheduler(name, own.config).config.clip_sample
     pixels = make_scheduler("leapfrog", diffusers.DDPMScheduler().config)
     assert make_scheduler("ddim", pixels.config).config.clip_sample
+
+
+def test_thresholding_that_a_scheduler_has_no_word_for_is_told():
+    config = diffusers.DDPMScheduler(thresholding=True).config
+    with pytest.warns(UserWarning, match="scheduler='leapfrog' has no thresholding"):
+        other = make_scheduler("leapfrog", config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make_scheduler("dpmsolver++", other.config).config.thresholding
 
 
 def test_a_schedulers_name_says_which_solver_whatever_was_there_before(make_pipe):
