@@ -35,7 +35,8 @@ class MorsePipeline:
 
     The pipeline keeps its class's name and everything that its call takes; what is new is described
     in `morse.calls.MorseCalls`. `save_pretrained` writes a folder that plain diffusers opens too,
-    without the Dot.
+    without the Dot; where its scheduler is leapfrog, after `from morse import LeapfrogScheduler` or
+    `FlowMatchLeapfrogScheduler`.
     """
 
     def __new__(cls, *args: object, **kwargs: object) -> object:

@@ -1,5 +1,8 @@
 """The leapfrog solver against closed forms, PFDiff's published update and diffusers' DDIM."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
@@ -231,8 +234,26 @@ def test_zero_terminal_snr_is_kept_from_another_scheduler():
     assert end == pytest.approx(exact_end(scheduler), rel=0.02)
 
 
+OPEN = """
+import sys
+from diffusers import DiffusionPipeline
+try:
+    DiffusionPipeline.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "morse.leapfrog" in str(error)
+else:
+    raise AssertionError("it opened")
+from morse import LeapfrogScheduler
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+print(type(pipe).__name__, type(pipe.scheduler).__name__)
+"""
+
+
 def test_saved_with_a_pipeline(make_dot, build_unet, tmp_path):
-    """A Dot with plans and N, and the solver: loaded they give the same image for a budget."""
+    """A Dot with plans and N, and the solver: loaded they give the same image for a budget.
+
+    In a process of its own plain diffusers opens it once the scheduler is imported.
+    """
     unet = build_unet(channels=(8, 16), sample_size=8)
     dot = make_dot(unet, num_down_blocks=1)
     plan = SavedPlan(4, "DoDoD", {"timestep_power": 1.2}).to_config()
@@ -260,6 +281,10 @@ def test_saved_with_a_pipeline(make_dot, build_unet, tmp_path):
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
     torch.testing.assert_close(images[2], images[3], rtol=0, atol=1e-4)
     assert not torch.equal(images[1], images[2])
+    opened = subprocess.run(
+        [sys.executable, "-c", OPEN, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert opened.stdout.split() == ["DDPMPipeline", "LeapfrogScheduler"]
     assert "DPMSolverMultistepScheduler" in {each.__name__ for each in pipe.scheduler.compatibles}
 
 
