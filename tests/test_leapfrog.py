@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
 from tiny_pipelines import loop_pipeline
 
 from morse import FlowMatchLeapfrogScheduler, LeapfrogScheduler, MorsePipeline
+from morse.leapfrog_moves import resample_steps
 from morse.saved_plans import SavedPlan
 from morse.schedulers import make_scheduler
 
@@ -315,6 +317,16 @@ class TestFittedSteps:
         for found, expected in zip(fitted._grid, plain._grid, strict=True):
             assert abs(found - expected) <= 1  # the rows' timesteps are rounded
         assert fitted._weights == [[0.25, 0.0]] * count
+
+    def test_many_more_evaluations_than_rows_keep_a_timestep_each(self):
+        """Beyond the last row's timestep there is no room for the shares of a run that are left."""
+        steep = LeapfrogScheduler(fitted_steps=[[999, 0.5, 0, 0], [300, 0.5, 0, 0], [0.6, 1, 0, 0]])
+        steep.set_timesteps(20)
+        timesteps = steep.timesteps.tolist()
+        assert timesteps[0] == 999 and timesteps[-1] >= 0
+        assert all(later < earlier for earlier, later in pairwise(timesteps))
+        rows = resample_steps(steep.config.fitted_steps, 20)[:, 0].tolist()
+        assert rows[-1] >= 0 and all(later < earlier for earlier, later in pairwise(rows))
 
     @pytest.mark.parametrize("clean_above", [0.0, 20.0, 1e9])  # 20: x_0 first, then epsilon
     def test_moves_extrapolate_what_they_hold_fixed(self, clean_above):

@@ -139,11 +139,13 @@ class TestKandinsky:
         scheduler = diffusers.DDIMScheduler(clip_sample=False)
         return {"unet": unet, "scheduler": scheduler, "movq": vae}
 
+    @pytest.mark.supports("pipeline", "KandinskyV22Pipeline")
     def test_decoder(self, parts):
         pipe = diffusers.KandinskyV22Pipeline(**parts)
         pipe.set_progress_bar_config(disable=True)
         check(pipe, make_dot(pipe.unet), 6, 6, **self.IMAGE, **self.SIZE)
 
+    @pytest.mark.supports("pipeline", "KandinskyV22Img2ImgCombinedPipeline")
     def test_prior_and_decoder_in_one(self, parts):
         """The decoder's pipeline cuts the timesteps, and takes the plan's scheduler."""
         kind = diffusers.KandinskyV22Img2ImgCombinedPipeline

@@ -126,6 +126,7 @@ def test_instructions_on_an_image():
     check(pipe, make_dot(unet), 6, 6, **text_inputs(), image=picture())
 
 
+@pytest.mark.supports("pipeline", "StableDiffusionGLIGENPipeline")
 def test_grounding_ends_for_dot_too(monkeypatch):
     """GLIGEN switches its layers off midway, here between two evaluations of Dot."""
     unet, enabled = text_unet(attention_type="gated"), []

@@ -246,6 +246,7 @@ class TestFlux:
         ]
         assert not torch.equal(*found)
 
+    @pytest.mark.supports("pipeline", "FluxControlPipeline")
     def test_base_of_clean_samples_before_a_control_picture(self, inputs):
         """The sample is the first of the transformer's input channels; noise asks for this base."""
         pipe = self.build(kind="FluxControlPipeline", in_channels=32, stochastic_sampling=True)
