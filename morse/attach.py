@@ -32,7 +32,8 @@ class _Attached(MorseCalls):
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set a component; the first Dot that can be saved makes `dot` one."""
-        if name == "dot" and isinstance(value, ModelMixin) and not self._made_of[1]:
+        made_of = vars(type(self)).get("_made_of")  # a subclass with a home of its own has none
+        if name == "dot" and isinstance(value, ModelMixin) and made_of and not made_of[1]:
             self.__class__ = morse_class(self._morse_base, True)
             self.register_modules(dot=value)
         else:
@@ -75,6 +76,8 @@ def morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
     parents: tuple[type, ...] = (_Attached, base)
 
     def from_pipe(cls: type, pipeline: DiffusionPipeline, **kwargs: object) -> DiffusionPipeline:
+        if getattr(pipeline, "dot", None) is not None:
+            remember(pipeline, pipeline.dot)  # others of the same parts may have set theirs since
         return inherit_dot(base.from_pipe(pipeline, **kwargs))
 
     members["from_pipe"] = classmethod(from_pipe)

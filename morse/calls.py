@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from morse.denoisers import Denoiser, find_controlnet, find_denoiser, find_denoisers
+from morse.denoisers import Denoiser, find_controlnet, find_denoisers
 from morse.dot import MorseDot
 from morse.dot.card import pipeline_card
 from morse.dot.fingerprint import check_fingerprint
@@ -20,7 +20,7 @@ from morse.dot.wrapped import unwrap
 from morse.one_pass import read_guidance
 from morse.plan import MorsePlan
 from morse.plan_choice import PlanChoice
-from morse.prepare import DOT_IN_CONFIG, check_dot, prepare_dot, remember, replace_module
+from morse.prepare import DOT_IN_CONFIG, check_dot, prepare_dot, remember, replace_module, switched
 from morse.rates import choose_base_space
 from morse.saved_plans import scheduler_options
 from morse.slot import CURRENT_RUN
@@ -98,7 +98,7 @@ class MorseCalls(PlanChoice, Publishable):
             check_dot(value)
         before = vars(self).get(name)
         super().__setattr__(name, value)
-        if name == "dot" and isinstance(value, MorseDot):
+        if name == "dot" and isinstance(value, MorseDot) and self._made_of[1]:
             # diffusers would take the inner module's name, or leave it at None.
             self.register_to_config(dot=DOT_IN_CONFIG)
         if name == "dot" and value is not before:
@@ -208,16 +208,16 @@ class MorseCalls(PlanChoice, Publishable):
     @wraps(Publishable.save_pretrained)
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """Save the pipeline with its Dot; warns where Dash's weights are not Dot's Dash's."""
-        if isinstance(self.dot, MorseDot):
-            dash = unwrap(find_denoiser(self))
+        dash = next(iter(switched(self)), None)
+        if isinstance(self.dot, MorseDot) and dash is not None:
             try:
-                check_fingerprint(dash, self.dot.config.dash_fingerprint)
+                check_fingerprint(unwrap(dash), self.dot.config.dash_fingerprint)
             except ValueError as error:
                 warnings.warn(
-                    "what is saved will be refused when it is loaded, as the denoiser has other "
-                    "weights than the one that dot was trained for. Where a LoRA was fused and "
-                    "unloaded, load the pipeline anew, save it without the LoRA, and load that "
-                    f"after every load. {error}",
+                    "what is saved will be refused when it is loaded, as its denoiser is not the "
+                    "one that dot was trained for. Where a LoRA was fused and unloaded, load the "
+                    "pipeline anew, save it without the LoRA, and load that after every load. "
+                    f"{error}",
                     stacklevel=2,
                 )
         super().save_pretrained(*args, **kwargs)

@@ -158,8 +158,8 @@ def _explain(argv: list[str]) -> typing.NoReturn:
     found = [name for name in COMMANDS if asked == name.split()[: len(asked)]]
     helps = bool(found) and bool({"-h", "--help"} & set(argv))
     output = sys.stdout if helps else sys.stderr
-    if not found:
-        print(f"unknown command {' '.join(asked)!r}", file=sys.stderr)
+    if not found or (argv and not asked and not helps):
+        print(f"unknown command {' '.join(asked or argv[:1])!r}", file=sys.stderr)
     print("usage: morse COMMAND [options]; --help after a command", file=output)
     for name in found or COMMANDS:
         print(f"  {name:15} {COMMANDS[name][2]}", file=output)

@@ -1,7 +1,9 @@
 """Files and folders that are written whole or not at all, and tensors read back from them."""
 
+import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,31 +12,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LEFT_BEHIND = 3600  # seconds; no file takes as long to write
+
 
 def temporary_for(path: Path) -> Path:
     """Name a place beside `path` for what is to become it; each process has its own."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the files in a folder and below that processes which are gone were writing."""
-    for path in folder.rglob(".*.tmp-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdecimal() and path.is_file() and _is_gone(int(number)):
-            path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, pattern: str = ".*.tmp-*") -> None:
+    """Remove the files in a folder and below that killed processes were writing.
 
-
-def _is_gone(process: int) -> bool:
-    """Tell whether there is no process of this number; where that cannot be asked, there may be."""
-    if os.name != "posix":  # the question would end it
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # it is another user's
-        return False
-    return False
+    By their age: the number of a process says nothing where another machine or container wrote.
+    """
+    for path in folder.rglob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another run was just about to finish it
+            if path.is_file() and time.time() - path.stat().st_mtime > _LEFT_BEHIND:
+                path.unlink()
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

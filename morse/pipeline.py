@@ -176,7 +176,7 @@ def _load_either(path: str | os.PathLike, **kwargs: object) -> MorseDot:
             return _load_variant(path, "dot", **kwargs)
         except OSError:
             raise OSError(
-                'it has a Dot neither in its root nor in the subfolder "dot"; for another place '
+                'no Dot was found in its root, nor in the subfolder "dot"; for another place '
                 "pass dot=MorseDot.from_pretrained(id, subfolder=..., revision=...). In its root: "
                 f"{error}"
             ) from error

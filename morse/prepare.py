@@ -55,13 +55,13 @@ def prepare_dot(pipe: DiffusionPipeline, dot: Dot | None, denoiser: nn.Module) -
 def remember(pipe: DiffusionPipeline, dot: Dot | None) -> None:
     """Put the switches in place and keep the Dot there, for pipelines made of this one's parts."""
     owner = Owner(weakref.ref(pipe), dot)
-    for module in _switched(pipe):
+    for module in switched(pipe):
         install_switch(module, owner)
 
 
 def forget(pipe: DiffusionPipeline) -> None:
     """Take the switches out again where no other pipeline uses them."""
-    for module in _switched(pipe):
+    for module in switched(pipe):
         release_switch(module, pipe)
         release_switch(unwrap(module), pipe)  # wrapped after it was switched
 
@@ -76,8 +76,12 @@ def replace_module(pipe: DiffusionPipeline, before: nn.Module, after: object) ->
         remember(pipe, pipe.dot)
 
 
-def _switched(pipe: DiffusionPipeline) -> list[nn.Module]:
-    modules = (*find_denoisers(pipe).values(), find_controlnet(pipe))
+def switched(pipe: DiffusionPipeline) -> list[nn.Module]:
+    """List the models that get a switch, the denoiser first; none where there is no denoiser."""
+    try:
+        modules = (*find_denoisers(pipe).values(), find_controlnet(pipe))
+    except ValueError:  # the denoiser was let go of, to make room
+        return []
     return [module for module in modules if module is not None]
 
 

@@ -208,6 +208,6 @@ def with_options(before: "SchedulerMixin", options: Mapping[str, object]) -> "Sc
             f"{sorted(name for name in before.config if name[0] != '_')}."
         )
     made = remake(type(before), {**before.config, **options})
-    if hasattr(before, "set_shift"):
+    if hasattr(before, "set_shift") and "shift" not in options:
         made.set_shift(before.shift)  # the config does not tell of it
     return made

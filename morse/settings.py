@@ -55,18 +55,18 @@ def make_given(config_class: type[Config], values: Mapping[str, object]) -> Conf
     return config
 
 
-def given(config: object, names: Collection[str]) -> list[str]:
-    """List those of some settings that were given on a command line or are not at their defaults.
-
-    They are in the dataclass' order.
-    """
-    named = getattr(config, _GIVEN, ())
+def changed(config: object, names: Collection[str]) -> list[str]:
+    """List those of some settings that are not at their defaults, in the dataclass' order."""
     return [
         option.name
         for option in fields(config)
-        if option.name in names
-        and (option.name in named or getattr(config, option.name) != option.default)
+        if option.name in names and getattr(config, option.name) != option.default
     ]
+
+
+def given(config: object, names: Collection[str]) -> set[str]:
+    """Name those of some settings that were given on a command line, or are `changed`."""
+    return {*changed(config, names), *getattr(config, _GIVEN, frozenset()).intersection(names)}
 
 
 def replace_defaults(config: object, values: Mapping[str, object]) -> None:

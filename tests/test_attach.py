@@ -609,6 +609,23 @@ def test_a_dot_is_assigned_where_there_was_none_or_a_callable(first, tmp_path):
     assert disable_morse(pipe).components.keys() == text_pipe().components.keys()
 
 
+def test_a_class_of_the_users_own_stays_as_dots_change(pipe, dot):
+    enable_morse(pipe, None)
+    pipe.__class__ = type("Own", (type(pipe),), {"extra": 1})
+    pipe.dot = dot
+    assert pipe.extra == 1
+    sample(pipe, plan="Do")
+    assert pipe.last_run.num_dot == 1
+
+
+def test_without_its_denoiser_a_pipeline_lets_go_of_dot_and_saves(pipe, dot, tmp_path):
+    enable_morse(pipe, dot)
+    pipe.unet = None
+    pipe.save_pretrained(tmp_path)
+    pipe.dot = None
+    assert pipe.dot is None and (tmp_path / "dot").is_dir()
+
+
 def test_a_saved_plan_is_no_argument(pipe, dot):
     dot.register_to_config(plans={"DDIMScheduler": [SavedPlan(10, "DDD").to_config()]})
     enable_morse(pipe, dot)

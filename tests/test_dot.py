@@ -307,6 +307,18 @@ def text_dash():
     ).eval()
 
 
+def test_a_dash_whose_forward_method_hands_on_what_it_gets(make_dot, build_unet):
+    class Own(type(build_unet())):
+        def forward(self, sample, timestep, *args, **kwargs):
+            return super().forward(sample, timestep, *args, **kwargs)
+
+    dash = build_unet()
+    given = inputs(channels=dash.config.in_channels)
+    expected = make_dot(dash)(*given)
+    dash.__class__ = Own
+    assert_close(make_dot(dash)(*given), expected)
+
+
 @pytest.mark.supports("denoiser", "UNet2DConditionModel")
 def test_a_text_conditional_dash_hands_its_text_to_the_shared_layers(text_dash, make_dot):
     sample, timestep, jump = inputs(channels=4)

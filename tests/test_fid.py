@@ -343,9 +343,9 @@ def test_sizes_that_cannot_be_measured_are_told_before_sampling(tmp_path):
 
 
 def test_latents_have_the_size_of_their_images():
-    assert (
-        _image_size(text_pipeline()) == text_pipeline()("cat", num_inference_steps=1).images[0].size
-    )
+    pipe = text_pipeline()
+    (image,) = pipe("cat", num_inference_steps=1).images
+    assert _image_size(pipe) == image.size[::-1]
 
 
 def test_evaluations_are_counted_as_the_scheduler_makes_them():

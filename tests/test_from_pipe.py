@@ -125,6 +125,9 @@ def test_the_dot_that_was_assigned_last_comes_along_and_others_are_let_go(pipe):
     gc.collect()
     assert before() is None  # and with it the copy of Dash's weights
     assert type(pipe).from_pipe(pipe).dot is pipe.dot
+    other = type(pipe).from_pipe(pipe)
+    other.dot = None
+    assert type(pipe).from_pipe(pipe).dot is pipe.dot is not None
     pipe.dot = None
     assert type(type(pipe).from_pipe(pipe)) is diffusers.StableDiffusionPipeline
 

@@ -252,10 +252,7 @@ print(type(pipe).__name__, type(pipe.scheduler).__name__)
 
 
 def test_saved_with_a_pipeline(make_dot, build_unet, tmp_path):
-    """A Dot with plans and N, and the solver: loaded they give the same image for a budget.
-
-    In a process of its own plain diffusers opens it once the scheduler is imported.
-    """
+    """A Dot with plans and N, and the solver: loaded they give the same image for a budget."""
     unet = build_unet(channels=(8, 16), sample_size=8)
     dot = make_dot(unet, num_down_blocks=1)
     plan = SavedPlan(4, "DoDoD", {"timestep_power": 1.2}).to_config()
@@ -283,11 +280,16 @@ def test_saved_with_a_pipeline(make_dot, build_unet, tmp_path):
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
     torch.testing.assert_close(images[2], images[3], rtol=0, atol=1e-4)
     assert not torch.equal(images[1], images[2])
+    assert "DPMSolverMultistepScheduler" in {each.__name__ for each in pipe.scheduler.compatibles}
+
+
+@pytest.mark.slow
+def test_plain_diffusers_opens_it_once_the_scheduler_is_imported(build_unet, tmp_path):
+    DDPMPipeline(build_unet(channels=(8, 16)), LeapfrogScheduler()).save_pretrained(tmp_path)
     opened = subprocess.run(
         [sys.executable, "-c", OPEN, tmp_path], capture_output=True, text=True, check=True
     )
     assert opened.stdout.split() == ["DDPMPipeline", "LeapfrogScheduler"]
-    assert "DPMSolverMultistepScheduler" in {each.__name__ for each in pipe.scheduler.compatibles}
 
 
 class TestFittedSteps:

@@ -55,6 +55,8 @@ def test_a_shift_that_was_set_stays():
     with scheduler_options(pipe, {"use_karras_sigmas": False}):
         pipe.scheduler.set_timesteps(4)
         assert torch.equal(pipe.scheduler.sigmas, expected)
+    with scheduler_options(pipe, {"shift": 3.0}):
+        assert pipe.scheduler.shift == 3.0
 
 
 def test_threads_take_turns():

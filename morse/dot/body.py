@@ -108,7 +108,9 @@ def _missing(forward: Callable[..., object]) -> dict[str, None]:
     Some pipelines have none for it, as Kandinsky's text; conditions that are None are left out.
     """
     _, _, *parameters = inspect.signature(forward).parameters.values()  # self and the sample
-    required = [each.name for each in parameters if each.default is each.empty]
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [each for each in parameters if each.kind not in open_ended]
+    required = [each.name for each in named if each.default is each.empty]
     return {name: None for name in required if name != "timestep"}
 
 

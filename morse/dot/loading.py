@@ -47,8 +47,8 @@ def loading_from(option: str, place: str | os.PathLike) -> Iterator[None]:
     except PlaceError:
         raise
     except OSError as error:
-        what = "cannot be loaded" if path.exists() else "is no folder here, nor found on the hub"
-        raise PlaceError(f"{told}, which {what}: {error}") from error
+        missing = "" if path.exists() else "is no folder here and "
+        raise PlaceError(f"{told}, which {missing}cannot be loaded: {error}") from error
 
 
 def align_weights(model: nn.Module) -> None:

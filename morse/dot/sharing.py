@@ -5,7 +5,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from morse.dot.fingerprint import check_fingerprint, fingerprint
+from morse.dot.fingerprint import check_fingerprint, fingerprint, quantization_of
 from morse.dot.lora import LowRank
 from morse.dot.shell import moves_weights, update_tree, warn_of_other_forwards
 from morse.dot.view import TreeState, check_projections, make_shared_tree, merge_shared_tree
@@ -114,6 +114,8 @@ class SharesDash(nn.Module):
         into its weights and unloaded: its Dot stays with it.
         """
         left = {"_dash": (), "_checked": (), "_tree": (), "_tree_state": None}
-        if self._dash:
-            left["_copied_with"] = fingerprint(self._dash[0])
+        if self._dash and quantization_of(self._dash[0]) is None:
+            found = fingerprint(self._dash[0])
+            if found["weights"]:  # those on "meta" have no values to tell them by
+                left["_copied_with"] = found
         return {**super().__getstate__(), **left}

@@ -5,6 +5,7 @@ processes asks for the same images.
 """
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ _ENCODED = {
     "FluxPipeline": (_BOTH[0], _POOLED[0]),
 }
 _PROMPTS_AT_ONCE = 32
+_OF_IMAGES = "ControlNet|Kontext|Inpaint"  # though diffusers lists them with those of text
 _ASKED_FOR = ("prompt", "class_labels", "batch_size")  # what a call may take beside noise
 
 
@@ -154,10 +156,17 @@ def call_parameters(pipe: "DiffusionPipeline") -> Mapping[str, inspect.Parameter
 
 def check_starts_from_noise(pipe: "DiffusionPipeline", name: str) -> None:
     """Raise `ValueError` for a pipeline, loaded as `name`, that takes images or other input."""
-    parameters = call_parameters(pipe)
-    if not set(_ASKED_FOR) & set(parameters) or "image" in parameters:
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as FROM_TEXT
+
+    kind, parameters = base_class(pipe), call_parameters(pipe)
+    # Some that make images of text take a picture beside it, if one likes.
+    may_do_without = kind in FROM_TEXT.values() and not re.search(_OF_IMAGES, kind.__name__)
+    takes_image = "image" in parameters and not (
+        may_do_without and parameters["image"].default is None
+    )
+    if takes_image or not set(_ASKED_FOR) & set(parameters):
         raise ValueError(
-            f"pipeline {name!r} is a {base_class(pipe).__name__}, which takes "
+            f"pipeline {name!r} is a {kind.__name__}, which takes "
             f"{list(parameters)[1:6]}; only pipelines that sample from noise and one of "
             f"{list(_ASKED_FOR)} are measured. Make the images of others by a script of your own "
             "and give their folder to `morse eval fid --fake`"

@@ -252,6 +252,7 @@ def make_accelerator(config: RunConfig) -> "Accelerator":
         ValueError: If the tracker is not installed, or the device does not train in the precision.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import is_torch_xla_available
 
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
@@ -265,7 +266,7 @@ def make_accelerator(config: RunConfig) -> "Accelerator":
     alike = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(
         # Said, for launched processes form no group on CPUs unless it is.
-        cpu=not torch.accelerator.is_available(),
+        cpu=not (torch.accelerator.is_available() or is_torch_xla_available()),
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,

@@ -7,7 +7,7 @@ from morse.dot.conv_settings import conv_settings
 from morse.dot.guidance import check_dot_guidance
 from morse.dot.ports import describe_layers
 from morse.history import check_history
-from morse.settings import given, require, require_least, require_positive
+from morse.settings import changed, require, require_least, require_positive
 from morse.training.common import check_frozen_dtype
 from morse.training.convolutions import annealing_steps, parse_conv_options
 from morse.training.distillation_terms import check_distill
@@ -165,7 +165,7 @@ def _check_conditions(config: "TrainDotConfig") -> None:
 
 def _check_distillation(config: "TrainDotConfig") -> None:
     if not config.distill:
-        if given(config, ("distill_weight",)):
+        if changed(config, ("distill_weight",)):
             raise ValueError(
                 f"distill_weight is {config.distill_weight}, but distill is not given; give "
                 "--distill too, or leave --distill_weight away"

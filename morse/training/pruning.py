@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from morse.compression import NetworkSurgery
-from morse.settings import given, require
+from morse.settings import changed, require
 
 if TYPE_CHECKING:
     from morse.dot import MorseDot
@@ -33,7 +33,7 @@ _MOVING_SHARE = 0.7
 def check_prune_settings(config: "TrainDotConfig") -> None:
     """Raise `ValueError` if a setting of pruning is out of its range or without effect."""
     if config.prune is None:
-        for name in given(config, _SETTINGS):
+        for name in changed(config, _SETTINGS):
             value = getattr(config, name)
             raise ValueError(f"{name} is {value!r}, but prune is not given; give --prune too")
         return

@@ -198,7 +198,7 @@ class TrainingRun:
             remove_old_checkpoints(config.output_dir, self.step, limit)
         if self.step < config.max_train_steps:
             accelerator.print(
-                f"max_train_seconds is {config.max_train_seconds}: stopped at step {self.step} of "
+                f"max_train_seconds are over: stopped at step {self.step} of "
                 f"{config.max_train_steps}; to go on give --resume_from_checkpoint latest"
             )
         accelerator.wait_for_everyone()

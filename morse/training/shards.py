@@ -1,22 +1,19 @@
 """Folders of safetensors that are made once, shard by shard, and serve many epochs and runs."""
 
-import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from morse.files import atomic_save_file, read_tensors, write_json
+from morse.files import atomic_save_file, read_tensors, remove_leftovers, write_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _DESCRIPTION = "cache.json"
-_LEFT_BEHIND = 3600  # seconds; no shard takes as long to write
 
 
 def digest(text: str) -> str:
@@ -62,7 +59,7 @@ def make_shards(
 
     if accelerator.is_main_process:
         _claim(folder, describe(), may_lack)
-        _tidy(folder, name)
+        remove_leftovers(folder, f".{name}-*.safetensors.tmp-*")
     accelerator.wait_for_everyone()
     count = -(-total // shard_size)
     paths = [folder / f"{name}-{number:05d}.safetensors" for number in range(count)]
@@ -110,8 +107,8 @@ def _claim(folder: Path, description: dict[str, object], may_lack: Collection[st
         write_json(path, description)
         return
     noted = json.loads(path.read_text(encoding="utf-8"))
-    unsaid = {name for name in may_lack if name not in noted}
-    description = {name: value for name, value in description.items() if name not in unsaid}
+    unsaid = {name: description[name] for name in may_lack if name in description.keys() - noted}
+    noted |= unsaid
     if noted != description:
         either = noted | description
         differing = sorted(key for key in either if noted.get(key) != description.get(key))
@@ -119,14 +116,5 @@ def _claim(folder: Path, description: dict[str, object], may_lack: Collection[st
             f"cache_dir is {folder}, whose contents were made with other {differing}; give another "
             "--cache_dir or the settings it was made with."
         )
-
-
-def _tidy(folder: Path, name: str) -> None:
-    """Remove the unfinished shards of killed processes.
-
-    By their age: the number of a process says nothing where another machine or container wrote.
-    """
-    for path in folder.glob(f".{name}-*.safetensors.tmp-*"):
-        with contextlib.suppress(FileNotFoundError):  # another run was just about to finish it
-            if time.time() - path.stat().st_mtime > _LEFT_BEHIND:
-                path.unlink()
+    if unsaid:  # from here on it is compared
+        write_json(path, noted)

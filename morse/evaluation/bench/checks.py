@@ -88,7 +88,9 @@ def check_methods(config: "BenchmarkConfig", named: Collection[str]) -> None:
     if not config.tasks():
         raise ValueError(
             f"kinds is {config.kinds} and peers {config.peers}, of which nothing runs with solvers "
-            f"{config.solvers}; controls and peers run with those that are among control_solvers "
+            f"{config.solvers}, ddim_ratios {config.ddim_ratios} and dpm_ratios "
+            f"{config.dpm_ratios} (0: none) and planned_solvers {config.planned_solvers}; controls "
+            f"and peers run with those solvers that are among control_solvers "
             f"{config.control_solvers} too, pfdiff with ddim and ays with dpmsolver++ alone"
         )
 

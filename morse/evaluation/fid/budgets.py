@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from morse.evaluation.fid.config import FidConfig
     from morse.evaluation.fid.extractors import Extractor
 
+_AUTOENCODERS = ("vae", "vqvae", "movq")  # their names in pipelines
+
 
 def generate_all(
     config: "FidConfig",
@@ -111,7 +113,8 @@ def _image_size(pipe: "DiffusionPipeline") -> tuple[int, int] | None:
     """Return the height and width of images that a pipeline makes unasked; None if not known."""
     from morse.denoisers import find_denoiser
 
-    size, vae = find_denoiser(pipe).config.get("sample_size"), getattr(pipe, "vae", None)
+    size = find_denoiser(pipe).config.get("sample_size")
+    vae = next(filter(None, (getattr(pipe, name, None) for name in _AUTOENCODERS)), None)
     levels = 1 if vae is None else len(vae.config.get("block_out_channels", ()))
     if size is None or not levels:
         return None

@@ -13,7 +13,7 @@ from morse.evaluation.fid.extractors import (
 from morse.evaluation.fid.feature_sets import STATISTICS_SUFFIX, is_statistics
 from morse.evaluation.fid.image_sets import HUB, SetOptions
 from morse.evaluation.prompts import read_prompts
-from morse.settings import given, require_least, require_positive
+from morse.settings import changed, require_least, require_positive
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +198,7 @@ class FidConfig:
             )
 
     def _check_sources(self) -> None:
-        if found := given(self, GENERATION):
+        if found := changed(self, GENERATION):
             raise ValueError(
                 f"given without --pipeline: {', '.join(found)}; that is for generating images, so "
                 "give --pipeline, or leave it out"

@@ -73,6 +73,8 @@ def check_size(
         return
     try:
         extractor.compute(torch.zeros(2, extractor.channels, *taken, dtype=torch.uint8))
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"extractor {extractor.name} cannot take images of {taken[1]}x{taken[0]}, which it "
