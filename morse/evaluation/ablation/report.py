@@ -199,7 +199,8 @@ def _difference(found: Difference | None, digits: int = 4) -> tuple[str, str]:
 
 def _against(row: RowFacts, control: RowFacts, digits: int) -> str:
     figures, verdict = _difference(compare_rows(row, control), digits)
-    return f"{control['name']} {figures} {verdict}".replace("  ", " ")
+    of = "" if row["figure"] == OVERALL else f"({row['figure'].replace('_', ' ')})"
+    return " ".join(filter(None, (control["name"], of, figures, verdict)))
 
 
 def _to_plain(row: RowFacts) -> str:
