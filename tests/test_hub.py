@@ -193,7 +193,9 @@ class TestLoading:
 
     def test_a_dot_that_is_not_there(self, pipe):
         pipe.dot.push_to_hub("us/dot", subfolder="small")
-        with pytest.raises(OSError, match=r"'us/dot'.* neither in its root .*subfolder=.*revision"):
+        with pytest.raises(
+            OSError, match=r"'us/dot'.* no Dot .* in its root, nor .*subfolder=.*revision"
+        ):
             MorsePipeline.from_pipe(text_pipe(), "us/dot")
 
 
