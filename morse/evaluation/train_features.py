@@ -78,6 +78,7 @@ def train_features(config: TrainFeaturesConfig) -> float:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
+    from morse.training.common import has_cpu_only
     from morse.training.data import open_images
 
     if config.output_dir.exists() and any(config.output_dir.iterdir()):
@@ -92,8 +93,7 @@ def train_features(config: TrainFeaturesConfig) -> float:
             f"train_data_dir is {str(config.train_data_dir)!r}, whose images have no labels; "
             "give a folder with IDX files of images and labels, as Fashion-MNIST's"
         )
-    on_cpu = not torch.accelerator.is_available()  # where processes must be told, to form a group
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(cpu=has_cpu_only(), mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     start = time.perf_counter()
     model = _fit(config, accelerator, splits["train"])

@@ -245,6 +245,16 @@ def make_ema(parameters: Iterable[nn.Parameter], config: RunConfig) -> "EMAModel
     )
 
 
+def has_cpu_only() -> bool:
+    """Tell whether accelerate finds no device but the CPU.
+
+    It has to be told (`cpu=`), for launched processes form no group on CPUs otherwise.
+    """
+    from accelerate.utils import is_torch_xla_available
+
+    return not (torch.accelerator.is_available() or is_torch_xla_available())
+
+
 def make_accelerator(config: RunConfig) -> "Accelerator":
     """Build the accelerator, and on CUDA allow TF32 and the search for fast convolutions.
 
@@ -252,7 +262,6 @@ def make_accelerator(config: RunConfig) -> "Accelerator":
         ValueError: If the tracker is not installed, or the device does not train in the precision.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-    from accelerate.utils import is_torch_xla_available
 
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
@@ -265,8 +274,7 @@ def make_accelerator(config: RunConfig) -> "Accelerator":
     # its gradients would find those that it kept changed.
     alike = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(
-        # Said, for launched processes form no group on CPUs unless it is.
-        cpu=not (torch.accelerator.is_available() or is_torch_xla_available()),
+        cpu=has_cpu_only(),
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
