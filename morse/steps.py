@@ -18,6 +18,9 @@ MOST_STEPS = 1000
 _WITH_CLEAN_END = ("DDPMWuerstchenScheduler", "SCMScheduler")  # a timestep, but not evaluated
 _FIXING = ("timesteps", "sigmas")
 _CUTTING = (*STRENGTHS, "denoising_start", "denoising_end")
+# Their step ends `num_train_timesteps // num_inference_steps` below, wherever the next one begins.
+_ROUNDING = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
+_MOST_DRIFT = 0.015  # of a step; from 2 % on it costs 1 to 5 dB (eval/results/NOTES.md)
 
 
 def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], steps: int) -> int:
@@ -125,6 +128,10 @@ def shorten_plan(
 ) -> tuple[MorsePlan, int]:
     """Shorten a plan to a length that the pipeline can make, if it can't make that of the plan.
 
+    With Dot it must also suit the scheduler: DDIM's step ends T // n timesteps below, and where
+    that is not where the next one begins (42 trailing steps of 1000 timesteps, say, but not 40),
+    the noise that is left over adds up.
+
     Args:
         pipe: The pipeline.
         arguments: As for `count_evaluations`.
@@ -138,10 +145,21 @@ def shorten_plan(
         ValueError: See `find_steps`, whose arguments these are.
     """
     steps, made = find_steps(pipe, arguments, len(plan))
+    while plan.num_dot and _drifts(pipe.scheduler, steps):
+        steps, made = find_steps(pipe, arguments, made - 1)
     shorter = plan.shortened(made)
     if budget is not None and made < len(plan):
         shorter = shorter.filled(*budget)
     return shorter, steps
+
+
+def _drifts(scheduler: object, steps: int) -> bool:
+    """Tell whether the steps of a scheduler end noticeably off where the next ones begin."""
+    config = scheduler.config
+    if type(scheduler).__name__ not in _ROUNDING or config.timestep_spacing != "trailing":
+        return False
+    total = config.num_train_timesteps
+    return total / steps > (1 + _MOST_DRIFT) * (total // steps)
 
 
 def find_exact_steps(pipe: DiffusionPipeline, arguments: dict[str, object], length: int) -> int:

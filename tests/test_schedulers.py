@@ -12,7 +12,7 @@ from tiny_pipelines import loop_pipeline
 import morse
 from morse import disable_morse, enable_morse
 from morse.plan import MorsePlan
-from morse.steps import count_evaluations, find_exact_steps, find_steps
+from morse.steps import count_evaluations, find_exact_steps, find_steps, shorten_plan
 
 EPSILON_X0_V = ("epsilon", "sample", "v_prediction")
 EPSILON_V = ("epsilon", "v_prediction")
@@ -220,6 +220,31 @@ def test_the_clean_end_of_sana_sprint_is_no_evaluation(arguments, count):
     cut = {"get_timesteps": diffusers.SanaSprintImg2ImgPipeline.get_timesteps}
     sprint = type("SanaSprintImg2Img", (), {**cut, **vars(sprint)})()
     assert count_evaluations(sprint, {**arguments, "strength": 0.5}, 2) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "planned", "made"),
+    [
+        ({"timestep_spacing": "trailing"}, {}, 42, 40),
+        ({"timestep_spacing": "trailing"}, {}, 36, 34),
+        ({"timestep_spacing": "trailing"}, {}, 38, 38),
+        ({"timestep_spacing": "trailing"}, {"strength": 0.5}, 21, 20),
+        ({"timestep_spacing": "leading"}, {}, 42, 42),
+    ],
+)
+def test_plans_with_dot_suit_where_ddim_lands(options, arguments, planned, made):
+    """A step of DDIM ends 1000 // n below; what it leaves to where the next begins adds up."""
+    cut = {"get_timesteps": diffusers.StableDiffusionImg2ImgPipeline.get_timesteps}
+    pipe = type("Pipeline", (), {**cut, "scheduler": diffusers.DDIMScheduler(**options)})()
+    pipe.config, plan = {}, MorsePlan.uniform(4, planned - 4)
+    shorter, steps = shorten_plan(pipe, arguments, plan, (20.0, 6.0))
+    assert len(shorter) == made == count_evaluations(pipe, arguments, steps)
+    assert shorter == (plan.shortened(made).filled(20.0, 6.0) if made < planned else plan)
+    pipe.scheduler.set_timesteps(steps)
+    step = (pipe.scheduler.timesteps[0] - pipe.scheduler.timesteps[-1]) / (steps - 1)
+    assert abs(step / (1000 // steps) - 1) < 0.015
+    dash = MorsePlan.uniform(planned, 0)
+    assert shorten_plan(pipe, arguments, dash) == (dash, find_steps(pipe, arguments, planned)[0])
 
 
 @pytest.mark.parametrize("find", [find_steps, find_exact_steps])
