@@ -44,7 +44,7 @@ def prepare_dot(pipe: DiffusionPipeline, dot: Dot | None, denoiser: nn.Module) -
     if not isinstance(dot, MorseDot):
         return
     dtype = getattr(unwrap(denoiser), "dtype", dot.dtype)
-    if dot.dtype != dtype:
+    if dot.takes_dtype and dot.dtype != dtype:
         nn.Module.to(dot, dtype)  # without ModelMixin's warning
     # Offloading that was enabled before Morse does not know of the Dot, which is small.
     device = execution_device(unwrap(denoiser)) or pipe._execution_device

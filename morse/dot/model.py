@@ -93,7 +93,13 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
         gate: Factors on the residual by t_s - t_i and t_i, as `morse.dot.gate.Gate` has them.
         mixture_size: Size of the Gaussian mixture saved along, with which plans may begin, as
             `morse.dot.mixture.GaussianMixture.to_config` gives it; None for none.
+
+    Attributes:
+        takes_dtype: Whether a pipeline's call brings it into Dash's precision; not in training,
+            whose updates are too small for half precision.
     """
+
+    takes_dtype = True
 
     @register_to_config
     def __init__(

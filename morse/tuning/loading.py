@@ -16,22 +16,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-class Float32Dot(MorseDot):
-    """A Dot that stays in float32 beside a Dash in half precision, for updates too small for that.
-
-    Each call of a pipeline brings its Dot into Dash's precision, unless it is there; so this one
-    says that it is.
-    """
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dash's."""
-        return self._bound_dash().dtype
-
-
-Float32Dot.__name__ = MorseDot.__name__  # which is saved
-
-
 def load_to_tune(
     config: TuneDotConfig, device: torch.device
 ) -> tuple["DiffusionPipeline", MorseDot]:
@@ -48,5 +32,5 @@ def load_to_tune(
     if config.dtype != "float32":
         # Anew, as that one was rounded to Dash's precision.
         dot = load_dot(dot.config["_name_or_path"], dtype=torch.float32)
-        dot.bind(find_denoiser(bare)).__class__ = Float32Dot
+        dot.bind(find_denoiser(bare)).takes_dtype = False
     return bare, dot
