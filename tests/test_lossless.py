@@ -39,6 +39,9 @@ def test_one_seed_takes_the_bootstraps_error_and_says_so():
     result = lossless_test(curve, None, 10, errors, 1.5)
     assert result["delta_from"] == "bootstrap" and result["lossless"]
     assert result["delta"] == pytest.approx(0.01, rel=0.1)
+    # A distance's is too wide to be a margin.
+    result = lossless_test(curve, None, 10, errors, 1.5, is_mean=False)
+    assert result["delta"] is result["delta_from"] is result["lossless"] is None
 
 
 def test_a_given_margin_takes_the_place_of_both():

@@ -255,3 +255,19 @@ def test_where_margins_come_from_is_told(result):
     settings = result["settings"] | {"lossless_delta": ["psnr=1", "kernel=1"]}
     text = all_text(result | {"settings": settings})
     assert "Of no use is the margin given for kernel, which is not measured here" in text
+
+
+def test_distances_of_one_seed_are_not_tested(result):
+    """Nothing tells their margin, whatever an earlier version took for it."""
+    name, other = "frechet_to_reference", "psnr"
+    tests = [
+        e | {"axis": a, "delta_from": "bootstrap"}
+        for a in (name, other)
+        for e in result["lossless"]
+    ]
+    one = result | {"lossless": tests, "settings": result["settings"] | {"seeds": [0]}}
+    text = all_text(one)
+    assert "Not tested: Fréchet" in text and "give several --seeds, or --lossless_delta" in text
+    assert find(one, "Lossless factors", "PSNR")
+    given = one | {"lossless": [e | {"delta_from": "given"} for e in tests]}
+    assert find(given, "Lossless factors", "to the reference's images")

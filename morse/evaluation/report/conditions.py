@@ -41,7 +41,8 @@ def conditions_section(result: Result) -> Section:
     if result["rows"]:
         words += " r is a plan's ratio, evaluations per LSD."
     if any(_has_error(row, axis) for row in result["rows"] for axis in read_axes(result)):
-        words += " ± is the bootstrap's standard error over images."
+        words += " ± is the bootstrap's standard error over images"
+        words += ", of Fréchet distances up to twice the real one." if _frechet(result) else "."
     if result["rows"] and not is_paired(result):
         words += (
             " Measured by an earlier version: whether a difference is noise is told from both "
@@ -63,9 +64,16 @@ def _numbers_words(result: Result) -> list[str]:
         words.append(
             f"PSNR, SSIM and distances to the reference are of the first {paired:,} of {of}."
         )
-    if paired < FEW_IMAGES and any(axis.is_distance("frechet") for axis in read_axes(result)):
+    if _frechet(result) and each:
+        words.append(f"A Fréchet distance is the mean of the seeds', each of {number:,} images.")
+    if _frechet(result) and paired < FEW_IMAGES:
         words.append("Fréchet distances of so few are biased upwards, those of all alike.")
     return words
+
+
+def _frechet(result: Result) -> bool:
+    """Tell whether Fréchet distances are among what was measured."""
+    return any(axis.is_distance("frechet") for axis in read_axes(result))
 
 
 def _features_words(result: Result) -> str:

@@ -130,13 +130,15 @@ def _legend_entries(figure: "Figure") -> tuple[list[object], list[str]]:
 
 def _draw(axes: "Axes", panel: Panel, looks: Mapping[str, Look]) -> None:
     for curve in panel.curves:
-        axes.errorbar(
+        _, caps, bars = axes.errorbar(
             [point.cost for point in curve.points],
             [point.value for point in curve.points],
             yerr=[[p.below for p in curve.points], [p.above for p in curve.points]],
             label=curve.label,
             **_style(curve, looks[curve.label]),
         )
+        for part in (*caps, *bars):
+            part.set_alpha(0.35)  # longer than the panel is high, many would hide the curves
     _scale(axes, panel)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
     axes.grid(True, alpha=0.3)

@@ -13,7 +13,7 @@ from morse.evaluation.report.data import (
     read_axes,
     used_seeds,
 )
-from morse.evaluation.stats.lossless import margins_left_over
+from morse.evaluation.stats.lossless import MEANS, margins_left_over
 
 BESTS = (BEST_TRAINING_FREE, BEST_WITH_MIXTURE)
 NOT_FIXED = "it comes from the run itself and was not fixed beforehand; with few images it is wide."
@@ -96,7 +96,7 @@ def lossless_section(result: Result) -> Section:
     """The largest factor that passed the non-inferiority test, per method, axis and budget."""
     tables = []
     for axis in read_axes(result):
-        entries = [e for e in result.get("lossless", ()) if e["axis"] == axis.name]
+        entries = _tested(result, axis.name)
         if not entries:
             continue
         found: dict[tuple[str, float], list[Measured]] = {}
@@ -120,12 +120,22 @@ def lossless_section(result: Result) -> Section:
     return Section("Lossless factors", texts, tuple(tables))
 
 
+def _tested(result: Result, axis: str) -> list[Measured]:
+    """List an axis' tests, without those whose margin would be a distance's bootstrap error."""
+    entries = [entry for entry in result.get("lossless", ()) if entry["axis"] == axis]
+    if axis in MEANS or len(used_seeds(result)) > 1:
+        return entries
+    return [entry for entry in entries if entry.get("delta_from") == "given"]
+
+
 def _margin_words(result: Result) -> list[str]:
     """Say where margins come from, and that those which were not given come from the run itself."""
-    num_seeds, found = len(used_seeds(result)), {}
+    num_seeds, found, untested = len(used_seeds(result)), {}, []
     for axis in read_axes(result):
-        tested = (e for e in result.get("lossless", ()) if e["axis"] == axis.name)
-        entry = next((e for e in tested if e["delta"] is not None), None)
+        entries = _tested(result, axis.name)
+        entry = next((e for e in entries if e["delta"] is not None), None)
+        if not entries and axis.name not in MEANS:
+            untested.append(axis.short_title)
         if entry is not None:
             source = entry.get("delta_from") or ("seeds" if num_seeds > 1 else "bootstrap")
             given = f": {entry['delta']:g} {axis.unit}".rstrip() if source == "given" else ""
@@ -134,6 +144,11 @@ def _margin_words(result: Result) -> list[str]:
     for source, axes in found.items():
         of = f" ({'; '.join(axes)})" if len(found) > 1 or source == "given" else ""
         words.append(f"δ{of} {ORIGINS[source].format(num_seeds)}")
+    if untested and num_seeds == 1:
+        words.append(
+            f"Not tested: {'; '.join(untested)}. With one seed nothing tells how much a distance "
+            "deviates between seeds; give several --seeds, or --lossless_delta."
+        )
     measured = [axis.name for axis in read_axes(result)]
     left_over = margins_left_over(result["settings"].get("lossless_delta") or (), measured)
     return [*words, left_over] if left_over else words

@@ -9,6 +9,7 @@ from morse.evaluation.stats.curves import Curve
 
 FACTORS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 CONFIDENCE = 0.95
+MEANS = ("psnr", "ssim")  # over images; the other axes are distances between sets of them
 
 
 def read_deltas(texts: Iterable[str]) -> dict[str, float]:
@@ -52,26 +53,29 @@ def lossless_test(
     errors: np.ndarray,
     factor: float,
     given: float | None = None,
+    is_mean: bool = True,
 ) -> dict[str, object]:
     """Test for non-inferiority at `factor` times a method's cost.
 
     The loss is the method's error at `cost` less the baseline's at `factor * cost`. The method is
     lossless at this factor if the one-sided 95 % upper bound of the loss, from the bootstrap, is
     under delta. Where that was not given, it is what the baseline's own figure at that cost varies
-    by from seed to seed, and so not known before the images are.
+    by from seed to seed, and so not known before the images are. With one seed that is the
+    bootstrap's standard error, on axes that are means: a distance's is up to twice what it varies
+    by, and would let methods pass that are worse.
 
     Args:
         curve: The baseline's, R rows: all images, then bootstrap replicates.
-        by_seed: The baseline's, a row a repetition; None for fewer than two repetitions, and then
-            the bootstrap's standard error takes their deviation's place.
+        by_seed: The baseline's, a row a repetition; None for fewer than two repetitions.
         cost: What the method pays, in LSD.
         errors: The method's error, (R,), lower is better.
         factor: How much more the baseline may pay.
         given: Delta, in the axis' unit, where it was chosen before anything was measured.
+        is_mean: Whether the axis is one of `MEANS`.
 
     Returns:
         "factor", "difference", "upper_bound", "delta", "delta_from" ("given", "seeds" or
-        "bootstrap") and "lossless"; without replicates the last four are None where they need them.
+        "bootstrap") and "lossless"; the last four are None where what they need is lacking.
 
     Raises:
         ValueError: If the baseline was not measured at `factor * cost`.
@@ -83,7 +87,7 @@ def lossless_test(
         delta, source = given, "given"
     elif by_seed is not None:
         delta, source = float(by_seed.error_at(factor * cost).std(ddof=1)), "seeds"
-    elif len(baseline) > 2:
+    elif is_mean and len(baseline) > 2:
         delta, source = float(baseline[1:].std(ddof=1)), "bootstrap"
     bound = float(np.quantile(losses[1:], CONFIDENCE)) if len(losses) > 2 else None
     return {
