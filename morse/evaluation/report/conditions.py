@@ -64,10 +64,10 @@ def _numbers_words(result: Result) -> list[str]:
         words.append(
             f"PSNR, SSIM and distances to the reference are of the first {paired:,} of {of}."
         )
-    if _frechet(result) and each:
-        words.append(f"A Fréchet distance is the mean of the seeds', each of {number:,} images.")
     if _frechet(result) and paired < FEW_IMAGES:
         words.append("Fréchet distances of so few are biased upwards, those of all alike.")
+    if _frechet(result) and each:
+        words.append("A Fréchet distance is the mean of the seeds', with the bias of one seed's.")
     return words
 
 
