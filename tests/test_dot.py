@@ -3,6 +3,7 @@ import gc
 import json
 import weakref
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -251,6 +252,14 @@ def test_unsupported_class_is_named():
 
     with pytest.raises(ValueError, match=r"not supported for Odd; supported: .*UNet2DModel"):
         MorseDot.from_dash(Odd())
+    skipping = diffusers.UNet2DModel(
+        block_out_channels=(8, 8),
+        down_block_types=("SkipDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "SkipUpBlock2D"),
+        norm_num_groups=4,
+    )
+    with pytest.raises(ValueError, match="UNet2DModel with skip blocks .* enable_morse"):
+        MorseDot.from_dash(skipping)
 
 
 def test_follows_changes_of_dash(dash, make_dot):

@@ -164,6 +164,14 @@ def test_the_file_by_hand(tmp_path):
     assert same_bits(loaded["n"], torch.tensor([7, 65535], dtype=torch.uint16))
 
 
+@pytest.mark.parametrize("count", [5, 9, 3000])
+def test_unsigned_numbers_of_two_bytes_come_back_from_every_layout(tmp_path, count):
+    numbers = torch.zeros(count, dtype=torch.int16)
+    numbers[4] = -1
+    save_sparse({"n": numbers.view(torch.uint16)}, tmp_path / "state")
+    assert same_bits(load_sparse(tmp_path / "state")["n"], numbers.view(torch.uint16))
+
+
 def test_the_format_is_safetensors(tmp_path):
     save_sparse(state_of_every_layout(), tmp_path / "state.safetensors")
     pools = load_file(tmp_path / "state.safetensors")

@@ -187,10 +187,13 @@ def _take(pools: dict[str, Tensor], name: str, count: int) -> Tensor:
 def _unpack(layout: str, numbers: Tensor, places: Tensor | None, count: int) -> Tensor:
     if places is None:
         return numbers.clone()  # sharing no memory with its neighbours in the file
+    dtype = numbers.dtype
+    if dtype == torch.uint16:  # which nothing scatters
+        numbers = numbers.view(torch.int16)
     flat = numbers.new_zeros(count)
     if layout == "bitmask":
         flat[unpack_bits(places, count)] = numbers
     else:
         index = decode_gaps(places, LARGEST[layout]) if layout in LARGEST else places.long()
         flat[index] = numbers
-    return flat
+    return flat.view(dtype)

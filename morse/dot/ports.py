@@ -68,7 +68,16 @@ def find_ports(dash: nn.Module) -> Ports:
 
     Raises:
         ValueError: If a weight-shared Dot is not supported for the class; the known ones are named.
+            Neither is it where the class reads its sample beside the first layer.
     """
+    config = getattr(dash, "config", {})
+    blocks = (*(config.get("down_block_types") or ()), *(config.get("up_block_types") or ()))
+    if config.get("addition_embed_type") == "image_hint" or any("Skip" in name for name in blocks):
+        raise ValueError(
+            f"A weight-shared Dot is not supported for a {type(dash).__name__} with skip blocks or "
+            "an image hint: they read the sample again, in whose place Dot has features. Your own "
+            "Dot can still be attached with enable_morse(pipe, dot)."
+        )
     for cls in type(dash).__mro__:
         if cls.__name__ in PORTS:
             return PORTS[cls.__name__]

@@ -185,8 +185,9 @@ def cmmd(real: Tensor, fake: Tensor, block: int = 2000) -> Score:
 
     Like the authors' program: a Gaussian kernel of sigma 10 on CLIP embeddings of length 1, and
     the biased estimate, the kernel of an image with itself included. The sets may differ in size,
-    which the MMD functions of torchmetrics and torch-fidelity do not foresee. The standard error is
-    a jackknife's over groups of the images measured, as for `frechet_error`.
+    which the MMD functions of torchmetrics and torch-fidelity do not foresee. Unlike there, images
+    that are not square were cropped, as CLIP's own processor does and the CLIP score wants. The
+    standard error is a jackknife's over groups of the images measured, as for `frechet_error`.
 
     Args:
         real: (N, D), unit vectors.
