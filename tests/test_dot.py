@@ -258,7 +258,7 @@ def test_unsupported_class_is_named():
         up_block_types=("UpBlock2D", "SkipUpBlock2D"),
         norm_num_groups=4,
     )
-    with pytest.raises(ValueError, match="UNet2DModel with skip blocks .* enable_morse"):
+    with pytest.raises(ValueError, match=r"UNet2DModel with skip blocks .* enable_morse"):
         MorseDot.from_dash(skipping)
 
 
