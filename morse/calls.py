@@ -64,7 +64,9 @@ class MorseCalls(PlanChoice, Publishable):
             What the pipeline returns; without a plan exactly what it returns without Morse.
 
         Raises:
-            ValueError: If the arguments contradict each other.
+            ValueError: If the arguments contradict each other, the budget is below 1, the plan
+                needs a Dot or a mixture that is not there, the scheduler can't make so many
+                evaluations, or N is not known and can't be measured without a prompt.
         """
         if all(choice is None for choice in (lsd, num_dash_steps, num_dot_steps, plan)):
             self.last_run = None
@@ -74,19 +76,9 @@ class MorseCalls(PlanChoice, Publishable):
             finally:
                 CURRENT_RUN.reset(token)
         arguments = self._name_arguments(args, kwargs)
-        saved, budget = None, lsd
-        is_budget = budget is not None
-        if isinstance(plan, str) and plan == "uniform":
-            if not is_budget:
-                raise ValueError('plan="uniform" spends a budget: give lsd= too.')
-            plan = None
-        elif is_budget and plan is None and num_dash_steps is None and num_dot_steps is None:
-            saved = self._plan_by_dot(lsd, arguments)
-        if saved is not None:
-            lsd, plan = None, saved.plan
-        with scheduler_options(self, saved.scheduler if saved else {}):
-            wanted = self._make_plan(lsd, num_dash_steps, num_dot_steps, plan, arguments)
-            chosen, steps = self._fit_plan(wanted, arguments, is_budget, budget)
+        wanted = self._choose(arguments, lsd, num_dash_steps, num_dot_steps, plan)
+        with scheduler_options(self, wanted.scheduler):
+            chosen, steps = self._fit_plan(wanted.plan, arguments, lsd is not None, lsd)
             return self._run(chosen, {**arguments, "num_inference_steps": steps})
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -175,8 +167,7 @@ class MorseCalls(PlanChoice, Publishable):
         if self.dot is None:
             raise ValueError("the pipeline has no dot whose speed could be measured.")
         arguments = self._name_arguments(args, {**kwargs, "num_inference_steps": None})
-        wanted = MorsePlan.from_string("Do" * (repeats + 2))
-        plan, steps = self._fit_plan(wanted, arguments, shorten=True)
+        plan, steps = self._fit_plan("Do" * (repeats + 2), arguments, shorten=True)
         previous = self.last_run
         try:
             self._run(plan, {**arguments, "num_inference_steps": steps}, timed=True)

@@ -61,12 +61,10 @@ class PlanChoice:
             ValueError: Where that call does: for a `num_inference_steps`, say, that makes another
                 number of evaluations.
         """
-        saved = self._plan_by_dot(lsd, kwargs)
-        if saved is None:
-            saved = SavedPlan(lsd, str(self._make_plan(lsd, None, None, None, kwargs)))
-        with scheduler_options(self, saved.scheduler):
-            plan, _ = self._fit_plan(MorsePlan.from_string(saved.plan), kwargs, True, lsd)
-        return replace(saved, plan=str(plan))
+        wanted = self._choose(kwargs, lsd)
+        with scheduler_options(self, wanted.scheduler):
+            plan, _ = self._fit_plan(wanted.plan, kwargs, True, lsd)
+        return replace(wanted, plan=str(plan))
 
     def _plan_by_dot(self, lsd: float, arguments: dict[str, object]) -> SavedPlan | None:
         """Find the plan that was searched for this budget, or begin one; for whole runs alone."""
@@ -86,22 +84,27 @@ class PlanChoice:
         uniform = MorsePlan.from_budget(lsd, speed_ratio, self.plan_ratio(lsd))
         return SavedPlan(lsd, f"{MIXTURE_START}{uniform}")
 
-    def _make_plan(
+    def _choose(
         self,
-        lsd: float | None,
-        num_dash: int | None,
-        num_dot: int | None,
-        plan: MorsePlan | str | Sequence[bool] | None,
         arguments: dict[str, object],
-    ) -> MorsePlan:
+        lsd: float | None,
+        num_dash: int | None = None,
+        num_dot: int | None = None,
+        plan: MorsePlan | str | Sequence[bool] | None = None,
+    ) -> SavedPlan:
         """Plan as asked, whether or not the scheduler can make so many evaluations."""
+        is_uniform = isinstance(plan, str) and plan == "uniform"
         counts = num_dash is not None or num_dot is not None
-        if (lsd is not None) + counts + (plan is not None) > 1:
+        if is_uniform and lsd is None:
+            raise ValueError('plan="uniform" spends a budget: give lsd= too.')
+        if (lsd is not None) + counts + (plan is not None and not is_uniform) > 1:
             raise ValueError(
                 "give only one of lsd, plan, and num_dash_steps with num_dot_steps; got "
                 f"lsd={lsd}, plan={plan}, num_dash_steps={num_dash}, num_dot_steps={num_dot}."
             )
         if lsd is not None:
+            if not is_uniform and (saved := self._plan_by_dot(lsd, arguments)):
+                return saved
             if self.dot is None:
                 warnings.warn("lsd was given but the pipeline has no dot: all Dash.", stacklevel=3)
             ratio = self.plan_ratio(lsd, eta := self._with_defaults(arguments).get("eta"))
@@ -112,8 +115,8 @@ class PlanChoice:
                     "spent on Dash alone. Give another scheduler, or plan=.",
                     stacklevel=3,
                 )
-            return MorsePlan.from_budget(lsd, self._known_speed_ratio(arguments), ratio)
-        if counts:
+            chosen = MorsePlan.from_budget(lsd, self._known_speed_ratio(arguments), ratio)
+        elif counts:
             steps, known = arguments.get("num_inference_steps"), self._with_defaults(arguments)
             if steps is None and fixes_timesteps(self.scheduler, known):
                 steps = 1  # not read: their number counts
@@ -122,12 +125,11 @@ class PlanChoice:
             chosen = MorsePlan.from_counts(num_dash, num_dot, steps)
         else:
             chosen = MorsePlan.parse(plan)
-        require_networks(chosen, self.dot)
-        return chosen
+        return SavedPlan(lsd or 0, str(chosen))
 
     def _fit_plan(
         self,
-        plan: MorsePlan,
+        letters: str,
         arguments: dict[str, object],
         shorten: bool,
         lsd: float | None = None,
@@ -139,6 +141,8 @@ class PlanChoice:
         Raises:
             ValueError: If there is none.
         """
+        plan = MorsePlan.from_string(letters)
+        require_networks(plan, self.dot)
         known, steps = self._with_defaults(arguments), arguments.get("num_inference_steps")
         if steps is not None:
             count = count_evaluations(self, known, steps)
