@@ -23,6 +23,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "MorsePlan": "morse.plan",
+    "JumpPoint": "morse.sampling",
+    "estimate": "morse.sampling",
     "morse_sample": "morse.sampling",
     "dot_loss": "morse.sampling",
     "MorseDot": "morse.dot",

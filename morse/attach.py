@@ -9,6 +9,7 @@ import json
 import os
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
@@ -68,11 +69,27 @@ def _new(base: type[DiffusionPipeline], dot_is_component: bool) -> DiffusionPipe
     return attached.__new__(attached)
 
 
+def _call_of(base: type[DiffusionPipeline]) -> FunctionType:
+    """Copy Morse's call under the signature of a pipeline's own, with what Morse adds to it."""
+    call = MorseCalls.__call__
+    added = inspect.signature(call).parameters.values()
+    parameters = {
+        **inspect.signature(base.__call__).parameters,
+        **{each.name: each for each in added if each.kind is each.KEYWORD_ONLY},
+    }
+    # Not a wrapper around it: warnings name the line that is so many frames up.
+    copied = FunctionType(call.__code__, call.__globals__, call.__name__, closure=call.__closure__)
+    copied.__kwdefaults__, copied.__doc__ = call.__kwdefaults__, call.__doc__
+    by_kind = sorted(parameters.values(), key=lambda each: each.kind)
+    copied.__signature__ = inspect.Signature(by_kind)
+    return copied
+
+
 @cache
 def morse_class(base: type[DiffusionPipeline], dot_is_component: bool) -> type:
     """Subclass a pipeline class under its own name, with an optional component `dot` if asked."""
     members: dict[str, object] = {"__module__": base.__module__, "_morse_base": base}
-    members["_made_of"] = (base, dot_is_component)
+    members |= {"_made_of": (base, dot_is_component), "__call__": _call_of(base)}
     parents: tuple[type, ...] = (_Attached, base)
 
     def from_pipe(cls: type, pipeline: DiffusionPipeline, **kwargs: object) -> DiffusionPipeline:

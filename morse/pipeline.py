@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from morse.attach import enable_morse, inherit_dot, morse_class
+from morse.calls import MorseCalls
 from morse.dot import MorseDot
 from morse.dot.loading import loading_from, safetensors_only
 from morse.sampling import Dot
@@ -30,7 +31,14 @@ _HUB_OPTIONS = (
 )
 
 
-class MorsePipeline:
+class _IsAttached(type):
+    """Makes every pipeline with Morse attached an instance."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, MorseCalls)
+
+
+class MorsePipeline(metaclass=_IsAttached):
     """Loads pipelines with their Dots; what it returns is the diffusers pipeline, sped up.
 
     The pipeline keeps its class's name and everything that its call takes; what is new is described
@@ -67,6 +75,9 @@ class MorsePipeline:
             merge_lora: See `enable_morse`.
             kwargs: As for `DiffusionPipeline.from_pretrained`; only safetensors are read. Of these
                 `revision` is the pipeline's, and with it of a Dot that is saved there.
+
+        Returns:
+            A pipeline of the class that was saved, which is also a `MorsePipeline` to `isinstance`.
 
         Raises:
             OSError: If something is missing there, or weights are not in safetensors.
@@ -127,6 +138,9 @@ class MorsePipeline:
                 that had, with N as set or measured there.
             scheduler: As for `from_pretrained`.
             merge_lora: See `enable_morse`; of no effect on a Dot that is in use.
+
+        Returns:
+            The same pipeline, changed. `disable_morse` takes Dot off again; the scheduler stays.
 
         Raises:
             OSError: If no Dot is saved there.

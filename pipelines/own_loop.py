@@ -7,8 +7,7 @@ from diffusers import DDPMPipeline, SchedulerMixin
 from diffusers.utils import make_image_grid
 from torch import Tensor, nn
 
-from morse import MorseDot, MorsePipeline, MorsePlan
-from morse.sampling import estimate
+from morse import MorseDot, MorsePipeline, MorsePlan, estimate
 
 
 @torch.no_grad()

@@ -11,10 +11,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from morse import MorseDot
+from morse import JumpPoint, MorseDot
 from morse.modules import SemanticGridTransform, SkeletonToGrid
 from morse.modules.gridconv_transform import LAYOUTS
-from morse.sampling import JumpPoint
 from morse.training.frozen import FrozenDash
 from morse.training.guidance import UNCONDITIONAL, Conditions
 from morse.training.pairs import Pairs, dot_outputs, weighted_loss

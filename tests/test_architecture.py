@@ -103,7 +103,7 @@ def test_public_names():
     expected = {
         "MorsePipeline", "MorseDot", "MorsePlan", "enable_morse", "disable_morse", "morse_sample",
         "dot_loss", "LeapfrogScheduler", "FlowMatchLeapfrogScheduler", "enable_cuda_graphs",
-        "disable_cuda_graphs",
+        "disable_cuda_graphs", "JumpPoint", "estimate",
     }  # fmt: skip
     assert set(morse.__all__) == expected
     assert all(getattr(morse, name).__name__ == name for name in expected)

@@ -198,6 +198,22 @@ def test_from_pipe_takes_a_pipeline_in_memory(make_pipe, make_dot):
     assert pipe.last_run.num_dot == 1
 
 
+def test_the_call_has_the_pipelines_own_signature_with_what_is_added(make_pipe):
+    bare = make_pipe()
+    assert not isinstance(bare, MorsePipeline)
+    own = list(inspect.signature(bare.__call__).parameters.values())
+    pipe = MorsePipeline.from_pipe(bare)
+    assert isinstance(pipe, MorsePipeline)
+    found = list(inspect.signature(pipe.__call__).parameters.values())
+    assert found[: len(own)] == own
+    added = ["lsd", "num_dash_steps", "num_dot_steps", "plan"]
+    assert [each.name for each in found[len(own) :]] == added
+    assert all(each.kind is each.KEYWORD_ONLY for each in found[len(own) :])
+    with pytest.warns(UserWarning, match="has no dot") as caught:
+        sample(pipe, lsd=2)
+    assert caught[0].filename == __file__  # the caller's line
+
+
 def test_from_pipe_takes_where_a_dot_is_saved(make_pipe, make_dot, tmp_path):
     pipe = make_pipe()
     make_dot(pipe.unet).save_pretrained(tmp_path)
