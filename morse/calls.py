@@ -24,8 +24,8 @@ from morse.prepare import DOT_IN_CONFIG, check_dot, prepare_dot, remember, repla
 from morse.rates import choose_base_space
 from morse.saved_plans import scheduler_options
 from morse.slot import CURRENT_RUN
-from morse.summary import SpeedRatio, quartiles, summarize_run, warn_unless_engaged
-from morse.switch import MorseRun
+from morse.summary import MorseRun, SpeedRatio, quartiles, summarize_run, warn_unless_engaged
+from morse.switch import Dispatcher, Rebinds
 
 
 class MorseCalls(PlanChoice, Publishable):
@@ -122,28 +122,29 @@ class MorseCalls(PlanChoice, Publishable):
         base_space = choose_base_space(self.scheduler, getattr(self.dot, "base_space", "raw"), eta)
         if type(self).__name__.startswith("Marigold"):
             base_space = "raw"  # its input begins with the picture, not with the noisy sample
-        run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None, base_space=base_space)
         # A weight-shared Dot belongs to the denoiser that starts.
         shared_with = next(iter(denoisers)) if isinstance(self.dot, MorseDot) else None
-        run.denoisers = [
+        with_dots = [
             Denoiser(name, module, self.dot if shared_with in (None, name) else None)
             for name, module in denoisers.items()
         ]
-        run.controlnet, run.scheduler = controlnet, self.scheduler
+        rebinds: Rebinds = "never"
         if hasattr(self, "enable_fuser"):  # GLIGEN's, which sets Dash otherwise midway
-            run.rebinds = "each evaluation"
+            rebinds = "each evaluation"
         elif any("callback" in name and arguments[name] for name in arguments):
-            run.rebinds = "each of Dash"
-        run.read_guidance = partial(read_guidance, self)
+            rebinds = "each of Dash"
+        run = MorseRun(plan, self.speed_ratio, timings=[] if timed else None, base_space=base_space)
+        guidance = partial(read_guidance, self)
+        dispatcher = Dispatcher(run, with_dots, self.scheduler, guidance, controlnet, rebinds)
         self.last_run, started = run, time.perf_counter()
-        token = CURRENT_RUN.set(run)
+        token = CURRENT_RUN.set(dispatcher)
         try:
             output = super().__call__(**arguments)
             if self._execution_device.type != "cpu":
                 torch.accelerator.synchronize(self._execution_device)
         finally:
             CURRENT_RUN.reset(token)
-            run.finish(time.perf_counter() - started)
+            run.seconds = time.perf_counter() - started
         if not getattr(self, "_interrupt", False):
             warn_unless_engaged(run)
         return output

@@ -20,7 +20,7 @@ from morse.dot.wrapped import unwrap
 
 
 class Run(Protocol):
-    """What answers calls of denoisers and ControlNets during a run (`morse.switch`)."""
+    """What answers calls of denoisers and ControlNets during a run (`morse.switch.Dispatcher`)."""
 
     def answer(
         self, module: nn.Module, plain: Callable[..., object], args: tuple, kwargs: dict

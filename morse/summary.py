@@ -1,11 +1,61 @@
-"""What is told about a planned run: a small table, and warnings where Dot did not take part."""
+"""What is told about a planned run: a record, a small table, and warnings where Dot was missing."""
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import quantiles
 
-from morse.switch import MorseRun
+from morse.plan import ModelName, MorsePlan
+from morse.spaces import BaseSpace
+
+
+@dataclass
+class MorseRun:
+    """What was planned for one pipeline call and what happened (`pipe.last_run`).
+
+    Attributes:
+        plan: What was planned.
+        speed_ratio: N, with which the cost is counted; None where it is not known yet.
+        num_dash: Dash evaluations made.
+        num_dot: Dot evaluations made.
+        num_gaussian: Evaluations answered by the Gaussian mixture that is saved with Dot.
+        num_steps: How many of the plan's evaluations were reached, one a step however many
+            branches.
+        fallbacks: Why evaluations planned for another were made by Dash -> how many.
+        seconds: Wall time of the call.
+        timings: (model, seconds) of each evaluation, where the call was timed.
+        base_space: What of Dash's latest estimate Dot's residual was added to.
+        steps: How many evaluations each model made, step by step.
+    """
+
+    plan: MorsePlan
+    speed_ratio: float | None
+    num_dash: int = 0
+    num_dot: int = 0
+    num_gaussian: int = 0
+    num_steps: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    timings: list[tuple[ModelName, float]] | None = None
+    base_space: BaseSpace = "raw"
+    steps: list[Counter[ModelName]] = field(default_factory=list, repr=False)
+
+    @property
+    def lsd(self) -> float | None:
+        """Cost of the steps made: 1 for Dash's, 1/N for Dot's, else 0; None if N is not known."""
+        dash, dot = self.steps_of("dash"), self.steps_of("dot")
+        if self.speed_ratio is None:
+            return None if self.num_dot else float(dash)
+        return dash + dot / self.speed_ratio
+
+    def steps_of(self, model: ModelName) -> float:
+        """Count the steps made by a model.
+
+        A step's evaluations, where guidance makes several, are a share of it each.
+        """
+        # An error may end a step before it has any.
+        return sum(step[model] / step.total() for step in self.steps if step)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ threads do not disturb each other.
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -24,85 +23,45 @@ from morse.dot import MorseDot
 from morse.estimates import LatestEstimate, correct_estimate
 from morse.guess import guess_estimate
 from morse.one_pass import DotView, needs_dash, view_call
-from morse.plan import ModelName, MorsePlan
+from morse.plan import ModelName
 from morse.rates import find_family, noise_rates
 from morse.sampling import Dot
-from morse.spaces import BaseSpace, Rates
+from morse.spaces import Rates
+from morse.summary import MorseRun
+
+Rebinds = Literal["never", "each of Dash", "each evaluation"]
 
 
-@dataclass
-class MorseRun:
-    """What was planned for one pipeline call and what happened (`pipe.last_run`).
+class Dispatcher:
+    """Has each call of a run's denoisers answered by Dash, Dot or a mixture, and notes by which.
 
-    Attributes:
-        plan: What was planned.
-        speed_ratio: N, with which the cost is counted; None where it is not known yet.
-        num_dash: Dash evaluations made.
-        num_dot: Dot evaluations made.
-        num_gaussian: Evaluations answered by the Gaussian mixture that is saved with Dot.
-        fallbacks: Why evaluations planned for another were made by Dash -> how many.
-        seconds: Wall time of the call.
-        timings: (model, seconds) of each evaluation, where the call was timed.
-        base_space: What of Dash's latest estimate Dot's residual was added to.
+    It holds models, samples and conditions, and so lives only as long as the pipeline's call.
+
+    Args:
+        run: The record that it fills in; its plan is followed.
+        denoisers: The pipeline's, each with the Dot made for it.
+        scheduler: The pipeline's.
+        read_guidance: As `morse.one_pass.read_guidance`, of the pipeline.
+        controlnet: The pipeline's, if it has one.
         rebinds: When Dash may have changed during the run, as by the call's callback.
     """
 
-    plan: MorsePlan
-    speed_ratio: float | None
-    num_dash: int = 0
-    num_dot: int = 0
-    num_gaussian: int = 0
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    timings: list[tuple[ModelName, float]] | None = None
-    base_space: BaseSpace = "raw"
-    rebinds: Literal["never", "each of Dash", "each evaluation"] = "never"
-    denoisers: Sequence[Denoiser] = field(default=(), repr=False)
-    controlnet: nn.Module | None = field(default=None, repr=False)
-    scheduler: object = field(default=None, repr=False)
-    read_guidance: Callable[[], float | str] = field(
-        default=lambda: "the run has no pipeline", repr=False
-    )
-    _branches: Branches = field(default_factory=Branches, repr=False)
-    _features: LatestFeatures = field(default_factory=LatestFeatures, repr=False)
-    _steps: list[Counter[ModelName]] = field(default_factory=list, repr=False)
-    _bound: set[str] = field(default_factory=set, repr=False)
-    _scale: float | None = field(default=None, repr=False)
-    _index: int = field(default=-1, repr=False)
-    _step: int = field(default=-1, repr=False)
-
-    @property
-    def lsd(self) -> float | None:
-        """Cost of the steps made: 1 for Dash's, 1/N for Dot's, else 0; None if N is not known."""
-        dash, dot = self.steps_of("dash"), self.steps_of("dot")
-        if self.speed_ratio is None:
-            return None if self.num_dot else float(dash)
-        return dash + dot / self.speed_ratio
-
-    def steps_of(self, model: ModelName) -> float:
-        """Count the steps made by a model.
-
-        A step's evaluations, where guidance makes several, are a share of it each.
-        """
-        # An error may end a step before it has any.
-        return sum(step[model] / step.total() for step in self._steps if step)
-
-    @property
-    def num_steps(self) -> int:
-        """How many of the plan's evaluations were reached, one a step however many branches."""
-        return self._step + 1
-
-    @property
-    def _has_history(self) -> bool:
-        """Whether a Dot uses the Dash evaluation before the latest too."""
-        return any(getattr(denoiser.dot, "history", 0) for denoiser in self.denoisers)
-
-    def finish(self, seconds: float) -> None:
-        """Note the wall time and let go of models and samples."""
-        self.seconds = seconds
-        self.denoisers, self.controlnet, self.scheduler = (), None, None
-        self.read_guidance = type(self).read_guidance
+    def __init__(
+        self,
+        run: MorseRun,
+        denoisers: Sequence[Denoiser],
+        scheduler: object,
+        read_guidance: Callable[[], float | str],
+        controlnet: nn.Module | None = None,
+        rebinds: Rebinds = "never",
+    ) -> None:
+        """Stand before the first step."""
+        self.run, self.denoisers, self.scheduler = run, denoisers, scheduler
+        self.read_guidance, self.controlnet, self.rebinds = read_guidance, controlnet, rebinds
         self._branches, self._features = Branches(), LatestFeatures()
+        self._bound: set[str] = set()  # names of denoisers whose Dots have looked at Dash
+        self._scale: float | None = None  # of guidance, at Dash's latest evaluation
+        self._index = self._step = -1  # of the scheduler and of the plan
 
     def answer(
         self, module: nn.Module, plain: Callable[..., object], args: tuple, kwargs: dict
@@ -128,8 +87,8 @@ class MorseRun:
         call = take_apart(module, args, kwargs)
         if call is None:
             if denoiser is not None:
-                self.fallbacks["the denoiser is not given one sample and one timestep"] += 1
-                self._steps.append(Counter())
+                self.run.fallbacks["the denoiser is not given one sample and one timestep"] += 1
+                self.run.steps.append(Counter())
                 self._count("dash")
             return compute()
         if denoiser is None:
@@ -143,14 +102,14 @@ class MorseRun:
             if not isinstance(guessed, str):
                 self._count("gaussian")
                 return guessed
-            self.fallbacks[guessed] += 1
+            self.run.fallbacks[guessed] += 1
         started, steady = self._now(call.sample), steady_conditions(call)
         view = view_call(denoiser.dot, call, self.read_guidance)
         timestep = torch.as_tensor(view.call.timestep, device=call.sample.device)
         rates = self._rates_at(view.call.sample, timestep)
         latest = self._latest(denoiser, steady, view)
         if latest is not None:
-            here = (timestep, rates, self.base_space, self.scheduler)
+            here = (timestep, rates, self.run.base_space, self.scheduler)
             corrected = correct_estimate(latest, self._bind(denoiser), view.call, *here)
             output = view.answer(corrected)
         else:
@@ -162,14 +121,14 @@ class MorseRun:
                 self._bound.discard(denoiser.name)
         model: ModelName = "dash" if latest is None else "dot"
         self._count(model)
-        if self.timings is not None:
-            self.timings.append((model, self._now(call.sample) - started))
+        if self.run.timings is not None:
+            self.run.timings.append((model, self._now(call.sample) - started))
         return output
 
     def _latest(self, denoiser: Denoiser, call: Call, view: DotView) -> LatestEstimate | None:
         """Give what Dot is to correct; None where Dash runs, with the reason if not planned."""
-        if self._step >= len(self.plan):
-            self.fallbacks["the plan has ended"] += 1
+        if self._step >= len(self.run.plan):
+            self.run.fallbacks["the plan has ended"] += 1
             return None
         if self._planned(self._step) != "dot":
             return None
@@ -185,7 +144,7 @@ class MorseRun:
         reason = kept or self._branches.why_missing(denoiser, call)
         if len(self.denoisers) > 1:
             reason = f"{denoiser.name}: {reason}"
-        self.fallbacks[reason] += 1
+        self.run.fallbacks[reason] += 1
         return None
 
     def _bind(self, denoiser: Denoiser) -> Dot:
@@ -213,11 +172,17 @@ class MorseRun:
         return self._features.answer(index, model, call, compute)
 
     def _planned(self, step: int) -> ModelName:
-        return self.plan[step] if 0 <= step < len(self.plan) else "dash"
+        plan = self.run.plan
+        return plan[step] if 0 <= step < len(plan) else "dash"
+
+    @property
+    def _has_history(self) -> bool:
+        """Whether a Dot uses the Dash evaluation before the latest too."""
+        return any(getattr(denoiser.dot, "history", 0) for denoiser in self.denoisers)
 
     def _rates_at(self, sample: Tensor, timestep: Tensor) -> Rates | None:
         extrapolated = self._has_history and find_family(self.scheduler) is not None
-        if self._index < 0 or (self.base_space == "raw" and not extrapolated):
+        if self._index < 0 or (self.run.base_space == "raw" and not extrapolated):
             return None
         return noise_rates(self.scheduler, self._index, timestep, sample)
 
@@ -227,7 +192,7 @@ class MorseRun:
         if index is not None and index == self._index:
             return  # another branch of the step, such as separate guidance
         if index is None:
-            self.fallbacks["the scheduler does not tell its step"] += 1
+            self.run.fallbacks["the scheduler does not tell its step"] += 1
             index = self._step = -1
         elif index < self._index:  # another pass over the timesteps
             self._step = 0
@@ -235,17 +200,18 @@ class MorseRun:
             # Counted, not taken from the index: image-to-image starts in the middle.
             self._step += 1
         self._index = index
-        self._steps.append(Counter())
+        self.run.num_steps = self._step + 1
+        self.run.steps.append(Counter())
         is_dash = self._planned(self._step) == "dash"
         self._branches.start_step(forget=is_dash, keep_earlier=self._has_history)
 
     def _count(self, model: ModelName) -> None:
-        self.num_dash += model == "dash"
-        self.num_dot += model == "dot"
-        self.num_gaussian += model == "gaussian"
-        self._steps[-1][model] += 1
+        self.run.num_dash += model == "dash"
+        self.run.num_dot += model == "dot"
+        self.run.num_gaussian += model == "gaussian"
+        self.run.steps[-1][model] += 1
 
     def _now(self, sample: Tensor) -> float:
-        if self.timings is not None and sample.device.type != "cpu":
+        if self.run.timings is not None and sample.device.type != "cpu":
             torch.accelerator.synchronize(sample.device)
         return time.perf_counter()

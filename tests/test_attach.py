@@ -1,5 +1,5 @@
 import copy
-import gc
+import pickle
 import warnings
 import weakref
 from collections import Counter
@@ -11,16 +11,21 @@ from attached import latents, planned, text_pipe, trained_dot
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 from morse import MorseDot, MorsePipeline, disable_morse, enable_morse
+from morse.denoisers import Denoiser
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan
 from morse.slot import CURRENT_RUN
-from morse.summary import SpeedRatio, warn_unless_engaged
-from morse.switch import MorseRun
+from morse.summary import MorseRun, SpeedRatio, warn_unless_engaged
+from morse.switch import Dispatcher
 
 
 def sample(pipe, batch_size=2, seed=0, **kwargs):
     generator = [torch.Generator().manual_seed(seed + index) for index in range(batch_size)]
     return pipe(batch_size=batch_size, generator=generator, output_type="pt", **kwargs).images
+
+
+def dispatcher(run, pipe, dot):
+    return Dispatcher(run, [Denoiser("unet", pipe.unet, dot)], pipe.scheduler, lambda: 1.0)
 
 
 @pytest.fixture
@@ -160,21 +165,20 @@ def test_a_run_lets_go_of_models_and_samples(pipe):
 
     enable_morse(pipe, own)
     sample(pipe, plan="DoDo")
-    run = pipe.last_run
-    assert (run.denoisers, run.controlnet, run.scheduler) == ((), None, None)
-    assert run.read_guidance() == "the run has no pipeline"
-    gc.collect()
     assert [reference() for reference in kept] == [None, None]
+    assert pickle.loads(pickle.dumps(pipe.last_run)) == pipe.last_run
 
 
-def test_only_a_timed_run_waits_for_the_accelerator(monkeypatch):
+def test_only_a_timed_run_waits_for_the_accelerator(pipe, monkeypatch):
     """ "meta" stands for one."""
     waited, plan = [], MorsePlan.from_string("D")
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
-    MorseRun(plan, None)._now(torch.empty(1, device="meta"))
-    MorseRun(plan, None, timings=[])._now(torch.empty(1))
+    runs = (MorseRun(plan, None, timings=timings) for timings in (None, []))
+    plain, timed = (dispatcher(run, pipe, None) for run in runs)
+    plain._now(torch.empty(1, device="meta"))
+    timed._now(torch.empty(1))
     assert not waited
-    MorseRun(plan, None, timings=[])._now(torch.empty(1, device="meta"))
+    timed._now(torch.empty(1, device="meta"))
     assert waited == [torch.device("meta")]
 
 
@@ -484,34 +488,25 @@ class TestFallbacks:
         assert pipe.last_run.fallbacks == {"the plan has ended": 2}
 
     def test_another_shape_falls_back(self, pipe, dot):
-        from morse.denoisers import Denoiser
-        from morse.switch import MorseRun
-
         run = MorseRun(MorsePlan.from_string("Doo"), 5.0)
-        run.denoisers, run.scheduler = [Denoiser("unet", pipe.unet, dot)], pipe.scheduler
+        answer = dispatcher(run, pipe, dot).answer
         pipe.scheduler.set_timesteps(3)
         for index, size in enumerate((16, 16, 8)):
             x = torch.randn(1, 1, size, size)
-            run.answer(pipe.unet, pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
+            answer(pipe.unet, pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
         assert (run.num_dash, run.num_dot) == (2, 1)
         assert run.fallbacks == {"the sample changed its shape": 1}
 
     def test_a_second_pass_over_the_timesteps_starts_anew(self, pipe, dot):
-        from morse.denoisers import Denoiser
-        from morse.switch import MorseRun
-
         run = MorseRun(MorsePlan.from_string("Do"), 5.0)
-        run.denoisers, run.scheduler = [Denoiser("unet", pipe.unet, dot)], pipe.scheduler
+        answer = dispatcher(run, pipe, dot).answer
         pipe.scheduler.set_timesteps(2)
         x = torch.randn(1, 1, 16, 16)
         for index in (0, 1, 0, 1):
-            run.answer(pipe.unet, pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
+            answer(pipe.unet, pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
         assert (run.num_dash, run.num_dot) == (2, 2)
 
     def test_separate_branches_of_a_step_have_their_own_jump_points(self, pipe, dot):
-        from morse.denoisers import Denoiser
-        from morse.switch import MorseRun
-
         run = MorseRun(MorsePlan.from_string("Do"), 5.0)
         seen = []
 
@@ -519,14 +514,12 @@ class TestFallbacks:
             seen.append(jump.sample)
             return torch.zeros_like(x)
 
-        run.denoisers, run.scheduler = [Denoiser("unet", pipe.unet, own)], pipe.scheduler
+        answer = dispatcher(run, pipe, own).answer
         pipe.scheduler.set_timesteps(2)
         branches = torch.randn(2, 1, 1, 16, 16)
         for index in range(2):
             for x in branches:
-                run.answer(
-                    pipe.unet, pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {}
-                )
+                answer(pipe.unet, pipe.unet._call_impl, (x, pipe.scheduler.timesteps[index]), {})
         assert torch.equal(torch.stack(seen), branches)
 
 
@@ -696,8 +689,8 @@ def test_dot_looks_at_dash_again_where_a_callback_may_change_it(monkeypatch):
 def test_much_less_of_dot_than_planned_is_told(steps, made):
     """Planned are steps, of which branches are shares."""
     counts = {f"num_{name}": sum(step.get(name, 0) for step in steps) for name in ("dash", "dot")}
-    run = MorseRun(MorsePlan.from_string("DoooDooo"), 4.0, **counts)
-    run._step, run._steps = 7, [Counter(step) for step in steps]
+    run = MorseRun(MorsePlan.from_string("DoooDooo"), 4.0, **counts, num_steps=8)
+    run.steps = [Counter(step) for step in steps]
     run.fallbacks = Counter({"other conditions": 4})
     with pytest.warns(UserWarning, match=f"6 Dot evaluations and made {made}: .*other conditions"):
         warn_unless_engaged(run)

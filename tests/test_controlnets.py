@@ -19,7 +19,8 @@ from morse import enable_morse
 from morse.controlnet import LatestFeatures
 from morse.denoisers import Call, Denoiser
 from morse.plan import MorsePlan
-from morse.switch import MorseRun
+from morse.summary import MorseRun
+from morse.switch import Dispatcher
 
 
 @pytest.fixture
@@ -180,13 +181,14 @@ class Plain(nn.Module):
 
 def test_a_second_pass_over_the_timesteps_has_features_of_its_own():
     run, computed, sample = MorseRun(MorsePlan.from_string("Do"), 4.0), [], torch.zeros(1, 1, 2, 2)
-    unet, run.controlnet, run.scheduler = Plain(), Plain(), diffusers.DDIMScheduler()
-    run.denoisers = [Denoiser("unet", unet, own_dot)]
-    run.scheduler.set_timesteps(2)
+    unet, controlnet, scheduler = Plain(), Plain(), diffusers.DDIMScheduler()
+    denoisers = [Denoiser("unet", unet, own_dot)]
+    dispatcher = Dispatcher(run, denoisers, scheduler, lambda: 1.0, controlnet)
+    scheduler.set_timesteps(2)
     for index in (0, 1, 0, 1):
-        arguments = (sample, run.scheduler.timesteps[index]), {}
-        run.answer(run.controlnet, lambda *_: (computed.append(1), sample)[1:], *arguments)
-        run.answer(unet, lambda *_: (sample,), *arguments)
+        arguments = (sample, scheduler.timesteps[index]), {}
+        dispatcher.answer(controlnet, lambda *_: (computed.append(1), sample)[1:], *arguments)
+        dispatcher.answer(unet, lambda *_: (sample,), *arguments)
     assert len(computed) == (run.num_dash) == (run.num_dot) == 2
 
 

@@ -15,7 +15,7 @@ from morse.evaluation.metrics import psnr
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan, scheduler_options
 from morse.steps import find_steps
-from morse.switch import MorseRun
+from morse.summary import MorseRun
 
 CONFIG = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
 EVERY = tuple(SOLVERS)

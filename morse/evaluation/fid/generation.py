@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from diffusers import DiffusionPipeline
 
-    from morse.switch import MorseRun
+    from morse.summary import MorseRun
 
 
 @dataclass(frozen=True)
