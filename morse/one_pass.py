@@ -116,9 +116,9 @@ def view_call(dot: Dot | None, call: Call, read_scale: Callable[[], float | str]
         call: The denoiser's.
         read_scale: As `read_guidance`.
     """
-    if getattr(dot, "guidance", "branches") != "guided":
+    scale = _scale(dot, read_scale)
+    if scale is None:
         return DotView(call)
-    scale = read_scale()
     if isinstance(scale, str):
         return DotView(call, problem=scale)
     doubled = scale != 1
@@ -138,10 +138,13 @@ def needs_dash(
         read_scale: As `read_guidance`.
         latest: `DotView.scale` of Dash's latest evaluation.
     """
-    if getattr(dot, "guidance", "branches") != "guided":
-        return False
-    scale = read_scale()
-    return isinstance(scale, str) or scale != latest
+    scale = _scale(dot, read_scale)
+    return scale is not None and scale != latest
+
+
+def _scale(dot: Dot | None, read_scale: Callable[[], float | str]) -> float | str | None:
+    """Give what `read_scale` says, as a Dot of guided estimates needs it; None for another Dot."""
+    return read_scale() if getattr(dot, "guidance", "branches") == "guided" else None
 
 
 def _second_half(call: Call) -> Call | str:
