@@ -322,7 +322,7 @@ class TestTime:
 class TestGrid:
     def test_another_size_is_refused(self, dash):
         dot = MorseDot.from_dash(dash, conv="gridconv")
-        with pytest.raises(ValueError, match=r"24x24.*made for 16x16 alone"):
+        with pytest.raises(ValueError, match=r"24x24.*gridconv.*made for 16x16 alone"):
             dot(*inputs(size=24))
 
     def test_a_size_of_ones_own(self, dash):

@@ -120,7 +120,7 @@ def test_every_matrix_learns(kind, trained):
 def test_other_sizes_are_refused(dash, make_dot):
     dot = make_dot(dash, resample="ske2grid")
     sample = torch.zeros(1, 1, 24, 16)
-    with pytest.raises(ValueError, match=r"sample is 24x16.*learned for 16x16 alone"):
+    with pytest.raises(ValueError, match=r"sample is 24x16.*ske2grid.*made for 16x16 alone"):
         dot(sample, torch.tensor([600]), JumpPoint(sample, torch.tensor([700]), sample))
 
 

@@ -160,23 +160,3 @@ def conv_settings(conv: Conv, options: Mapping[str, Any] | None) -> ConvSettings
         if name not in names:
             raise ValueError(f"conv_options has {name!r}, but conv={conv!r} takes {names} alone.")
     return _SETTINGS[conv](**options or {})
-
-
-def complete_options(
-    conv: Conv, options: Mapping[str, Any] | None, dash_config: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Add the size of samples that Dash is made for, where `conv` needs one and none is given."""
-    if conv != "gridconv" or (options or {}).get("sample_size") is not None:
-        return options if options is None else dict(options)
-    return {**(options or {}), "sample_size": dash_config.get("sample_size")}
-
-
-def check_sample_size(settings: ConvSettings | None, height: int, width: int) -> None:
-    """Raise `ValueError` if the convolutions are tied to another size of samples."""
-    if isinstance(settings, GridConvSettings) and (height, width) != settings.size:
-        rows, columns = settings.size
-        raise ValueError(
-            f"sample is {height}x{width}, but this Dot's grid convolutions (conv='gridconv') are "
-            f"made for {rows}x{columns} alone: use that size, or train a Dot with another conv or "
-            f"with conv_options={{'sample_size': ({height}, {width})}}."
-        )

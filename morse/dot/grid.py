@@ -1,6 +1,6 @@
 """Samples as pictures of a size that Dot's blocks halve evenly, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -68,6 +68,39 @@ def find_grid(
             f"multiples of {size_multiple}: use such a size, or train a Dot with fewer down blocks."
         )
     return Grid(height, width, packed=False, multiple=fill)
+
+
+def with_sample_size(options: dict[str, object], size: object) -> dict[str, object]:
+    """Complete options that tie a Dot to one size of samples.
+
+    Args:
+        options: Those of `MorseDot`.
+        size: What Dash's config names: height and width, one number for both, or None.
+    """
+    conv_options = options.get("conv_options") or {}
+    if options.get("conv") == "gridconv" and conv_options.get("sample_size") is None:
+        options = {**options, "conv_options": {**conv_options, "sample_size": size}}
+    if options.get("resample") == "ske2grid" and size and not options.get("sample_size"):
+        pair = (size, size) if isinstance(size, int) else tuple(size)
+        options = {**options, "sample_size": pair}
+    return options
+
+
+def check_size(grid: Grid, size: Sequence[int] | None, option: str) -> None:
+    """Raise `ValueError` unless a sample has the size that an option ties Dot to.
+
+    Args:
+        grid: The sample's.
+        size: Height and width; None for any.
+        option: What ties it, as one writes it: "conv='gridconv'".
+    """
+    if size is not None and tuple(size) != (grid.height, grid.width):
+        height, width = size
+        raise ValueError(
+            f"sample is {grid.height}x{grid.width}, but this Dot ({option}) is made for "
+            f"{height}x{width} alone: use that size, or train a Dot for this one or without "
+            f"{option}."
+        )
 
 
 def _packed_size(length: int, img_ids: Tensor | None) -> tuple[int, int]:

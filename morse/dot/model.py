@@ -12,7 +12,7 @@ from morse.dot.blocks import DotDownBlock, DotUpBlock, check_options, num_groups
 from morse.dot.body import embed_time, embed_times, run_body
 from morse.dot.card import dot_card
 from morse.dot.conv_layers import share_time
-from morse.dot.conv_settings import Conv, check_sample_size, complete_options, conv_settings
+from morse.dot.conv_settings import Conv, conv_settings
 from morse.dot.convolutions import (
     ConvolutionSummary,
     install_convolutions,
@@ -21,7 +21,7 @@ from morse.dot.convolutions import (
 )
 from morse.dot.fingerprint import fingerprint
 from morse.dot.gate import Gate
-from morse.dot.grid import find_grid
+from morse.dot.grid import check_size, find_grid, with_sample_size
 from morse.dot.guidance import DotGuidance, GuidanceEmbedding, check_dot_guidance
 from morse.dot.hub import Publishable
 from morse.dot.inputs import dot_inputs, input_channels
@@ -30,7 +30,7 @@ from morse.dot.lora import LowRank, nest_adapter
 from morse.dot.mixture import GaussianMixture
 from morse.dot.ports import default_widths, describe_layers, find_ports, lora_targets
 from morse.dot.relay import Norm, install_relay
-from morse.dot.resampling import Resample, check_resample_size, set_upsamplers, with_sample_size
+from morse.dot.resampling import Resample, set_upsamplers
 from morse.dot.sharing import SharesDash
 from morse.dot.shell import run_hooked
 from morse.dot.storage import SparselyStored
@@ -206,9 +206,6 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
             ValueError: If its class is not supported, its attention fused, or an option is wrong.
         """
         dash = unwrap(dash)
-        if "conv" in options:
-            given = options["conv"], options.get("conv_options")
-            options["conv_options"] = complete_options(*given, dash.config)
         dot = cls(
             **describe_layers(dash, num_down_blocks),
             dash_fingerprint=fingerprint(dash),
@@ -216,7 +213,7 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
             num_down_blocks=num_down_blocks,
             block_out_channels=tuple(block_out_channels or default_widths(dash)[:num_down_blocks]),
             lora_rank=lora_rank,
-            **with_sample_size(dash.config, options),
+            **with_sample_size(options, dash.config.get("sample_size")),
         )
         warn_unless_saving(dot, dot.conv_settings)
         nn.Module.to(dot, dash.device, dash.dtype)  # without ModelMixin's warning
@@ -262,8 +259,8 @@ class MorseDot(SharesDash, Publishable, SparselyStored, ModelMixin, ConfigMixin)
     ) -> Tensor:
         tree = self._tree[0]
         grid = find_grid(find_ports(tree), sample, dash_kwargs.get("img_ids"), self.config)
-        check_sample_size(self.conv_settings, grid.height, grid.width)
-        check_resample_size(grid, self.config.sample_size)
+        check_size(grid, getattr(self.conv_settings, "size", None), "conv='gridconv'")
+        check_size(grid, self.config.sample_size, "resample='ske2grid'")
         timestep = timestep.reshape(-1).expand(len(sample))
         scale = dash_kwargs.get("timestep_cond")
         times, time_embedding = self._embed_times(timestep, jump, sample.dtype, scale)

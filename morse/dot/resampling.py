@@ -6,12 +6,11 @@ places the results on cells. Here that one stays as it starts: every row of the 
 so that a learned order of the rows could add nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from morse.dot.grid import Grid
 from morse.modules.ske2grid_index import MAX_ENTRIES
 from morse.modules.ske2grid_upsampling import Shape, UpsamplingTransform
 
@@ -94,21 +93,3 @@ def set_upsamplers(
     rows, columns = (-(-side // multiple) for side in (height, width))
     for level, block in enumerate(up_blocks):
         block.upsample = GridUpsample((rows * 2**level, columns * 2**level))
-
-
-def with_sample_size(config: Mapping[str, object], options: dict[str, object]) -> dict[str, object]:
-    """Complete options of a Dot, where they need it, with the size that Dash's config names."""
-    size = config.get("sample_size")
-    if options.get("resample") != "ske2grid" or options.get("sample_size") or size is None:
-        return options
-    return {**options, "sample_size": (size, size) if isinstance(size, int) else tuple(size)}
-
-
-def check_resample_size(grid: Grid, sample_size: Sequence[int] | None) -> None:
-    """Raise `ValueError` unless the sample is as large as Dot's up-samplers were made for."""
-    if sample_size is not None and tuple(sample_size) != (grid.height, grid.width):
-        height, width = sample_size
-        raise ValueError(
-            f"sample is {grid.height}x{grid.width}, but this Dot (resample='ske2grid') learned "
-            f"for {height}x{width} alone: use this size, or train a Dot with resample='nearest'."
-        )
