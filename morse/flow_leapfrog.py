@@ -9,7 +9,7 @@ from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, SchedulerMix
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from morse.leapfrog_moves import LeapfrogMoves
+from morse.leapfrog_moves import LeapfrogMoves, interleave
 from morse.spaces import Rates
 
 
@@ -140,9 +140,7 @@ def _is_no_choice(sigmas: np.ndarray) -> bool:
 
 
 def _around(sigmas: np.ndarray) -> np.ndarray:
-    """Give the grid, (2n - 1,), with levels (n,) to evaluate at and landings between them."""
+    """Give the grid, (2n - 1,), with levels (n,) to evaluate at and landings midway."""
     if not (sigmas[0] <= 1 and (np.diff(sigmas) < 0).all() and sigmas[-1] > 0):
         raise ValueError(f"sigmas must fall and lie in (0, 1], got {sigmas.tolist()}.")
-    grid = np.empty(2 * len(sigmas) - 1)
-    grid[::2], grid[1::2] = sigmas, (sigmas[:-1] + sigmas[1:]) / 2
-    return grid
+    return interleave(sigmas, 0.5)

@@ -81,7 +81,7 @@ class LeapfrogMoves:
             shares = np.arange(steps) / steps
             return total * (1 - shares) ** self.config.timestep_power - 1, None
         rows = resample_steps(self.config.fitted_steps, num_inference_steps)
-        return _interleave(rows), rows[:, 2:].tolist()
+        return interleave(rows[:, 0], rows[:-1, 1]), rows[:, 2:].tolist()
 
     def step(
         self,
@@ -221,10 +221,14 @@ def _check_steps(rows: Sequence[Sequence[float]], num_train_timesteps: int) -> N
         raise ValueError(f"the landings of fitted_steps must lie in (0, 1), got {landings}.")
 
 
-def _interleave(rows: np.ndarray) -> np.ndarray:
-    """Give the grid, (2 n - 1,): the timesteps of (n, 4) rows and between them the landings."""
-    timesteps, landings = rows[:, 0], rows[:-1, 1]
-    grid = np.empty(2 * len(rows) - 1)
-    grid[::2] = timesteps
-    grid[1::2] = timesteps[:-1] + landings * np.diff(timesteps)
+def interleave(points: np.ndarray, landings: np.ndarray | float) -> np.ndarray:
+    """Give the grid, (2n - 1,): points to evaluate at, (n,), and a landing after each but the last.
+
+    Args:
+        points: Where to evaluate.
+        landings: How far each lies towards the next point, in (0, 1), (n - 1,) or one for all.
+    """
+    grid = np.empty(2 * len(points) - 1)
+    grid[::2] = points
+    grid[1::2] = points[:-1] + landings * np.diff(points)
     return grid
