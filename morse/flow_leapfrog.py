@@ -119,6 +119,15 @@ class FlowMatchLeapfrogScheduler(LeapfrogMoves, SchedulerMixin, ConfigMixin):
         self._restart(weights)
 
     @property
+    def shift(self) -> float:
+        """What noise levels are shifted by where that is not dynamic: the config's, or as set."""
+        return self._shifting.shift
+
+    def set_shift(self, shift: float) -> None:
+        """Shift noise levels by another factor from the next `set_timesteps` on."""
+        self._shifting.set_shift(shift)
+
+    @property
     def _predicts(self) -> str:
         return "flow_prediction"
 

@@ -109,6 +109,16 @@ class TestTheGrid:
         assert scheduler._grid == pytest.approx(euler.sigmas.tolist(), abs=1e-6)
         assert scheduler.timesteps.tolist() == pytest.approx(euler.timesteps[::2].tolist())
 
+    def test_a_shift_set_later_is_euler_s(self):
+        kinds = FlowMatchEulerDiscreteScheduler, FlowMatchLeapfrogScheduler
+        euler, scheduler = schedulers = [kind(shift=3.0) for kind in kinds]
+        for each in schedulers:
+            each.set_shift(5.0)
+            each.set_timesteps(sigmas=[0.9, 0.5, 0.2])
+        assert scheduler.shift == euler.shift == 5.0
+        assert scheduler.sigmas.tolist() == pytest.approx(euler.sigmas.tolist())
+        assert scheduler.timesteps.tolist() == pytest.approx(euler.timesteps.tolist())
+
     def test_sigmas_that_a_caller_chose(self):
         scheduler = FlowMatchLeapfrogScheduler(fitted_steps=[[999, 0.3, 0, 9.0], [300, 1, 9, 9]])
         scheduler.set_timesteps(sigmas=[0.9, 0.5, 0.2])
