@@ -12,23 +12,13 @@ from diffusers import DiffusionPipeline
 from morse.attach import enable_morse, inherit_dot, morse_class
 from morse.calls import MorseCalls
 from morse.dot import MorseDot
-from morse.dot.loading import loading_from, safetensors_only
+from morse.dot.loading import FETCH_OPTIONS, loading_from, safetensors_only
 from morse.sampling import Dot
 from morse.schedulers import check_scheduler, make_scheduler
 
 EMBEDDED = {"fashion-mnist": "fashion_mnist", "fashion-mnist-text": "fashion_mnist_text"}
 
-_HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "proxies",
-    "local_files_only",
-    "token",
-    "revision",
-    "torch_dtype",
-    "dtype",
-    "variant",
-)
+_HUB_OPTIONS = (*FETCH_OPTIONS, "torch_dtype", "dtype", "variant")
 
 
 class _IsAttached(type):

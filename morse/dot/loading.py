@@ -7,6 +7,15 @@ from pathlib import Path
 
 from torch import nn
 
+# Keywords of diffusers' `from_pretrained` that say where from and how files are fetched.
+FETCH_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "local_files_only",
+    "token",
+    "revision",
+)
 _PARTS_OF_AN_ID = 2  # owner/name
 
 

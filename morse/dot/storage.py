@@ -15,17 +15,9 @@ from torch import nn
 
 from morse.compression import load_sparse, save_sparse
 from morse.compression.sparse import FORMAT
+from morse.dot.loading import FETCH_OPTIONS
 
-# What says where to find a model, out of the keywords of `from_pretrained`.
-_PLACE = (
-    "cache_dir",
-    "force_download",
-    "proxies",
-    "local_files_only",
-    "token",
-    "revision",
-    "subfolder",
-)
+_PLACE = (*FETCH_OPTIONS, "subfolder")
 _SPARSE_OPTIONS = ("variant", "dtype", "torch_dtype", "use_safetensors")
 # What diffusers hands to all models of a pipeline, and says only how to read other layouts.
 _OF_NO_USE = ("low_cpu_mem_usage", "disable_mmap", "offload_state_dict", "use_flashpack")
