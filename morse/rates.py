@@ -72,7 +72,10 @@ def find_family(scheduler: object) -> Family | None:
 
 
 def own_parameters(configured: object) -> Mapping[str, inspect.Parameter]:
-    """Give what a scheduler's class takes: its config also holds what others took before it."""
+    """Give the parameters that the class of something with a config takes, by name.
+
+    The config itself may have more: `from_config` keeps those of the class that it came from.
+    """
     return inspect.signature(type(configured)).parameters
 
 
@@ -91,7 +94,7 @@ def unusual_options(configured: object, names: Collection[str]) -> dict[str, obj
 
 
 def _own_config(scheduler: object) -> dict[str, object]:
-    """Give a scheduler's config without what others took before it."""
+    """Give those options of a scheduler's config that its own class takes."""
     names = own_parameters(scheduler)
     return {name: value for name, value in scheduler.config.items() if name in names}
 

@@ -106,7 +106,8 @@ def make_pair(
 ) -> tuple[JumpPoint, Tensor, Tensor]:
     """Noise `clean` (B, ...) to t_s, take one DDIM jump to t_o, evaluate Dash at both.
 
-    `timesteps` are (t_s, t_o), integers (B,) with t_s > t_o. Returns the jump point, x_to, z_to.
+    `timesteps` are (t_s, t_o), integers (B,), with t_s > t_o for every image, else `ValueError` is
+    raised. Returns the jump point, x_to, z_to.
     """
     if not bool((timesteps[1] < timesteps[0]).all()):
         raise ValueError(f"timesteps (t_s, t_o) need t_s > t_o for every image, got {timesteps}.")

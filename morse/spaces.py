@@ -33,9 +33,7 @@ def check_base_space(base_space: str | None) -> None:
         )
 
 
-def signal_and_noise(
-    alphas_cumprod: Tensor, timestep: Tensor, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def signal_and_noise(alphas_cumprod: Tensor, timestep: Tensor, like: Tensor) -> Rates:
     """Look up alpha and sigma, shaped to multiply `like`.
 
     Args:

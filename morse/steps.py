@@ -67,7 +67,11 @@ def _is_cut(arguments: dict[str, object]) -> bool:
 
 
 def _set_timesteps(scheduler: object, arguments: dict[str, object], steps: int) -> int:
-    """Do what the pipeline does before its loop; returns the number of steps."""
+    """Call `scheduler.set_timesteps` as the pipeline does when it is called with `arguments`.
+
+    Returns:
+        `steps`, or how many timesteps there are where the call names them one by one.
+    """
     parameters = inspect.signature(scheduler.set_timesteps).parameters
     names = [*_FIXING]
     if "original_inference_steps" in arguments:  # latent consistency

@@ -130,12 +130,17 @@ class ODConv2d(WithTemperature, KernelStack):
         temperature: float = 1.0,
         cond_dim: int | None = None,
     ) -> "ODConv2d":
-        """Make a layer that begins as `conv` at any temperature; other arguments are the class's.
+        """Make a layer that begins as `conv` at any temperature.
 
         Args:
             conv: The source, which is copied: square kernel, padding with zeros, in numbers.
             kernel_num: Candidates n: the source's kernel with noise that sums to zero over them.
             noise: Its spread relative to Kaiming's, at least 0; with 0 they would never part.
+            reduction: As for the class, like the rest.
+            min_hidden: See there.
+            attention_norm: See there.
+            temperature: See there.
+            cond_dim: See there.
 
         Raises:
             TypeError: If `conv` is not a `torch.nn.Conv2d`.
