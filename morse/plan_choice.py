@@ -29,7 +29,7 @@ def require_networks(plan: MorsePlan, dot: Dot | None) -> None:
     if plan.num_gaussian and getattr(dot, "mixture", None) is None:
         raise ValueError(
             f"plan {str(plan)!r} begins with a Gaussian mixture, but the pipeline has no dot "
-            "that holds one; leave the g's away, or fit one: morse plan --mixture_images 1024."
+            "that holds one; leave the g's out, or fit one: morse plan --mixture_images 1024."
         )
 
 
@@ -149,7 +149,7 @@ class PlanChoice:
             if count != len(plan):
                 raise ValueError(
                     f"num_inference_steps={steps} makes {count} evaluations but the plan has "
-                    f"{len(plan)} evaluations; leave num_inference_steps away."
+                    f"{len(plan)} evaluations; leave num_inference_steps out."
                 )
             return plan, steps
         if not shorten:

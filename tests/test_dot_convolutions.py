@@ -376,7 +376,7 @@ class TestWarehouse:
     ("conv", "given", "message"),
     [
         ("dynamic", None, "conv must be one of.*got 'dynamic'"),
-        ("conv", {"budget": 1}, "conv_options is .*budget.*leave conv_options away"),
+        ("conv", {"budget": 1}, "conv_options is .*budget.*leave conv_options out"),
         ("odconv", {"budget": 1}, r"conv_options has 'budget'.*takes \['condition'"),
         ("odconv", {"condition": "text"}, r"conv_options\['condition'\] must be one of"),
         ("odconv", {"num_kernels": 0}, r"\['num_kernels'\] must be .* at least 1, got 0"),

@@ -149,7 +149,7 @@ def test_packed_samples_name_their_size():
     ("options", "message"),
     [
         ({"resample": "cubic"}, r"one of \('nearest', 'ske2grid'\), got 'cubic'"),
-        ({"sample_size": (16, 16)}, r"leave sample_size away"),
+        ({"sample_size": (16, 16)}, r"leave sample_size out"),
         ({"resample": "ske2grid", "sample_size": (16, 12)}, r"multiples of 8, got 16x12"),
         ({"resample": "ske2grid", "sample_size": (0, 16)}, r"multiples of 8, got 0x16"),
         (

@@ -102,7 +102,7 @@ class TestPublishing:
         model = pipe.dot if name == "dot" else pipe
         model.push_to_hub("us/it", safe_serialization=True)
         assert any((hub.root / "us" / "it").rglob("*.safetensors"))
-        with pytest.raises(ValueError, match=r"safe_serialization is False.*leave it away"):
+        with pytest.raises(ValueError, match=r"safe_serialization is False.*leave it out"):
             model.push_to_hub("us/it", safe_serialization=False)
 
     def test_into_a_subfolder_as_a_variant(self, pipe, hub):

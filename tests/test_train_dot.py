@@ -149,7 +149,7 @@ def test_init_from_starts_with_those_weights(run, whole_run):
 
 
 class TestInitFrom:
-    def test_what_is_left_away_is_the_starting_dots(self, run):
+    def test_what_is_left_out_is_the_starting_dots(self, run):
         start = run("--lora_alpha", "6", "--base_space", "x0", "--max_train_steps", "1")
         folder = run("--init_from", str(start), "--max_train_steps", "1")
         config = MorseDot.from_pretrained(folder).config

@@ -513,7 +513,7 @@ class TestOnDisk:
         ("--prune 0.5 --prune_stop 5", "prune_stop is 5; it must be in (1, 5)"),
         ("--prune 0.5 --prune_gamma -1", "prune_gamma is -1.0; it must be finite and at least 0"),
         ("--prune 0.5 --prune_power inf", "prune_power is inf; it must be finite and at least 0"),
-        ("--prune 0.5 --prune_method one_shot --prune_stop 3", "leave --prune_stop away"),
+        ("--prune 0.5 --prune_method one_shot --prune_stop 3", "leave --prune_stop out"),
         ("--prune 0.5 --conv odconv", "prune is 0.5 and conv is 'odconv', whose kernels"),
         ("--prune 0.5 --conv kernel_warehouse", "and conv is 'kernel_warehouse', whose kernels"),
     ],

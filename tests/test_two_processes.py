@@ -61,7 +61,7 @@ def launched(base, data_dir, folder, tiny_folder, tmp_path_factory):  # noqa: F8
                   "--max_train_steps", "4", *SAME_STEPS],
         "tuned": arguments(folder, "", "--lsd", "2", "--max_train_steps", "4",
                            "--validation_steps", "0", *SAME_STEPS),
-        # Without a GPU that is found out, as most people leave --device away.
+        # Without a GPU that is found out, as most people leave --device out.
         "images": ["--pipeline", str(tiny_folder), "--real", "fashion-mnist",
                    *(("--device", "cpu") if torch.cuda.is_available() else ()),
                    "--scheduler", "ddim", "--lsd", "2", "--speed_ratio", "4", "--num_images", "11",

@@ -152,7 +152,7 @@ def conv_settings(conv: Conv, options: Mapping[str, Any] | None) -> ConvSettings
         if options:
             raise ValueError(
                 f"conv_options is {dict(options)}, but conv='conv', a plain convolution, has none: "
-                f"choose another conv ({', '.join(_SETTINGS)}) or leave conv_options away."
+                f"choose another conv ({', '.join(_SETTINGS)}) or leave conv_options out."
             )
         return None
     names = [field.name for field in dataclasses.fields(_SETTINGS[conv])]

@@ -114,7 +114,7 @@ def _packed_size(length: int, img_ids: Tensor | None) -> tuple[int, int]:
             f"sample has {length} tokens, but img_ids are {tuple(img_ids.shape)} positions that "
             f"are {f'a {height}x{width} picture' if height else 'not the rows of one picture'}; "
             "a weight-shared Dot needs one picture's tokens and nothing else (no reference "
-            "pictures appended). Leave Dot away here, or attach one of your own."
+            "pictures appended). Leave Dot out here, or attach one of your own."
         )
     return height, width
 

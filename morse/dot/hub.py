@@ -80,7 +80,7 @@ class Publishable:
         if not safe_serialization:
             raise ValueError(
                 f"safe_serialization is {safe_serialization!r}, but Morse publishes safetensors "
-                "only; leave it away."
+                "only; leave it out."
             )
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)

@@ -75,7 +75,7 @@ def set_upsamplers(
         if sample_size is not None:
             raise ValueError(
                 f"sample_size is {tuple(sample_size)}, but only resample='ske2grid' is bound to a "
-                "size: leave sample_size away."
+                "size: leave sample_size out."
             )
         return
     if sample_size is None:

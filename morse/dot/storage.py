@@ -53,7 +53,7 @@ class SparselyStored:
             )
         elif not safe_serialization:
             raise ValueError(
-                "safe_serialization is False, but the sparse layout is safetensors; leave it away, "
+                "safe_serialization is False, but the sparse layout is safetensors; leave it out, "
                 "or register_to_config(sparse=False) before."
             )
         elif is_main_process:

@@ -78,7 +78,7 @@ def _cpu_name() -> str:
 def check_precision(dtype: str, mixed_precision: str) -> None:
     """Raise `ValueError` for autocast of networks that are not in float32."""
     if dtype != "float32" and mixed_precision != "no":
-        raise ValueError(f"dtype is {dtype} and mixed_precision {mixed_precision}; leave one away")
+        raise ValueError(f"dtype is {dtype} and mixed_precision {mixed_precision}; leave one out")
 
 
 def environment(

@@ -153,7 +153,7 @@ class TrainingConfig(RunConfig):
         if self.dataset_config_name is not None and self.dataset_name is None:
             raise ValueError(
                 f"dataset_config_name is {self.dataset_config_name!r}, but it is for datasets on "
-                "the hub; give --dataset_name too, or leave --dataset_config_name away"
+                "the hub; give --dataset_name too, or leave --dataset_config_name out"
             )
 
 

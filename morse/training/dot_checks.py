@@ -55,7 +55,7 @@ def check_dot_settings(config: "TrainDotConfig") -> None:
     if config.cuda_graphs and config.gradient_accumulation_steps > 1:
         raise ValueError(
             f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, but the replay "
-            "of cuda_graphs overwrites gradients not applied yet; leave one of them away"
+            "of cuda_graphs overwrites gradients not applied yet; leave one of them out"
         )
     if config.on_policy and (config.cache_pairs or config.window_steps == 1):
         raise ValueError(
@@ -70,7 +70,7 @@ def _check_lora(config: "TrainDotConfig") -> None:
     if config.lora_alpha is not None and not config.lora_rank:
         raise ValueError(
             f"lora_alpha is {config.lora_alpha:g} and lora_rank is 0, with which there is no LoRA "
-            "to scale; leave --lora_alpha away, or give a --lora_rank"
+            "to scale; leave --lora_alpha out, or give a --lora_rank"
         )
 
 
@@ -106,7 +106,7 @@ def _check_caches(config: "TrainDotConfig") -> None:
     if config.cache_dir is not None and not (config.cache_latents or config.cache_pairs):
         raise ValueError(
             f"cache_dir is {config.cache_dir}, but nothing is kept there; give --cache_pairs or "
-            "--cache_latents too, or leave --cache_dir away"
+            "--cache_latents too, or leave --cache_dir out"
         )
 
 
@@ -121,13 +121,13 @@ def _check_relay(config: "TrainDotConfig") -> None:
     if config.pairs_per_window > 1:
         raise ValueError(
             f"norm is 'dnr' and pairs_per_window is {config.pairs_per_window}, but it learns "
-            "from all steps of a window, in order: leave --pairs_per_window away."
+            "from all steps of a window, in order: leave --pairs_per_window out."
         )
     for name in ("cuda_graphs", "distill", "history"):
         if getattr(config, name):
             raise ValueError(
                 f"norm is 'dnr' and {name} is {getattr(config, name)}, but {name} works on "
-                f"single pairs, not on sequences of them: leave --{name} away."
+                f"single pairs, not on sequences of them: leave --{name} out."
             )
 
 
@@ -144,7 +144,7 @@ def _check_gate(config: "TrainDotConfig") -> None:
     if config.fit_gate and (config.independent or config.norm == "dnr"):
         raise ValueError(
             f"fit_gate is True, which needs residuals of single pairs, but independent is "
-            f"{config.independent} and norm is {config.norm!r}; leave --fit_gate away"
+            f"{config.independent} and norm is {config.norm!r}; leave --fit_gate out"
         )
 
 
@@ -168,7 +168,7 @@ def _check_distillation(config: "TrainDotConfig") -> None:
         if changed(config, ("distill_weight",)):
             raise ValueError(
                 f"distill_weight is {config.distill_weight}, but distill is not given; give "
-                "--distill too, or leave --distill_weight away"
+                "--distill too, or leave --distill_weight out"
             )
         return
     check_distill(config.distill, config.distill_weight)
@@ -180,7 +180,7 @@ def _check_distillation(config: "TrainDotConfig") -> None:
     if config.compile or config.cuda_graphs:
         raise ValueError(
             f"distill is {config.distill}, whose features are read with hooks, and so can "
-            "neither be compiled nor captured; leave compile and cuda_graphs away"
+            "neither be compiled nor captured; leave compile and cuda_graphs out"
         )
     if config.conv != "conv":
         raise ValueError(
@@ -195,7 +195,7 @@ def _check_convolutions(config: "TrainDotConfig") -> None:
     if settings is None and steps is not None:
         raise ValueError(
             f"conv_annealing_steps is {steps}, but conv is 'conv', a plain convolution without "
-            "a temperature; choose another conv or leave it away"
+            "a temperature; choose another conv or leave it out"
         )
     # A first stage is annealed; it has no progressive_steps itself, and is told the same once.
     updates = config.progressive_steps or config.max_train_steps
@@ -209,7 +209,7 @@ def _check_convolutions(config: "TrainDotConfig") -> None:
     if config.prune is not None and config.conv in ("odconv", "kernel_warehouse"):
         raise ValueError(
             f"prune is {config.prune} and conv is {config.conv!r}, whose kernels cannot be pruned; "
-            "choose --conv conv or gridconv, or leave --prune away"
+            "choose --conv conv or gridconv, or leave --prune out"
         )
     if (
         config.cuda_graphs

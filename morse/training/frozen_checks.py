@@ -24,7 +24,7 @@ def frozen_dtypes(dtype: str, device: torch.device) -> dict[str, torch.dtype]:
     if dtype == "float16" and device.type == "cpu":
         raise ValueError(
             "dtype is float16, in which a CPU does not train; give --dtype bfloat16 "
-            "--mixed_precision bf16, or leave both away"
+            "--mixed_precision bf16, or leave both out"
         )
     # Said of text encoders too, which else come in the precision that they were saved in. Some
     # autoencoders, SDXL's for one, overflow in float16.
@@ -115,7 +115,7 @@ def choose_guidance(
         if wanted is not None and wanted[1] > 1:
             raise ValueError(
                 f"guidance_scale is {wanted}, but this pipeline has no negative prompt or class "
-                "to guide away from; leave --guidance_scale away."
+                "to guide away from; leave --guidance_scale out."
             )
         return (1.0, 1.0)
     return DEFAULT_GUIDANCE if wanted is None else (wanted[0], wanted[1])

@@ -87,7 +87,7 @@ def fit_gate(
         ValueError: If Dot is independent, whose estimate is no correction, or there are no pairs.
     """
     if dot.config.independent:
-        raise ValueError("dot is independent, and so has no residual to gate; leave the gate away.")
+        raise ValueError("dot is independent, and so has no residual to gate; leave the gate out.")
     edges = (
         tuple(share * num_train_timesteps for share in shares)
         for shares in (GAP_BOUNDS[1:-1], TIMESTEP_EDGES)

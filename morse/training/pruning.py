@@ -44,7 +44,7 @@ def check_prune_settings(config: "TrainDotConfig") -> None:
     if config.prune_stop is not None and config.prune_method == "one_shot":
         raise ValueError(
             f"prune_stop is {config.prune_stop}, but prune_method is 'one_shot', whose masks stay "
-            "from prune_start on; leave --prune_stop away"
+            "from prune_start on; leave --prune_stop out"
         )
     last = config.max_train_steps
     start, stop = prune_bounds(config)

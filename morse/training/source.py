@@ -82,14 +82,14 @@ def open_source(
     kind = pipeline.encoder.kind
     if config.cache_latents and pipeline.codec is None:
         raise ValueError(
-            "cache_latents is True, but this pipeline works on pixels; leave --cache_latents away."
+            "cache_latents is True, but this pipeline works on pixels; leave --cache_latents out."
         )
     if kind != "text":
         for name in ("caption_column", "class_names"):
             if getattr(config, name) is not None:
                 raise ValueError(
                     f"{name} is {getattr(config, name)!r}, but this pipeline takes no text; "
-                    f"leave --{name} away."
+                    f"leave --{name} out."
                 )
     size = (pipeline.resolution, pipeline.image_channels)
     images = open_training_images(config, *size, split, config.caption_column)

@@ -28,7 +28,7 @@ DOT_OPTIONS = (
 
 
 def inherit(config: TrainDotConfig) -> TrainDotConfig:
-    """Take settings that were left away from the Dot of `init_from`, if there is one."""
+    """Take settings that are not given from the Dot of `init_from`, if there is one."""
     if config.init_from is None:
         return config
     start = load_start(config.init_from).config
@@ -84,7 +84,7 @@ def check_start(dot: MorseDot, start: MorseDot, path: Path) -> None:
 
 
 def _settings(config: Mapping[str, object]) -> dict[str, object]:
-    """Give what is compared, the same whether it was left away, given or read from a file."""
+    """Give what is compared, the same whether it was left out, given or read from a file."""
     rank, alpha = config["lora_rank"], config["lora_alpha"]
     options = conv_settings(config["conv"], config["conv_options"])
     return {name: config[name] for name in DOT_OPTIONS if name != "guidance"} | {

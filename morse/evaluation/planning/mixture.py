@@ -21,12 +21,12 @@ def check_mixture(pipe: "MorsePipeline", count: int) -> None:
     if pipe.dot is None:
         raise ValueError(
             f"mixture_images is {count}, but the pipeline has no Dot to save the mixture with; "
-            "give one with --dot, or leave mixture_images away."
+            "give one with --dot, or leave mixture_images out."
         )
     if getattr(pipe, "vae", None) is not None or getattr(pipe, "vqvae", None) is not None:
         raise ValueError(
             f"mixture_images is {count}, but {type(pipe).__name__} works on latents, for which the "
-            "mixture is of no use (eval/results/NOTES.md); leave it away."
+            "mixture is of no use (eval/results/NOTES.md); leave it out."
         )
     if count < 2 * NUM_COMPONENTS:
         raise ValueError(
