@@ -8,7 +8,7 @@ own noise levels.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from morse.evaluation.planning.memory import remembering
 from morse.files import write_json
 from morse.saved_plans import with_options
 from morse.schedulers import make_scheduler
-from morse.settings import as_json
+from morse.settings import as_json, option
 
 SOLVERS = {
     "euler": "Euler",
@@ -54,18 +54,14 @@ REFERENCE_SOLVER = "unipc"
 class FlowSolversConfig:
     """Compare solvers on the embedded Dash as a model trained by flow matching."""
 
-    output: Path = field(
-        default=Path("eval/results/flow_matching.json"), metadata={"help": "file to write"}
-    )
-    shift: float = field(default=3.0, metadata={"help": "of the noise levels; SD3's is 3"})
-    steps: tuple[int, ...] = field(default=(6, 10, 20), metadata={"help": "evaluations"})
-    fitted: tuple[int, ...] = field(
-        default=(6, 10), metadata={"help": "those of --steps to fit leapfrog's steps for, too"}
-    )
-    num_images: int = field(default=32, metadata={"help": "images to judge on"})
-    num_fit_images: int = field(default=32, metadata={"help": "further ones to fit steps on"})
-    batch_size: int = field(default=32, metadata={"help": "images at a time"})
-    seed: int = field(default=600_000, metadata={"help": "of the first image"})
+    output: Path = option(Path("eval/results/flow_matching.json"), "file to write")
+    shift: float = option(3.0, "of the noise levels; SD3's is 3")
+    steps: tuple[int, ...] = option((6, 10, 20), "evaluations")
+    fitted: tuple[int, ...] = option((6, 10), "those of --steps to fit leapfrog's steps for, too")
+    num_images: int = option(32, "images to judge on")
+    num_fit_images: int = option(32, "further ones to fit steps on")
+    batch_size: int = option(32, "images at a time")
+    seed: int = option(600_000, "of the first image")
 
 
 class FlowDash(nn.Module):

@@ -8,7 +8,7 @@ other programs on the machine disturb the ratio less.
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +21,7 @@ from morse.evaluation.environment import command_line, environment
 from morse.evaluation.report.markdown import pipe_table
 from morse.files import write_bytes, write_json
 from morse.sampling import JumpPoint
+from morse.settings import option
 from morse.summary import quartiles
 
 # What is changed -> options of a Dot otherwise like the embedded one.
@@ -42,14 +43,12 @@ Call = Callable[[], object]
 class ProfileConfig:
     """Measure N of the embedded pixel pipeline for several architectures of Dot."""
 
-    output: Path = field(
-        default=Path("eval/results/latency/n_of_embedded.json"),
-        metadata={"help": "file to write; a Markdown table of the same name goes beside it"},
+    output: Path = option(
+        Path("eval/results/latency/n_of_embedded.json"),
+        "file to write; a Markdown table of the same name goes beside it",
     )
-    batch_sizes: tuple[int, ...] = field(
-        default=(1, 16), metadata={"help": "images in one evaluation"}
-    )
-    repeats: int = field(default=15, metadata={"help": "timed rounds of Dash and every Dot"})
+    batch_sizes: tuple[int, ...] = option((1, 16), "images in one evaluation")
+    repeats: int = option(15, "timed rounds of Dash and every Dot")
 
 
 def make_dots(dash: nn.Module, embedded: MorseDot) -> dict[str, MorseDot]:

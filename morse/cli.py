@@ -9,7 +9,7 @@ from importlib import import_module
 from itertools import takewhile
 from typing import Literal
 
-from morse.settings import Config, make_given
+from morse.settings import REQUIRED, Config, make_given
 
 # command -> (settings, function, what it does): the first two lie in modules of their own, and what
 # a command runs is imported once its options are parsed, as diffusers takes seconds.
@@ -83,11 +83,10 @@ def parse_config(
 ) -> Config:
     """Build a command line from a dataclass and parse it into an instance.
 
-    Fields become `--field_name` options (dashes work too) with the field's default and its
-    `metadata["help"]`; a field without a default is required, and `metadata["alias"]` is another
-    name for an option whose own name Python reserves. Supported types are str, int, float,
-    bool, Path, `Literal`, `tuple[X, ...]` and `X | None`. A `ValueError` raised by the dataclass's
-    own checks ends the program with exit status 2 and the message.
+    Its fields, which `morse.settings.option` makes, become options of their names (dashes work
+    too); `alias` is another name for one whose own name Python reserves. Supported types are str,
+    int, float, bool, Path, `Literal`, `tuple[X, ...]` and `X | None`. A `ValueError` raised by the
+    dataclass's own checks ends the program with exit status 2 and the message.
 
     Args:
         config_class: A dataclass.
@@ -100,12 +99,10 @@ def parse_config(
     )
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        spellings = (field.metadata.get("alias", field.name), field.name)
+        required = field.default is REQUIRED
+        spellings = filter(None, (field.metadata["alias"], field.name))
         names = dict.fromkeys(
-            f"--{name}" for option in spellings for name in (option, option.replace("_", "-"))
+            f"--{name}" for each in spellings for name in (each, each.replace("_", "-"))
         )
         parser.add_argument(
             *names,
@@ -129,7 +126,7 @@ def parse_config(
 
 
 def _help_text(field: dataclasses.Field, required: bool) -> str:
-    text = str(field.metadata.get("help", "")).replace("%", "%%")
+    text = field.metadata["help"].replace("%", "%%")
     default = field.default
     if required or default is None or default == ():
         return text

@@ -1,15 +1,28 @@
-"""What the settings of all commands share: checks of ranges, what was given, and their JSON.
+"""What the settings of all commands share: their options, checks of ranges, and their JSON.
 
 Settings are frozen dataclasses, one a command.
 """
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields
-from typing import TypeVar
+from dataclasses import MISSING, asdict, field, fields
+from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+Value = TypeVar("Value")
+REQUIRED: Any = MISSING  # the default of an option that must be given
 _GIVEN = "_given"  # attribute with the names of what was given
+
+
+def option(default: Value, help: str, *, alias: str | None = None) -> Value:
+    """Make a field of settings, which `morse.cli` turns into an option.
+
+    Args:
+        default: Its value where it is not given, or `REQUIRED`.
+        help: What `--help` says of it.
+        alias: Another name for it.
+    """
+    return field(default=default, metadata={"help": help, "alias": alias})
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -58,9 +71,9 @@ def make_given(config_class: type[Config], values: Mapping[str, object]) -> Conf
 def changed(config: object, names: Collection[str]) -> list[str]:
     """List those of some settings that are not at their defaults, in the dataclass' order."""
     return [
-        option.name
-        for option in fields(config)
-        if option.name in names and getattr(config, option.name) != option.default
+        each.name
+        for each in fields(config)
+        if each.name in names and getattr(config, each.name) != each.default
     ]
 
 
@@ -72,9 +85,9 @@ def given(config: object, names: Collection[str]) -> set[str]:
 def replace_defaults(config: object, values: Mapping[str, object]) -> None:
     """Give other values to those settings of a frozen dataclass that were not `given`."""
     kept = given(config, values)
-    for option in fields(config):
-        if option.name in values and option.name not in kept:
-            object.__setattr__(config, option.name, values[option.name])
+    for each in fields(config):
+        if each.name in values and each.name not in kept:
+            object.__setattr__(config, each.name, values[each.name])
 
 
 def as_json(config: object) -> dict[str, object]:

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from morse.compression import NetworkSurgery, save_sparse
 from morse.evaluation.environment import command_line, environment
 from morse.evaluation.report.markdown import pipe_table
 from morse.files import write_bytes, write_json
-from morse.settings import replace_defaults, require, require_least
+from morse.settings import REQUIRED, option, replace_defaults, require, require_least
 from morse.training.batches import StepBatches
 from morse.training.data import open_images
 
@@ -37,16 +37,14 @@ Data = tuple[Tensor, Tensor, Tensor, Tensor]
 class SurgeryConfig:
     """Compare network surgery with one-shot pruning on a LeNet-300-100."""
 
-    train_data_dir: Path = field(metadata={"help": "folder of the IDX files of Fashion-MNIST"})
-    output_dir: Path = field(metadata={"help": "folder for results.json and results.md"})
-    seeds: int = field(default=3, metadata={"help": "runs, of seeds 0, 1, ..."})
-    dense_steps: int = field(default=6000, metadata={"help": "updates of the dense network"})
-    prune_steps: int = field(default=8000, metadata={"help": "further updates of each other one"})
-    iter_stop: float = field(
-        default=0.7, metadata={"help": "share of these after which the masks stay"}
-    )
-    batch_size: int = field(default=64, metadata={"help": "images an update"})
-    quick: bool = field(default=False, metadata={"help": "one seed, 50 updates each, unless given"})
+    train_data_dir: Path = option(REQUIRED, "folder of the IDX files of Fashion-MNIST")
+    output_dir: Path = option(REQUIRED, "folder for results.json and results.md")
+    seeds: int = option(3, "runs, of seeds 0, 1, ...")
+    dense_steps: int = option(6000, "updates of the dense network")
+    prune_steps: int = option(8000, "further updates of each other one")
+    iter_stop: float = option(0.7, "share of these after which the masks stay")
+    batch_size: int = option(64, "images an update")
+    quick: bool = option(False, "one seed, 50 updates each, unless given")
 
     def __post_init__(self) -> None:
         """Check the ranges, and take --quick's settings where none were given."""

@@ -10,7 +10,7 @@ seconds and its figures say nothing.
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from morse import MorseDot, MorsePipeline, MorsePlan
 from morse.cli import run_command
 from morse.evaluation.environment import command_line, environment
 from morse.files import write_bytes, write_json
-from morse.settings import replace_defaults, require, require_least
+from morse.settings import REQUIRED, option, replace_defaults, require, require_least
 from morse.training.schedule import read_schedule
 from pipelines.skeleton_data import VALID, bone_errors, draw_poses, energy_distance
 from pipelines.skeleton_report import COLUMNS, draw_report, to_markdown
@@ -42,25 +42,23 @@ TRAIN_SEED, HELD_OUT_SEED = 1000, 1001
 class SkeletonConfig:
     """Train a Dash and a Dot for skeletons, and compare samples at equal cost."""
 
-    output_dir: Path = field(metadata={"help": "folder for results.json, results.md, poses.png"})
-    grid: Literal["ske2grid", "gridconv"] = field(
-        default="ske2grid", metadata={"help": "whose transforms lay joints out on the grid"}
+    output_dir: Path = option(REQUIRED, "folder for results.json, results.md, poses.png")
+    grid: Literal["ske2grid", "gridconv"] = option(
+        "ske2grid", "whose transforms lay joints out on the grid"
     )
-    channels: int = field(default=32, metadata={"help": "Dash's channels, a multiple of 8"})
-    train_poses: int = field(default=20_000, metadata={"help": "poses to train on"})
-    dash_steps: int = field(default=1500, metadata={"help": "updates of Dash"})
-    dot_steps: int = field(default=1000, metadata={"help": "updates of Dot"})
-    windows: int = field(default=4096, metadata={"help": "pieces of sampling runs Dot learns from"})
-    batch_size: int = field(default=128, metadata={"help": "poses, or pairs, an update"})
-    lsd: tuple[int, ...] = field(default=(4, 6, 8, 12, 16), metadata={"help": "budgets in LSD"})
-    speed_ratio: float | None = field(
-        default=None, metadata={"help": "N to plan with; what is measured here if left out"}
-    )
-    plan_ratio: float = field(default=1.75, metadata={"help": "evaluations per LSD to aim at"})
-    num_poses: int = field(default=256, metadata={"help": "samples of a method for each seed"})
-    seeds: int = field(default=3, metadata={"help": "sets of noise, of seeds 0, 1, ..."})
-    note: str = field(default="", metadata={"help": "what the report shall say of this run"})
-    quick: bool = field(default=False, metadata={"help": "tiny models, a few updates"})
+    channels: int = option(32, "Dash's channels, a multiple of 8")
+    train_poses: int = option(20_000, "poses to train on")
+    dash_steps: int = option(1500, "updates of Dash")
+    dot_steps: int = option(1000, "updates of Dot")
+    windows: int = option(4096, "pieces of sampling runs Dot learns from")
+    batch_size: int = option(128, "poses, or pairs, an update")
+    lsd: tuple[int, ...] = option((4, 6, 8, 12, 16), "budgets in LSD")
+    speed_ratio: float | None = option(None, "N to plan with; what is measured here if left out")
+    plan_ratio: float = option(1.75, "evaluations per LSD to aim at")
+    num_poses: int = option(256, "samples of a method for each seed")
+    seeds: int = option(3, "sets of noise, of seeds 0, 1, ...")
+    note: str = option("", "what the report shall say of this run")
+    quick: bool = option(False, "tiny models, a few updates")
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -1,7 +1,7 @@
 import dataclasses
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,15 +9,16 @@ import pytest
 
 from morse.cli import COMMANDS, find_command, main, parse_config, run_command
 from morse.evaluation.environment import command_line
+from morse.settings import option
 
 
 @dataclass(frozen=True)
 class Config:
     """Do something."""
 
-    lsd: tuple[int, ...] = field(default=(5,), metadata={"help": "budgets"})
-    from_json: Path | None = field(default=None, metadata={"help": "input", "alias": "from"})
-    quick: bool = field(default=False, metadata={"help": "100 % faster"})
+    lsd: tuple[int, ...] = option((5,), "budgets")
+    from_json: Path | None = option(None, "input", alias="from")
+    quick: bool = option(False, "100 % faster")
 
     def __post_init__(self):
         if min(self.lsd) < 1:
@@ -36,6 +37,13 @@ def test_a_bad_value_ends_with_its_message(capsys):
         parse_config(Config, ["--lsd", "0"])
     assert stop.value.code == 2
     assert "lsd is (0,), but each must be 1 or more" in capsys.readouterr().err
+
+
+def test_what_must_be_given_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--lsd", "5"])
+    assert stop.value.code == 2
+    assert "required: --output_dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [[], ["sing"], ["eval"], ["eval", "sing"]])
@@ -65,9 +73,9 @@ def test_every_command_explains_its_options(command, capsys):
     text = capsys.readouterr().out
     config, function = map(find_command, COMMANDS[command][:2])
     assert callable(function)
-    for option in dataclasses.fields(config):
-        assert option.metadata.get("help"), f"{command} --{option.name} has no help text"
-        assert f"--{option.name}" in text
+    for field in dataclasses.fields(config):
+        assert field.metadata["help"], f"{command} --{field.name} has no help text"
+        assert f"--{field.name}" in text
 
 
 def test_options_are_explained_without_waiting_for_diffusers():

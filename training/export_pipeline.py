@@ -1,34 +1,32 @@
 """Save a pipeline and its Dot as one folder in half precision, as the embedded ones are."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from morse.cli import run_command
+from morse.settings import REQUIRED, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Save a pipeline and its Dot as one folder that MorsePipeline.from_pretrained opens."""
 
-    pretrained_model_name_or_path: str = field(metadata={"help": "the pipeline"})
-    dot: str = field(metadata={"help": "the Dot's folder"})
-    output_dir: Path = field(metadata={"help": "where to save both"})
-    speed_ratio: float | None = field(
-        default=None, metadata={"help": "N that plans for lsd= are made with; measured if absent"}
+    pretrained_model_name_or_path: str = option(REQUIRED, "the pipeline")
+    dot: str = option(REQUIRED, "the Dot's folder")
+    output_dir: Path = option(REQUIRED, "where to save both")
+    speed_ratio: float | None = option(
+        None, "N that plans for lsd= are made with; measured if absent"
     )
-    scheduler: str = field(
-        default="dpmsolver++",
-        metadata={"help": "what calls use unless told otherwise; see morse.schedulers.SCHEDULERS"},
+    scheduler: str = option(
+        "dpmsolver++", "what calls use unless told otherwise; see morse.schedulers.SCHEDULERS"
     )
-    plan_ratio: str = field(
-        default='{"default": 2.0}',
-        metadata={
-            "help": "evaluations per LSD by the scheduler's class name or default, as JSON: a "
-            "number, or pairs [budget from which on, ratio]"
-        },
+    plan_ratio: str = option(
+        '{"default": 2.0}',
+        "evaluations per LSD by the scheduler's class name or default, as JSON: a number, or "
+        "pairs [budget from which on, ratio]",
     )
 
     @property

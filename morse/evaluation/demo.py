@@ -20,7 +20,7 @@ from morse.evaluation.demo_sampling import (
 )
 from morse.evaluation.environment import command_line, device_name, environment
 from morse.files import write_json
-from morse.settings import require, require_least, require_positive
+from morse.settings import option, require, require_least, require_positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,39 +38,24 @@ NOTE = (
 class DemoConfig:
     """Sample the same noise with and without Morse; show a table, pictures and a plot."""
 
-    quick: bool = dataclasses.field(
-        default=False, metadata={"help": "fewer images and budgets: under half a minute on a CPU"}
+    quick: bool = option(False, "fewer images and budgets: under half a minute on a CPU")
+    json: Path | None = option(None, "also write the figures to this file")
+    output_dir: Path = option(Path("demo_output"), "folder for grid.png and quality.png")
+    pipeline: str = option(
+        "fashion-mnist", "fashion-mnist, or a folder or hub id of an unconditional one"
     )
-    json: Path | None = dataclasses.field(
-        default=None, metadata={"help": "also write the figures to this file"}
+    dot: str | None = option(None, "another Dot's folder; the pipeline's own if left out")
+    lsd: tuple[int, ...] | None = option(
+        None, "budgets in LSD; 5 10 20 if left out, 5 10 with --quick"
     )
-    output_dir: Path = dataclasses.field(
-        default=Path("demo_output"), metadata={"help": "folder for grid.png and quality.png"}
+    num_images: int | None = option(
+        None, "images of each method; if left out 16, with --quick 4, on CUDA 512"
     )
-    pipeline: str = dataclasses.field(
-        default="fashion-mnist",
-        metadata={"help": "fashion-mnist, or a folder or hub id of an unconditional one"},
+    speed_ratio: float | None = option(
+        None, "how many times faster Dot is than Dash; measured here if left out"
     )
-    dot: str | None = dataclasses.field(
-        default=None, metadata={"help": "another Dot's folder; the pipeline's own if left out"}
-    )
-    lsd: tuple[int, ...] | None = dataclasses.field(
-        default=None, metadata={"help": "budgets in LSD; 5 10 20 if left out, 5 10 with --quick"}
-    )
-    num_images: int | None = dataclasses.field(
-        default=None,
-        metadata={"help": "images of each method; if left out 16, with --quick 4, on CUDA 512"},
-    )
-    speed_ratio: float | None = dataclasses.field(
-        default=None,
-        metadata={"help": "how many times faster Dot is than Dash; measured here if left out"},
-    )
-    seed: int = dataclasses.field(
-        default=0, metadata={"help": "image i starts from the noise of seed + i"}
-    )
-    device: str = dataclasses.field(
-        default="auto", metadata={"help": "cpu, cuda or another torch device; auto takes a GPU"}
-    )
+    seed: int = option(0, "image i starts from the noise of seed + i")
+    device: str = option("auto", "cpu, cuda or another torch device; auto takes a GPU")
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -1,6 +1,5 @@
 """Training the classifier behind the Fréchet distance, and the statistics of the real images."""
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,33 +11,26 @@ from torch import Tensor
 from morse.evaluation.environment import command_line
 from morse.evaluation.features import FashionFeatures, extract_features, save_features
 from morse.evaluation.metrics import feature_statistics
-from morse.settings import require_positive
+from morse.settings import REQUIRED, option, require_positive
 
 
 @dataclass(frozen=True)
 class TrainFeaturesConfig:
     """Train the Fashion-MNIST classifier whose features the Fréchet distance uses."""
 
-    train_data_dir: Path = dataclasses.field(
-        metadata={"help": "folder with the four Fashion-MNIST IDX files, plain or .gz"}
+    train_data_dir: Path = option(
+        REQUIRED, "folder with the four Fashion-MNIST IDX files, plain or .gz"
     )
-    output_dir: Path = dataclasses.field(
-        metadata={"help": "new or empty folder for the classifier and the reference statistics"}
+    output_dir: Path = option(
+        REQUIRED, "new or empty folder for the classifier and the reference statistics"
     )
-    num_train_epochs: int = dataclasses.field(default=8, metadata={"help": "passes over the data"})
-    train_batch_size: int = dataclasses.field(
-        default=128, metadata={"help": "images a step and process"}
+    num_train_epochs: int = option(8, "passes over the data")
+    train_batch_size: int = option(128, "images a step and process")
+    learning_rate: float = option(4e-3, "peak of AdamW's one-cycle schedule")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option(
+        "no", "autocast in training; statistics stay float32"
     )
-    learning_rate: float = dataclasses.field(
-        default=4e-3, metadata={"help": "peak of AdamW's one-cycle schedule"}
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] = dataclasses.field(
-        default="no",
-        metadata={"help": "autocast in training; statistics stay float32"},
-    )
-    seed: int = dataclasses.field(
-        default=0, metadata={"help": "seed of weights, order and augmentation"}
-    )
+    seed: int = option(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -5,7 +5,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from morse.settings import require, require_least, require_positive
+from morse.settings import REQUIRED, option, require, require_least, require_positive
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,73 +24,42 @@ if TYPE_CHECKING:
 class RunConfig:
     """Settings of every training loop, named as in diffusers' training examples."""
 
-    output_dir: Path = field(
-        metadata={"help": "folder for the result, the checkpoints and the logs"}
+    output_dir: Path = option(REQUIRED, "folder for the result, the checkpoints and the logs")
+    train_batch_size: int = option(64, "images per process in one forward pass")
+    gradient_accumulation_steps: int = option(1, "forward passes summed into one update")
+    max_train_steps: int = option(10_000, "optimizer updates in all, resumed ones included")
+    max_train_seconds: float | None = option(
+        None,
+        "stop after so many seconds of training (caches are made before), but not before the "
+        "first update, and save as at the end",
     )
-    train_batch_size: int = field(
-        default=64, metadata={"help": "images per process in one forward pass"}
+    learning_rate: float = option(1e-4, "highest learning rate")
+    lr_scheduler: Literal["cosine", "constant"] = option("cosine", "course after the warm-up")
+    lr_warmup_steps: int = option(500, "updates over which the rate rises from zero")
+    adam_beta1: float = option(0.9, "AdamW's beta1")
+    adam_beta2: float = option(0.999, "AdamW's beta2")
+    adam_weight_decay: float = option(1e-6, "AdamW's weight decay")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None,
+        "autocast precision, most CPUs are far slower in half precision; that of `accelerate "
+        "launch` if not given, else no",
     )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "forward passes summed into one update"}
+    compile: bool = option(False, "compile the trained network with torch.compile")
+    use_ema: bool = option(True, "keep and save an exponential moving average of the weights")
+    ema_max_decay: float = option(0.9999, "highest decay of that average")
+    checkpointing_steps: int = option(1000, "updates between checkpoints")
+    checkpoints_total_limit: int | None = option(2, "keep only so many newest checkpoints")
+    resume_from_checkpoint: str | None = option(
+        None,
+        '"latest" or a checkpoint folder; those after an earlier one are removed when the next is '
+        "saved",
     )
-    max_train_steps: int = field(
-        default=10_000, metadata={"help": "optimizer updates in all, resumed ones included"}
-    )
-    max_train_seconds: float | None = field(
-        default=None,
-        metadata={
-            "help": "stop after so many seconds of training (caches are made before), but not "
-            "before the first update, and save as at the end"
-        },
-    )
-    learning_rate: float = field(default=1e-4, metadata={"help": "highest learning rate"})
-    lr_scheduler: Literal["cosine", "constant"] = field(
-        default="cosine", metadata={"help": "course after the warm-up"}
-    )
-    lr_warmup_steps: int = field(
-        default=500, metadata={"help": "updates over which the rate rises from zero"}
-    )
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1"})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2"})
-    adam_weight_decay: float = field(default=1e-6, metadata={"help": "AdamW's weight decay"})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "gradients are clipped to this norm"}
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None,
-        metadata={
-            "help": "autocast precision, most CPUs are far slower in half precision; that of "
-            "`accelerate launch` if not given, else no"
-        },
-    )
-    compile: bool = field(
-        default=False, metadata={"help": "compile the trained network with torch.compile"}
-    )
-    use_ema: bool = field(
-        default=True,
-        metadata={"help": "keep and save an exponential moving average of the weights"},
-    )
-    ema_max_decay: float = field(default=0.9999, metadata={"help": "highest decay of that average"})
-    checkpointing_steps: int = field(default=1000, metadata={"help": "updates between checkpoints"})
-    checkpoints_total_limit: int | None = field(
-        default=2, metadata={"help": "keep only so many newest checkpoints"}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": '"latest" or a checkpoint folder; those after an earlier one are removed when '
-            "the next is saved"
-        },
-    )
-    report_to: Literal["none", "tensorboard"] = field(
-        default="none", metadata={"help": "tracker for losses"}
-    )
-    logging_steps: int = field(default=50, metadata={"help": "updates between two logged losses"})
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "extra processes that read images"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of weights, order of images, and noise"})
+    report_to: Literal["none", "tensorboard"] = option("none", "tracker for losses")
+    logging_steps: int = option(50, "updates between two logged losses")
+    dataloader_num_workers: int = option(0, "extra processes that read images")
+    seed: int = option(0, "seed of weights, order of images, and noise")
 
     @property
     def least_train_steps(self) -> int:
@@ -124,23 +93,16 @@ class RunConfig:
 class TrainingConfig(RunConfig):
     """Settings of the training commands that learn from images."""
 
-    train_data_dir: Path | None = field(
-        default=None,
-        metadata={
-            "help": "folder of images, or IDX files such as /usr/share/datasets/fashion-mnist; "
-            "without a test part every 20th image is held out"
-        },
+    train_data_dir: Path | None = option(
+        None,
+        "folder of images, or IDX files such as /usr/share/datasets/fashion-mnist; without a test "
+        "part every 20th image is held out",
     )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "dataset on the Hugging Face hub, instead of a folder"}
+    dataset_name: str | None = option(None, "dataset on the Hugging Face hub, instead of a folder")
+    dataset_config_name: str | None = option(
+        None, "configuration of that dataset, where it has several"
     )
-    dataset_config_name: str | None = field(
-        default=None,
-        metadata={"help": "configuration of that dataset, where it has several"},
-    )
-    image_column: str = field(
-        default="image", metadata={"help": "column of a hub dataset that holds the images"}
-    )
+    image_column: str = option("image", "column of a hub dataset that holds the images")
 
     def __post_init__(self) -> None:
         """Check that there is one source of images, and what is checked of every run."""

@@ -1,12 +1,13 @@
 """Settings of train_dot."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from morse.dot.conv_settings import Conv
 from morse.dot.guidance import DotGuidance
 from morse.dot.resampling import Resample
+from morse.settings import REQUIRED, option
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig
 from morse.training.distillation_terms import DistillName
@@ -20,224 +21,153 @@ from morse.training.windows import TimestepSampling
 class TrainDotConfig(TrainingConfig):
     """Train a Dot for a pretrained diffusion pipeline and save it as a MorseDot."""
 
-    pretrained_model_name_or_path: str = field(
-        metadata={"help": "folder or hub id of the pipeline whose denoiser is the Dash"}
+    pretrained_model_name_or_path: str = option(
+        REQUIRED, "folder or hub id of the pipeline whose denoiser is the Dash"
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = field(
-        default="float32",
-        metadata={
-            "help": "precision of the frozen networks, but for the autoencoder; half takes half "
-            "the memory and evaluates faster on a GPU; with mixed_precision fp16 or bf16 alike"
-        },
+    dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32",
+        "precision of the frozen networks, but for the autoencoder; half takes half the memory "
+        "and evaluates faster on a GPU; with mixed_precision fp16 or bf16 alike",
     )
-    resolution: int | None = field(
-        default=None,
-        metadata={"help": "height and width of images; what the denoiser is made for if not given"},
+    resolution: int | None = option(
+        None, "height and width of images; what the denoiser is made for if not given"
     )
-    caption_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "captions: a hub dataset's column, or a name in the nearest metadata.jsonl"
-        },
+    caption_column: str | None = option(
+        None, "captions: a hub dataset's column, or a name in the nearest metadata.jsonl"
     )
-    class_names: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "captions for labelled images: a text for each class"}
+    class_names: tuple[str, ...] | None = option(
+        None, "captions for labelled images: a text for each class"
     )
-    guidance_scale: tuple[float, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "LOW HIGH: scales are drawn uniformly between them; 1 1 for no guidance; "
-            "2 10, as in the paper, if not given and the pipeline has a negative prompt or class"
-        },
+    guidance_scale: tuple[float, ...] | None = option(
+        None,
+        "LOW HIGH: scales are drawn uniformly between them; 1 1 for no guidance; 2 10, as in the "
+        "paper, if not given and the pipeline has a negative prompt or class",
     )
-    guidance: DotGuidance = field(
-        default="branches",
-        metadata={
-            "help": "what Dot corrects under guidance: both branches as in the paper, or the "
-            "guided estimate in one pass at half the cost"
-        },
+    guidance: DotGuidance = option(
+        "branches",
+        "what Dot corrects under guidance: both branches as in the paper, or the guided estimate "
+        "in one pass at half the cost",
     )
-    even_guidance: bool = field(
-        default=True,
-        metadata={
-            "help": "keep high scales from dominating the loss: by 1 / ((1 - w)^2 + w^2); the "
-            "paper's loss is unweighted: --no-even_guidance"
-        },
+    even_guidance: bool = option(
+        True,
+        "keep high scales from dominating the loss: by 1 / ((1 - w)^2 + w^2); the paper's loss is "
+        "unweighted: --no-even_guidance",
     )
-    base_space: BaseSpace | None = field(
-        default=None,
-        metadata={
-            "help": "what of Dash's latest estimate Dot corrects; if not given it is trained on "
-            "raw outputs and the scheduler decides when sampling"
-        },
+    base_space: BaseSpace | None = option(
+        None,
+        "what of Dash's latest estimate Dot corrects; if not given it is trained on raw outputs "
+        "and the scheduler decides when sampling",
     )
-    num_down_blocks: Literal[1, 2, 3] = field(
-        default=2, metadata={"help": "m: Dash's layers see 4^m times fewer positions"}
+    num_down_blocks: Literal[1, 2, 3] = option(2, "m: Dash's layers see 4^m times fewer positions")
+    progressive_steps: int = option(
+        0,
+        "before the max_train_steps, train a Dot with a down block fewer for so many updates, in "
+        "output_dir/first_stage, and grow it",
     )
-    progressive_steps: int = field(
-        default=0,
-        metadata={
-            "help": "before the max_train_steps, train a Dot with a down block fewer for so many "
-            "updates, in output_dir/first_stage, and grow it"
-        },
+    block_out_channels: tuple[int, ...] | None = option(
+        None, "channels of the m extra blocks; 16 32 64 if not given"
     )
-    block_out_channels: tuple[int, ...] | None = field(
-        default=None, metadata={"help": "channels of the m extra blocks; 16 32 64 if not given"}
+    layers_per_block: int = option(1, "ResNet blocks in an extra block")
+    lora_rank: int = option(16, "rank of the LoRA on Dash's layers")
+    lora_alpha: float | None = option(
+        None, "scale times rank of the LoRA; if not given init_from's, or the rank"
     )
-    layers_per_block: int = field(default=1, metadata={"help": "ResNet blocks in an extra block"})
-    lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on Dash's layers"})
-    lora_alpha: float | None = field(
-        default=None,
-        metadata={"help": "scale times rank of the LoRA; if not given init_from's, or the rank"},
+    conv: Conv = option("conv", "convolutions of the extra blocks: plain ones or dynamic ones")
+    conv_options: tuple[str, ...] | None = option(
+        None,
+        "settings of dynamic ones, NAME=VALUE ...: condition=features|time; odconv: num_kernels; "
+        "kernel_warehouse: budget, cell_ratio, sharing=shapes|all; gridconv: sample_size, "
+        "paddings",
     )
-    conv: Conv = field(
-        default="conv",
-        metadata={"help": "convolutions of the extra blocks: plain ones or dynamic ones"},
+    conv_annealing_steps: int | None = option(
+        None,
+        "updates until their final temperature; if not given a tenth of all, or none with "
+        "init_from and for a grown Dot",
     )
-    conv_options: tuple[str, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "settings of dynamic ones, NAME=VALUE ...: condition=features|time; odconv: "
-            "num_kernels; kernel_warehouse: budget, cell_ratio, sharing=shapes|all; gridconv: "
-            "sample_size, paddings"
-        },
+    resample: Resample = option(
+        "nearest",
+        "how the extra blocks double the resolution: copy positions, or learn to interpolate them "
+        "(for this size of images alone)",
     )
-    conv_annealing_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "updates until their final temperature; if not given a tenth of all, or none "
-            "with init_from and for a grown Dot"
-        },
+    independent: bool = option(False, "train the control that estimates from the sample alone")
+    norm: Literal["group", "dnr"] = option(
+        "group",
+        "norms of the extra blocks; dnr hands states on from one Dot step to the next, and learns "
+        "it from all steps of a window, of which it needs two or more",
     )
-    resample: Resample = field(
-        default="nearest",
-        metadata={
-            "help": "how the extra blocks double the resolution: copy positions, or learn to "
-            "interpolate them (for this size of images alone)"
-        },
+    history: Literal[0, 1] = option(
+        0, "earlier estimates of Dash that Dot uses, too; 0 as in the paper"
     )
-    independent: bool = field(
-        default=False, metadata={"help": "train the control that estimates from the sample alone"}
+    extrapolation_cap: float = option(
+        1.0,
+        "with history, how far the base follows the line through both estimates; 0 to let Dot see "
+        "the line and no more",
     )
-    norm: Literal["group", "dnr"] = field(
-        default="group",
-        metadata={
-            "help": "norms of the extra blocks; dnr hands states on from one Dot step to the next, "
-            "and learns it from all steps of a window, of which it needs two or more"
-        },
+    timestep_sampling: TimestepSampling = option(
+        "uniform", "uniform as in Algorithm 1, or neighbours on the grids of real plans"
     )
-    history: Literal[0, 1] = field(
-        default=0,
-        metadata={"help": "earlier estimates of Dash that Dot uses, too; 0 as in the paper"},
+    window_steps: int = option(1, "solver steps from the noised image on; 1 is Algorithm 1")
+    pairs_per_window: int = option(1, "training pairs taken from each window in one update")
+    loss_weighting: LossWeighting = option(
+        "none", "none as in Algorithm 1; gap: by 1 / (t_s - t_i)"
     )
-    extrapolation_cap: float = field(
-        default=1.0,
-        metadata={
-            "help": "with history, how far the base follows the line through both estimates; "
-            "0 to let Dot see the line and no more"
-        },
+    on_policy: bool = option(
+        False, "make a window's steps with Dot's own estimates; needs fresh windows"
     )
-    timestep_sampling: TimestepSampling = field(
-        default="uniform",
-        metadata={"help": "uniform as in Algorithm 1, or neighbours on the grids of real plans"},
+    cache_pairs: int | None = option(
+        None, "evaluate Dash once, for so many windows, and train on these"
     )
-    window_steps: int = field(
-        default=1,
-        metadata={"help": "solver steps from the noised image on; 1 is Algorithm 1"},
+    cache_dir: Path | None = option(
+        None, "where the cache lies; output_dir/pairs or latents if not given"
     )
-    pairs_per_window: int = field(
-        default=1, metadata={"help": "training pairs taken from each window in one update"}
+    cache_latents: bool = option(
+        False, "encode all images once; for fresh windows of a latent pipeline"
     )
-    loss_weighting: LossWeighting = field(
-        default="none",
-        metadata={"help": "none as in Algorithm 1; gap: by 1 / (t_s - t_i)"},
+    cuda_graphs: bool = option(
+        False, "replay Dot's kernels as CUDA graphs; for one process on one GPU"
     )
-    on_policy: bool = field(
-        default=False,
-        metadata={"help": "make a window's steps with Dot's own estimates; needs fresh windows"},
+    distill: tuple[DistillName, ...] = option(
+        (),
+        "learn Dash's features too, for one more evaluation of Dash a pair: norm, af_dcd, "
+        "scale_kd; the other names are their controls",
     )
-    cache_pairs: int | None = field(
-        default=None,
-        metadata={"help": "evaluate Dash once, for so many windows, and train on these"},
+    distill_weight: tuple[float, ...] = option(
+        (0.1,),
+        "factor of all such losses, or one for each, in errors of Dot's output: so much smaller "
+        "are these than those of features",
     )
-    cache_dir: Path | None = field(
-        default=None,
-        metadata={"help": "where the cache lies; output_dir/pairs or latents if not given"},
+    init_from: Path | None = option(
+        None,
+        "a saved Dot of these settings to start from; lora_alpha, base_space, block_out_channels "
+        "and conv_options are its own if not given; also one without history or of branches; one "
+        "with a down block fewer grows: what it has is frozen, but for the LoRA",
     )
-    cache_latents: bool = field(
-        default=False,
-        metadata={"help": "encode all images once; for fresh windows of a latent pipeline"},
+    prune: float | None = option(
+        None, "share of each of Dot's own weight matrices to prune while training"
     )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={"help": "replay Dot's kernels as CUDA graphs; for one process on one GPU"},
+    prune_method: PruneMethod = option(
+        "surgery", "prune and splice as weights move, or once by magnitude: a control"
     )
-    distill: tuple[DistillName, ...] = field(
-        default=(),
-        metadata={
-            "help": "learn Dash's features too, for one more evaluation of Dash a pair: norm, "
-            "af_dcd, scale_kd; the other names are their controls"
-        },
+    prune_start: int | None = option(
+        None, "updates before pruning; a third of max_train_steps if not given, with init_from none"
     )
-    distill_weight: tuple[float, ...] = field(
-        default=(0.1,),
-        metadata={
-            "help": "factor of all such losses, or one for each, in errors of Dot's output: so "
-            "much smaller are these than those of features"
-        },
+    prune_stop: int | None = option(
+        None,
+        "update from which the masks of surgery stay; after seven tenths of those from "
+        "prune_start on if not given",
     )
-    init_from: Path | None = field(
-        default=None,
-        metadata={
-            "help": "a saved Dot of these settings to start from; lora_alpha, base_space, "
-            "block_out_channels and conv_options are its own if not given; also one without "
-            "history or of branches; one with a down block fewer grows: what it has is frozen, but "
-            "for the LoRA"
-        },
+    prune_gamma: float = option(
+        1e-3,
+        "in surgery's iteration i a layer's masks move with probability (1 + gamma * i) ** -power",
     )
-    prune: float | None = field(
-        default=None,
-        metadata={"help": "share of each of Dot's own weight matrices to prune while training"},
+    prune_power: float = option(1.0, "power in that probability")
+    validation_steps: int = option(1000, "updates between two validations; 0 for none")
+    fit_gate: bool = option(
+        False,
+        "at the end fit factors in [0, 1] on the residual by gap and timestep, on held-out "
+        "images; with init_from and max_train_steps 0 for a Dot that there is",
     )
-    prune_method: PruneMethod = field(
-        default="surgery",
-        metadata={"help": "prune and splice as weights move, or once by magnitude: a control"},
-    )
-    prune_start: int | None = field(
-        default=None,
-        metadata={
-            "help": "updates before pruning; a third of max_train_steps if not given, with "
-            "init_from none"
-        },
-    )
-    prune_stop: int | None = field(
-        default=None,
-        metadata={
-            "help": "update from which the masks of surgery stay; after seven tenths of those "
-            "from prune_start on if not given"
-        },
-    )
-    prune_gamma: float = field(
-        default=1e-3,
-        metadata={
-            "help": "in surgery's iteration i a layer's masks move with probability "
-            "(1 + gamma * i) ** -power"
-        },
-    )
-    prune_power: float = field(default=1.0, metadata={"help": "power in that probability"})
-    validation_steps: int = field(
-        default=1000, metadata={"help": "updates between two validations; 0 for none"}
-    )
-    fit_gate: bool = field(
-        default=False,
-        metadata={
-            "help": "at the end fit factors in [0, 1] on the residual by gap and timestep, on "
-            "held-out images; with init_from and max_train_steps 0 for a Dot that there is"
-        },
-    )
-    validation_images: int = field(
-        default=256, metadata={"help": "held-out images (the test split) to validate on"}
-    )
+    validation_images: int = option(256, "held-out images (the test split) to validate on")
 
     @property
     def least_train_steps(self) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from morse.settings import require, require_least, require_positive
+from morse.settings import option, require, require_least, require_positive
 from morse.training.common import TrainingConfig, derive_seed
 from morse.training.data import open_training_images, to_model_range
 from morse.training.output import begin_run, save_grid
@@ -24,23 +24,19 @@ if TYPE_CHECKING:
 class TrainDashConfig(TrainingConfig):
     """Train a small unconditional diffusion model (Dash) and save it as a DDPMPipeline."""
 
-    resolution: int = field(default=32, metadata={"help": "height and width of the images"})
-    channels: Literal[1, 3] = field(default=1, metadata={"help": "1 for grey, 3 for colour"})
-    block_out_channels: tuple[int, ...] = field(
-        default=(32, 64, 64), metadata={"help": "channels of the UNet's levels"}
+    resolution: int = option(32, "height and width of the images")
+    channels: Literal[1, 3] = option(1, "1 for grey, 3 for colour")
+    block_out_channels: tuple[int, ...] = option((32, 64, 64), "channels of the UNet's levels")
+    layers_per_block: int = option(1, "residual blocks a level")
+    horizontal_flip: bool = option(False, "mirror half of the images")
+    ddpm_num_steps: int = option(1000, "steps of the noise schedule")
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
+        "linear", "noise schedule"
     )
-    layers_per_block: int = field(default=1, metadata={"help": "residual blocks a level"})
-    horizontal_flip: bool = field(default=False, metadata={"help": "mirror half of the images"})
-    ddpm_num_steps: int = field(default=1000, metadata={"help": "steps of the noise schedule"})
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = field(
-        default="linear", metadata={"help": "noise schedule"}
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = option(
+        "epsilon", "what the model predicts"
     )
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = field(
-        default="epsilon", metadata={"help": "what the model predicts"}
-    )
-    save_images_steps: int = field(
-        default=1000, metadata={"help": "updates between two grids of samples; 0 for none"}
-    )
+    save_images_steps: int = option(1000, "updates between two grids of samples; 0 for none")
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""

@@ -5,7 +5,7 @@ the training images alone; the autoencoder is given and stays as it is.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from morse.settings import require, require_least, require_positive
+from morse.settings import REQUIRED, option, require, require_least, require_positive
 from morse.training.captions import caption_images
 from morse.training.common import TrainingConfig, derive_seed
 from morse.training.data import (
@@ -45,33 +45,24 @@ _ENCODING_BATCH = 32
 class TrainTextDashConfig(TrainingConfig):
     """Train a small text-to-image model (Dash) and save it as a StableDiffusionPipeline."""
 
-    vae: Path = field(metadata={"help": "folder of the AutoencoderKL in whose latents it works"})
-    class_names: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "captions by class number, for images with labels"}
+    vae: Path = option(REQUIRED, "folder of the AutoencoderKL in whose latents it works")
+    class_names: tuple[str, ...] | None = option(
+        None, "captions by class number, for images with labels"
     )
-    caption_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "captions: a hub dataset's column, or a name in the nearest metadata.jsonl"
-        },
+    caption_column: str | None = option(
+        None, "captions: a hub dataset's column, or a name in the nearest metadata.jsonl"
     )
-    block_out_channels: tuple[int, ...] = field(
-        default=(64, 128), metadata={"help": "channels of the UNet's levels"}
+    block_out_channels: tuple[int, ...] = option((64, 128), "channels of the UNet's levels")
+    layers_per_block: int = option(1, "residual blocks a level")
+    text_channels: int = option(64, "width of the text encoder")
+    text_layers: int = option(2, "layers of the text encoder")
+    max_tokens: int = option(8, "tokens of a prompt, both ends included")
+    vocabulary_size: int = option(1000, "most tokens of the tokenizer")
+    proportion_empty_prompts: float = option(0.1, "captions left out, for classifier-free guidance")
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
+        "linear", "noise schedule of 1,000 steps"
     )
-    layers_per_block: int = field(default=1, metadata={"help": "residual blocks a level"})
-    text_channels: int = field(default=64, metadata={"help": "width of the text encoder"})
-    text_layers: int = field(default=2, metadata={"help": "layers of the text encoder"})
-    max_tokens: int = field(default=8, metadata={"help": "tokens of a prompt, both ends included"})
-    vocabulary_size: int = field(default=1000, metadata={"help": "most tokens of the tokenizer"})
-    proportion_empty_prompts: float = field(
-        default=0.1, metadata={"help": "captions left out, for classifier-free guidance"}
-    )
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = field(
-        default="linear", metadata={"help": "noise schedule of 1,000 steps"}
-    )
-    save_images_steps: int = field(
-        default=2000, metadata={"help": "updates between two grids of samples; 0 for none"}
-    )
+    save_images_steps: int = option(2000, "updates between two grids of samples; 0 for none")
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""

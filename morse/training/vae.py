@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from morse.files import write_json
-from morse.settings import require, require_least, require_positive
+from morse.settings import option, require, require_least, require_positive
 from morse.training.common import TrainingConfig
 from morse.training.data import (
     ImageDataset,
@@ -33,15 +33,13 @@ _BATCH_SIZE = 32
 class TrainVaeConfig(TrainingConfig):
     """Train a small AutoencoderKL and save it for a latent diffusion pipeline."""
 
-    resolution: int = field(default=32, metadata={"help": "height and width of the images"})
-    channels: Literal[1, 3] = field(default=1, metadata={"help": "1 for grey, 3 for colour"})
-    block_out_channels: tuple[int, ...] = field(
-        default=(32, 64), metadata={"help": "channels of the levels; each but one halves the size"}
+    resolution: int = option(32, "height and width of the images")
+    channels: Literal[1, 3] = option(1, "1 for grey, 3 for colour")
+    block_out_channels: tuple[int, ...] = option(
+        (32, 64), "channels of the levels; each but one halves the size"
     )
-    latent_channels: int = field(default=4, metadata={"help": "channels of the latents"})
-    kl_weight: float = field(
-        default=1e-4, metadata={"help": "weight of the divergence from a standard normal"}
-    )
+    latent_channels: int = option(4, "channels of the latents")
+    kl_weight: float = option(1e-4, "weight of the divergence from a standard normal")
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""

@@ -1,12 +1,12 @@
 """Settings of tune_dot."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
-from morse.settings import require, require_least, require_positive
+from morse.settings import REQUIRED, option, require, require_least, require_positive
 from morse.training.common import RunConfig, check_frozen_dtype
 
 _LEAST = {"num_images": 1, "validation_images": 1, "target_lsd": 1, "lsd": 1, "validation_steps": 0}
@@ -16,115 +16,82 @@ _LEAST = {"num_images": 1, "validation_images": 1, "target_lsd": 1, "lsd": 1, "v
 class TuneDotConfig(RunConfig):
     """Tune a trained Dot on whole runs of its plans, and save it as a MorseDot."""
 
-    pretrained_model_name_or_path: str = field(
-        metadata={"help": "folder or hub id of the pipeline whose denoiser is the Dash"}
+    pretrained_model_name_or_path: str = option(
+        REQUIRED, "folder or hub id of the pipeline whose denoiser is the Dash"
     )
-    dot: str | None = field(
-        default=None, metadata={"help": "a Dot's folder; the pipeline's own, if any"}
+    dot: str | None = option(None, "a Dot's folder; the pipeline's own, if any")
+    dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32",
+        "precision of the frozen networks, but for the autoencoder, and of runs; half takes half "
+        "the memory; with mixed_precision fp16 or bf16 alike",
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = field(
-        default="float32",
-        metadata={
-            "help": "precision of the frozen networks, but for the autoencoder, and of runs; half "
-            "takes half the memory; with mixed_precision fp16 or bf16 alike"
-        },
+    solver: tuple[str, ...] = option(
+        ("leapfrog",),
+        "names of solvers, as for `morse bench`; targets are made with the first",
+        alias="solvers",
     )
-    solver: tuple[str, ...] = field(
-        default=("leapfrog",),
-        metadata={
-            "help": "names of solvers, as for `morse bench`; targets are made with the first",
-            "alias": "solvers",
-        },
+    lsd: tuple[float, ...] = option(
+        (5.0, 6.0, 8.0, 10.0),
+        "budgets; what `lsd=` runs for each, with each solver, is a plan to tune for; others may "
+        "become worse",
     )
-    lsd: tuple[float, ...] = field(
-        default=(5.0, 6.0, 8.0, 10.0),
-        metadata={
-            "help": "budgets; what `lsd=` runs for each, with each solver, is a plan to tune for; "
-            "others may become worse"
-        },
+    target_lsd: float = option(20.0, "budget, all Dash, of the runs to come near to")
+    speed_ratio: float | None = option(
+        None,
+        "N, Dash's time over Dot's, by which budgets become plans; saved with Dot; its config's, "
+        "or measured, if left out",
     )
-    target_lsd: float = field(
-        default=20.0, metadata={"help": "budget, all Dash, of the runs to come near to"}
+    seed: int = option(
+        9_000_000,
+        "seed of order, and of the first noise; keep those of `morse bench` and `eval fid` off, "
+        "which begin at 0",
     )
-    speed_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "N, Dash's time over Dot's, by which budgets become plans; saved with Dot; its "
-            "config's, or measured, if left out"
-        },
+    num_images: int = option(4096, "noises to train on")
+    validation_images: int = option(64, "further noises to validate on")
+    validation_steps: int = option(100, "updates between two validations; 0 for the ends only")
+    cache_dir: Path | None = option(
+        None, "where the runs to come near to are kept; OUTPUT_DIR/targets if not set"
     )
-    seed: int = field(
-        default=9_000_000,
-        metadata={
-            "help": "seed of order, and of the first noise; keep those of `morse bench` and `eval "
-            "fid` off, which begin at 0"
-        },
+    feature_networks: tuple[str, ...] = option(
+        (),
+        "networks in whose features runs are compared too: folders of `morse train-features`, or "
+        "module.path:Name; others than you evaluate with; latents are decoded for them",
     )
-    num_images: int = field(default=4096, metadata={"help": "noises to train on"})
-    validation_images: int = field(default=64, metadata={"help": "further noises to validate on"})
-    validation_steps: int = field(
-        default=100, metadata={"help": "updates between two validations; 0 for the ends only"}
+    blend: float = option(
+        1.0,
+        "share of each weight's change that is saved; 0.5 gives the middle between before and "
+        "after",
     )
-    cache_dir: Path | None = field(
-        default=None,
-        metadata={"help": "where the runs to come near to are kept; OUTPUT_DIR/targets if not set"},
+    blend_from: str | None = option(
+        None,
+        "folder of the Dot that the change is counted from, after several runs in a row; the one "
+        "that this run begins with if left out",
     )
-    feature_networks: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "networks in whose features runs are compared too: folders of `morse "
-            "train-features`, or module.path:Name; others than you evaluate with; latents are "
-            "decoded for them"
-        },
+    prompts: tuple[str, ...] = option((), PROMPTS_HELP)
+    prompt_embeds: Path | None = option(
+        None, "safetensors file, for a text pipeline without a text encoder"
     )
-    blend: float = field(
-        default=1.0,
-        metadata={
-            "help": "share of each weight's change that is saved; 0.5 gives the middle between "
-            "before and after"
-        },
+    class_names: tuple[str, ...] = option((), "for labels, or as prompts")
+    guidance_scale: tuple[float, ...] = option(
+        (),
+        "one or more, each with each plan, and with targets of its own; the pipeline's own "
+        "default if left out",
     )
-    blend_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of the Dot that the change is counted from, after several runs in a "
-            "row; the one that this run begins with if left out"
-        },
-    )
-    prompts: tuple[str, ...] = field(default=(), metadata={"help": PROMPTS_HELP})
-    prompt_embeds: Path | None = field(
-        default=None,
-        metadata={"help": "safetensors file, for a text pipeline without a text encoder"},
-    )
-    class_names: tuple[str, ...] = field(default=(), metadata={"help": "for labels, or as prompts"})
-    guidance_scale: tuple[float, ...] = field(
-        default=(),
-        metadata={
-            "help": "one or more, each with each plan, and with targets of its own; the pipeline's "
-            "own default if left out"
-        },
-    )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={
-            "help": "compute Dash's activations twice rather than keep those of a whole run; a "
-            "large Dash needs it, with mixed_precision and without dtype all the more: each "
-            "evaluation's casts of its weights are kept till the backward pass, half a Dash each"
-        },
+    gradient_checkpointing: bool = option(
+        False,
+        "compute Dash's activations twice rather than keep those of a whole run; a large Dash "
+        "needs it, with mixed_precision and without dtype all the more: each evaluation's casts "
+        "of its weights are kept till the backward pass, half a Dash each",
     )
     # Far fewer and dearer updates than those of train_dot, from a network that is trained.
-    train_batch_size: int = field(
-        default=16, metadata={"help": "runs per process in one forward pass"}
-    )
-    max_train_steps: int = field(default=1000, metadata={"help": "optimizer updates in all"})
-    learning_rate: float = field(default=5e-5, metadata={"help": "highest learning rate"})
-    lr_warmup_steps: int = field(
-        default=20, metadata={"help": "updates over which the rate rises from zero"}
-    )
-    adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's beta2"})
-    ema_max_decay: float = field(default=0.98, metadata={"help": "highest decay of that average"})
-    checkpointing_steps: int = field(default=50, metadata={"help": "updates between checkpoints"})
-    logging_steps: int = field(default=10, metadata={"help": "updates between two logged losses"})
+    train_batch_size: int = option(16, "runs per process in one forward pass")
+    max_train_steps: int = option(1000, "optimizer updates in all")
+    learning_rate: float = option(5e-5, "highest learning rate")
+    lr_warmup_steps: int = option(20, "updates over which the rate rises from zero")
+    adam_beta2: float = option(0.99, "AdamW's beta2")
+    ema_max_decay: float = option(0.98, "highest decay of that average")
+    checkpointing_steps: int = option(50, "updates between checkpoints")
+    logging_steps: int = option(10, "updates between two logged losses")
 
     def __post_init__(self) -> None:
         """Check the ranges, and read prompts that are in a file."""

@@ -1,10 +1,10 @@
 """Settings of the ablation."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from morse.evaluation.ablation.rows import ROWS, Row
-from morse.settings import as_json, replace_defaults, require_least
+from morse.settings import as_json, option, replace_defaults, require_least
 from morse.training.config import TrainDotConfig
 from morse.training.pairs import LossWeighting
 from morse.training.windows import TimestepSampling
@@ -40,65 +40,44 @@ _FIXED = {
 class AblationConfig:
     """Train Dots that differ in one method each, on the same windows, and compare them."""
 
-    output_dir: Path = field(
-        default=Path("runs/ablation"),
-        metadata={"help": "folder for windows, Dots and finished measurements"},
+    output_dir: Path = option(
+        Path("runs/ablation"), "folder for windows, Dots and finished measurements"
     )
-    report_dir: Path | None = field(
-        default=None,
-        metadata={"help": "folder for ablation.json and ablation.md; output_dir if left out"},
+    report_dir: Path | None = option(
+        None, "folder for ablation.json and ablation.md; output_dir if left out"
     )
-    train_data_dir: Path | None = field(
-        default=None, metadata={"help": "folder of images or IDX files; always needed to train"}
+    train_data_dir: Path | None = option(
+        None, "folder of images or IDX files; always needed to train"
     )
-    pipeline: str = field(
-        default="fashion-mnist",
-        metadata={
-            "help": "the embedded pipeline, or a folder",
-            "alias": "pretrained_model_name_or_path",
-        },
+    pipeline: str = option(
+        "fashion-mnist", "the embedded pipeline, or a folder", alias="pretrained_model_name_or_path"
     )
-    methods: tuple[str, ...] = field(
-        default=("all",),
-        metadata={
-            "help": "methods or single rows, with what they are compared with; all, or of: "
-            + ", ".join(dict.fromkeys(name for row in ROWS for name in (row.method, row.name)))
-        },
+    methods: tuple[str, ...] = option(
+        ("all",),
+        "methods or single rows, with what they are compared with; all, or of: "
+        + ", ".join(dict.fromkeys(name for row in ROWS for name in (row.method, row.name))),
     )
-    seeds: int = field(default=3, metadata={"help": "runs of each row, of seeds 0, 1, ..."})
-    workers: int = field(
-        default=1, metadata={"help": "runs at a time, each a process with one thread"}
+    seeds: int = option(3, "runs of each row, of seeds 0, 1, ...")
+    workers: int = option(1, "runs at a time, each a process with one thread")
+    resume: bool = option(False, "go on with the runs in output_dir")
+    quick: bool = option(False, "one seed, 4 updates: to see that it works")
+    from_json: Path | None = option(
+        None, "redraw this result's table; nothing is trained", alias="from"
     )
-    resume: bool = field(default=False, metadata={"help": "go on with the runs in output_dir"})
-    quick: bool = field(
-        default=False, metadata={"help": "one seed, 4 updates: to see that it works"}
-    )
-    from_json: Path | None = field(
-        default=None,
-        metadata={"help": "redraw this result's table; nothing is trained", "alias": "from"},
-    )
-    max_train_steps: int = field(default=300, metadata={"help": "updates of each run"})
-    train_batch_size: int = field(default=8, metadata={"help": "windows an update"})
-    cache_windows: int = field(
-        default=512, metadata={"help": "windows of each seed, which Dash is evaluated for once"}
-    )
-    window_steps: int = field(default=4, metadata={"help": "as for train_dot"})
-    pairs_per_window: int = field(default=2, metadata={"help": "as for train_dot"})
-    timestep_sampling: TimestepSampling = field(
-        default="plans", metadata={"help": "as for train_dot"}
-    )
-    loss_weighting: LossWeighting = field(default="gap", metadata={"help": "as for train_dot"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate"})
-    lr_warmup_steps: int = field(default=50, metadata={"help": "as for train_dot"})
-    ema_max_decay: float = field(default=0.99, metadata={"help": "as for train_dot"})
-    lora_rank: int = field(default=16, metadata={"help": "of Dots whose row has no other"})
-    validation_images: int = field(
-        default=256, metadata={"help": "held-out images that every Dot is measured on"}
-    )
-    latency_batch_size: int = field(default=16, metadata={"help": "samples an evaluation"})
-    latency_rounds: int = field(
-        default=21, metadata={"help": "timed evaluations of Dash and each Dot, in turn"}
-    )
+    max_train_steps: int = option(300, "updates of each run")
+    train_batch_size: int = option(8, "windows an update")
+    cache_windows: int = option(512, "windows of each seed, which Dash is evaluated for once")
+    window_steps: int = option(4, "as for train_dot")
+    pairs_per_window: int = option(2, "as for train_dot")
+    timestep_sampling: TimestepSampling = option("plans", "as for train_dot")
+    loss_weighting: LossWeighting = option("gap", "as for train_dot")
+    learning_rate: float = option(2e-3, "highest learning rate")
+    lr_warmup_steps: int = option(50, "as for train_dot")
+    ema_max_decay: float = option(0.99, "as for train_dot")
+    lora_rank: int = option(16, "of Dots whose row has no other")
+    validation_images: int = option(256, "held-out images that every Dot is measured on")
+    latency_batch_size: int = option(16, "samples an evaluation")
+    latency_rounds: int = option(21, "timed evaluations of Dash and each Dot, in turn")
 
     def __post_init__(self) -> None:
         """Check the ranges, and take --quick's settings."""

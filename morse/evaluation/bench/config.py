@@ -1,7 +1,7 @@
 """What the benchmark measures: its settings, and the list of methods and budgets they make."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS, list_tasks
 from morse.evaluation.fid.extractors import ExtractorOptions
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
-from morse.settings import as_json, given
+from morse.settings import as_json, given, option
 
 PEER_NAMES = tuple(PEER_SETTINGS)
 
@@ -22,189 +22,122 @@ PEER_NAMES = tuple(PEER_SETTINGS)
 class BenchmarkConfig:
     """Measure quality against cost, and matched-quality speed-ups, of Morse and its controls."""
 
-    output_dir: Path = field(
-        default=Path("benchmark_output"), metadata={"help": "folder for everything written"}
+    output_dir: Path = option(Path("benchmark_output"), "folder for everything written")
+    json: Path | None = option(None, "result file; output_dir/benchmark.json if left out")
+    from_json: Path | None = option(
+        None, "redraw the report of this result (.json or .json.gz); no sampling", alias="from"
     )
-    json: Path | None = field(
-        default=None, metadata={"help": "result file; output_dir/benchmark.json if left out"}
+    resume: bool = option(False, "go on with the run in output_dir")
+    quick: bool = option(
+        False, "few images, budgets and methods: under two minutes on two CPU cores"
     )
-    from_json: Path | None = field(
-        default=None,
-        metadata={
-            "help": "redraw the report of this result (.json or .json.gz); no sampling",
-            "alias": "from",
-        },
+    pipeline: str = option(
+        "fashion-mnist",
+        "fashion-mnist, fashion-mnist-text, a folder or hub id",
+        alias="pretrained_model_name_or_path",
     )
-    resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
-    quick: bool = field(
-        default=False,
-        metadata={"help": "few images, budgets and methods: under two minutes on two CPU cores"},
+    prompts: tuple[str, ...] = option((), PROMPTS_HELP)
+    class_names: tuple[str, ...] = option(
+        (), "the same as prompts; for a class-conditional pipeline names or numbers"
     )
-    pipeline: str = field(
-        default="fashion-mnist",
-        metadata={
-            "help": "fashion-mnist, fashion-mnist-text, a folder or hub id",
-            "alias": "pretrained_model_name_or_path",
-        },
+    prompt_embeds: Path | None = option(
+        None,
+        "safetensors file with prompt_embeds (P, L, D), negative_prompt_embeds and so on, for a "
+        "pipeline without a text encoder",
     )
-    prompts: tuple[str, ...] = field(default=(), metadata={"help": PROMPTS_HELP})
-    class_names: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "the same as prompts; for a class-conditional pipeline names or numbers"},
+    guidance_scale: tuple[float, ...] = option(
+        (), "figures at each; the pipeline's own default if left out"
     )
-    prompt_embeds: Path | None = field(
-        default=None,
-        metadata={
-            "help": "safetensors file with prompt_embeds (P, L, D), negative_prompt_embeds and so "
-            "on, for a pipeline without a text encoder"
-        },
+    extractor: str = option(
+        "auto",
+        "what distances between sets of images are measured in: inception, clip, dinov2, "
+        "fashion-mnist, your own nn.Module by module.path:Name, or none; auto takes fashion-mnist "
+        "where images are grey, 32x32",
+        alias="features",
     )
-    guidance_scale: tuple[float, ...] = field(
-        default=(),
-        metadata={"help": "figures at each; the pipeline's own default if left out"},
+    real: str | None = option(
+        None,
+        "folder, IDX file, hub:NAME or statistics .npz to measure distances to; if left out to "
+        "the reference's images alone, with fashion-mnist to its training images",
     )
-    extractor: str = field(
-        default="auto",
-        metadata={
-            "help": "what distances between sets of images are measured in: inception, clip, "
-            "dinov2, fashion-mnist, your own nn.Module by module.path:Name, or none; auto takes "
-            "fashion-mnist where images are grey, 32x32",
-            "alias": "features",
-        },
+    inception_weights: Path | None = option(None, "safetensors file of Inception-v3 of 2015")
+    clip_model: str = option(ExtractorOptions.clip_model, "folder or hub id")
+    dinov2_model: str = option(ExtractorOptions.dinov2_model, "folder or hub id")
+    dot: str | None = option(None, "another Dot's folder; the pipeline's own if left out")
+    independent_dot: str | None = option(
+        None, "folder of a Dot trained to estimate alone, from the sample only: a control"
     )
-    real: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder, IDX file, hub:NAME or statistics .npz to measure distances to; if "
-            "left out to the reference's images alone, with fashion-mnist to its training images"
-        },
+    num_images: int | None = option(
+        None, "images of each method, budget and seed; if left out 5000 on CUDA, else 32"
     )
-    inception_weights: Path | None = field(
-        default=None, metadata={"help": "safetensors file of Inception-v3 of 2015"}
+    num_reference_images: int | None = option(
+        None, "measure fidelity on so many of them; all if left out (100 LSD each)"
     )
-    clip_model: str = field(
-        default=ExtractorOptions.clip_model, metadata={"help": "folder or hub id"}
+    batch_size: int = option(250, "images at a time")
+    lsd: tuple[int, ...] = option(
+        (4, 6, 8, 12, 20, 30, 50), "budgets in LSD; without a GPU up to 30"
     )
-    dinov2_model: str = field(
-        default=ExtractorOptions.dinov2_model, metadata={"help": "folder or hub id"}
+    baseline_lsd: tuple[int, ...] = option(
+        (3, 5, 10, 15, 25, 40, 70, 100),
+        "further budgets of training-free solvers; without a GPU up to 40",
     )
-    dot: str | None = field(
-        default=None, metadata={"help": "another Dot's folder; the pipeline's own if left out"}
+    solvers: tuple[str, ...] = option(
+        tuple(name for name in SOLVERS if name != "dpmsolver++1"), ", ".join(SOLVERS)
     )
-    independent_dot: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of a Dot trained to estimate alone, from the sample only: a control"
-        },
+    planned_solvers: tuple[str, ...] = option(
+        ("leapfrog", "ddim", "dpmsolver++"),
+        "those with which Morse also runs as lsd= plans, saved plans included",
     )
-    num_images: int | None = field(
-        default=None,
-        metadata={
-            "help": "images of each method, budget and seed; if left out 5000 on CUDA, else 32"
-        },
+    kinds: tuple[str, ...] = option(CHOOSABLE, f"kinds of method: {', '.join(CHOOSABLE)}")
+    peers: tuple[str, ...] = option(
+        PEER_NAMES, f"other accelerators: {', '.join(PEER_NAMES)}, or none"
     )
-    num_reference_images: int | None = field(
-        default=None,
-        metadata={"help": "measure fidelity on so many of them; all if left out (100 LSD each)"},
+    control_solvers: tuple[str, ...] = option(
+        ("ddim", "dpmsolver++"), "those of --solvers that controls and peers run with"
     )
-    batch_size: int = field(default=250, metadata={"help": "images at a time"})
-    lsd: tuple[int, ...] = field(
-        default=(4, 6, 8, 12, 20, 30, 50),
-        metadata={"help": "budgets in LSD; without a GPU up to 30"},
+    ddim_ratios: tuple[float, ...] = option(
+        (2.0,), "plan ratios tried with DDIM, also by controls; 0: none"
     )
-    baseline_lsd: tuple[int, ...] = field(
-        default=(3, 5, 10, 15, 25, 40, 70, 100),
-        metadata={"help": "further budgets of training-free solvers; without a GPU up to 40"},
+    dpm_ratios: tuple[float, ...] = option(
+        (1.5, 2.0), "plan ratios tried with the other solvers; 0 for none"
     )
-    solvers: tuple[str, ...] = field(
-        default=tuple(name for name in SOLVERS if name != "dpmsolver++1"),
-        metadata={"help": ", ".join(SOLVERS)},
+    speed_ratio: float | None = option(
+        None, "N, Dash's time over Dot's; measured at batch_size if left out"
     )
-    planned_solvers: tuple[str, ...] = field(
-        default=("leapfrog", "ddim", "dpmsolver++"),
-        metadata={"help": "those with which Morse also runs as lsd= plans, saved plans included"},
+    latency_batch_sizes: tuple[int, ...] | None = option(
+        None,
+        "also measure N at these batch sizes, LoRA merged and not; 0 for none; if left out 1 16 "
+        "64, up to --batch_size, with --arch 1 4 16 and on CUDA 64",
     )
-    kinds: tuple[str, ...] = field(
-        default=CHOOSABLE, metadata={"help": f"kinds of method: {', '.join(CHOOSABLE)}"}
+    compile: bool = option(
+        False, "sample with torch.compile'd Dash and Dot; N is measured eager too"
     )
-    peers: tuple[str, ...] = field(
-        default=PEER_NAMES,
-        metadata={"help": f"other accelerators: {', '.join(PEER_NAMES)}, or none"},
+    cuda_graphs: bool = option(
+        False, "replay Dash's and Dot's kernels as CUDA graphs instead; N likewise"
     )
-    control_solvers: tuple[str, ...] = field(
-        default=("ddim", "dpmsolver++"),
-        metadata={"help": "those of --solvers that controls and peers run with"},
+    merge_lora: bool = option(True, "sample with Dot's LoRA merged into a copy of the weights")
+    seeds: tuple[int, ...] = option((0,), "first image seed of each repetition")
+    num_replicates: int = option(1000, "bootstrap replicates for intervals; 0 for none")
+    lossless_delta: tuple[str, ...] = option(
+        (),
+        "margins of the lossless test, such as psnr=0.3 frechet=0.02, fixed before anything is "
+        "measured; of other axes the deviation between seeds",
     )
-    ddim_ratios: tuple[float, ...] = field(
-        default=(2.0,),
-        metadata={"help": "plan ratios tried with DDIM, also by controls; 0: none"},
+    max_seconds: float | None = option(None, "begin no measurement after so long; --resume goes on")
+    latency_only: bool = option(False, "only measure N, at latency_batch_sizes; no sampling")
+    arch: tuple[str, ...] = option(
+        (),
+        "only measure N and FLOPs of these published architectures with random weights "
+        f"({', '.join(ARCHITECTURES)}); fewer layers on a CPU",
     )
-    dpm_ratios: tuple[float, ...] = field(
-        default=(1.5, 2.0),
-        metadata={"help": "plan ratios tried with the other solvers; 0 for none"},
+    flops_only: bool = option(
+        False, "with --arch: count FLOPs of the full-size models and time nothing"
     )
-    speed_ratio: float | None = field(
-        default=None,
-        metadata={"help": "N, Dash's time over Dot's; measured at batch_size if left out"},
+    dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "of the networks; the two shorter ones take half the memory"
     )
-    latency_batch_sizes: tuple[int, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "also measure N at these batch sizes, LoRA merged and not; 0 for none; if "
-            "left out 1 16 64, up to --batch_size, with --arch 1 4 16 and on CUDA 64"
-        },
-    )
-    compile: bool = field(
-        default=False,
-        metadata={"help": "sample with torch.compile'd Dash and Dot; N is measured eager too"},
-    )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={"help": "replay Dash's and Dot's kernels as CUDA graphs instead; N likewise"},
-    )
-    merge_lora: bool = field(
-        default=True, metadata={"help": "sample with Dot's LoRA merged into a copy of the weights"}
-    )
-    seeds: tuple[int, ...] = field(
-        default=(0,), metadata={"help": "first image seed of each repetition"}
-    )
-    num_replicates: int = field(
-        default=1000, metadata={"help": "bootstrap replicates for intervals; 0 for none"}
-    )
-    lossless_delta: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "margins of the lossless test, such as psnr=0.3 frechet=0.02, fixed before "
-            "anything is measured; of other axes the deviation between seeds"
-        },
-    )
-    max_seconds: float | None = field(
-        default=None, metadata={"help": "begin no measurement after so long; --resume goes on"}
-    )
-    latency_only: bool = field(
-        default=False, metadata={"help": "only measure N, at latency_batch_sizes; no sampling"}
-    )
-    arch: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "only measure N and FLOPs of these published architectures with random weights "
-            f"({', '.join(ARCHITECTURES)}); fewer layers on a CPU"
-        },
-    )
-    flops_only: bool = field(
-        default=False,
-        metadata={"help": "with --arch: count FLOPs of the full-size models and time nothing"},
-    )
-    dtype: Literal["float32", "float16", "bfloat16"] = field(
-        default="float32",
-        metadata={"help": "of the networks; the two shorter ones take half the memory"},
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(
-        default="no", metadata={"help": "autocast of networks in float32"}
-    )
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda or another torch device; auto takes a GPU"}
-    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast of networks in float32")
+    device: str = option("auto", "cpu, cuda or another torch device; auto takes a GPU")
 
     def __post_init__(self) -> None:
         """Check the ranges, and read prompts that are in a file."""

@@ -1,6 +1,6 @@
 """What `morse eval fid` measures, and generates before: its settings."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +13,7 @@ from morse.evaluation.fid.extractors import (
 from morse.evaluation.fid.feature_sets import STATISTICS_SUFFIX, is_statistics
 from morse.evaluation.fid.image_sets import HUB, SetOptions
 from morse.evaluation.prompts import read_prompts
-from morse.settings import changed, require_least, require_positive
+from morse.settings import changed, option, require_least, require_positive
 
 if TYPE_CHECKING:
     import torch
@@ -33,125 +33,75 @@ LEAST = {
 class FidConfig:
     """Measure FID and other distances of images, or of those that a pipeline makes first."""
 
-    real: str | None = field(
-        default=None,
-        metadata={
-            "help": 'folder, IDX file, hub:NAME, statistics .npz, or "fashion-mnist", which is the '
-            "default for the embedded pipeline of that name"
-        },
+    real: str | None = option(
+        None,
+        'folder, IDX file, hub:NAME, statistics .npz, or "fashion-mnist", which is the default '
+        "for the embedded pipeline of that name",
     )
-    fake: str | None = field(
-        default=None, metadata={"help": "likewise, what is measured; or give --pipeline"}
+    fake: str | None = option(None, "likewise, what is measured; or give --pipeline")
+    pipeline: str | None = option(None, "fashion-mnist, a folder or a hub id: generate images")
+    dot: str | None = option(None, "a Dot's folder; the pipeline's own if left out")
+    scheduler: str | None = option(None, "ddim, dpmsolver++, ...; the pipeline's own if left out")
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = option(
+        None,
+        "where steps lie but those of saved plans, which bring theirs; if left out as in `morse "
+        "bench` and `morse plan`, trailing, with --scheduler, else the pipeline's own",
     )
-    pipeline: str | None = field(
-        default=None, metadata={"help": "fashion-mnist, a folder or a hub id: generate images"}
+    lsd: tuple[float, ...] = option((), "budgets to generate within by Dash and Dot, in LSD")
+    num_inference_steps: tuple[int, ...] = option(
+        (), "numbers of steps to generate with by the bare pipeline"
     )
-    dot: str | None = field(
-        default=None, metadata={"help": "a Dot's folder; the pipeline's own if left out"}
+    speed_ratio: float | None = option(
+        None, "N, Dash's time over Dot's; what Dot's config says if left out"
     )
-    scheduler: str | None = field(
-        default=None, metadata={"help": "ddim, dpmsolver++, ...; the pipeline's own if left out"}
+    reference_steps: int | None = option(
+        None, "also measure PSNR and SSIM to the bare pipeline's images of so many steps"
     )
-    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = field(
-        default=None,
-        metadata={
-            "help": "where steps lie but those of saved plans, which bring theirs; if left out as "
-            "in `morse bench` and `morse plan`, trailing, with --scheduler, else the pipeline's own"
-        },
+    lpips: bool = option(False, "and LPIPS, which needs --lpips_weights")
+    lpips_weights: Path | None = option(None, "safetensors file of torchvision's AlexNet")
+    num_images: int = option(5000, "images to generate for each budget")
+    seed: int = option(0, "image i starts from the noise of seed + i")
+    batch_size: int = option(
+        64,
+        "consecutive images sampled, or read, at a time; each has its noise whatever this is, and "
+        "pixels agree to rounding",
     )
-    lsd: tuple[float, ...] = field(
-        default=(), metadata={"help": "budgets to generate within by Dash and Dot, in LSD"}
+    prompts: tuple[str, ...] = option(
+        (), "texts, or one file of them, one a line; image i takes i modulo all"
     )
-    num_inference_steps: tuple[int, ...] = field(
-        default=(), metadata={"help": "numbers of steps to generate with by the bare pipeline"}
+    class_names: tuple[str, ...] = option(
+        (), "prompts in turn; for a class-conditional pipeline names or numbers"
     )
-    speed_ratio: float | None = field(
-        default=None,
-        metadata={"help": "N, Dash's time over Dot's; what Dot's config says if left out"},
+    guidance_scale: float | None = option(None, "the pipeline's own if left out")
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "the pipeline's")
+    output_dir: Path = option(
+        Path("fid_output"), "folder for generated images; goes on where it was, also to more"
     )
-    reference_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "also measure PSNR and SSIM to the bare pipeline's images of so many steps"
-        },
+    extractor: str | None = option(
+        None,
+        "inception, clip, dinov2, fashion-mnist, or your own nn.Module by module.path:Name; if "
+        "left out inception, or fashion-mnist where --real is. Without --real it gives the "
+        "Inception score, or with prompts CLIP's",
     )
-    lpips: bool = field(
-        default=False,
-        metadata={"help": "and LPIPS, which needs --lpips_weights"},
+    inception_weights: Path | None = option(None, "safetensors file of Inception-v3 of 2015")
+    clip_model: str = option(ExtractorOptions.clip_model, "folder or hub id")
+    dinov2_model: str = option(ExtractorOptions.dinov2_model, "folder or hub id")
+    kid_subset_size: int = option(1000, "at most half of the images is taken")
+    split: str = option("train", "of IDX folders and hub data sets")
+    image_column: str = option("image", "of hub data sets")
+    dataset_config_name: str | None = option(
+        None, "of hub data sets that have several configurations"
     )
-    lpips_weights: Path | None = field(
-        default=None, metadata={"help": "safetensors file of torchvision's AlexNet"}
+    resolution: int | None = option(
+        None,
+        "for features crop the centre square of all images, real and measured, and resize it to "
+        "this, as training does; those of IDX files are fitted as training fits them, where there "
+        "is room by a border; if left out all are taken as they are",
     )
-    num_images: int = field(default=5000, metadata={"help": "images to generate for each budget"})
-    seed: int = field(default=0, metadata={"help": "image i starts from the noise of seed + i"})
-    batch_size: int = field(
-        default=64,
-        metadata={
-            "help": "consecutive images sampled, or read, at a time; each has its noise whatever "
-            "this is, and pixels agree to rounding"
-        },
-    )
-    prompts: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "texts, or one file of them, one a line; image i takes i modulo all"},
-    )
-    class_names: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "prompts in turn; for a class-conditional pipeline names or numbers"},
-    )
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "the pipeline's own if left out"}
-    )
-    dtype: Literal["float32", "float16", "bfloat16"] = field(
-        default="float32", metadata={"help": "the pipeline's"}
-    )
-    output_dir: Path = field(
-        default=Path("fid_output"),
-        metadata={"help": "folder for generated images; goes on where it was, also to more"},
-    )
-    extractor: str | None = field(
-        default=None,
-        metadata={
-            "help": "inception, clip, dinov2, fashion-mnist, or your own nn.Module by "
-            "module.path:Name; if left out inception, or fashion-mnist where --real is. Without "
-            "--real it gives the Inception score, or with prompts CLIP's"
-        },
-    )
-    inception_weights: Path | None = field(
-        default=None, metadata={"help": "safetensors file of Inception-v3 of 2015"}
-    )
-    clip_model: str = field(
-        default=ExtractorOptions.clip_model, metadata={"help": "folder or hub id"}
-    )
-    dinov2_model: str = field(
-        default=ExtractorOptions.dinov2_model, metadata={"help": "folder or hub id"}
-    )
-    kid_subset_size: int = field(
-        default=1000, metadata={"help": "at most half of the images is taken"}
-    )
-    split: str = field(default="train", metadata={"help": "of IDX folders and hub data sets"})
-    image_column: str = field(default="image", metadata={"help": "of hub data sets"})
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "of hub data sets that have several configurations"}
-    )
-    resolution: int | None = field(
-        default=None,
-        metadata={
-            "help": "for features crop the centre square of all images, real and measured, and "
-            "resize it to this, as training does; those of IDX files are fitted as training fits "
-            "them, where there is room by a border; if left out all are taken as they are"
-        },
-    )
-    strict: bool = field(
-        default=False, metadata={"help": "fail at an unreadable image instead of leaving it out"}
-    )
-    save_stats: Path | None = field(
-        default=None, metadata={"help": "write the real images' mu and sigma to this .npz file"}
-    )
-    json: Path | None = field(default=None, metadata={"help": "also write the result to this file"})
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda or another torch device; auto takes a GPU"}
-    )
+    strict: bool = option(False, "fail at an unreadable image instead of leaving it out")
+    save_stats: Path | None = option(None, "write the real images' mu and sigma to this .npz file")
+    json: Path | None = option(None, "also write the result to this file")
+    device: str = option("auto", "cpu, cuda or another torch device; auto takes a GPU")
 
     def __post_init__(self) -> None:
         """Check ranges, and which options go together."""

@@ -1,6 +1,6 @@
 """What `morse plan` searches: its settings."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +9,7 @@ from morse.evaluation.environment import check_precision
 from morse.evaluation.planning.search import UNIFORM_RATIOS
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
 from morse.plan import MorsePlan
-from morse.settings import require_least, require_positive
+from morse.settings import REQUIRED, option, require_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,104 +19,70 @@ class PlanConfig:
     Fitted steps of Dash alone are saved as schedulers, too. Without a Dot they are all there is.
     """
 
-    pipeline: str = field(
-        default="fashion-mnist",
-        metadata={
-            "help": "fashion-mnist, fashion-mnist-text, a folder or hub id",
-            "alias": "pretrained_model_name_or_path",
-        },
+    pipeline: str = option(
+        "fashion-mnist",
+        "fashion-mnist, fashion-mnist-text, a folder or hub id",
+        alias="pretrained_model_name_or_path",
     )
-    dot: str | None = field(
-        default=None, metadata={"help": "a Dot's folder; the pipeline's own, if any"}
+    dot: str | None = option(None, "a Dot's folder; the pipeline's own, if any")
+    output_dir: Path = option(
+        REQUIRED,
+        "where the Dot is saved with its plans, with plan_search.json beside it and the best "
+        "scheduler for Dash alone in leapfrog-LSD for each budget with fitted steps",
     )
-    output_dir: Path = field(
-        metadata={
-            "help": "where the Dot is saved with its plans, with plan_search.json beside it and "
-            "the best scheduler for Dash alone in leapfrog-LSD for each budget with fitted steps"
-        }
+    solver: tuple[str, ...] = option(
+        ("leapfrog",), "names of solvers, as for `morse bench`", alias="solvers"
     )
-    solver: tuple[str, ...] = field(
-        default=("leapfrog",),
-        metadata={"help": "names of solvers, as for `morse bench`", "alias": "solvers"},
+    lsd: tuple[int, ...] = option((5, 6, 8, 10, 12, 16, 20), "budgets to search plans for")
+    speed_ratio: float | None = option(
+        None, "N, Dash's time over Dot's; its config's, or measured, if left out"
     )
-    lsd: tuple[int, ...] = field(
-        default=(5, 6, 8, 10, 12, 16, 20), metadata={"help": "budgets to search plans for"}
+    timestep_power: tuple[float, ...] = option(
+        (1.0, 1.25, 1.5), "grids tried with the leapfrog solver"
     )
-    speed_ratio: float | None = field(
-        default=None,
-        metadata={"help": "N, Dash's time over Dot's; its config's, or measured, if left out"},
+    ratios: tuple[float, ...] = option(
+        UNIFORM_RATIOS, "evaluations per LSD of the uniform plans tried first; all Dash is too"
     )
-    timestep_power: tuple[float, ...] = field(
-        default=(1.0, 1.25, 1.5), metadata={"help": "grids tried with the leapfrog solver"}
+    start_plans: tuple[str, ...] = option(
+        (),
+        'plans to start from as well, such as "ggDoDDoD" (g: mixture, D: Dash, o: Dot), on the '
+        "grids and with the fitted steps of saved plans of the same letters, stretched to their "
+        "length; each for every budget that pays for it, and always fitted",
     )
-    ratios: tuple[float, ...] = field(
-        default=UNIFORM_RATIOS,
-        metadata={"help": "evaluations per LSD of the uniform plans tried first; all Dash is too"},
+    num_images: int = option(128, "trajectories to judge the best on")
+    num_quick_images: int = option(32, "so many of these judge each plan that is tried")
+    batch_size: int = option(64, "images at a time")
+    seed: int = option(10**6, "of the first image; bench and eval fid begin at 0")
+    max_rounds: int = option(6, "steps to a better neighbour at most")
+    fit_rounds: int = option(
+        3, "rounds of fitting the leapfrog solver's steps as smooth curves; 0: none"
     )
-    start_plans: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": 'plans to start from as well, such as "ggDoDDoD" (g: mixture, D: Dash, o: '
-            "Dot), on the grids and with the fitted steps of saved plans of the same letters, "
-            "stretched to their length; each for every budget that pays for it, and always fitted"
-        },
+    refine_rounds: int = option(1, "rounds of fitting each evaluation's then by itself; 0: none")
+    num_fit_images: int = option(32, "further trajectories, which the steps are fitted on")
+    fit_margin: float = option(
+        3.0,
+        "dB: the best plans with and without Dot, and begun by a mixture or not, are fitted too "
+        "if no further than this behind the best of all; below 0 start_plans alone",
     )
-    num_images: int = field(default=128, metadata={"help": "trajectories to judge the best on"})
-    num_quick_images: int = field(
-        default=32, metadata={"help": "so many of these judge each plan that is tried"}
+    mixture_images: int = option(
+        0,
+        "so many samples of Dash to fit a Gaussian mixture to, with which runs may begin for next "
+        "to nothing; 0: the one that Dot has, if any",
     )
-    batch_size: int = field(default=64, metadata={"help": "images at a time"})
-    seed: int = field(
-        default=10**6, metadata={"help": "of the first image; bench and eval fid begin at 0"}
+    prompts: tuple[str, ...] = option((), PROMPTS_HELP)
+    prompt_embeds: Path | None = option(
+        None, "safetensors file, for a text pipeline without a text encoder"
     )
-    max_rounds: int = field(default=6, metadata={"help": "steps to a better neighbour at most"})
-    fit_rounds: int = field(
-        default=3,
-        metadata={
-            "help": "rounds of fitting the leapfrog solver's steps as smooth curves; 0: none"
-        },
+    class_names: tuple[str, ...] = option((), "for labels, or as prompts")
+    guidance_scale: float | None = option(None, "the pipeline's own default if left out")
+    dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "of the networks; the two shorter ones take half the memory"
     )
-    refine_rounds: int = field(
-        default=1, metadata={"help": "rounds of fitting each evaluation's then by itself; 0: none"}
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast of networks in float32")
+    merge_lora: bool = option(
+        True, "merge Dot's LoRA into a copy of Dash's weights: faster, more memory"
     )
-    num_fit_images: int = field(
-        default=32, metadata={"help": "further trajectories, which the steps are fitted on"}
-    )
-    fit_margin: float = field(
-        default=3.0,
-        metadata={
-            "help": "dB: the best plans with and without Dot, and begun by a mixture or not, are "
-            "fitted too if no further than this behind the best of all; below 0 start_plans alone"
-        },
-    )
-    mixture_images: int = field(
-        default=0,
-        metadata={
-            "help": "so many samples of Dash to fit a Gaussian mixture to, with which runs may "
-            "begin for next to nothing; 0: the one that Dot has, if any"
-        },
-    )
-    prompts: tuple[str, ...] = field(default=(), metadata={"help": PROMPTS_HELP})
-    prompt_embeds: Path | None = field(
-        default=None,
-        metadata={"help": "safetensors file, for a text pipeline without a text encoder"},
-    )
-    class_names: tuple[str, ...] = field(default=(), metadata={"help": "for labels, or as prompts"})
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "the pipeline's own default if left out"}
-    )
-    dtype: Literal["float32", "float16", "bfloat16"] = field(
-        default="float32",
-        metadata={"help": "of the networks; the two shorter ones take half the memory"},
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(
-        default="no", metadata={"help": "autocast of networks in float32"}
-    )
-    merge_lora: bool = field(
-        default=True,
-        metadata={"help": "merge Dot's LoRA into a copy of Dash's weights: faster, more memory"},
-    )
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto takes a GPU"})
+    device: str = option("auto", "cpu, cuda, ...; auto takes a GPU")
 
     def __post_init__(self) -> None:
         """Check the ranges, and read prompts that are in a file."""
