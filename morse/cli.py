@@ -7,6 +7,7 @@ import types
 import typing
 from importlib import import_module
 from itertools import takewhile
+from keyword import iskeyword
 from typing import Literal
 
 from morse.settings import REQUIRED, Config, make_given
@@ -84,9 +85,10 @@ def parse_config(
     """Build a command line from a dataclass and parse it into an instance.
 
     Its fields, which `morse.settings.option` makes, become options of their names (dashes work
-    too); `alias` is another name for one whose own name Python reserves. Supported types are str,
-    int, float, bool, Path, `Literal`, `tuple[X, ...]` and `X | None`. A `ValueError` raised by the
-    dataclass's own checks ends the program with exit status 2 and the message.
+    too) and of their `alias`; help shows the field's name first, unless the alias is a keyword of
+    Python, which no field can be called. Supported types are str, int, float, bool, Path,
+    `Literal`, `tuple[X, ...]` and `X | None`. A `ValueError` raised by the dataclass's own checks
+    ends the program with exit status 2 and the message.
 
     Args:
         config_class: A dataclass.
@@ -100,9 +102,11 @@ def parse_config(
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         required = field.default is REQUIRED
-        spellings = filter(None, (field.metadata["alias"], field.name))
+        spellings = filter(None, (field.name, field.metadata["alias"]))
         names = dict.fromkeys(
-            f"--{name}" for each in spellings for name in (each, each.replace("_", "-"))
+            f"--{name}"
+            for each in sorted(spellings, key=iskeyword, reverse=True)
+            for name in (each, each.replace("_", "-"))
         )
         parser.add_argument(
             *names,

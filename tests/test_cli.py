@@ -16,7 +16,7 @@ from morse.settings import option
 class Config:
     """Do something."""
 
-    lsd: tuple[int, ...] = option((5,), "budgets")
+    lsd: tuple[int, ...] = option((5,), "budgets", alias="budgets")
     from_json: Path | None = option(None, "input", alias="from")
     quick: bool = option(False, "100 % faster")
 
@@ -30,6 +30,15 @@ def test_options_follow_the_fields():
     assert parse_config(Config, ["--lsd", "3", "4", "--quick"]) == Config((3, 4), quick=True)
     for spelling in ("--from", "--from_json", "--from-json"):
         assert parse_config(Config, [spelling, "a.json"]).from_json == Path("a.json")
+
+
+def test_help_shows_the_fields_name_first_unless_it_stands_for_a_keyword(capsys):
+    assert parse_config(Config, ["--budgets", "3"]) == parse_config(Config, ["--lsd", "3"])
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert "[--lsd LSD" in usage and "--budgets" not in usage
+    assert "[--from FROM_JSON]" in usage and "--from_json" not in usage
 
 
 def test_a_bad_value_ends_with_its_message(capsys):
