@@ -139,8 +139,14 @@ def _help_text(field: dataclasses.Field, required: bool) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `morse COMMAND [options]`; user errors end with one line and exit status 2."""
+    """Run `morse COMMAND [options]`; user errors end with one line and exit status 2.
+
+    `morse --version` prints the package's version.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"morse {import_module('morse').__version__}")
+        return
     words = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)
     if not words:
         _explain(argv)
@@ -161,7 +167,8 @@ def _explain(argv: list[str]) -> typing.NoReturn:
     output = sys.stdout if helps else sys.stderr
     if not found or (argv and not asked and not helps):
         print(f"unknown command {' '.join(asked or argv[:1])!r}", file=sys.stderr)
-    print("usage: morse COMMAND [options]; --help after a command", file=output)
+    usage = "usage: morse COMMAND [options], or morse --version; --help after a command"
+    print(usage, file=output)
     for name in found or COMMANDS:
         print(f"  {name:15} {COMMANDS[name][2]}", file=output)
     raise SystemExit(0 if helps else 2)

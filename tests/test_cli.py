@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import pytest
 from morse.cli import COMMANDS, find_command, main, parse_config, run_command
 from morse.evaluation.environment import command_line
 from morse.settings import option
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,12 @@ def test_what_a_user_can_mend_is_told_in_one_line(error, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command(Config, fail, [])
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: no such pipeline\n"
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    main(["--version"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert capsys.readouterr().out == f"morse {project['version']}\n"
 
 
 def test_a_mistyped_command_is_repeated(capsys):
