@@ -6,8 +6,10 @@ Settings are frozen dataclasses, one a command.
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, field, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+Dtype = Literal["float32", "float16", "bfloat16"]  # of networks
+MixedPrecision = Literal["no", "fp16", "bf16"]  # of autocast, as accelerate calls it
 Config = TypeVar("Config")
 Value = TypeVar("Value")
 REQUIRED: Any = MISSING  # the default of an option that must be given

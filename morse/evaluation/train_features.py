@@ -3,7 +3,6 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from morse.evaluation.environment import command_line
 from morse.evaluation.features import FashionFeatures, extract_features, save_features
 from morse.evaluation.metrics import feature_statistics
-from morse.settings import REQUIRED, option, require_positive
+from morse.settings import REQUIRED, MixedPrecision, option, require_positive
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,7 @@ class TrainFeaturesConfig:
     num_train_epochs: int = option(8, "passes over the data")
     train_batch_size: int = option(128, "images a step and process")
     learning_rate: float = option(4e-3, "peak of AdamW's one-cycle schedule")
-    mixed_precision: Literal["no", "fp16", "bf16"] = option(
-        "no", "autocast in training; statistics stay float32"
-    )
+    mixed_precision: MixedPrecision = option("no", "autocast in training; statistics stay float32")
     seed: int = option(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:

@@ -8,12 +8,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import nn
 
-from morse.settings import REQUIRED, option, require, require_least, require_positive
+from morse.settings import (
+    REQUIRED,
+    MixedPrecision,
+    option,
+    require,
+    require_least,
+    require_positive,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,7 +48,7 @@ class RunConfig:
     adam_weight_decay: float = option(1e-6, "AdamW's weight decay")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+    mixed_precision: MixedPrecision | None = option(
         None,
         "autocast precision, most CPUs are far slower in half precision; that of `accelerate "
         "launch` if not given, else no",
@@ -126,7 +133,7 @@ def _launched_precision() -> str:
         ValueError: If it is none that training knows.
     """
     found = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if found not in ("no", "fp16", "bf16"):
+    if found not in get_args(MixedPrecision):
         raise ValueError(
             f"mixed_precision is not given, and accelerate's, ACCELERATE_MIXED_PRECISION, is "
             f"{found!r}; give --mixed_precision no, fp16 or bf16"

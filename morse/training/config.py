@@ -7,7 +7,7 @@ from typing import Literal
 from morse.dot.conv_settings import Conv
 from morse.dot.guidance import DotGuidance
 from morse.dot.resampling import Resample
-from morse.settings import REQUIRED, option
+from morse.settings import REQUIRED, Dtype, option
 from morse.spaces import BaseSpace
 from morse.training.common import TrainingConfig
 from morse.training.distillation_terms import DistillName
@@ -24,7 +24,7 @@ class TrainDotConfig(TrainingConfig):
     pretrained_model_name_or_path: str = option(
         REQUIRED, "folder or hub id of the pipeline whose denoiser is the Dash"
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = option(
+    dtype: Dtype = option(
         "float32",
         "precision of the frozen networks, but for the autoencoder; half takes half the memory "
         "and evaluates faster on a GPU; with mixed_precision fp16 or bf16 alike",

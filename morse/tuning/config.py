@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
-from morse.settings import REQUIRED, option, require, require_least, require_positive
+from morse.settings import REQUIRED, Dtype, option, require, require_least, require_positive
 from morse.training.common import RunConfig, check_frozen_dtype
 
 _LEAST = {"num_images": 1, "validation_images": 1, "target_lsd": 1, "lsd": 1, "validation_steps": 0}
@@ -20,7 +19,7 @@ class TuneDotConfig(RunConfig):
         REQUIRED, "folder or hub id of the pipeline whose denoiser is the Dash"
     )
     dot: str | None = option(None, "a Dot's folder; the pipeline's own, if any")
-    dtype: Literal["float32", "float16", "bfloat16"] = option(
+    dtype: Dtype = option(
         "float32",
         "precision of the frozen networks, but for the autoencoder, and of runs; half takes half "
         "the memory; with mixed_precision fp16 or bf16 alike",

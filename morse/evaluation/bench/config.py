@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from morse.evaluation.bench.architectures import ARCHITECTURES
 from morse.evaluation.bench.checks import check_methods, check_settings
@@ -13,7 +12,7 @@ from morse.evaluation.bench.solvers import SOLVERS
 from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS, list_tasks
 from morse.evaluation.fid.extractors import ExtractorOptions
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
-from morse.settings import as_json, given, option
+from morse.settings import Dtype, MixedPrecision, as_json, given, option
 
 PEER_NAMES = tuple(PEER_SETTINGS)
 
@@ -133,10 +132,8 @@ class BenchmarkConfig:
     flops_only: bool = option(
         False, "with --arch: count FLOPs of the full-size models and time nothing"
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", "of the networks; the two shorter ones take half the memory"
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast of networks in float32")
+    dtype: Dtype = option("float32", "of the networks; the two shorter ones take half the memory")
+    mixed_precision: MixedPrecision = option("no", "autocast of networks in float32")
     device: str = option("auto", "cpu, cuda or another torch device; auto takes a GPU")
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from morse.evaluation.fid.extractors import (
 from morse.evaluation.fid.feature_sets import STATISTICS_SUFFIX, is_statistics
 from morse.evaluation.fid.image_sets import HUB, SetOptions
 from morse.evaluation.prompts import read_prompts
-from morse.settings import changed, option, require_least, require_positive
+from morse.settings import Dtype, changed, option, require_least, require_positive
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class FidConfig:
         (), "prompts in turn; for a class-conditional pipeline names or numbers"
     )
     guidance_scale: float | None = option(None, "the pipeline's own if left out")
-    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "the pipeline's")
+    dtype: Dtype = option("float32", "the pipeline's")
     output_dir: Path = option(
         Path("fid_output"), "folder for generated images; goes on where it was, also to more"
     )

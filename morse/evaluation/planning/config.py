@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.environment import check_precision
 from morse.evaluation.planning.search import UNIFORM_RATIOS
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
 from morse.plan import MorsePlan
-from morse.settings import REQUIRED, option, require_least, require_positive
+from morse.settings import REQUIRED, Dtype, MixedPrecision, option, require_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +74,8 @@ class PlanConfig:
     )
     class_names: tuple[str, ...] = option((), "for labels, or as prompts")
     guidance_scale: float | None = option(None, "the pipeline's own default if left out")
-    dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", "of the networks; the two shorter ones take half the memory"
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast of networks in float32")
+    dtype: Dtype = option("float32", "of the networks; the two shorter ones take half the memory")
+    mixed_precision: MixedPrecision = option("no", "autocast of networks in float32")
     merge_lora: bool = option(
         True, "merge Dot's LoRA into a copy of Dash's weights: faster, more memory"
     )
