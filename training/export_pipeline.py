@@ -15,7 +15,7 @@ class ExportConfig:
     """Save a pipeline and its Dot as one folder that MorsePipeline.from_pretrained opens."""
 
     pretrained_model_name_or_path: str = option(REQUIRED, "the pipeline")
-    dot: str = option(REQUIRED, "the Dot's folder")
+    dot: str = option(REQUIRED, "the Dot's folder or hub id")
     output_dir: Path = option(REQUIRED, "where to save both")
     speed_ratio: float | None = option(
         None, "N that plans for lsd= are made with; measured if absent"

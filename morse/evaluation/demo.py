@@ -44,7 +44,7 @@ class DemoConfig:
     pipeline: str = option(
         "fashion-mnist", "fashion-mnist, or a folder or hub id of an unconditional one"
     )
-    dot: str | None = option(None, "another Dot's folder; the pipeline's own if left out")
+    dot: str | None = option(None, "another Dot's folder or hub id; the pipeline's own if left out")
     lsd: tuple[int, ...] | None = option(
         None, "budgets in LSD; 5 10 20 if left out, 5 10 with --quick"
     )

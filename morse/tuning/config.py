@@ -18,7 +18,7 @@ class TuneDotConfig(RunConfig):
     pretrained_model_name_or_path: str = option(
         REQUIRED, "folder or hub id of the pipeline whose denoiser is the Dash"
     )
-    dot: str | None = option(None, "a Dot's folder; the pipeline's own, if any")
+    dot: str | None = option(None, "a Dot's folder or hub id; the pipeline's own, if any")
     dtype: Dtype = option(
         "float32",
         "precision of the frozen networks, but for the autoencoder, and of runs; half takes half "
@@ -63,8 +63,8 @@ class TuneDotConfig(RunConfig):
     )
     blend_from: str | None = option(
         None,
-        "folder of the Dot that the change is counted from, after several runs in a row; the one "
-        "that this run begins with if left out",
+        "folder or hub id of the Dot that the change is counted from, after several runs in a "
+        "row; the one that this run begins with if left out",
     )
     prompts: tuple[str, ...] = option((), PROMPTS_HELP)
     prompt_embeds: Path | None = option(

@@ -62,9 +62,9 @@ class BenchmarkConfig:
     inception_weights: Path | None = option(None, "safetensors file of Inception-v3 of 2015")
     clip_model: str = option(ExtractorOptions.clip_model, "folder or hub id")
     dinov2_model: str = option(ExtractorOptions.dinov2_model, "folder or hub id")
-    dot: str | None = option(None, "another Dot's folder; the pipeline's own if left out")
+    dot: str | None = option(None, "another Dot's folder or hub id; the pipeline's own if left out")
     independent_dot: str | None = option(
-        None, "folder of a Dot trained to estimate alone, from the sample only: a control"
+        None, "folder or hub id of a Dot trained to estimate alone, from the sample only: a control"
     )
     num_images: int | None = option(
         None, "images of each method, budget and seed; if left out 5000 on CUDA, else 32"
@@ -74,7 +74,7 @@ class BenchmarkConfig:
     )
     batch_size: int = option(250, "images at a time")
     lsd: tuple[int, ...] = option(
-        (4, 6, 8, 12, 20, 30, 50), "budgets in LSD; without a GPU up to 30"
+        (4, 6, 8, 12, 20, 30, 50), "budgets in whole LSD; without a GPU up to 30"
     )
     baseline_lsd: tuple[int, ...] = option(
         (3, 5, 10, 15, 25, 40, 70, 100),

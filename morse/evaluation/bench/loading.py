@@ -71,7 +71,7 @@ def load_bare(
         pipeline: "fashion-mnist", or a folder or hub id of a pipeline that starts from noise alone,
             or from noise and prompts or classes. A safety checker is left out: it would paint over
             images.
-        dot: A Dot's folder; None for the one that comes with the pipeline.
+        dot: A Dot's folder or hub id; None for the one that comes with the pipeline.
         device: A torch device, or "auto" for a GPU where there is one.
         needs_dot: Whether to refuse a pipeline without a Dot.
         dtype: Of all networks, or by component as diffusers takes it.

@@ -40,7 +40,7 @@ class FidConfig:
     )
     fake: str | None = option(None, "likewise, what is measured; or give --pipeline")
     pipeline: str | None = option(None, "fashion-mnist, a folder or a hub id: generate images")
-    dot: str | None = option(None, "a Dot's folder; the pipeline's own if left out")
+    dot: str | None = option(None, "a Dot's folder or hub id; the pipeline's own if left out")
     scheduler: str | None = option(None, "ddim, dpmsolver++, ...; the pipeline's own if left out")
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = option(
         None,

@@ -23,7 +23,7 @@ class PlanConfig:
         "fashion-mnist, fashion-mnist-text, a folder or hub id",
         alias="pretrained_model_name_or_path",
     )
-    dot: str | None = option(None, "a Dot's folder; the pipeline's own, if any")
+    dot: str | None = option(None, "a Dot's folder or hub id; the pipeline's own, if any")
     output_dir: Path = option(
         REQUIRED,
         "where the Dot is saved with its plans, with plan_search.json beside it and the best "
@@ -32,7 +32,9 @@ class PlanConfig:
     solver: tuple[str, ...] = option(
         ("leapfrog",), "names of solvers, as for `morse bench`", alias="solvers"
     )
-    lsd: tuple[int, ...] = option((5, 6, 8, 10, 12, 16, 20), "budgets to search plans for")
+    lsd: tuple[int, ...] = option(
+        (5, 6, 8, 10, 12, 16, 20), "budgets in whole LSD to search plans for"
+    )
     speed_ratio: float | None = option(
         None, "N, Dash's time over Dot's; its config's, or measured, if left out"
     )
