@@ -33,12 +33,12 @@ from morse.tuning.command import (
     _target_runs,
     runs_to_tune,
     tune_dot,
-    worse_plans,
 )
 from morse.tuning.loading import load_to_tune
 from morse.tuning.loss import run_loss
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
 from morse.tuning.targets import SHARD_SAMPLES, _describe, describe_encoders
+from morse.tuning.validation import worse_plans
 
 # Begun where there is little noise, for a random Dash takes samples far away.
 ROWS = [[400.0, 0.4, 0.0, 0.0], [300.0, 0.5, 0.2, 0.3], [200.0, 0.5, 0.1, 0.1], [90.0, 1, 0, 0]]

@@ -18,7 +18,6 @@ from morse.evaluation.bench.loading import with_scheduler
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import Conditions, encode_once, make_conditions
 from morse.evaluation.environment import command_line, environment
-from morse.evaluation.metrics import psnr
 from morse.files import write_json
 from morse.plan import MorsePlan
 from morse.saved_plans import SavedPlan
@@ -28,10 +27,11 @@ from morse.training.run import TrainingRun
 from morse.tuning.blend import blend, weights_before
 from morse.tuning.config import TuneDotConfig
 from morse.tuning.loading import load_to_tune
-from morse.tuning.loss import MAX_PSNR, FeatureLoss, load_feature_loss, run_loss
+from morse.tuning.loss import FeatureLoss, load_feature_loss, run_loss
 from morse.tuning.progress import Progress
 from morse.tuning.sampler import PlannedRun, SampledRun, enable_with_gradients
-from morse.tuning.targets import Targets, describe_encoders, prepare_targets
+from morse.tuning.targets import describe_encoders, prepare_targets
+from morse.tuning.validation import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,9 +70,7 @@ def tune_dot(config: TuneDotConfig) -> Path:
         SampledRun(pipe, each, conditions, config.seed, decode) for each in (runs, target_runs)
     )
     if config.gradient_checkpointing:
-        find_denoiser(pipe).enable_gradient_checkpointing()
-        if getattr(pipe, "vae", None) is not None and sampled.output_type != "latent":
-            pipe.vae.enable_gradient_checkpointing()
+        _checkpoint_gradients(sampled)
     features = _feature_loss(many, config, accelerator)
     record_run(config, accelerator)
     targets = prepare_targets(many, config, accelerator, encoders)
@@ -80,46 +78,20 @@ def tune_dot(config: TuneDotConfig) -> Path:
     loss = run_loss([run.target for run in runs], features)
     training = TrainingRun(config, accelerator, sampled, targets, loss, choices=choices)
 
-    def judge_and_print(title: str) -> dict[str, float]:
-        decibels = judge(sampled, targets, config.train_batch_size)
-        shown = "; ".join(f"{name}: {value:.2f} dB" for name, value in decibels.items())
-        accelerator.print(f"{title}: {shown}")
-        return decibels
-
-    def validate(step: int) -> None:
-        with training.averaged():
-            progress.add(step, judge_and_print(f"step {step}"))
-        accelerator.log(progress.decibels[step], step=step)
-
-    def after_step(step: int) -> None:
-        due = config.validation_steps and step % config.validation_steps == 0
-        if due and step not in progress.decibels:
-            validate(step)
-
+    validation = Validation(training, targets, progress)
     if accelerator.is_main_process:
-        progress.begin(choices, training.step)
-        after_step(training.step)  # which a run that was interrupted may not have come to
-        if not progress.decibels:
-            validate(training.step)
+        validation.begin()
     accelerator.wait_for_everyone()
-    last = training.train(after_step)
+    last = training.train(validation.after_step)
     if accelerator.is_main_process:
-        found = progress.decibels
-        if last not in found:
-            validate(last)
-        saved = found[last]
+        saved = validation.validate(last)
         training.copy_weights_to(sampled)
         if before is not None:
             blend(dot, before, config.blend)
-            saved = judge_and_print(f"blended, {config.blend:g} of the change")
-        if worse := worse_plans(found[min(found)], saved):
-            accelerator.print(
-                f"worse than before with {'; '.join(worse)}: try a lower --learning_rate, more "
-                "--num_images, or a lower --blend"
-            )
-        _save(
-            dot, pipe.speed_ratio, config, {"decibels_by_step": found, "decibels_as_saved": saved}
-        )
+            saved = validation.judge(f"blended, {config.blend:g} of the change")
+        validation.warn_if_worse(saved)
+        found = {"decibels_by_step": progress.decibels, "decibels_as_saved": saved}
+        _save(dot, pipe.speed_ratio, config, found)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return config.output_dir
@@ -225,6 +197,13 @@ def _target_runs(
     return _at_scales(PlannedRun(pipe.scheduler, plan, "target"), scales)
 
 
+def _checkpoint_gradients(sampled: SampledRun) -> None:
+    """Have Dash's activations, and those of what decodes its samples, computed twice."""
+    find_denoiser(sampled.pipe).enable_gradient_checkpointing()
+    if getattr(sampled.pipe, "vae", None) is not None and sampled.output_type != "latent":
+        sampled.pipe.vae.enable_gradient_checkpointing()
+
+
 @torch.no_grad()
 def _feature_loss(
     sampled: SampledRun, config: TuneDotConfig, accelerator: "Accelerator"
@@ -234,25 +213,6 @@ def _feature_loss(
         return None
     example = sampled(torch.arange(2), 0)
     return load_feature_loss(config.feature_networks, accelerator.device, example)
-
-
-@torch.no_grad()
-def judge(sampled: SampledRun, targets: Targets, batch_size: int) -> dict[str, float]:
-    """Give, for each way, the mean of -10 log10 of the held-out runs' squared errors.
-
-    Of images in [0, 1] that is PSNR, in dB.
-    """
-    numbers, wanted = targets.held_out
-    found = {}
-    for index, run in enumerate(sampled.runs):
-        parts = [sampled(part, index).cpu() for part in numbers.split(batch_size)]
-        found[run.name] = float(psnr(torch.cat(parts), wanted[:, run.target], MAX_PSNR).mean())
-    return found
-
-
-def worse_plans(first: dict[str, float], last: dict[str, float]) -> list[str]:
-    """Name the plans whose held-out runs have fewer decibels in the last than in the first."""
-    return [name for name in first if last[name] < first[name]]
 
 
 def _save(
