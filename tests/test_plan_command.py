@@ -21,7 +21,7 @@ from tiny_text import (
 from morse import FlowMatchLeapfrogScheduler, MorseDot, MorsePipeline
 from morse.evaluation.bench.loading import decode_in_full
 from morse.evaluation.conditions import Conditions, encode_once
-from morse.evaluation.planning import best_fit, command
+from morse.evaluation.planning import best_fit, budget, command
 from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.search import Candidate, Found
 
@@ -74,7 +74,7 @@ class TestSearch:
     @pytest.fixture(autouse=True)
     def nothing_sampled(self, monkeypatch):
         plan = Candidate("DoD")
-        monkeypatch.setattr(command, "search_plan", lambda *args, **kwargs: Found(plan, 2, plan, 1))
+        monkeypatch.setattr(budget, "search_plan", lambda *args, **kwargs: Found(plan, 2, plan, 1))
         monkeypatch.setattr(command, "follow", lambda *args: None)
 
     @pytest.fixture
@@ -175,7 +175,7 @@ class TestSearch:
             starts.extend(known)
             return Found(known[0], 2, known[0], 1)
 
-        monkeypatch.setattr(command, "search_plan", search)
+        monkeypatch.setattr(budget, "search_plan", search)
         found = run(speed_ratio=4.0, start_plans=("DoDo", "DooD"))
         assert starts == [Candidate("DoDo"), Candidate("DooD")]
         (saved,) = MorseDot.from_pretrained(found).config.plans["DDIMScheduler"]

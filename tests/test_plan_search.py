@@ -15,7 +15,7 @@ from tiny_pipelines import loop_pipeline
 
 from morse import LeapfrogScheduler, MorseDot, MorsePipeline, enable_morse
 from morse.evaluation.bench.runs import Samples, reference_images
-from morse.evaluation.planning import best_fit, command, memory, mixture, results
+from morse.evaluation.planning import best_fit, budget, command, memory, mixture, results
 from morse.evaluation.planning.best_fit import _worth_fitting, given_candidates, known_rows
 from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.fit import curves_to_rows, fit_curves, power_curves, refine_rows
@@ -502,7 +502,7 @@ def test_solvers_of_one_class_keep_their_plans(tiny_folder, tmp_path, monkeypatc
         known.append(starts)
         return Found(plan, 1.0, plan, 1.0)
 
-    monkeypatch.setattr(command, "search_plan", search)
+    monkeypatch.setattr(budget, "search_plan", search)
     monkeypatch.setattr(command, "follow", lambda *args: None)
     settings = {**QUICK, "pipeline": str(tiny_folder), "output_dir": tmp_path}
     for dot in (None, str(tmp_path)):
@@ -515,7 +515,7 @@ def test_solvers_of_one_class_keep_their_plans(tiny_folder, tmp_path, monkeypatc
 
 
 def test_the_solver_shortens_plans(make_pipe):
-    shorten = command.make_shorten(enable_morse(make_pipe("heun"), None))
+    shorten = budget.make_shorten(enable_morse(make_pipe("heun"), None))
     assert [shorten(plan) for plan in ("DDDD", "DoDo", "DoD", "D")] == ["DDD", "DDo", "DoD", "D"]
 
 

@@ -7,9 +7,10 @@ from evaluation_fixtures import QUICK_PLAN
 from tiny_text import text_pipeline
 
 from morse import MorseDot, MorsePipeline, MorsePlan, enable_morse
-from morse.evaluation.planning import command
+from morse.evaluation.planning import budget, command
 from morse.evaluation.planning.beside import bare_from, next_budget, without_dot
-from morse.evaluation.planning.command import PlanConfig, make_spend, run_plan
+from morse.evaluation.planning.budget import make_spend
+from morse.evaluation.planning.command import PlanConfig, run_plan
 from morse.evaluation.planning.search import Candidate, Found
 
 FITTED = (("fitted_steps", ((999.0, 0.0),)),)
@@ -101,11 +102,10 @@ def test_they_are_saved_and_run(tmp_path, monkeypatch):
     plain = Candidate("DDDD", (("timestep_power", 1.0),))
     best = Candidate("DDoDo", (("timestep_power", 1.25),))
     result = Found(best, 30.0, plain, 25.0, {plain: 20.0, best: 30.0}, {plain: 25.0, best: 30.0})
-    monkeypatch.setattr(command, "search_plan", lambda *args: result)
-    monkeypatch.setattr(command, "fit_best", lambda config, found, *args: found)
+    monkeypatch.setattr(budget, "search_plan", lambda *args: result)
     monkeypatch.setattr(command, "follow", lambda *args: None)
     better_from = [6]
-    monkeypatch.setattr(command, "make_judge", lambda *args: lambda each, _: float(
+    monkeypatch.setattr(budget, "make_judge", lambda *args: lambda each, _: float(
         len(each.plan) >= better_from[0] if set(each.plan) == {"D"} else 0.5
     ))  # fmt: skip
     settings = {**QUICK_PLAN, "lsd": (4,), "prompts": ("cat",), "speed_ratio": 2.0, "device": "cpu"}
@@ -130,7 +130,7 @@ def test_they_are_saved_and_run(tmp_path, monkeypatch):
     # One for a slower Dot leaves what a faster one runs.
     better_from[0], wanted = 6, Candidate("DDDo", best.options)
     slow = replace(result, best=wanted, tried={**result.tried, wanted: 29.0})
-    monkeypatch.setattr(command, "search_plan", lambda *args: slow)
+    monkeypatch.setattr(budget, "search_plan", lambda *args: slow)
     run_plan(PlanConfig(**{**settings, "dot": str(tmp_path / "found"), "speed_ratio": 1.0}))
     plans = MorseDot.from_pretrained(tmp_path / "found").config.plans["LeapfrogScheduler"]
     assert [(each["lsd"], each["plan"]) for each in plans] == [

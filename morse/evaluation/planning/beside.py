@@ -85,6 +85,23 @@ def too_dear(
     return [each for each, cost in costs if each["lsd"] == lsd and not is_affordable(cost, lsd)]
 
 
+def replaced_entries(
+    known: Sequence[Mapping[str, object]],
+    lsd: int,
+    stop: int,
+    dear: Sequence[Mapping[str, object]],
+) -> list[Mapping[str, object]]:
+    """List the saved plans in whose place come those that are found for a budget.
+
+    A faster Dot still runs those that are too `dear` (from `too_dear`), ahead of what is found, and
+    the bare solver, up to `stop` (from `next_budget`), from where it was better than they are.
+    """
+    replaced = [entry for entry in known if entry["lsd"] == lsd and entry not in dear]
+    if not dear:
+        replaced += [entry for entry in known if is_bare(entry) and lsd < entry["lsd"] < stop]
+    return replaced
+
+
 def _is_plain(plan: str, options: Iterable[tuple[str, object]]) -> bool:
     return set(plan) == {"D"} and not _is_fitted(options)
 
