@@ -21,20 +21,22 @@ def test_the_demo_writes_pictures_and_figures(tiny_folder, tmp_path, monkeypatch
         json=tmp_path / "new" / "demo.json",
         lsd=(4, 8),
         num_images=3,
+        speed_ratio=4.0,
         device="cpu",
     )
     rows = run_demo(config)
     assert len(rows) == 2 * 6
     for row in rows:
         assert row.lsd <= row.budget
-        assert row.num_dot == 0 or row.kind == "morse"
+        assert (row.num_dot > 0) == (row.kind == "morse")
     assert Image.open(config.output_dir / "grid.png").height > 13 * 64
     assert (config.output_dir / "quality.png").stat().st_size > 10_000
     facts = json.loads(config.json.read_text())
     assert facts["num_images"] == 3 and len(facts["rows"]) == len(rows)
     printed = " ".join(capsys.readouterr().out.split())
     assert "biased" in printed and "grid.png" in printed and "FID" not in printed
-    fewer = run_demo(replace(config, lsd=(4,), num_images=2))  # into the same folder
+    # Into the same folder, with N measured.
+    fewer = run_demo(replace(config, lsd=(4,), num_images=2, speed_ratio=None))
     assert len(fewer) == 6 and Image.open(config.output_dir / "grid.png").height < 13 * 64
     facts = json.loads(config.json.read_text())
     assert facts["num_images"] == 2 and len(facts["rows"]) == len(fewer)
