@@ -1,4 +1,4 @@
-"""Drawn parameters and inputs, for tests of DNR."""
+"""Modules with drawn parameters, for tests of DNR."""
 
 import torch
 from torch import nn
@@ -16,7 +16,3 @@ def drawn(module, seed=0, dtype=torch.float64):
         if "running" in name:
             nn.init.uniform_(buffer, 0.5, 1.5)
     return module
-
-
-def draw(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

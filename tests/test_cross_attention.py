@@ -4,15 +4,12 @@ import copy
 
 import pytest
 import torch
+from draws import draw
 from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
 from morse.distillation import CrossAttentionProjector
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def make_projector(*arguments, **options):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from relays import BASES, draw, drawn
+from draws import draw
+from relays import BASES, drawn
 from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close

@@ -1,11 +1,12 @@
 """DNR in use: norms it replaces, states and copies, compiled, low precision, bad arguments."""
 
 import copy
-import doctest
 
 import pytest
 import torch
-from relays import BASES, draw, drawn
+from doctests import run_examples
+from draws import draw
+from relays import BASES, drawn
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -236,10 +237,5 @@ def test_bad_inputs():
 
 
 def test_examples():
-    seen = set()
-    for module in (dnr, dnr_cell, dnr_clips):
-        for test in doctest.DocTestFinder().find(module, globs={}):
-            if test.examples:
-                assert doctest.DocTestRunner().run(test).failed == 0
-                seen.add(test.name.split(".")[-1])
+    seen = run_examples(dnr, dnr_cell, dnr_clips)
     assert seen == {"CrossTemporalNorm", "DynamicNormRelay", "RelayCell", "RelayState"}

@@ -4,16 +4,12 @@ import math
 
 import pytest
 import torch
+from draws import draw
 from torch.nn import functional
 from torch.testing import assert_close
 
 from morse.distillation import DualViewMimicking
 from morse.distillation.functional import dct2, dct_matrix, idct2, remove_low_frequencies
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
 
 # The cosine transform
 

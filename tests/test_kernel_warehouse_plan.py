@@ -1,10 +1,10 @@
 """What a warehouse costs, which budgets fit, and what is refused with which words."""
 
-import doctest
 import warnings
 
 import pytest
 import torch
+from doctests import run_examples
 from torch.testing import assert_close
 from warehouses import HALVES, draw, make
 
@@ -202,10 +202,5 @@ def test_nothing_nonlocal_warns_of_nothing():
 
 def test_examples():
     layers = {"KWConv1d", "KWConv2d", "KWConv3d", "KWLinear"}
-    for module, names in ((kernel_warehouse, {"Warehouse"}), (kernel_warehouse_layers, layers)):
-        seen = set()
-        for test in doctest.DocTestFinder().find(module, globs={}):
-            if test.examples:
-                assert doctest.DocTestRunner().run(test).failed == 0
-                seen.add(test.name.split(".")[-1])
-        assert seen == names
+    assert run_examples(kernel_warehouse) == {"Warehouse"}
+    assert run_examples(kernel_warehouse_layers) == layers

@@ -1,24 +1,19 @@
-import doctest
-
 import pytest
 import torch
+from doctests import run_examples
+from draws import draw
 from torch.nn import functional
 
 from morse.distillation import IMAGENET_STAGES, NORMLoss, af_dcd, norm, norm_transform, norm_weight
 
 
-def random(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 @pytest.mark.parametrize("module", [norm, norm_transform, af_dcd])
 def test_examples(module):
-    result = doctest.testmod(module, globs={})
-    assert result.attempted > 1 and result.failed == 0
+    assert run_examples(module)
 
 
 def test_loss_formula_gradient_and_zero():
-    expanded, teacher = random(2, 15, 4, 4).requires_grad_(), random(2, 5, 4, 4, seed=2)
+    expanded, teacher = draw(2, 15, 4, 4).requires_grad_(), draw(2, 5, 4, 4, seed=2)
     teacher.requires_grad_()
     tiled = teacher.detach().repeat(1, 3, 1, 1)
     loss = NORMLoss(3)(expanded, teacher)
@@ -33,7 +28,7 @@ def test_loss_formula_gradient_and_zero():
 
 
 def test_loss_takes_lower_precision():
-    expanded, teacher = random(2, 6, 4, 4), random(2, 3, 4, 4, seed=2)
+    expanded, teacher = draw(2, 6, 4, 4), draw(2, 3, 4, 4, seed=2)
     half = expanded.bfloat16().requires_grad_()
     loss = NORMLoss(2)(half, teacher.float())
     loss.backward()
@@ -58,11 +53,11 @@ def test_loss_of_features_beyond_half_precision():
 @pytest.mark.parametrize("mode", ["max", "avg"])
 def test_pooling(mode):
     pool = functional.max_pool2d if mode == "max" else functional.avg_pool2d
-    small, large = random(2, 6, 2, 3), random(2, 3, 4, 9, seed=2)
+    small, large = draw(2, 6, 2, 3), draw(2, 3, 4, 9, seed=2)
     loss = NORMLoss(2, pool="teacher", pool_mode=mode)
     expected = NORMLoss(2, pool="none")(small, pool(large, (2, 3)))
     torch.testing.assert_close(loss(small, large), expected)
-    small, large = random(2, 3, 2, 2), random(2, 6, 6, 6, seed=2)
+    small, large = draw(2, 3, 2, 2), draw(2, 6, 6, 6, seed=2)
     loss = NORMLoss(2, pool="student", pool_mode=mode)
     torch.testing.assert_close(loss(large, small), NORMLoss(2)(pool(large, 3), small))
 
@@ -70,7 +65,7 @@ def test_pooling(mode):
 @pytest.mark.parametrize("n", [4, 9])
 def test_phase_target(n):
     factor, loss = int(n**0.5), NORMLoss(n, target="phase", pool="none")
-    teacher = random(2, 3, 2 * factor, 2 * factor)
+    teacher = draw(2, 3, 2 * factor, 2 * factor)
     phases = [teacher[..., p // factor :: factor, p % factor :: factor] for p in range(n)]
     expanded = torch.cat(phases, 1)
     assert loss(expanded, teacher).item() == 0
@@ -78,20 +73,20 @@ def test_phase_target(n):
     assert torch.equal(functional.pixel_shuffle(reordered, factor), teacher)
     # The order of pixel_unshuffle itself, channel-major, is another one.
     assert loss(functional.pixel_unshuffle(teacher, factor), teacher) > 0.1
-    other = random(2, 3 * n, 2, 2, seed=2)
+    other = draw(2, 3 * n, 2, 2, seed=2)
     expected = sum(functional.mse_loss(other[:, 3 * p : 3 * p + 3], phases[p]) for p in range(n))
     torch.testing.assert_close(loss(other, teacher), expected)
 
 
 def test_phase_with_one_segment_is_replicate():
     for size, pool in ((4, "none"), (8, "teacher"), (2, "student")):
-        expanded, teacher = random(2, 3, 4, 4), random(2, 3, size, size, seed=2)
+        expanded, teacher = draw(2, 3, 4, 4), draw(2, 3, size, size, seed=2)
         both = [NORMLoss(1, target=t, pool=pool) for t in ("phase", "replicate")]
         assert torch.equal(both[0](expanded, teacher), both[1](expanded, teacher))
 
 
 def test_phase_pools_to_the_phases_size():
-    expanded, teacher = random(2, 12, 4, 4), random(2, 3, 16, 16, seed=2)
+    expanded, teacher = draw(2, 12, 4, 4), draw(2, 3, 16, 16, seed=2)
     pooled = functional.avg_pool2d(teacher, 2)
     loss = NORMLoss(4, target="phase", pool_mode="avg")
     expected = NORMLoss(4, target="phase", pool="none")(expanded, pooled)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from draws import draw
 from torch import nn
 
 from morse.distillation import NORMLoss
@@ -22,12 +23,8 @@ def make_transform(norm="batch", dtype=torch.float64, seed=0, **options):
     return ft.to(dtype)
 
 
-def random(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def test_transform_is_its_formula():
-    ft, x = make_transform(norm="none"), random(2, 6, 4, 4)
+    ft, x = make_transform(norm="none"), draw(2, 6, 4, 4)
     first, second = ft.expand.weight[..., 0, 0], ft.contract.weight[..., 0, 0]
     out, expanded = ft(x)
     torch.testing.assert_close(expanded, torch.einsum("oc,bchw->bohw", first, x))
@@ -40,7 +37,7 @@ def test_transform_is_its_formula():
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_transform_is_affine_in_eval(norm, residual):
     ft = make_transform(norm, residual=residual)
-    x, y = random(2, 6, 4, 4), random(2, 6, 4, 4, seed=2)
+    x, y = draw(2, 6, 4, 4), draw(2, 6, 4, 4, seed=2)
     matrix, shift = ft.as_affine()
     c = shift[:, None, None]
     torch.testing.assert_close(ft(x)[0], torch.einsum("oc,bchw->bohw", matrix, x) + c)
@@ -52,7 +49,7 @@ def test_transform_is_affine_in_eval(norm, residual):
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_identity_at_start_is_bitwise(norm):
-    ft, x = NORMTransform(6, 5, 3, norm=norm, init="identity"), random(2, 6, 4, 4).float()
+    ft, x = NORMTransform(6, 5, 3, norm=norm, init="identity"), draw(2, 6, 4, 4).float()
     for mode in (True, False):
         assert torch.equal(ft.train(mode)(x)[0], x)
     ft.train()(x)[0].square().sum().backward()
@@ -74,12 +71,12 @@ def test_official_initialisation():
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_tokens_are_pixels(norm):
-    ft, x = make_transform(norm), random(2, 6, 3, 4)
+    ft, x = make_transform(norm), draw(2, 6, 3, 4)
     tokens = ft(x.flatten(2).transpose(1, 2), channels_last=True)
     for of_tokens, of_pixels in zip(tokens, ft(x), strict=True):
         torch.testing.assert_close(of_tokens, of_pixels.flatten(2).transpose(1, 2))
     # As the docstring says what the loss takes.
-    loss, teacher, wide = NORMLoss(3), random(2, 5, 3, 4, seed=2), tokens[1].transpose(1, 2)
+    loss, teacher, wide = NORMLoss(3), draw(2, 5, 3, 4, seed=2), tokens[1].transpose(1, 2)
     torch.testing.assert_close(loss(wide.unflatten(2, (3, 4)), teacher), loss(ft(x)[1], teacher))
     with pytest.raises(ValueError, match="must be"):
         loss(wide, teacher.flatten(2))
@@ -110,7 +107,7 @@ def test_fold_is_exact(name, dtype):
     ft, layer = make_transform(norm, dtype), next_layers()[name].to(dtype)
     before = copy.deepcopy(layer.state_dict())
     folded = ft.fold(layer)
-    x = random(2, 6, 6, 6, dtype=dtype)
+    x = draw(2, 6, 6, 6, dtype=dtype)
     if name == "linear":
         expected, actual = layer(ft(x)[0].mean((2, 3))), folded(x.mean((2, 3)))
     else:
@@ -136,7 +133,7 @@ def test_the_default_device_is_not_taken():
 
 def test_fold_of_zero_shift_with_batch_norm():
     ft, layer = NORMTransform(6, 5, 3).double().eval(), nn.Conv2d(6, 4, 3, padding=1).double()
-    x = random(2, 6, 5, 5)
+    x = draw(2, 6, 5, 5)
     torch.testing.assert_close(ft.fold(layer)(x), layer(ft(x)[0]), rtol=1e-10, atol=1e-10)
 
 
@@ -166,7 +163,7 @@ def test_fold_refuses():
 
 def test_a_dot_keeps_nothing_of_it(dash, make_dot):
     dot = make_dot(dash)
-    sample = random(2, 1, 16, 16, dtype=torch.float32)
+    sample = draw(2, 1, 16, 16, dtype=torch.float32)
     jump = JumpPoint(sample, torch.tensor(900), sample)
     first = dot.up_blocks[0].reduce
     torch.manual_seed(0)

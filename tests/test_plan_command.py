@@ -206,6 +206,15 @@ class TestSearch:
         ({"dtype": "float16", "mixed_precision": "fp16"}, "dtype is float16 and mixed_precision"),
         ({"speed_ratio": 0.0}, "speed_ratio is 0.0; it must be more than 0"),
         ({"start_plans": ("DxD",)}, r"a plan is written with .*\['x'\]"),
+        ({"num_images": 4, "num_quick_images": 8}, "num_quick_images is 8, .* num_images = 4"),
+        ({"lsd": (0,)}, "lsd is"),
+        ({"ratios": (0.5,)}, "ratios is"),
+        ({"solver": ("rk4",)}, "'rk4' is unknown"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_fit_images": 0}, "num_fit_images is 0"),
+        ({"fit_rounds": -1}, "fit_rounds is -1"),
+        ({"refine_rounds": -1}, "refine_rounds is -1"),
+        ({"mixture_images": -1}, "mixture_images is -1"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, options, message):

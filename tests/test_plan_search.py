@@ -648,22 +648,3 @@ def test_searches_for_two_pipelines_are_not_mixed(tmp_path):
     check_output(replace(config, pipeline="two", dot=str(folder)))  # whose Dot knows its Dash
     with pytest.raises(FileExistsError, match=r"output_dir is .* pipeline 'one', .* name another"):
         check_output(replace(config, pipeline="two"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_images": 4, "num_quick_images": 8}, "num_quick_images is 8, .* num_images = 4"),
-        ({"lsd": (0,)}, "lsd is"),
-        ({"ratios": (0.5,)}, "ratios is"),
-        ({"solver": ("rk4",)}, "'rk4' is unknown"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"num_fit_images": 0}, "num_fit_images is 0"),
-        ({"fit_rounds": -1}, "fit_rounds is -1"),
-        ({"refine_rounds": -1}, "refine_rounds is -1"),
-        ({"mixture_images": -1}, "mixture_images is -1"),
-    ],
-)
-def test_wrong_settings(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        PlanConfig(output_dir=tmp_path, **options)

@@ -1,10 +1,11 @@
 """ScaleKD's frozen teacher stage and whole loss: gradients, modes, copies, errors."""
 
 import copy
-import doctest
 
 import pytest
 import torch
+from doctests import run_examples
+from draws import draw
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -19,10 +20,6 @@ from morse.distillation import (
     teacher_perception,
 )
 from morse.distillation.functional import logit_distillation_loss
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 class Stage(nn.Module):
@@ -48,8 +45,7 @@ def make_loss(dtype=torch.float64, **options):
 
 @pytest.mark.parametrize("module", [cross_attention, dual_view, scale_kd, teacher_perception])
 def test_examples(module):
-    result = doctest.testmod(module, globs={})
-    assert result.attempted > 1 and result.failed == 0
+    assert run_examples(module)
 
 
 # The teacher's stage

@@ -14,22 +14,22 @@ def _fill(model):
     return model.eval()
 
 
+_DIT = {"num_attention_heads": 3, "attention_head_dim": 4, "in_channels": 4}
+_DIT |= {"out_channels": 8, "num_layers": 2, "sample_size": 16}
+
+
 def tiny_dit(**options):
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
-    settings = {"num_attention_heads": 3, "attention_head_dim": 4, "in_channels": 4}
-    settings |= {"out_channels": 8, "num_layers": 2, "sample_size": 16}
-    return _fill(DiTTransformer2DModel(**settings | options))
+    return _fill(DiTTransformer2DModel(**_DIT | options))
 
 
 def tiny_pixart(**options):
     from diffusers import PixArtTransformer2DModel
 
     torch.manual_seed(0)
-    settings = {"num_attention_heads": 3, "attention_head_dim": 4, "in_channels": 4}
-    settings |= {"out_channels": 8, "num_layers": 2, "sample_size": 16}
-    settings |= {"caption_channels": TEXT_CHANNELS, "cross_attention_dim": 12}
+    settings = {**_DIT, "caption_channels": TEXT_CHANNELS, "cross_attention_dim": 12}
     return _fill(PixArtTransformer2DModel(**settings | options))
 
 
