@@ -53,7 +53,8 @@ class ScaleKDLoss(nn.Module):
     A middle feature of the student is projected to the teacher's middle width, sent through the
     teacher's remaining layers and compared with the teacher's last feature. What comes out also
     queries the projection of the student's last feature, compared with the same. All in two views,
-    each with an own projector. Parameters are trained along with the student.
+    each with an own projector. Parameters are trained along with the student. Classifiers may also
+    learn from logits, by `morse.distillation.functional.logit_distillation_loss`.
 
     Args:
         mid: The student's middle feature; `teacher_channels` and `query_hw` are those of the

@@ -54,8 +54,9 @@ class SemanticGridTransform(nn.Module):
             mean of joints 8 and 9, and `inverse` ignores it. "random" is softmax of uniform noise;
             a LongTensor (H, W) names each cell's node, a float tensor (HW, J) holds the scores.
         learnable: Whether `scores` take gradients.
-        cover: "none" may leave nodes without a cell, as the authors do, whereas "repair" gives
-            each such node the cell that loses least score, out of those whose node has another.
+        cover: "none" may leave nodes without a cell (`coverage` tells), as the authors do, whereas
+            "repair" gives each such node the cell that loses least score, out of those whose node
+            has another.
         eps: Added to the copies' number in `inverse`, above 0; like its authors', "handcrafted"
             divides by the number alone.
 
