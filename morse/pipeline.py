@@ -79,20 +79,7 @@ class MorsePipeline(metaclass=_IsAttached):
         hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         config = DiffusionPipeline.load_config(path, **hub_options)
         dot_class = config.get("dot", (None, None))[1]
-        for name in ("torch_dtype", "dtype"):
-            if not isinstance(hub_options.get(name), torch.dtype):
-                hub_options.pop(name, None)  # one for each component, say: Dot follows its Dash
-        if dot is None and dot_class == MorseDot.__name__:
-            dot = _load_variant(path, "dot", **hub_options)
-        elif dot is None and dot_class is not None:
-            raise ValueError(
-                f"{path} was saved with a Dot of the class {dot_class!r}, which only its own code "
-                "can load; load it there and pass dot=..., or a callable, or a saved MorseDot."
-            )
-        elif isinstance(dot, (str, os.PathLike)):
-            # A revision is one of the pipeline's repository.
-            hub_options.pop("revision", None)
-            dot = load_dot(dot, **hub_options)
+        dot = _find_dot(dot, path, dot_class, **hub_options)
         loader = DiffusionPipeline
         if dot_class is not None and hasattr(diffusers, config["_class_name"]):
             # Plain diffusers would load the folder too, with warnings about its `dot`.
@@ -166,6 +153,30 @@ def load_dot(path: str | os.PathLike, **kwargs: object) -> MorseDot:
     """
     with loading_from("dot", path):
         return _load_either(path, **kwargs)
+
+
+def _find_dot(
+    dot: MorseDot | str | os.PathLike | None,
+    path: str | os.PathLike,
+    dot_class: str | None,
+    **hub_options: object,
+) -> MorseDot | None:
+    """Load the Dot that was asked for, or else the one of `dot_class` saved with a pipeline."""
+    for name in ("torch_dtype", "dtype"):
+        if not isinstance(hub_options.get(name), torch.dtype):
+            hub_options.pop(name, None)  # one for each component, say: Dot follows its Dash
+    if isinstance(dot, (str, os.PathLike)):
+        # A revision is one of the pipeline's repository.
+        hub_options.pop("revision", None)
+        return load_dot(dot, **hub_options)
+    if dot is not None or dot_class is None:
+        return dot
+    if dot_class == MorseDot.__name__:
+        return _load_variant(path, "dot", **hub_options)
+    raise ValueError(
+        f"{path} was saved with a Dot of the class {dot_class!r}, which only its own code can "
+        "load; load it there and pass dot=..., or a callable, or a saved MorseDot."
+    )
 
 
 def _load_either(path: str | os.PathLike, **kwargs: object) -> MorseDot:
