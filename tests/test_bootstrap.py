@@ -145,6 +145,8 @@ def test_a_reference_of_fewer_images_pairs_with_the_first_ones():
     statistics = [feature_statistics(f) for f in (scores.features[:20], reference.features)]
     expected = frechet_distance(*statistics[0], *statistics[1])
     assert draws["frechet_to_reference"][0] == pytest.approx(expected, rel=1e-9)
+    level = ImageScores(scores.features, torch.ones(20), torch.ones(20))
+    np.testing.assert_allclose(bootstrap.draws(level)["psnr"], 1)
     # The other axis still counts all 60 images.
     assert draws["frechet"][0] == pytest.approx(
         frechet_distance(*feature_statistics(scores.features), *real), rel=1e-9

@@ -119,6 +119,7 @@ def test_points_without_a_speedup_keep_their_status_and_say_why():
     assert flat["status"] == "saturated" and "does not make the baseline better" in flat["note"]
     for entry in (saturated, worse, flat):
         assert entry["value"] is entry["interval"] is entry["median"] is None
+        assert entry["replicates_outside"] == 0  # there are none
         assert set(entry) == set(UNKNOWN)
 
 

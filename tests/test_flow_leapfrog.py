@@ -125,6 +125,11 @@ class TestTheGrid:
         assert scheduler._grid == pytest.approx([0.9, 0.7, 0.5, 0.35, 0.2, 0.0])
         assert scheduler._weights is None and scheduler.num_inference_steps == 3
 
+    def test_a_fit_begins_with_noise_alone_at_most(self):
+        scheduler = FlowMatchLeapfrogScheduler(fitted_steps=[[999.5, 0.3, 0, 0], [300, 1, 0, 0]])
+        scheduler.set_timesteps(2)
+        assert scheduler._grid[0] == 1
+
     def test_sigmas_that_flux_gives_unasked_are_no_choice(self):
         asked, unasked = (FlowMatchLeapfrogScheduler(timestep_power=1.3) for _ in range(2))
         asked.set_timesteps(5)

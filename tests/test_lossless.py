@@ -14,7 +14,8 @@ def noisy_case(seed=0, spread=0.01):
     shared = np.concatenate([[0.0], rng.normal(0, spread, NUM_REPLICATES)])
     own = np.concatenate([[0.0], rng.normal(0, spread / 10, NUM_REPLICATES)])
     curve = Curve(COSTS, 1 / COSTS + shared[:, None])
-    by_seed = Curve(COSTS, 1 / COSTS + np.array([[-spread], [0.0], [spread]]))
+    seeds = np.array([[-spread], [0.0], [spread]]) * 15 / COSTS  # vary by `spread` at cost 15
+    by_seed = Curve(COSTS, 1 / COSTS + seeds)
     return curve, by_seed, 1 / 15 + shared + own
 
 
@@ -32,6 +33,9 @@ def test_equal_at_one_and_a_half_is_lossless_there_and_not_beyond():
     assert results[1.5]["delta"] == pytest.approx(0.01) and results[1.5]["delta_from"] == "seeds"
     # What both share cancels: 95 % of the rest lies under 1.645 of its deviations.
     assert results[1.5]["upper_bound"] == pytest.approx(1.645e-3, rel=0.2)
+    errors[0] += 1  # is no replicate
+    again = lossless_test(curve, by_seed, 10, errors, 1.5)
+    assert again["upper_bound"] == results[1.5]["upper_bound"]
 
 
 def test_one_seed_takes_the_bootstraps_error_and_says_so():

@@ -56,11 +56,12 @@ def test_all_dash_where_nothing_can_be_traded():
     assert str(MorsePlan.from_budget(3, 6, ratio=1.5)) == "DDD"  # one is over 30 % of it
     assert str(MorsePlan.from_budget(7.9, 0.8)) == "D" * 7
     assert str(MorsePlan.from_budget(5, 6, ratio=1)) == "DDDDD"
+    assert str(MorsePlan.from_budget(2, 1.2)) == "DD"  # "Do" is as long
 
 
 def test_a_fraction_of_lsd_is_spent_on_dot():
-    plan = MorsePlan.from_budget(1.5, 6)
-    assert str(plan) == "Dooo"
+    assert str(MorsePlan.from_budget(1.5, 6)) == "Dooo"
+    assert str(MorsePlan.from_budget(1.9, 6)) == "Doooo"
 
 
 def test_forms_of_a_plan_are_equal():
@@ -113,6 +114,7 @@ def test_shortened_keeps_dash_where_it_can():
         (lambda: MorsePlan.from_string("DxD"), "x"),
         (lambda: MorsePlan.parse(5), "plan must be a MorsePlan, .* got 5"),
         (lambda: MorsePlan.parse(["D", "o"]), "plan must be a MorsePlan, .* got .'D', 'o'."),
+        (lambda: MorsePlan.parse([True, "o"]), "plan must be a MorsePlan, .* got .True, 'o'."),
         (lambda: MorsePlan(()), "must start with"),
         (lambda: MorsePlan.uniform(2, 2).cost(0), "speed_ratio"),
     ],

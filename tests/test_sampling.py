@@ -194,8 +194,10 @@ class TestLoss:
         assert dash_weight.grad is None and dot_weight.grad.abs() > 0
 
     def test_the_order_of_timesteps_is_checked(self, scheduler, denoiser):
-        with pytest.raises(ValueError, match="t_s > t_o"):
-            make_pair(denoiser, noise(), noise(), self.timesteps[::-1], scheduler.alphas_cumprod)
+        one_equal = (self.timesteps[0], torch.tensor([700, 499, 20]))
+        for timesteps in (self.timesteps[::-1], one_equal):
+            with pytest.raises(ValueError, match="t_s > t_o"):
+                make_pair(denoiser, noise(), noise(), timesteps, scheduler.alphas_cumprod)
 
 
 class TestSpaces:

@@ -205,6 +205,11 @@ def test_what_other_pipelines_leave_out(name, arguments, length):
     assert count_evaluations(pipe, {"timesteps": None, **arguments}, 10) == length
 
 
+def test_an_early_end_takes_the_timestep_that_lies_on_it():
+    pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler(), config={})
+    assert count_evaluations(pipe, {"denoising_end": 0.7}, 10) == 7  # 900, 800, ..., 300
+
+
 @pytest.mark.parametrize(
     ("arguments", "count"),
     [
@@ -240,6 +245,8 @@ def test_plans_with_dot_suit_where_ddim_lands(options, arguments, planned, made)
     shorter, steps = shorten_plan(pipe, arguments, plan, (20.0, 6.0))
     assert len(shorter) == made == count_evaluations(pipe, arguments, steps)
     assert shorter == (plan.shortened(made).filled(20.0, 6.0) if made < planned else plan)
+    alone, _ = shorten_plan(pipe, arguments, MorsePlan.uniform(planned, 0))
+    assert len(alone) == planned  # Dash does as it would without Morse
     pipe.scheduler.set_timesteps(steps)
     step = (pipe.scheduler.timesteps[0] - pipe.scheduler.timesteps[-1]) / (steps - 1)
     assert abs(step / (1000 // steps) - 1) < 0.015

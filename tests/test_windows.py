@@ -97,6 +97,9 @@ def test_plan_timesteps_are_neighbours_on_trailing_grids():
     distance = (torch.cat(grids)[None] - timesteps[:, None]).abs().amax(2).amin(1)
     # Halves, as in 437.5 of 48 steps, may be rounded the other way.
     assert distance.max() <= 1 and (distance == 0).float().mean() > 0.97
+    # From 6 to 60 evaluations evenly in their logarithm, so that half make fewer than 19.
+    steps = (timesteps[:, 0] - timesteps[:, 1]).float()
+    assert 45 < steps.median() < 60
 
 
 def test_a_window_of_one_step_is_algorithm_1():
@@ -104,6 +107,8 @@ def test_a_window_of_one_step_is_algorithm_1():
     timesteps = torch.tensor([[900, 700], [500, 499], [300, 20], [40, 0]])
     window = make_window(FROZEN, clean, noise, timesteps, torch.zeros(4).bool())
     jump, sample, target = make_pair(dash, clean, noise, timesteps.unbind(1), ALPHAS)
+    for kept in (window.samples, window.outputs):  # as a cache will give them back
+        assert torch.equal(kept.half().float(), kept)
     # Windows round to half precision.
     assert_close(window.samples[:, 0], jump.sample, rtol=1e-3, atol=1e-3)
     assert_close(window.outputs[:, 0, 0], jump.model_output, rtol=1e-3, atol=2e-3)
