@@ -14,8 +14,9 @@ from morse.saved_plans import SavedPlan, chooses_timesteps, find_saved_plan, sch
 from morse.steps import count_evaluations, find_exact_steps, fixes_timesteps, shorten_plan
 
 DEFAULT_PLAN_RATIO = 2.0
-# LSD. A mixture gains less the finer the grid is, and from 20 on it loses (eval/results/NOTES.md).
-BEGUN_UP_TO = 10
+# LSD up to which a run begins with three and with two estimates of a mixture, which gains less the
+# finer the grid is, and in the end loses (eval/results/NOTES.md).
+BEGUN_WITH_THREE, BEGUN_WITH_TWO = 10, 14
 
 
 def require_networks(plan: MorsePlan, dot: Dot | None) -> None:
@@ -51,7 +52,7 @@ class PlanChoice:
 
         That is the plan that was saved with Dot for this scheduler (`morse plan`;
         `morse.saved_plans.find_saved_plan` says which), if there is one, else a uniform one. Up to
-        10 LSD the latter begins with Dot's Gaussian mixture, if it has one.
+        14 LSD the latter begins with Dot's Gaussian mixture, if it has one.
 
         Args:
             lsd: The budget.
@@ -79,10 +80,11 @@ class PlanChoice:
         if saved := find_saved_plan(plans, self.scheduler, lsd, speed_ratio):
             return saved
         known = find_family(self.scheduler) is not None and not is_noisy
-        if self.dot.mixture is None or lsd > BEGUN_UP_TO or not known:
+        if self.dot.mixture is None or lsd > BEGUN_WITH_TWO or not known:
             return None
+        start = MIXTURE_START if lsd <= BEGUN_WITH_THREE else MIXTURE_START[:2]
         uniform = MorsePlan.from_budget(lsd, speed_ratio, self.plan_ratio(lsd))
-        return SavedPlan(lsd, f"{MIXTURE_START}{uniform}")
+        return SavedPlan(lsd, f"{start}{uniform}")
 
     def _choose(
         self,
