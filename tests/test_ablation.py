@@ -356,7 +356,7 @@ def test_a_killed_ablation_goes_on(tiny, tmp_path, monkeypatch):
     assert "narrow-seed1" in (tmp_path / "ablation.md").read_text()
     with pytest.raises(FileExistsError, match="--resume"):
         start()
-    with pytest.raises(ValueError, match="max_train_steps is 5, but the run"):
+    with pytest.raises(ValueError, match="max_train_steps was 4 and is 5"):
         start("--resume", "--max_train_steps", "5")
     cells, windows = contents(tmp_path, "cells/*"), contents(tmp_path, "windows-*/*")
     result = start("--resume")

@@ -13,6 +13,7 @@ GROUPS = [
     (
         "files",
         "settings",
+        "folder_settings",
         "plan",
         "spaces",
         "sampling",

@@ -100,7 +100,7 @@ def test_generation_and_metrics_in_one_go(tiny_folder, tmp_path, capsys):  # noq
     assert result["extractor"]["sha256"] in printed and "singular" in printed
     assert run_fid(config)["rows"] == result["rows"]  # from the images that are there
     # That a folder holds others is told before anything is sampled.
-    with pytest.raises(ValueError, match="holds images of other settings"):
+    with pytest.raises(ValueError, match="holds files of other settings"):
         run_fid(replace(config, num_inference_steps=(), reference_steps=7, seed=4))
     assert not (tmp_path / "out" / "reference_7_steps").exists()
 
@@ -152,10 +152,10 @@ def test_a_budget_is_spent_as_a_call_spends_it(tiny_folder, tmp_path):  # noqa: 
     assert run_fid(config)["rows"][0]["plan"] == "Dooo"
     dot.register_to_config(base_space="x0")
     dot.save_pretrained(tmp_path / "dot")
-    with pytest.raises(ValueError, match="dot_config was"):
+    with pytest.raises(ValueError, match=r"dot_config\.base_space was null"):
         run_fid(config)
     dot.register_to_config(base_space=None)
-    with pytest.raises(ValueError, match="plan_scheduler was"):
+    with pytest.raises(ValueError, match=r"plan_scheduler\.timestep_power was 2"):
         dot.register_to_config(plans=None)
         dot.save_pretrained(tmp_path / "dot")
         run_fid(config)
@@ -195,14 +195,6 @@ def test_no_safety_checker_blacks_out_what_is_measured(tmp_path, monkeypatch):
     config = FidConfig(pipeline="text", output_dir=tmp_path, device="cpu", **options)
     run_fid(config)
     assert all(np.array(Image.open(file)).any() for file in (tmp_path / "steps_1").glob("*.png"))
-    # Images of an earlier version, which the checker may have blacked out, are not gone on with.
-    file = tmp_path / "steps_1" / "settings.json"
-    noted = json.loads(file.read_text())
-    assert noted.pop("safety_checker") == "left out"
-    file.write_text(json.dumps(noted))
-    loaded.register_modules(safety_checker=Blackout())
-    with pytest.raises(ValueError, match="safety_checker was null"):
-        run_fid(config)
 
 
 def test_images_of_another_autoencoder_or_text_encoder_are_not_kept(tmp_path, monkeypatch):
@@ -211,8 +203,6 @@ def test_images_of_another_autoencoder_or_text_encoder_are_not_kept(tmp_path, mo
     options = {"class_names": ("cat",), "num_inference_steps": (1,), "num_images": 2}
     config = FidConfig(pipeline="text", output_dir=tmp_path, device="cpu", **options)
     run_fid(config)
-    file = tmp_path / "steps_1" / "settings.json"
-    noted = json.loads(file.read_text())
     for name, part in (("vae", loaded.vae), ("text_encoder", loaded.text_encoder)):
         weight = next(part.parameters()).data
         kept = weight.clone()
@@ -220,11 +210,6 @@ def test_images_of_another_autoencoder_or_text_encoder_are_not_kept(tmp_path, mo
         with pytest.raises(ValueError, match=rf"\(components_sha256\.{name} was .* give another"):
             run_fid(config)
         weight.copy_(kept)
-    weight += 1
-    del noted["components_sha256"]  # as in folders of earlier versions
-    file.write_text(json.dumps(noted))
-    run_fid(config)
-    assert "vae" in json.loads(file.read_text())["components_sha256"]
 
 
 def test_two_folders_in_the_features_of_a_users_network(tmp_path, capsys):

@@ -122,14 +122,17 @@ def test_a_folder_may_grow(pipe, tmp_path):
 
 
 def test_runs_with_other_numbers_of_threads_are_told(pipe, tmp_path):
-    folder, _ = generate(pipe, BARE, REQUEST, tmp_path, alone())  # an earlier version's
-    for threads in (1, 2):
-        assert threads_notes(folder) == []
-        image_file(folder, 1).unlink()
-        request = replace(REQUEST, settings={"pipeline": "tiny", "num_threads": [threads]})
-        generate(pipe, BARE, request, tmp_path, alone())
+    one, two = (
+        replace(REQUEST, settings={"pipeline": "tiny", "num_threads": [threads]})
+        for threads in (1, 2)
+    )
+    folder, _ = generate(pipe, BARE, one, tmp_path, alone())
+    generate(None, BARE, two, tmp_path, alone())
+    assert threads_notes(folder) == []
+    image_file(folder, 1).unlink()
+    generate(pipe, BARE, two, tmp_path, alone())
     assert "made with 1, then 2 CPU threads" in threads_notes(folder)[0]
-    generate(None, BARE, REQUEST, tmp_path, alone())
+    generate(None, BARE, one, tmp_path, alone())
     assert json.loads((folder / "settings.json").read_text())["num_threads"] == [1, 2]
 
 
@@ -159,11 +162,11 @@ def test_images_of_other_settings_are_not_mixed(pipe, tmp_path):
     generate(pipe, BARE, replace(REQUEST, settings=one), tmp_path / "config", alone())
     with pytest.raises(ValueError, match=r"settings \(scheduler_config\.eta was 0 and is 1\)"):
         generate(None, BARE, replace(REQUEST, settings=two), tmp_path / "config", alone())
-    # An earlier version noted how steps are spaced also of schedulers that have no such option.
     noted = json.loads((tmp_path / "config" / "steps_2" / "settings.json").read_text())
-    noted["scheduler_config"]["timestep_spacing"] = "leading"
+    del noted["guidance_scale"]
     (tmp_path / "config" / "steps_2" / "settings.json").write_text(json.dumps(noted))
-    generate(None, BARE, replace(REQUEST, settings=one), tmp_path / "config", alone())
+    with pytest.raises(ValueError, match=r"guidance_scale was missing.*, or delete that folder"):
+        generate(None, BARE, replace(REQUEST, settings=one), tmp_path / "config", alone())
 
 
 def test_a_foreign_folder_is_not_written_to(pipe, tmp_path):

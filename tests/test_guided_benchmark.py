@@ -212,7 +212,7 @@ def test_a_run_is_resumed_and_another_scale_added(config, result, monkeypatch, t
     assert scales == {4.0, 6.0}
     kept = rows_of(more, 4.0)["baseline", "ddim", 3]
     assert kept["seconds"] == rows_of(result, 4.0)["baseline", "ddim", 3]["seconds"]
-    with pytest.raises(ValueError, match="prompts is"):
+    with pytest.raises(ValueError, match="prompts was"):
         measure(config, prompts=("coat",))
     assert json.loads(stored)["rows"] == result["rows"]
 

@@ -314,7 +314,7 @@ def test_figures_are_rounded():
 
 def test_rows_carry_what_their_steps_were_laid_with():
     options = {"fitted_steps": [[999.123456789, 0.5]]}
-    told = [{"scheduler_options": options}, {"scheduler_options": {}}, {}]  # {}: an older cell
+    told = [{"scheduler_options": options}, {"scheduler_options": {}}]
     cells = [quality_cell(DDIM, 4 + i, 1.0, **each) for i, each in enumerate(told)]
     rows = summarize(cells, REAL, references(0), Statistics(num_replicates=0))["rows"]
     assert [{k: v for k, v in row.items() if k == "scheduler_options"} for row in rows] == told

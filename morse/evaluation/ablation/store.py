@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from morse.evaluation.resuming import open_folder
 from morse.files import write_json
+from morse.folder_settings import open_run
 
 Facts = dict[str, object]
 
@@ -25,7 +25,7 @@ class AblationStore:
     def __init__(self, folder: Path, settings: Facts, resume: bool) -> None:
         """Open or begin."""
         self.folder = folder
-        open_folder(folder, settings, resume)
+        open_run(folder, settings, resume)
         (folder / "logs").mkdir(exist_ok=True)
 
     def cell(self, name: str, seed: int, overrides: Facts) -> Facts | None:

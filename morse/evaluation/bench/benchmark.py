@@ -85,9 +85,12 @@ def measure_benchmark(config: BenchmarkConfig) -> dict[str, object]:
     models = dict(bench.pipelines.models)
     if config.prompt_embeds is not None:
         models["prompt_embeds_sha256"] = file_sha256(config.prompt_embeds)
-    identity = {**config.identity(), **models}
-    identity["machine"] = environment(bench.device)  # times of two would not compare
-    identity["extractor"] = None if extractor is None else extractor.identity()
+    identity = {
+        **config.identity(),
+        **models,
+        "machine": environment(bench.device),  # times of two would not compare
+        "extractor": None if extractor is None else extractor.identity(),
+    }
     folders = part_folders(config.output_dir, scales)
     stores = [CellStore(folder, identity, config.resume) for folder in folders]
     real = read_real(opened, extractor, stores[0])

@@ -167,5 +167,4 @@ class BenchmarkConfig:
             "lossless_delta",
         )  # fmt: skip
         settings = as_json(self)
-        # Earlier versions called the extractor so, and their runs go on.
-        return {name: settings[name] for name in names} | {"features": settings["extractor"]}
+        return {name: settings[name] for name in names}

@@ -125,16 +125,10 @@ def _bare_pipeline(bare: "DiffusionPipeline", name: str) -> "DiffusionPipeline":
     return bare
 
 
-def drop_safety_checker(pipe: "DiffusionPipeline") -> bool:
-    """Leave a pipeline's safety checker out, if it has one; what it blacks out would be measured.
-
-    Returns:
-        Whether it had one.
-    """
-    if getattr(pipe, "safety_checker", None) is None:
-        return False
-    pipe.register_modules(safety_checker=None)
-    return True
+def drop_safety_checker(pipe: "DiffusionPipeline") -> None:
+    """Leave out a pipeline's safety checker, if any; what it blacks out would be measured."""
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.register_modules(safety_checker=None)
 
 
 def decode_in_full(vae: torch.nn.Module) -> None:

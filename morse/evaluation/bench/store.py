@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,12 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from morse.evaluation.bench.methods import Method
-from morse.evaluation.resuming import open_folder
 from morse.evaluation.scoring import ImageScores
 from morse.files import atomic_save_file, write_json
-
-# What a run of a version counts as that did not know these settings: that they were not given.
-_ABSENT = {"lossless_delta": [], "dtype": "float32"}
+from morse.folder_settings import open_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +31,7 @@ class Cell:
         lsd: LSD spent.
         seconds: Wall time for all images.
         batch_seconds: Quartiles of the full batches' wall times; None for fewer than two batches.
-        scheduler_options: Options that the plan's steps were laid with, fitted ones in full; None
-            in cells of versions that did not keep them.
+        scheduler_options: Options that the plan's steps were laid with, fitted ones in full.
         fallbacks: Why Dash ran in Dot's place, and how often.
         scores: What the images are like, one by one.
         engaged: Whether the method did anything that the bare pipeline does not.
@@ -57,7 +53,7 @@ class Cell:
     note: str = ""
     peak_memory_mib: float | None = None
     batch_seconds: tuple[float, float, float] | None = None
-    scheduler_options: dict[str, object] | None = None
+    scheduler_options: dict[str, object] = field(default_factory=dict)
 
     def facts(self) -> dict[str, object]:
         """Return everything but the scores, ready for JSON."""
@@ -85,7 +81,7 @@ class CellStore:
             ValueError: If that run had other settings.
         """
         self.folder = folder
-        open_folder(folder, settings, resume, may_lack=True, absent=_ABSENT)
+        open_run(folder, settings, resume)
 
     def has(self, method: Method, budget: int, seed: int) -> bool:
         """Tell whether this cell is measured."""
@@ -93,7 +89,7 @@ class CellStore:
 
     def is_engaged(self, method: Method, budget: int, seed: int) -> bool:
         """Tell whether the method of a measured cell did anything; reads no tensors."""
-        return json.loads(self._file(method, budget, seed).read_text()).get("engaged", True)
+        return json.loads(self._file(method, budget, seed).read_text())["engaged"]
 
     def add(self, cell: Cell) -> None:
         """Save a cell; it appears whole or not at all."""

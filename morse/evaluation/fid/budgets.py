@@ -11,13 +11,13 @@ from morse.evaluation.bench.loading import drop_safety_checker
 from morse.evaluation.bench.solvers import make_solver
 from morse.evaluation.conditions import check_starts_from_noise, make_conditions
 from morse.evaluation.digests import networks_sha256, state_sha256
-from morse.evaluation.fid.folders import COMPONENTS, made_with, threads_notes
+from morse.evaluation.fid.folders import made_with, threads_notes
 from morse.evaluation.fid.generation import Recipe, Request, check_folder, generate
 from morse.evaluation.fid.measuring import check_size
 from morse.evaluation.progress import progress_bar
 from morse.evaluation.prompts import read_prompts
 from morse.plan import MorsePlan
-from morse.rates import adds_noise, own_parameters, unusual_options
+from morse.rates import adds_noise, own_parameters
 from morse.steps import count_evaluations
 
 if TYPE_CHECKING:
@@ -58,14 +58,13 @@ def generate_all(
     check_size(config, extractor, _image_size(pipe))
     asked = read_prompts(config.prompts), config.class_names
     conditions = make_conditions(pipe, *asked, guidance_scale=config.guidance_scale)
-    # Recorded, so that no folder goes on whose images a checker may have blacked out.
-    dropped = {"safety_checker": "left out"} if drop_safety_checker(pipe) else {}
+    drop_safety_checker(pipe)
     request = Request(
         num_images=config.num_images,
         seed=config.seed,
         batch_size=config.batch_size,
         conditions=conditions,
-        settings={**_settings(config, pipe, device), **dropped},
+        settings=_settings(config, pipe, device),
     )
     rows, recipes = [], list(_recipes(config, pipe))
     for recipe in recipes:  # before any is sampled
@@ -178,7 +177,6 @@ def _settings(
     from morse.denoisers import find_denoiser
 
     denoiser = find_denoiser(pipe)
-    others = networks_sha256(pipe, but=(denoiser, pipe.dot))  # an autoencoder, text encoders
     # Another class' spacing, left in the config, is of no effect.
     unspaced = "timestep_spacing" not in own_parameters(pipe.scheduler)
     threads = {"num_threads": [torch.get_num_threads()]} if device.type == "cpu" else {}
@@ -186,7 +184,8 @@ def _settings(
         "pipeline": config.pipeline,
         "denoiser_sha256": state_sha256(denoiser),
         "dot_sha256": None if pipe.dot is None else state_sha256(pipe.dot),
-        **({COMPONENTS: others} if others else {}),
+        "dot_config": _beside_weights(pipe.dot),
+        "components_sha256": networks_sha256(pipe, but=(denoiser, pipe.dot)),  # text encoders, ...
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": {
             key: value
@@ -196,15 +195,13 @@ def _settings(
         "dtype": config.dtype,
         "device": device.type,
         **threads,
-        **_beside_weights(pipe.dot),
     }
 
 
 def _beside_weights(dot: "MorseDot | None") -> dict[str, object]:
-    """Return what Dot's config decides that its weights do not tell, where it is unusual."""
+    """Return what Dot's config decides that its weights do not tell."""
     names = ("base_space", "extrapolation_cap", "gate", "lora_alpha")
-    found = {} if dot is None else unusual_options(dot, names)
-    return {"dot_config": found} if found else {}
+    return {} if dot is None else {name: dot.config[name] for name in names}
 
 
 def _notes(

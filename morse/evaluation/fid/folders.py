@@ -1,17 +1,14 @@
 """Folders of generated images: what they were made with, and which of them are there."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from morse.evaluation.resuming import SETTINGS_FILE, check_images
 from morse.files import write_json
+from morse.folder_settings import SETTINGS_FILE, check_settings, read_settings
 
 FALLBACKS = "fallbacks-*.json"  # * is the batch's first image
-COMPONENTS = "components_sha256"
 _THREADS = "num_threads"
-_CONFIG, _SPACING = "scheduler_config", "timestep_spacing"
 
 
 def image_file(folder: Path, index: int) -> Path:
@@ -29,18 +26,9 @@ def missing_images(folder: Path, batch: range) -> list[int]:
     return [index for index in batch if not image_file(folder, index).exists()]
 
 
-def read_settings(folder: Path) -> dict[str, object]:
-    """Return what is recorded of a folder's images; empty where nothing can be read."""
-    try:
-        found = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def made_with(folder: Path) -> dict[str, object]:
     """Return what is recorded of a folder's images, for a result: without prompts, plain JSON."""
-    return {k: _plain(v) for k, v in read_settings(folder).items() if k != "prompts"}
+    return {k: _plain(v) for k, v in _recorded(folder).items() if k != "prompts"}
 
 
 def _plain(value: object) -> object:
@@ -52,29 +40,29 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_settings(folder: Path, content: Mapping[str, object]) -> None:
+def check_images(folder: Path, content: Mapping[str, object]) -> None:
     """Check that a folder is free, or that its images are the first of those to be made.
 
     Args:
         folder: The folder.
         content: All that its pixels depend on, as JSON has it; "num_images" may be more than
             before, and "num_threads", by which pixels change no more than rounding does, another.
-            "components_sha256" may be new, of which earlier versions noted nothing.
 
     Raises:
-        ValueError: If it holds images of other settings.
+        ValueError: If it holds images of other settings, or other files.
     """
-    before = read_settings(folder)
-    may_differ = {_THREADS: before[_THREADS]} if _THREADS in before else {}
-    if 0 < before.get("num_images", 0) < content["num_images"]:
-        may_differ["num_images"] = before["num_images"]
-    own, noted = (each.get(_CONFIG, {}) for each in (content, before))
-    if _SPACING in noted and _SPACING not in own:  # earlier versions noted what was of no effect
-        may_differ[_CONFIG] = {**own, _SPACING: noted[_SPACING]}
-    wanted = _without_threads(content) | may_differ
-    if COMPONENTS not in before:
-        wanted.pop(COMPONENTS, None)
-    check_images(folder, wanted)
+    file, way_out = folder / SETTINGS_FILE, "give another --output_dir"
+    if file.exists():
+        before = _recorded(folder)
+        grows = 0 < before.get("num_images", 0) < content["num_images"]
+        may_differ = [_THREADS, "num_images"] if grows else [_THREADS]
+        same = {name: before[name] for name in may_differ if name in before}
+        check_settings(file, {**content, **same}, f"{way_out}, or delete that folder")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} is not empty and has no {SETTINGS_FILE}, so nobody knows what made its "
+            f"files; {way_out}"
+        )
 
 
 def record_settings(folder: Path, content: Mapping[str, object], batches: list[range]) -> None:
@@ -85,10 +73,10 @@ def record_settings(folder: Path, content: Mapping[str, object], batches: list[r
 
     Args:
         folder: Made if missing.
-        content: As `check_settings` found right.
+        content: As `check_images` found right.
         batches: All that it is to hold.
     """
-    before = read_settings(folder)
+    before = _recorded(folder)
     count = before.get("num_images", content["num_images"])
     if count < content["num_images"]:
         first = count - count % content["batch_size"]
@@ -98,14 +86,14 @@ def record_settings(folder: Path, content: Mapping[str, object], batches: list[r
     threads = list(before.get(_THREADS, ()))
     if any(missing_images(folder, batch) for batch in batches):
         threads += [number for number in content.get(_THREADS, ()) if number not in threads]
-    settings = _without_threads(content) | ({_THREADS: threads} if threads else {})
+    settings = {**content, _THREADS: threads} if threads else content
     if settings != before:
         write_json(folder / SETTINGS_FILE, settings)
 
 
 def threads_notes(folder: Path) -> list[str]:
     """Warn where runs with different numbers of threads made a folder's images."""
-    threads = read_settings(folder).get(_THREADS, [])
+    threads = _recorded(folder).get(_THREADS, [])
     if len(threads) < 2:
         return []
     numbers = ", then ".join(map(str, threads))
@@ -115,5 +103,7 @@ def threads_notes(folder: Path) -> list[str]:
     ]
 
 
-def _without_threads(content: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in content.items() if name != _THREADS}
+def _recorded(folder: Path) -> dict[str, object]:
+    """Return what is recorded of a folder's images; {} of a folder that is free."""
+    file = folder / SETTINGS_FILE
+    return read_settings(file) if file.exists() else {}

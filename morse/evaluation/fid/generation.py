@@ -13,7 +13,7 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from morse.evaluation.conditions import Conditions
 from morse.evaluation.fid.folders import (
     FALLBACKS,
-    check_settings,
+    check_images,
     fallbacks_file,
     image_file,
     missing_images,
@@ -148,20 +148,16 @@ def generated_set(folder: Path, num_images: int) -> ImageSet:
 def _settings(recipe: Recipe, request: Request) -> dict[str, object]:
     """Return all that a folder's pixels depend on, as JSON gives it back."""
     planned = isinstance(recipe.steps, MorsePlan)
-    # Only where there are any, so that folders made before there were can be gone on with.
-    classes = request.conditions.class_labels
-    rare = {"class_labels": classes} if classes else {}
-    if recipe.scheduler:
-        rare["plan_scheduler"] = recipe.scheduler
     content = {
         "steps": len(recipe.steps) if planned else recipe.steps,
         "plan": str(recipe.steps) if planned else None,
+        "plan_scheduler": recipe.scheduler,
         "num_images": request.num_images,
         "seed": request.seed,
         "batch_size": request.batch_size,
-        "prompts": list(request.conditions.prompts),
+        "prompts": request.conditions.prompts,
+        "class_labels": request.conditions.class_labels,
         "guidance_scale": request.conditions.guidance_scale,
-        **rare,
         **request.settings,
     }
     return json.loads(json.dumps(content))
@@ -174,7 +170,7 @@ def check_folder(recipe: Recipe, request: Request, output_dir: Path) -> dict[str
         ValueError: If it holds images of other settings.
     """
     content = _settings(recipe, request)
-    check_settings(output_dir / recipe.folder, content)
+    check_images(output_dir / recipe.folder, content)
     return content
 
 

@@ -177,7 +177,7 @@ def _measure_generated(
         fitted = replace(images, resolution=config.resolution)
         with progress_bar(f"features of {row['label']}", shown=True) as on_images:
             fake = extract_feature_set(fitted, extractor, config.batch_size, True, on_images)
-        prompts = _prompts(config, "class_labels" in row["made_with"])
+        prompts = _prompts(config, bool(row["made_with"]["class_labels"]))
         scores = _scores(config, extractor, real, fake, device, prompts)
     reference = next((other for other in rows if other["kind"] == "reference"), None)
     if reference is not None and reference is not row:

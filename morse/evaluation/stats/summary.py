@@ -88,7 +88,7 @@ def _row(point: Point, axes: Sequence[str]) -> dict[str, object]:
         "num_dash": mean(cell.num_dash for cell in cells),  # of adaptive peers they differ
         "num_dot": mean(cell.num_dot for cell in cells),
         "plan": first.plan,
-        **({} if first.scheduler_options is None else {OPTIONS: first.scheduler_options}),
+        OPTIONS: first.scheduler_options,
         "fallbacks": dict(fallbacks),
         "engaged": all(cell.engaged for cell in cells),
         "note": "; ".join(dict.fromkeys(cell.note for cell in cells if cell.note)),
