@@ -57,11 +57,11 @@ def run(base, data_dir, tmp_path_factory):
     return train
 
 
-def make_one_shard(folder, description, **options):
+def make_one_shard(folder, description, shard_size=1):
     alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None,
                             process_index=0, num_processes=1)  # fmt: skip
-    make_shards(folder, "windows", 1, 1, "", lambda: description,
-                lambda rows: {"a": torch.ones(1)}, alone, **options)  # fmt: skip
+    make_shards(folder, "windows", 1, shard_size, "", lambda: description,
+                lambda rows: {"a": torch.ones(1)}, alone)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ class TestCache:
         assert window.outputs.flatten().tolist() == [-8, 0, -4, -3, -3, -2]
 
     def test_other_settings_are_refused(self, run, folder):
-        with pytest.raises(ValueError, match=r"made with other \['window_steps'\]"):
+        with pytest.raises(ValueError, match=r"other settings \(window_steps was 2 and is 3\)"):
             run(*self.options, "--cache_dir", str(folder), "--window_steps", "3")
 
     def test_other_images_are_refused(self, run, folder):
@@ -264,9 +264,9 @@ class TestCache:
         told = json.loads(description.read_text())
         assert (told["images"], told["image_column"]) == (10, "image")
         unnoted = {name: value for name, value in told.items() if name != "images"}
-        for other in (told | {"images": 9}, unnoted):
+        for other, was in ((told | {"images": 9}, 9), (unnoted, "missing")):
             description.write_text(json.dumps(other))
-            with pytest.raises(ValueError, match=r"made with other \['images'\]"):
+            with pytest.raises(ValueError, match=rf"settings \(images was {was} and is 10\)"):
                 run(*options)
         description.write_text(json.dumps(told))
 
@@ -287,15 +287,19 @@ class TestCache:
         make_one_shard(tmp_path, {})
         assert not old.exists() and new.exists() and other.exists()
 
-    def test_those_of_an_earlier_version_may_lack_a_key(self, tmp_path):
+    def test_what_nobody_knows_or_lacks_a_setting_is_refused(self, tmp_path):
         make_one_shard(tmp_path, {"seed": 1})
-        with pytest.raises(ValueError, match=r"made with other \['vae'\]"):
-            make_one_shard(tmp_path, {"seed": 1, "vae": 2})
-        with pytest.raises(ValueError, match=r"made with other \['seed'\]"):
-            make_one_shard(tmp_path, {"seed": 2, "vae": 2}, may_lack=("vae",))
-        make_one_shard(tmp_path, {"seed": 1, "vae": 2}, may_lack=("vae",))  # and notes it
-        with pytest.raises(ValueError, match=r"made with other \['vae'\]"):
-            make_one_shard(tmp_path, {"seed": 1, "vae": 3}, may_lack=("vae",))
+        with pytest.raises(ValueError, match=r"vae was missing and is null\); .* or delete that"):
+            make_one_shard(tmp_path, {"seed": 1, "vae": None})
+        with pytest.raises(ValueError, match=r"shard_rows was 1 and is 2\)"):
+            make_one_shard(tmp_path, {"seed": 1}, shard_size=2)
+        make_one_shard(tmp_path, {"seed": 1})
+        (tmp_path / "cache.json").write_text("{")
+        with pytest.raises(ValueError, match=r"cache\.json is damaged .*; delete "):
+            make_one_shard(tmp_path, {"seed": 1})
+        (tmp_path / "cache.json").unlink()
+        with pytest.raises(FileExistsError, match=r"no cache\.json, .* another --cache_dir"):
+            make_one_shard(tmp_path, {"seed": 1})
 
     def test_shards_hold_whole_batches(self):
         from morse.training.cache import _BATCH_SIZES, _DEFAULT_BATCH_SIZE

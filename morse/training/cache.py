@@ -9,7 +9,7 @@ from torch import Tensor
 
 from morse.dot.fingerprint import fingerprint, identify
 from morse.training.batches import StepBatches
-from morse.training.cache_sizes import choose_rows, note_rows, size_on_disk, window_shards
+from morse.training.cache_sizes import choose_rows, size_on_disk, window_shards
 from morse.training.common import step_generator
 from morse.training.conditions import ConditionTable
 from morse.training.config import TrainDotConfig
@@ -129,10 +129,10 @@ def _join(shards: list[dict[str, Tensor]], device: torch.device) -> dict[str, Te
 
 def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, object]:
     """What the windows of a cache depend on."""
-    pipeline, kind = source.pipeline, source.pipeline.encoder.kind
+    pipeline, numbers = source.pipeline, source.numbers
     # Which caption or class each image has: shards keep it, so that the set of them won't do.
-    numbers = None if source.numbers is None else source.numbers.tolist()
-    description = {
+    conditions = None if numbers is None else (source.table.values, numbers.tolist())
+    return {
         "dash": fingerprint(pipeline.dash.model),
         "vae": None if pipeline.codec is None else fingerprint(pipeline.codec.vae),
         "scaling": None if pipeline.codec is None else pipeline.codec.constants,
@@ -146,11 +146,8 @@ def _describe(source: ConditionedImages, config: TrainDotConfig) -> dict[str, ob
         "timestep_sampling": config.timestep_sampling,
         "guidance_scale": list(pipeline.guidance_scale),
         "seed": config.seed,
-        "captions": digest(repr(source.table.values)) if kind == "text" else None,
+        "conditions": digest(repr(conditions)),
     } | describe_data(source, config)
-    if numbers is not None:
-        description["conditions"] = digest(repr((source.table.values, numbers)))
-    return description
 
 
 def prepare_cache(
@@ -181,7 +178,7 @@ def prepare_cache(
         total=total,
         shard_size=size,
         label=f"evaluating Dash, {size} windows a shard",
-        describe=lambda: _describe(source, config) | note_rows(size),
+        describe=lambda: _describe(source, config),
         make=make,
         accelerator=accelerator,
     )

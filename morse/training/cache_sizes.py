@@ -28,11 +28,6 @@ def choose_rows(shard_bytes: ShardBytes) -> int:
     return rows
 
 
-def note_rows(rows: int) -> dict[str, object]:
-    """Give what the description of a cache says of its shards: the usual number is not said."""
-    return {} if rows == MOST_ROWS else {"shard_rows": rows}
-
-
 def size_on_disk(total: int, rows: int, shard_bytes: ShardBytes) -> str:
     """Give what shards of `rows` take of which there are `total`, as text."""
     size = sum(shard_bytes(min(rows, total - start)) for start in range(0, total, rows))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from morse.dot.fingerprint import fingerprint
-from morse.training.cache_sizes import choose_rows, latent_bytes, note_rows, size_on_disk
+from morse.training.cache_sizes import choose_rows, latent_bytes, size_on_disk
 from morse.training.config import TrainDotConfig
 from morse.training.data import ImageDataset, in_batches
 from morse.training.shards import gather_rows, make_shards, read_shard
@@ -41,7 +41,7 @@ def cache_latents(
             "scaling": pipeline.codec.constants,
             "resolution": pipeline.resolution,
         }
-        return own | describe_data(source, config) | note_rows(size)
+        return own | describe_data(source, config)
 
     paths = make_shards(
         folder=folder,

@@ -1,14 +1,14 @@
 """Folders of safetensors that are made once, shard by shard, and serve many epochs and runs."""
 
 import hashlib
-import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from morse.files import atomic_save_file, read_tensors, remove_leftovers, write_json
+from morse.files import atomic_save_file, read_tensors, remove_leftovers
+from morse.folder_settings import claim_folder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,7 +30,6 @@ def make_shards(
     describe: Callable[[], dict[str, object]],
     make: Callable[[range], dict[str, Tensor]],
     accelerator: "Accelerator",
-    may_lack: Collection[str] = (),
 ) -> list[Path]:
     """Make the missing shards, shared out among the processes.
 
@@ -42,11 +41,9 @@ def make_shards(
         total: Rows in all.
         shard_size: Rows of each; the last may have fewer.
         label: For the progress bar on the terminal of the main process.
-        describe: Says what the shards depend on, as JSON has it.
+        describe: Says what the shards depend on beside `shard_size`, as JSON has it.
         make: Gives the tensors of these rows.
         accelerator: The run's.
-        may_lack: Keys of what `describe` gives that earlier versions did not note; shards without
-            them are served all the same.
 
     Returns:
         All shards, in order.
@@ -58,7 +55,7 @@ def make_shards(
     from rich.progress import track
 
     if accelerator.is_main_process:
-        _claim(folder, describe(), may_lack)
+        _claim(folder, describe() | {"shard_rows": shard_size})
         remove_leftovers(folder, f".{name}-*.safetensors.tmp-*")
     accelerator.wait_for_everyone()
     count = -(-total // shard_size)
@@ -98,23 +95,12 @@ def gather_rows(parts: Iterable[dict[str, Tensor]], size: int) -> dict[str, Tens
     return found
 
 
-def _claim(folder: Path, description: dict[str, object], may_lack: Collection[str]) -> None:
+def _claim(folder: Path, description: dict[str, object]) -> None:
     """Note what a folder holds, or check that it holds just this."""
-    path = folder / _DESCRIPTION
-    if not path.exists():
-        if any(folder.glob("*.safetensors")):
-            raise FileExistsError(f"cache_dir is {folder}, which holds other safetensors files.")
-        write_json(path, description)
-        return
-    noted = json.loads(path.read_text(encoding="utf-8"))
-    unsaid = {name: description[name] for name in may_lack if name in description.keys() - noted}
-    noted |= unsaid
-    if noted != description:
-        either = noted | description
-        differing = sorted(key for key in either if noted.get(key) != description.get(key))
-        raise ValueError(
-            f"cache_dir is {folder}, whose contents were made with other {differing}; give another "
-            "--cache_dir or the settings it was made with."
+    file = folder / _DESCRIPTION
+    if not file.exists() and any(folder.glob("*.safetensors")):
+        raise FileExistsError(
+            f"{folder} holds safetensors files and no {_DESCRIPTION}, so nobody knows what they "
+            "are; give another --cache_dir"
         )
-    if unsaid:  # from here on it is compared
-        write_json(path, noted)
+    claim_folder(file, description, "give another --cache_dir, or delete that folder")

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from morse.evaluation.conditions import Conditions
 
 SHARD_SAMPLES = 256
-_MAY_LACK = ("text_encoders", "vae", "scaling")
 
 
 class Targets:
@@ -74,13 +73,12 @@ def prepare_targets(
     """
 
     ways = range(len(sampled.runs))
-    several = len(ways) > 1
 
     @torch.no_grad()
     def make(rows: range) -> dict[str, Tensor]:
         parts = torch.tensor(rows).split(config.train_batch_size)
         samples = [torch.stack([sampled(part, way).cpu() for way in ways], 1) for part in parts]
-        return {"samples": torch.cat(samples) if several else torch.cat(samples).squeeze(1)}
+        return {"samples": torch.cat(samples)}
 
     paths = make_shards(
         folder=config.cache_dir or config.output_dir / "targets",
@@ -91,21 +89,17 @@ def prepare_targets(
         describe=lambda: _describe(sampled, config) | encoders,
         make=make,
         accelerator=accelerator,
-        may_lack=_MAY_LACK,
     )
-    samples = torch.cat([read_shard(path)["samples"] for path in paths])
-    return Targets(samples if several else samples.unsqueeze(1), config.num_images)
+    return Targets(torch.cat([read_shard(path)["samples"] for path in paths]), config.num_images)
 
 
 def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
     """What the targets depend on."""
     scheduler, plan = sampled.runs[0].scheduler, sampled.runs[0].plan
     settings = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
-    scales = [run.guidance_scale for run in sampled.runs]
-    # What an earlier version knew nothing of is not said where it has no effect.
-    dtype = {} if config.dtype == "float32" else {"dtype": config.dtype}
-    return dtype | {
+    return {
         **_describe_decoder(sampled),
+        "dtype": config.dtype,
         "dash": fingerprint(find_denoiser(sampled.pipe)),
         "scheduler": type(scheduler).__name__,
         "scheduler_config": digest(json.dumps(settings, sort_keys=True, default=str)),
@@ -114,7 +108,7 @@ def _describe(sampled: SampledRun, config: TuneDotConfig) -> dict[str, object]:
         "samples": config.num_images + config.validation_images,
         "output_type": sampled.output_type,
         "seed": config.seed,
-        "guidance_scale": scales if len(scales) > 1 else scales[0],
+        "guidance_scale": [run.guidance_scale for run in sampled.runs],
         "conditions": digest(repr(_asked_for(config))),
     }
 
