@@ -44,9 +44,9 @@ def changed_settings(
         ema: The same, if there is one.
     """
     for name, value in now.items():
-        if name in before and before[name] != value:
+        if before.get(name) != value:
             yield (
-                f"{name} was {before[name]} and is now {value}; "
+                f"{name} was {before.get(name)} and is now {value}; "
                 "the result may differ from that of an uninterrupted run"
             )
     for name, value in _restored(optimizer, ema).items():
