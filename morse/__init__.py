@@ -14,7 +14,7 @@ what in the code, besides the packages `training`, `evaluation` and `tuning` of 
   `guess`, `one_pass` or `controlnet`
 - solvers: `schedulers`; our own are `leapfrog` and `flow_leapfrog`, which share `leapfrog_moves`
 - CUDA graphs: `graphs`, `graphed`, `capture`
-- commands: `cli`, `settings`, `files`
+- commands: `cli`, `settings`, `files`; what may be resumed: `folder_settings`
 """
 
 from importlib import import_module
