@@ -15,7 +15,7 @@ from typing import Literal
 
 ModelName = Literal["dash", "dot", "gaussian"]
 _MAX_PLAN_RATIO = 3.0  # evaluations per LSD, where not more are asked for
-MIXTURE_START = "ggg"  # what begins a plan where a mixture is to; fewer gain less
+MIXTURE_START = "ggg"  # what begins a plan where a mixture is to
 _LETTERS: dict[str, ModelName] = {"D": "dash", "o": "dot", "g": "gaussian"}
 
 

