@@ -68,16 +68,7 @@ def find_ports(dash: nn.Module) -> Ports:
 
     Raises:
         ValueError: If a weight-shared Dot is not supported for the class; the known ones are named.
-            Neither is it where the class reads its sample beside the first layer.
     """
-    config = getattr(dash, "config", {})
-    blocks = (*(config.get("down_block_types") or ()), *(config.get("up_block_types") or ()))
-    if config.get("addition_embed_type") == "image_hint" or any("Skip" in name for name in blocks):
-        raise ValueError(
-            f"A weight-shared Dot is not supported for a {type(dash).__name__} with skip blocks or "
-            "an image hint: they read the sample again, in whose place Dot has features. Your own "
-            "Dot can still be attached with enable_morse(pipe, dot)."
-        )
     for cls in type(dash).__mro__:
         if cls.__name__ in PORTS:
             return PORTS[cls.__name__]
@@ -108,8 +99,21 @@ def lora_targets(dash: nn.Module) -> dict[str, dict[str, object]]:
 
 
 def describe_layers(dash: nn.Module, num_down_blocks: int) -> dict[str, object]:
-    """Give the sizes of a `MorseDot` with `num_down_blocks` that follow from its Dash."""
+    """Give the sizes of a `MorseDot` with `num_down_blocks` that follow from its Dash.
+
+    Raises:
+        ValueError: If a weight-shared Dot is not supported for its class (`find_ports`), or for
+            networks of the class that read the sample beside their first layer too.
+    """
     ports = find_ports(dash)
+    config = dash.config
+    blocks = (*(config.get("down_block_types") or ()), *(config.get("up_block_types") or ()))
+    if config.get("addition_embed_type") == "image_hint" or any("Skip" in name for name in blocks):
+        raise ValueError(
+            f"A weight-shared Dot is not supported for a {type(dash).__name__} with skip blocks or "
+            "an image hint: they read the sample again, in whose place Dot has features. Your own "
+            "Dot can still be attached with enable_morse(pipe, dot)."
+        )
     entry, last = (base_layer(dash.get_submodule(name)) for name in (ports.entry, ports.exit))
     embedding = dash.get_submodule(time_embeddings(dash)[0])
     sizes: dict[str, object] = {"time_embed_dim": embedding.linear_2.out_features}
