@@ -13,7 +13,8 @@ from morse.evaluation.report.data import (
     read_axes,
     used_seeds,
 )
-from morse.evaluation.stats.lossless import MEANS, margins_left_over
+from morse.evaluation.report.scores import Axis
+from morse.evaluation.stats.lossless import margins_left_over
 
 BESTS = (BEST_TRAINING_FREE, BEST_WITH_MIXTURE)
 NOT_FIXED = "it comes from the run itself and was not fixed beforehand; with few images it is wide."
@@ -96,7 +97,7 @@ def lossless_section(result: Result) -> Section:
     """The largest factor that passed the non-inferiority test, per method, axis and budget."""
     tables = []
     for axis in read_axes(result):
-        entries = _tested(result, axis.name)
+        entries = _tested(result, axis)
         if not entries:
             continue
         found: dict[tuple[str, float], list[Measured]] = {}
@@ -120,10 +121,10 @@ def lossless_section(result: Result) -> Section:
     return Section("Lossless factors", texts, tuple(tables))
 
 
-def _tested(result: Result, axis: str) -> list[Measured]:
+def _tested(result: Result, axis: Axis) -> list[Measured]:
     """List an axis' tests, without those whose margin would be a distance's bootstrap error."""
-    entries = [entry for entry in result.get("lossless", ()) if entry["axis"] == axis]
-    if axis in MEANS or len(used_seeds(result)) > 1:
+    entries = [entry for entry in result.get("lossless", ()) if entry["axis"] == axis.name]
+    if axis.side == "fidelity" or len(used_seeds(result)) > 1:
         return entries
     return [entry for entry in entries if entry.get("delta_from") == "given"]
 
@@ -132,9 +133,9 @@ def _margin_words(result: Result) -> list[str]:
     """Say where margins come from, and that those which were not given come from the run itself."""
     num_seeds, found, untested = len(used_seeds(result)), {}, []
     for axis in read_axes(result):
-        entries = _tested(result, axis.name)
+        entries = _tested(result, axis)
         entry = next((e for e in entries if e["delta"] is not None), None)
-        if not entries and axis.name not in MEANS:
+        if not entries and axis.side == "distribution":
             untested.append(axis.short_title)
         if entry is not None:
             source = entry.get("delta_from") or ("seeds" if num_seeds > 1 else "bootstrap")

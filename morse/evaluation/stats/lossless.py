@@ -9,7 +9,6 @@ from morse.evaluation.stats.curves import Curve
 
 FACTORS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 CONFIDENCE = 0.95
-MEANS = ("psnr", "ssim")  # over images; the other axes are distances between sets of them
 
 
 def read_deltas(texts: Iterable[str]) -> dict[str, float]:
@@ -71,7 +70,7 @@ def lossless_test(
         errors: The method's error, (R,), lower is better.
         factor: How much more the baseline may pay.
         given: Delta, in the axis' unit, where it was chosen before anything was measured.
-        is_mean: Whether the axis is one of `MEANS`.
+        is_mean: Whether the figure is a mean over images, not a distance between sets of them.
 
     Returns:
         "factor", "difference", "upper_bound", "delta", "delta_from" ("given", "seeds" or

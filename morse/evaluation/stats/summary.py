@@ -18,7 +18,7 @@ from morse.evaluation.fid.feature_sets import FeatureSet
 from morse.evaluation.scoring import AXES, Axis, axis_names
 from morse.evaluation.stats.bootstrap import Estimate, percentile_interval
 from morse.evaluation.stats.curves import UNKNOWN, matched_quality_speedup
-from morse.evaluation.stats.lossless import FACTORS, MEANS, lossless_test
+from morse.evaluation.stats.lossless import FACTORS, lossless_test
 from morse.evaluation.stats.points import (
     Point,
     Statistics,
@@ -185,15 +185,17 @@ def _lossless(
     curve = make_curve(best, axis)
     if curve is None:
         return
-    by_seed = curve_by_seed(best, axis)
+    by_seed, is_mean = curve_by_seed(best, axis), AXES[axis].side == "fidelity"
     for point in points:
         if point.method.is_training_free:
             continue
         head = {"method": point.method.label, "axis": axis, "budget": point.budget}
         for factor in FACTORS:
             if curve.covers(factor * point.lsd):
-                errors, of = point.errors(axis), (given, axis in MEANS)
-                yield head | lossless_test(curve, by_seed, point.lsd, errors, factor, *of)
+                errors = point.errors(axis)
+                yield head | lossless_test(
+                    curve, by_seed, point.lsd, errors, factor, given, is_mean
+                )
 
 
 def rounded(value: object, digits: int = 6) -> object:
