@@ -1,4 +1,6 @@
-"""Redo README's table of what works from the tests that show it: `python -m eval.support_table`.
+"""Redo the guide's table of what works from the tests that show it.
+
+`python -m eval.support_table`
 
 A test says what it shows with `@pytest.mark.supports("Pipelines", "StableDiffusionPipeline")`; the
 first word is the table's row.
@@ -13,6 +15,7 @@ import pytest
 from eval.pages import ROOT, marks, replace_between
 from morse.evaluation.report.markdown import pipe_table
 
+GUIDE = ROOT / "docs/guide.md"
 BEGIN, END = marks("support", "eval.support_table")
 # Row of the table -> its text; the marks use the keys.
 ROWS = {
@@ -73,11 +76,10 @@ def make_table(support: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    """Rewrite README."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    """Rewrite the guide."""
+    text = GUIDE.read_text(encoding="utf-8")
     table = make_table(collect_support())
-    readme.write_text(replace_between(text, BEGIN, END, table), encoding="utf-8")
+    GUIDE.write_text(replace_between(text, BEGIN, END, table), encoding="utf-8")
 
 
 if __name__ == "__main__":

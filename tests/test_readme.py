@@ -43,7 +43,8 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-LINKED = [*PAGES, ROOT / "eval/results/NOTES.md", ROOT / "training/README.md"]
+OTHERS = ("eval/results/NOTES.md", "training/README.md", "docs/guide.md")
+LINKED = [*PAGES, *(ROOT / page for page in OTHERS)]
 
 
 def test_links_into_pages_meet_headings():

@@ -13,7 +13,13 @@ import pytest
 from morse.cli import COMMANDS, find_command, parse_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "training/README.md", *ROOT.glob("morse/assets/*/README.md")]
+GUIDE = ROOT / "docs/guide.md"
+PAGES = [
+    ROOT / "README.md",
+    GUIDE,
+    ROOT / "training/README.md",
+    *ROOT.glob("morse/assets/*/README.md"),
+]
 NOTEBOOKS = [*ROOT.glob("pipelines/*.ipynb")]
 
 
@@ -72,9 +78,15 @@ def check_code(text):
             assert [each.name for each in node.names if not hasattr(module, each.name)] == []
 
 
-def test_code_in_readme_compiles_and_its_names_are_there():
-    for text in blocks(ROOT / "README.md", "python"):
+@pytest.mark.parametrize("page", [ROOT / "README.md", GUIDE], ids=lambda page: page.name)
+def test_code_in_pages_compiles_and_its_names_are_there(page):
+    for text in blocks(page, "python"):
         check_code(text)
+
+
+def test_the_code_in_the_guide_runs():
+    for text in blocks(GUIDE, "python"):
+        exec(text.replace("batch_size=16", "batch_size=1"), {})
 
 
 def test_the_first_code_in_readme_runs():
