@@ -1,6 +1,5 @@
 """What a pipeline with Morse attached does when it is called: plan, run, measure."""
 
-import inspect
 import time
 import warnings
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from morse.denoisers import Denoiser, find_controlnet, find_denoisers
+from morse.denoisers import Denoiser, find_controlnet, find_denoisers, find_signature
 from morse.dot import MorseDot
 from morse.dot.card import pipeline_card
 from morse.dot.fingerprint import check_fingerprint
@@ -107,11 +106,13 @@ class MorseCalls(PlanChoice, Publishable):
 
     def _name_arguments(self, args: tuple, kwargs: dict) -> dict[str, object]:
         """Give the pipeline's own arguments by name."""
-        arguments = dict(inspect.signature(super().__call__).bind(*args, **kwargs).arguments)
+        signature = find_signature(self._morse_base, "__call__")
+        _, *named = signature.bind(self, *args, **kwargs).arguments.items()
+        arguments = dict(named)
         return arguments | arguments.pop("kwargs", {})
 
     def _with_defaults(self, arguments: dict[str, object]) -> dict[str, object]:
-        parameters = inspect.signature(super().__call__).parameters.values()
+        parameters = find_signature(self._morse_base, "__call__").parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty} | arguments
 
     def _run(self, plan: MorsePlan, arguments: dict, timed: bool = False) -> object:

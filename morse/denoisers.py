@@ -23,6 +23,7 @@ _GROUPS = (
     ("decoder",),  # Stable Cascade
 )
 _SAMPLE_NAMES = ("sample", "hidden_states", "latents", "x")
+_OPEN = {inspect.Parameter.VAR_POSITIONAL: "args", inspect.Parameter.VAR_KEYWORD: "kwargs"}
 _TIMESTEP_NAMES = ("timestep", "timesteps", "timestep_ratio", "t")
 
 
@@ -81,9 +82,43 @@ def find_controlnet(pipe: DiffusionPipeline) -> nn.Module | None:
     return controlnet if isinstance(controlnet, nn.Module) else None
 
 
-@cache
-def _signature(denoiser_class: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(denoiser_class.forward)
+def find_signature(kind: type, method: str) -> inspect.Signature:
+    """Give what a class's method takes, `self` first, with what it only hands on by name.
+
+    A subclass that puts something around diffusers' own method may take `*args` and `**kwargs`:
+    what these stand for is in the class that it derives from.
+
+    Args:
+        kind: The class.
+        method: Name of the method.
+
+    Returns:
+        What is handed on by `**kwargs` alone is keyword-only; arguments that no class names are
+        left as "args" and "kwargs".
+    """
+    named: dict[str, inspect.Parameter] = {}
+    handed_on = set(_OPEN)
+    for each in kind.__mro__:
+        if method not in vars(each) or each is nn.Module:  # which has a `forward` that raises
+            continue
+        own = inspect.signature(vars(each)[method]).parameters.values()
+        for parameter in own:
+            if parameter.kind in _OPEN or parameter.name in named:
+                continue
+            optional = any(before.default is not before.empty for before in named.values())
+            # Python has no required arguments behind optional ones.
+            misplaced = parameter.default is parameter.empty and optional
+            if misplaced or inspect.Parameter.VAR_POSITIONAL not in handed_on:
+                parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
+            named[parameter.name] = parameter
+        handed_on &= {parameter.kind for parameter in own}
+        if not handed_on:
+            break
+    rest = [inspect.Parameter(_OPEN[each], each) for each in handed_on]
+    return inspect.Signature(sorted([*named.values(), *rest], key=lambda each: each.kind))
+
+
+_signature = cache(find_signature)
 
 
 def take_apart(module: nn.Module, args: tuple, kwargs: dict) -> Call | None:
@@ -92,7 +127,7 @@ def take_apart(module: nn.Module, args: tuple, kwargs: dict) -> Call | None:
     Returns:
         None where there is no sample or no timestep among them, or the sample is no tensor.
     """
-    signature = _signature(type(unwrap(module)))
+    signature = _signature(type(unwrap(module)), "forward")
     given = dict(signature.bind(module, *args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     given.pop("self", None)

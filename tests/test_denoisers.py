@@ -5,8 +5,8 @@ import inspect
 import diffusers
 import pytest
 import torch
-from pipeline_checks import counted, own_dot
-from tiny_pipelines import loop_pipeline
+from pipeline_checks import counted, latents, make_dot, own_dot
+from tiny_pipelines import loop_pipeline, picture, stable_diffusion, text_inputs, text_unet
 from torch import nn
 
 from morse import enable_morse
@@ -144,6 +144,61 @@ def test_arguments_are_taken_apart_by_name(names):
     assert call.sample is x and call.timestep == 5
     assert call.conditions.keys() == {"text", "more"} and call.conditions["text"] is text
     assert take_apart(Denoiser(), ([x], 5), {}) is None
+
+
+class TestSubclasses:
+    """Users' own, which put something around diffusers' method, are planned by what that takes."""
+
+    class Everything:
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    class Named:
+        def __call__(self, image=None, **options):
+            return super().__call__(image=image, **options)
+
+    class Styled:
+        def __call__(self, style="plain", *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    @pytest.mark.parametrize("around", [Everything, Named, Styled])
+    def test_of_pipelines(self, around):
+        base = diffusers.StableDiffusionImg2ImgPipeline
+        pipe = stable_diffusion(base, text_unet())
+        usual = {**text_inputs(), "image": picture()}
+        expected = latents(pipe, num_inference_steps=5, **usual)
+        pipe.__class__ = type("Own", (around, base), {})
+        enable_morse(pipe, own_dot)
+        # 5 steps of which `strength`, .8 if not given, leaves 4.
+        assert torch.equal(latents(pipe, plan="DDDD", **usual), expected)
+        latents(pipe, num_dash_steps=2, num_dot_steps=2, **usual)
+        assert counted(pipe) == (2, 2) and not pipe.last_run.fallbacks
+
+    def test_arguments_by_place(self):
+        base = diffusers.StableDiffusionPipeline
+        pipe = stable_diffusion(type("Own", (self.Everything, base), {}), text_unet())
+        enable_morse(pipe, own_dot)
+        assert pipe._name_arguments(("a boat", 16), {"width": 8}) == {
+            "prompt": "a boat", "height": 16, "width": 8
+        }  # fmt: skip
+        pipe.__class__ = type("Own", (self.Named, base), {})
+        enable_morse(pipe, own_dot)
+        with pytest.raises(TypeError, match="too many positional"):
+            pipe("picture", "a boat", plan="DoD")
+
+    def test_of_denoisers(self):
+        class Own(diffusers.UNet2DConditionModel):
+            def forward(self, *args, **kwargs):
+                return super().forward(*args, **kwargs)
+
+        pipe = stable_diffusion(diffusers.StableDiffusionPipeline, text_unet())
+        dot, usual = make_dot(pipe.unet), {**text_inputs(), "height": 16, "width": 16}
+        enable_morse(pipe, dot)
+        expected = latents(pipe, plan="DoD", **usual)
+        pipe.unet.__class__ = Own
+        enable_morse(pipe, dot)
+        assert torch.equal(latents(pipe, plan="DoD", **usual), expected)
+        assert counted(pipe) == (2, 1) and not pipe.last_run.fallbacks
 
 
 # Text models, decoders, up-samplers; UnCLIP, whose parts have schedulers of their own; Versatile
