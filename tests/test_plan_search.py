@@ -371,7 +371,15 @@ class TestUse:
                 {"fitted_steps": None},
             ),
             (LeapfrogScheduler(timestep_power=1.5), {}, {"timestep_power": 1.0}),
-            (DPMSolverMultistepScheduler(use_karras_sigmas=True), {}, {"use_karras_sigmas": False}),
+            *(
+                (DPMSolverMultistepScheduler(**{name: True}), {}, {name: False})
+                for name in (
+                    "use_karras_sigmas",
+                    "use_exponential_sigmas",
+                    "use_beta_sigmas",
+                    "use_lu_lambdas",
+                )
+            ),
             (DPMSolverMultistepScheduler(use_karras_sigmas=True), {"use_karras_sigmas": True}, {}),
             (DPMSolverMultistepScheduler(), {"use_karras_sigmas": True}, {}),
         ],

@@ -30,6 +30,9 @@ def power(pipe):
         ({"strength": 0.8, "denoise_strength": 1.0}, False),  # of LTX's conditions, and of the run
         ({"strength": 1.0, "num_inference_steps": 5}, True),
         ({"timesteps": [999]}, True),
+        ({"sigmas": [1.0, 0.5]}, True),
+        ({"denoising_start": 0.5}, True),
+        ({"denoising_end": 0.5}, True),
     ],
 )
 def test_whole_runs_do_not_choose_timesteps(arguments, expected):
@@ -43,6 +46,9 @@ def test_options_within_others():
         with scheduler_options(pipe, {"timestep_power": 3.0}):
             assert power(pipe) == 3
         assert power(pipe) == 2
+    assert pipe.scheduler is before
+    with pytest.raises(KeyboardInterrupt), scheduler_options(pipe, {"timestep_power": 2.0}):
+        raise KeyboardInterrupt
     assert pipe.scheduler is before
 
 
