@@ -209,6 +209,8 @@ def test_a_run_may_begin_in_the_middle():
         for timestep in scheduler.timesteps[2:]:
             sample = scheduler.step(noise, timestep, sample).prev_sample  # an exact estimate
         ends.append(sample)
+        scheduler.set_timesteps(6)
+        assert scheduler.begin_index is None  # the next run is a whole one
     torch.testing.assert_close(ends[0], clean)
     assert torch.equal(*ends)
 
@@ -399,8 +401,10 @@ class TestFittedSteps:
             ([], "must hold rows"),
             ([[999, 0.5]], "must hold rows"),
             ([[500, 0.5, 0, 0], [600, 1, 0, 0]], r"must fall and lie in \[0, 1000\), got"),
+            ([[500, 0.5, 0, 0], [500, 1, 0, 0]], "must fall"),
             ([[1000, 1, 0, 0]], r"must fall and lie in \[0, 1000\), got"),
             ([[999, 1.5, 0, 0], [400, 1, 0, 0]], r"must lie in \(0, 1\), got \[1.5\]"),
+            ([[999, 0, 0, 0], [400, 1, 0, 0]], r"must lie in \(0, 1\), got \[0\]"),
         ],
     )
     def test_wrong_rows(self, rows, message):
