@@ -94,9 +94,37 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path, monkeyp
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
 
     training.step(0)
+    training.save(tmp_path, 11, total_limit=2)  # over what a process of the same number left
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11"]
     training.save(tmp_path, 10, total_limit=2)  # again, over the old one, and tidies up
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-10"]
     Training(1).load(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_killed_while_it_removes_checkpoints_a_run_leaves_complete_ones(
+    tmp_path, monkeypatch, step
+):
+    training = Training(0)
+    training.save(tmp_path, 1)
+
+    def interrupt(path):
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        training.save(tmp_path, step, total_limit=1)
+    assert find_checkpoint(tmp_path, "latest").name == f"checkpoint-{step}"
+    for path in tmp_path.glob("checkpoint-*"):
+        Training(1).load(path)
+
+
+def test_how_updates_are_computed_is_left_to_the_device_at_hand(tmp_path):
+    first, second = Training(0, fused=True), Training(1)
+    first.step(0)
+    second.load(first.save(tmp_path, 1))
+    assert not second.optimizer.param_groups[0]["fused"]
 
 
 @pytest.mark.parametrize(("total_limit", "kept"), [(2, [4, 5]), (1, [5]), (None, [2, 4, 5])])
