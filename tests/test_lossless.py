@@ -54,6 +54,9 @@ def test_a_given_margin_takes_the_place_of_both():
         loose, strict = (lossless_test(curve, seeds, 10, errors, 1.5, d) for d in (0.05, 1e-4))
         assert (loose["delta"], loose["delta_from"], loose["lossless"]) == (0.05, "given", True)
         assert (strict["delta"], strict["lossless"]) == (1e-4, False)
+    bound = loose["upper_bound"]  # has to be under the margin
+    for delta, expected in ((1.01 * bound, True), (bound, False), (0.99 * bound, False)):
+        assert lossless_test(curve, None, 10, errors, 1.5, delta)["lossless"] is expected
     alone = lossless_test(Curve(COSTS, 1 / COSTS[None]), None, 10, np.array([1 / 15]), 1.5, 0.05)
     assert alone["delta"] == 0.05 and alone["lossless"] is None
 
