@@ -205,10 +205,11 @@ def test_in_seconds_the_baseline_is_what_is_best_for_the_time():
 def test_gains_over_the_best_solver_are_of_pairs():
     """What the noise does to both cancels, so that a small difference is no noise."""
     cells = [quality_cell(DDIM, n, 1 / n) for n in (5, 10)]
-    cells += [quality_cell(FAST, 5, 0.1999), quality_cell(FAST, 10, 0.1001)]
+    cells += [dataclasses.replace(quality_cell(FAST, 7, 0.1999), lsd=5.0)]  # what was spent counts
+    cells += [quality_cell(FAST, 10, 0.1001)]
     rows = summarize(cells, REAL, references(0), STATISTICS)["rows"]
     assert all(row["against_best"] == {} for row in select(rows, label=DDIM.label))
-    for budget, gain in ((5, 1e-4), (10, -1e-4)):
+    for budget, gain in ((7, 1e-4), (10, -1e-4)):
         (row,) = select(rows, label=FAST.label, budget=budget)
         found = row["against_best"]["psnr"]
         assert abs(gain) < row["scores"]["psnr"]["standard_error"]
@@ -266,6 +267,9 @@ def test_equal_to_the_baseline_at_one_and_a_half_is_lossless_there_and_not_beyon
     assert {test["delta_from"] for test in tests.values()} == {
         "bootstrap" if len(seeds) == 1 else "seeds"
     }
+    if len(seeds) == 1:  # by its bootstrap a distance would pass too easily
+        distances = select(result["lossless"], axis="frechet")
+        assert {(test["delta_from"], test["lossless"]) for test in distances} == {(None, None)}
     assert tests[1.5]["difference"] == pytest.approx(0, abs=1e-6)
     assert tests[2.5]["difference"] == pytest.approx(1 / 15 - 1 / 25, rel=1e-3)
     assert set(tests) == {1.0, 1.25, 1.5, 2.0, 2.5, 3.0}
@@ -289,6 +293,16 @@ def test_the_reference_is_no_point_of_its_own_fidelity_curve():
         assert rows[100][axis] is None and rows[50][axis] is not None
         assert [point["budget"] for point in result["baseline_curves"][axis]] == [25, 50]
     assert rows[100]["frechet"]["value"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_method_that_did_not_engage_has_a_row_and_is_in_nothing_else():
+    cells = [quality_cell(DDIM, n, 1 / n) for n in (5, 10)]
+    for method in (FAST, SOLVER):  # as good as nothing else is
+        cells.append(dataclasses.replace(quality_cell(method, 5, 0.01), engaged=False))
+    result = summarize(cells, REAL, references(0), STATISTICS)
+    assert [row["engaged"] for row in result["rows"]] == [True, True, False, False]
+    assert result["speedups"] == result["lossless"] == []
+    assert {each["label"] for each in result["baseline_curves"]["psnr"]} == {DDIM.label}
 
 
 def test_without_replicates_there_are_no_errors_and_no_claims():
