@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from morse.evaluation.features import EMBEDDED, load_features
-from morse.tuning.loss import FeatureLoss, load_feature_loss
+from morse.tuning.loss import MAX_PSNR, FeatureLoss, load_feature_loss, run_loss
 
 CPU = torch.device("cpu")
 
@@ -64,6 +64,15 @@ def test_gradients_through_a_classifier_are_those_of_finite_differences():
         ahead, back = (loss(samples + step * direction, targets) for step in (1e-4, -1e-4))
     # Features are compared in float32, as autocast leaves it to them.
     assert float((ahead - back) / 2e-4) == pytest.approx(float(samples.grad.norm()), rel=0.05)
+
+
+def test_a_run_is_compared_with_its_own_targets_and_is_no_nearer_than_80_db():
+    targets, generator = torch.rand(4, 2, 1, 8, 8), torch.Generator().manual_seed(0)
+    numbers, targets_of = torch.arange(4), [1, 0]
+    loss = run_loss(targets_of)
+    for _ in range(6):  # both are drawn
+        found = loss(lambda _, run: targets[:, targets_of[run]], (numbers, targets), generator)
+        assert float(found) == pytest.approx(math.log(10 ** (-MAX_PSNR / 10)))
 
 
 def test_layers_end_in_what_the_features_are_made_of():
