@@ -4,6 +4,7 @@ Settings are frozen dataclasses, one a command.
 """
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, field, fields
 from typing import Any, Literal, TypeVar
@@ -60,6 +61,36 @@ def require_positive(config: object, names: Collection[str]) -> None:
     for name in names:
         value = getattr(config, name)
         require(value is None or value > 0, name, value, "more than 0")
+
+
+def require_places(
+    config: object, folders: Collection[str] = (), files: Collection[str] = ()
+) -> None:
+    """Check that results can be written where settings say, before what may take hours.
+
+    Args:
+        config: The settings; None is left out, and passes.
+        folders: Names of settings that are folders to write into; made if missing.
+        files: Likewise files, whose folders are made if missing.
+
+    Raises:
+        ValueError: For the first that is, or lies in, what it cannot be written to.
+    """
+    for name in (*folders, *files):
+        path = getattr(config, name)
+        if path is None:
+            continue
+        if name in files and path.is_dir():
+            raise ValueError(f"{name} is {path}, a folder; give the name of a file, in it or not")
+        place = path.parent if name in files else path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise ValueError(f"{name} is {path}, but {place} is a file; give another --{name}")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"{name} is {path}, but nothing can be written to {place}; give another --{name}"
+            )
 
 
 def make_given(config_class: type[Config], values: Mapping[str, object]) -> Config:

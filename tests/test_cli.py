@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from morse.cli import COMMANDS, find_command, main, parse_config, run_command
+from morse.evaluation.demo import DemoConfig
 from morse.evaluation.environment import command_line
 from morse.settings import option
 
@@ -75,6 +76,35 @@ def test_help_has_a_line_for_each_command(group, count, capsys):
     lines = {line[:17].strip(): line[17:].strip() for line in told.out.splitlines()[1:]}
     assert lines["eval fid"].startswith("measure FID") and all(lines.values())
     assert len(lines) == count and set(lines) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("eval fid --real a --fake b --json {folder}", "json is {folder}, a folder"),
+        ("eval fid --real a --fake b --json {file}/a.json", "json is {file}/a.json, but {file} is"),
+        ("eval fid --real a --save_stats {file}/b/a.npz", "but {file} is a file"),
+        ("demo --json {folder}", "json is {folder}, a folder"),
+        ("plan --output_dir {file}/a/b", "output_dir is {file}/a/b, but {file} is a file"),
+        ("bench --json {folder}", "json is {folder}, a folder"),
+        ("bench --output_dir {file}", "give another --output_dir"),
+    ],
+)
+def test_places_that_cannot_be_written_to_are_told_before_anything_is_measured(
+    argv, told, tmp_path, capsys
+):
+    places = {"folder": tmp_path, "file": tmp_path / "file"}
+    places["file"].touch()
+    with pytest.raises(SystemExit) as stop:
+        main(argv.format(**places).split())
+    assert stop.value.code == 2
+    assert told.format(**places) in capsys.readouterr().err
+
+
+def test_a_folder_without_the_right_to_write_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
+    with pytest.raises(ValueError, match=f"nothing can be written to {tmp_path}; give another"):
+        DemoConfig(json=tmp_path / "new" / "a.json")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -20,7 +20,7 @@ from morse.evaluation.demo_sampling import (
 )
 from morse.evaluation.environment import command_line, device_name, environment
 from morse.files import write_json
-from morse.settings import option, require, require_least, require_positive
+from morse.settings import option, require, require_least, require_places, require_positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,6 +61,7 @@ class DemoConfig:
         """Check the ranges."""
         require_least(self, {"num_images": 2, "lsd": 2})
         require_positive(self, ("speed_ratio",))
+        require_places(self, ("output_dir",), ("json",))
         require(self.lsd != (), "lsd", self.lsd, "one budget or more, or left out")
 
     def budgets(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.bench.tasks import CHOOSABLE, PEER_SETTINGS, all_solvers
 from morse.evaluation.environment import check_precision
 from morse.evaluation.stats.lossless import read_deltas
-from morse.settings import require, require_least, require_positive
+from morse.settings import require, require_least, require_places, require_positive
 
 if TYPE_CHECKING:
     from morse.evaluation.bench.config import BenchmarkConfig
@@ -28,6 +28,8 @@ def check_settings(config: "BenchmarkConfig") -> None:
     """
     check_solvers((*config.solvers, *config.control_solvers, *config.planned_solvers))
     check_precision(config.dtype, config.mixed_precision)
+    folders = ("output_dir",) if config.json is None else ()  # with arch and json it is not used
+    require_places(config, folders, ("json",))
     if config.compile and config.cuda_graphs:
         raise ValueError("compile is True and so is cuda_graphs; choose one")
     if config.flops_only and not config.arch:

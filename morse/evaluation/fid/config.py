@@ -13,7 +13,14 @@ from morse.evaluation.fid.extractors import (
 from morse.evaluation.fid.feature_sets import STATISTICS_SUFFIX, is_statistics
 from morse.evaluation.fid.image_sets import HUB, SetOptions
 from morse.evaluation.prompts import read_prompts
-from morse.settings import Dtype, changed, option, require_least, require_positive
+from morse.settings import (
+    Dtype,
+    changed,
+    option,
+    require_least,
+    require_places,
+    require_positive,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +114,8 @@ class FidConfig:
         """Check ranges, and which options go together."""
         require_least(self, LEAST)
         require_positive(self, ("speed_ratio",))
+        # Not output_dir: its images may all be there, and it is written to before any is sampled.
+        require_places(self, files=("json", "save_stats"))
         read_prompts(self.prompts)  # an error is told before anything is loaded
         if self.fake is not None and self.pipeline is not None:
             raise ValueError("fake and pipeline were both given; give one of the two")

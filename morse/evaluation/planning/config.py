@@ -8,7 +8,15 @@ from morse.evaluation.environment import check_precision
 from morse.evaluation.planning.search import UNIFORM_RATIOS
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
 from morse.plan import MorsePlan
-from morse.settings import REQUIRED, Dtype, MixedPrecision, option, require_least, require_positive
+from morse.settings import (
+    REQUIRED,
+    Dtype,
+    MixedPrecision,
+    option,
+    require_least,
+    require_places,
+    require_positive,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +99,7 @@ class PlanConfig:
         zeros = ("fit_rounds", "refine_rounds", "mixture_images")
         require_least(self, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
         require_positive(self, ["speed_ratio"])
+        require_places(self, ["output_dir"])
         for plan in self.start_plans:
             MorsePlan.from_string(plan)
         check_precision(self.dtype, self.mixed_precision)
