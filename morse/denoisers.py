@@ -82,6 +82,7 @@ def find_controlnet(pipe: DiffusionPipeline) -> nn.Module | None:
     return controlnet if isinstance(controlnet, nn.Module) else None
 
 
+@cache
 def find_signature(kind: type, method: str) -> inspect.Signature:
     """Give what a class's method takes, `self` first, with what it only hands on by name.
 
@@ -118,16 +119,13 @@ def find_signature(kind: type, method: str) -> inspect.Signature:
     return inspect.Signature(sorted([*named.values(), *rest], key=lambda each: each.kind))
 
 
-_signature = cache(find_signature)
-
-
 def take_apart(module: nn.Module, args: tuple, kwargs: dict) -> Call | None:
     """Split the arguments of a call of a denoiser or ControlNet.
 
     Returns:
         None where there is no sample or no timestep among them, or the sample is no tensor.
     """
-    signature = _signature(type(unwrap(module)), "forward")
+    signature = find_signature(type(unwrap(module)), "forward")
     given = dict(signature.bind(module, *args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     given.pop("self", None)

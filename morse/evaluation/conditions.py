@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from morse.denoisers import find_denoiser
+from morse.denoisers import find_denoiser, find_signature
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -151,7 +151,7 @@ def base_class(pipe: "DiffusionPipeline") -> type:
 
 def call_parameters(pipe: "DiffusionPipeline") -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a pipeline's own call, without what Morse adds."""
-    return inspect.signature(base_class(pipe).__call__).parameters
+    return find_signature(base_class(pipe), "__call__").parameters
 
 
 def check_starts_from_noise(pipe: "DiffusionPipeline", name: str) -> None:
