@@ -82,7 +82,6 @@ def find_controlnet(pipe: DiffusionPipeline) -> nn.Module | None:
     return controlnet if isinstance(controlnet, nn.Module) else None
 
 
-@cache
 def find_signature(kind: type, method: str) -> inspect.Signature:
     """Give what a class's method takes, `self` first, with what it only hands on by name.
 
@@ -97,12 +96,17 @@ def find_signature(kind: type, method: str) -> inspect.Signature:
         What is handed on by `**kwargs` alone is keyword-only; arguments that no class names are
         left as "args" and "kwargs".
     """
+    # An `nn.Module` has a `forward` that raises.
+    owners = [each for each in kind.__mro__ if method in vars(each) and each is not nn.Module]
+    return _join_signatures(*(vars(each)[method] for each in owners))
+
+
+@cache  # by the functions, for a class's method may be put in another's place at any time
+def _join_signatures(*methods: Callable) -> inspect.Signature:
     named: dict[str, inspect.Parameter] = {}
     handed_on = set(_OPEN)
-    for each in kind.__mro__:
-        if method not in vars(each) or each is nn.Module:  # which has a `forward` that raises
-            continue
-        own = inspect.signature(vars(each)[method]).parameters.values()
+    for method in methods:
+        own = inspect.signature(method).parameters.values()
         for parameter in own:
             if parameter.kind in _OPEN or parameter.name in named:
                 continue

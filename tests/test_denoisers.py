@@ -10,7 +10,7 @@ from tiny_pipelines import loop_pipeline, picture, stable_diffusion, text_inputs
 from torch import nn
 
 from morse import enable_morse
-from morse.denoisers import _GROUPS, find_denoisers, result_of, take_apart
+from morse.denoisers import _GROUPS, find_denoisers, find_signature, result_of, take_apart
 
 
 class TestWhatIsFound:
@@ -185,6 +185,12 @@ class TestSubclasses:
         enable_morse(pipe, own_dot)
         with pytest.raises(TypeError, match="too many positional"):
             pipe("picture", "a boat", plan="DoD")
+
+    def test_a_method_put_in_the_place_of_another(self, monkeypatch):
+        base = diffusers.DDPMPipeline
+        assert "image" not in find_signature(base, "__call__").parameters
+        monkeypatch.setattr(base, "__call__", lambda self, image: None)
+        assert list(find_signature(base, "__call__").parameters) == ["self", "image"]
 
     def test_of_denoisers(self):
         class Own(diffusers.UNet2DConditionModel):
