@@ -38,6 +38,7 @@ ABLATION = ROOT / "eval/results/ablation/ablation.json"
 FLOW = ROOT / "eval/results/flow_matching.json"
 SHOWN_KINDS = (*TRAINING_FREE, "morse", *CONTROLS)
 MAX_BUDGETS = 6
+MAX_FACTOR_LSD = 20  # beyond it `lsd=` with leapfrog runs the plan of 20 or the bare solver
 PLANNED = "Morse-Leapfrog as planned"
 # What `lsd=` runs with DPM-Solver++ 2M, on pixels and on text.
 WITH_DPM = ("Morse-DPM++ 2M as planned", "Morse-DPM++ 2M r1.5")
@@ -128,7 +129,8 @@ def make_factors(
     for baseline, (about, result) in product(baselines, results.items()):
         for entry in result["speedups"]:
             chosen = (entry["baseline"], entry["axis"], entry["cost"])
-            if chosen == (baseline, "psnr", "lsd") and entry["method"] in methods:
+            planned = entry["method"] in methods and entry["budget"] <= MAX_FACTOR_LSD
+            if planned and chosen == (baseline, "psnr", "lsd"):
                 scale = entry.get("guidance_scale")
                 place = about if scale is None else f"{about}, guidance {scale:g}"
                 rows.setdefault((baseline, place), {})[entry["budget"]] = _factor(result, entry)
