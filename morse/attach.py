@@ -140,7 +140,7 @@ def enable_morse(
     if isinstance(dot, MorseDot):
         dot.check_dash(denoiser)  # before its weights are rounded to another precision
         prepare_dot(pipe, dot, denoiser)
-        dot.eval().bind(denoiser)
+        dot.eval().adopt(denoiser)
         if merge_lora is not None:
             dot.merge_lora() if merge_lora else dot.unmerge_lora()
     disable_morse(pipe)

@@ -39,10 +39,16 @@ class LowRank(nn.Module):
         """Return the update for the layer's input."""
         return self.lora_B(self.lora_A(hidden)) * self.scale
 
-    def delta_weight(self) -> Tensor:
-        """The same update as a change of the layer's weight, in float32."""
-        down, up = self.lora_A.weight.float(), self.lora_B.weight.float()
-        return torch.einsum("or,ri...->oi...", up.reshape(up.shape[0], -1), down) * self.scale
+    def merge(self, weight: Tensor) -> Tensor:
+        """Return the layer's weight, (O, I, ...), with the update added, in one pass of float32.
+
+        On a CPU a convolution's lies channels last in memory, as its features will.
+        """
+        parts = [each.float().movedim(1, -1) for each in (weight, self.lora_A.weight)]
+        up = self.lora_B.weight.float().flatten(1)
+        merged = torch.addmm(parts[0].flatten(1), up, parts[1].flatten(1), alpha=self.scale)
+        merged = merged.to(weight.dtype).view(parts[0].shape).movedim(-1, 1)
+        return merged if weight.device.type == "cpu" else merged.contiguous()
 
 
 def describe_leaf(leaf: nn.Module) -> dict[str, object] | None:

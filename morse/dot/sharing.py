@@ -54,8 +54,10 @@ class SharesDash(nn.Module):
             check_fingerprint(dash, self.config.dash_fingerprint, self._copied_with)
             self._checked = (dash,)
 
-    def bind(self, dash: nn.Module) -> Self:
-        """Share the layers of `dash` from now on.
+    def adopt(self, dash: nn.Module) -> Self:
+        """Belong to `dash` from now on; its layers are shared, and a LoRA merged, by the next run.
+
+        Merging writes as much as Dash's weights, in vain where they are moved before that run.
 
         Raises:
             ValueError: If it is not the Dash of this Dot, is quantized, or its attention is fused.
@@ -66,6 +68,15 @@ class SharesDash(nn.Module):
             self._unbind()
             self._dash = (dash,)
         warn_of_other_forwards(dash, self.adapters)
+        return self
+
+    def bind(self, dash: nn.Module) -> Self:
+        """Share the layers of `dash` from now on.
+
+        Raises:
+            ValueError: As `adopt`.
+        """
+        dash = self.adopt(dash)._dash[0]
         # Its layers may have been replaced, moved or set otherwise since.
         state = TreeState(dash, self.adapters if self.is_merged else None)
         if self._tree and state == self._tree_state:

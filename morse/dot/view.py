@@ -67,9 +67,9 @@ def merge_shared_tree(dash: nn.Module, adapters: dict[str, LowRank]) -> nn.Modul
     layers = dict(named_layers(tree))
     for name, adapter in adapters.items():
         leaf = layers[name]
-        merged = leaf.weight.detach().float() + adapter.delta_weight().detach()
         leaf.__dict__["_parameters"] = dict(leaf._parameters)
-        merged = place_channels_last(merged.to(leaf.weight))
+        with torch.no_grad():
+            merged = adapter.merge(leaf.weight)
         leaf._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
     return tree
 
