@@ -116,21 +116,25 @@ def _cell(result: Result, row: Measured | None) -> str:
 
 
 def make_factors(
-    results: dict[str, Result], baselines: tuple[str, ...], methods: tuple[str, ...] = (PLANNED,)
+    results: dict[str, Result],
+    baselines: tuple[str, ...],
+    methods: tuple[str, ...] = (PLANNED,),
+    cost: str = "lsd",
 ) -> str:
-    """Return how many times fewer LSD Morse needs for the same PSNR, as Markdown.
+    """Return how many times less Morse costs for the same PSNR, as Markdown.
 
     Args:
         results: What the rows are about -> a benchmark's JSON.
         baselines: Each has rows: a method's label, or the best training-free solver.
         methods: Labels of what `lsd=` runs, of which each result has one.
+        cost: "lsd" or "seconds".
     """
     rows: dict[tuple[str, str], dict[float, str]] = {}
     for baseline, (about, result) in product(baselines, results.items()):
         for entry in result["speedups"]:
             chosen = (entry["baseline"], entry["axis"], entry["cost"])
             planned = entry["method"] in methods and entry["budget"] <= MAX_FACTOR_LSD
-            if planned and chosen == (baseline, "psnr", "lsd"):
+            if planned and chosen == (baseline, "psnr", cost):
                 scale = entry.get("guidance_scale")
                 place = about if scale is None else f"{about}, guidance {scale:g}"
                 rows.setdefault((baseline, place), {})[entry["budget"]] = _factor(result, entry)
@@ -139,7 +143,8 @@ def make_factors(
         (baseline, place, *(cells.get(budget, "") for budget in budgets))
         for (baseline, place), cells in rows.items()
     ]
-    header = ("against", "times fewer LSD at", *map(str, budgets))
+    unit = "LSD at" if cost == "lsd" else "seconds at LSD"
+    header = ("against", f"times fewer {unit}", *map(str, budgets))
     return pipe_table(header, lines, "|---" * len(header) + "|")
 
 
@@ -157,13 +162,13 @@ def _factor(result: Result, entry: Measured) -> str:
 
 
 def _largest_cost(result: Result, entry: Measured) -> float:
-    """Return the most LSD at which a speed-up's baseline has a score."""
+    """Return the most LSD or seconds at which a speed-up's baseline has a score."""
     baseline = entry["baseline"]
     kinds = WITH_MIXTURE if baseline == BEST_WITH_MIXTURE else TRAINING_FREE
     is_best = baseline in (BEST_TRAINING_FREE, BEST_WITH_MIXTURE)
     (axis,) = (axis for axis in read_axes(result) if axis.name == entry["axis"])
     return max(
-        row["lsd"]
+        row[entry["cost"]]
         for row in engaged_rows(result)
         if row["kind"] in kinds
         and (is_best or row["label"] == baseline)
@@ -216,6 +221,7 @@ def make_flow_table(result: dict[str, object]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "factors": lambda: make_factors(load_reports(), (BEST_TRAINING_FREE, BEST_WITH_MIXTURE)),
     "against_dpm": lambda: make_factors(load_reports(), ("DPM++ 2M",)),
+    "seconds": lambda: make_factors(load_reports(), (BEST_TRAINING_FREE,), cost="seconds"),
     "with_dpm": lambda: make_factors(load_reports(), ("DPM++ 2M",), WITH_DPM),
     "table": lambda: make_table(load_result("fashion_mnist")),
     "planned": lambda: make_table(load_result("fashion_mnist/planned"), names=PLANNED_ROWS),
