@@ -64,7 +64,10 @@ def require_positive(config: object, names: Collection[str]) -> None:
 
 
 def require_places(
-    config: object, folders: Collection[str] = (), files: Collection[str] = ()
+    config: object,
+    folders: Collection[str] = (),
+    files: Collection[str] = (),
+    kept: Collection[str] = (),
 ) -> None:
     """Check that results can be written where settings say, before what may take hours.
 
@@ -72,11 +75,12 @@ def require_places(
         config: The settings; None is left out, and passes.
         folders: Names of settings that are folders to write into; made if missing.
         files: Likewise files, whose folders are made if missing.
+        kept: Likewise folders that may hold all that is needed: those may be read-only.
 
     Raises:
         ValueError: For the first that is, or lies in, what it cannot be written to.
     """
-    for name in (*folders, *files):
+    for name in (*folders, *files, *kept):
         path = getattr(config, name)
         if path is None:
             continue
@@ -87,7 +91,7 @@ def require_places(
             place = place.parent
         if not place.is_dir():
             raise ValueError(f"{name} is {path}, but {place} is a file; give another --{name}")
-        if not os.access(place, os.W_OK | os.X_OK):
+        if name not in kept and not os.access(place, os.W_OK | os.X_OK):
             raise ValueError(
                 f"{name} is {path}, but nothing can be written to {place}; give another --{name}"
             )

@@ -11,6 +11,7 @@ import pytest
 from morse.cli import COMMANDS, find_command, main, parse_config, run_command
 from morse.evaluation.demo import DemoConfig
 from morse.evaluation.environment import command_line
+from morse.evaluation.fid.config import FidConfig
 from morse.settings import option
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,18 @@ def test_help_has_a_line_for_each_command(group, count, capsys):
         ("plan --output_dir {file}/a/b", "output_dir is {file}/a/b, but {file} is a file"),
         ("bench --json {folder}", "json is {folder}, a folder"),
         ("bench --output_dir {file}", "give another --output_dir"),
+        ("eval fid --pipeline a --lsd 5 --output_dir {file}", "output_dir is {file}, but {file}"),
+        ("train-dash --train_data_dir a --output_dir {file}/b", "output_dir is {file}/b, but"),
+        ("train-features --train_data_dir a --output_dir {file}", "output_dir is {file}, but"),
+        (
+            "train-dot --pretrained_model_name_or_path a --train_data_dir a --output_dir {folder} "
+            "--cache_pairs 8 --cache_dir {file}",
+            "cache_dir is {file}, but {file} is a file; give another --cache_dir",
+        ),
+        (
+            "tune-dot --pretrained_model_name_or_path a --output_dir {folder} --cache_dir {file}/b",
+            "cache_dir is {file}/b, but {file} is a file",
+        ),
     ],
 )
 def test_places_that_cannot_be_written_to_are_told_before_anything_is_measured(
@@ -105,6 +118,7 @@ def test_a_folder_without_the_right_to_write_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
     with pytest.raises(ValueError, match=f"nothing can be written to {tmp_path}; give another"):
         DemoConfig(json=tmp_path / "new" / "a.json")
+    FidConfig(pipeline="a", lsd=(5.0,), output_dir=tmp_path)  # whose images may all be there
 
 
 @pytest.mark.parametrize("command", COMMANDS)

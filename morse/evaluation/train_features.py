@@ -10,7 +10,7 @@ from torch import Tensor
 from morse.evaluation.environment import command_line
 from morse.evaluation.features import FashionFeatures, extract_features, save_features
 from morse.evaluation.metrics import feature_statistics
-from morse.settings import REQUIRED, MixedPrecision, option, require_positive
+from morse.settings import REQUIRED, MixedPrecision, option, require_places, require_positive
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class TrainFeaturesConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         require_positive(self, ("num_train_epochs", "train_batch_size", "learning_rate"))
+        require_places(self, ["output_dir"])
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

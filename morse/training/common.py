@@ -19,6 +19,7 @@ from morse.settings import (
     option,
     require,
     require_least,
+    require_places,
     require_positive,
 )
 
@@ -94,6 +95,7 @@ class RunConfig:
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
             value = getattr(self, name)
             require(0 <= value < 1, name, value, "in [0, 1)")
+        require_places(self, ["output_dir"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from morse.dot.conv_settings import conv_settings
 from morse.dot.guidance import check_dot_guidance
 from morse.dot.ports import describe_layers
 from morse.history import check_history
-from morse.settings import changed, require, require_least, require_positive
+from morse.settings import changed, require, require_least, require_places, require_positive
 from morse.training.common import check_frozen_dtype
 from morse.training.convolutions import annealing_steps, parse_conv_options
 from morse.training.distillation_terms import check_distill
@@ -33,6 +33,7 @@ _LEAST = {
 def check_dot_settings(config: "TrainDotConfig") -> None:
     """Raise `ValueError`, naming setting, value and way out, unless all of them can be used."""
     require_least(config, _LEAST)
+    require_places(config, kept=["cache_dir"])
     check_frozen_dtype(config.dtype, config.mixed_precision)
     _check_lora(config)
     check_prune_settings(config)

@@ -23,8 +23,6 @@ def prepare_output_dir(output_dir: Path, resume: bool | None) -> None:
     Raises:
         FileExistsError: The folder isn't empty and `resume` isn't True.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise FileExistsError(f"output_dir is {output_dir}, a file; give another --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
     if not resume and any(output_dir.iterdir()):
         way = "" if resume is None else "continue its run with --resume_from_checkpoint latest or "

@@ -5,7 +5,15 @@ from pathlib import Path
 
 from morse.evaluation.bench.solvers import check_solvers
 from morse.evaluation.prompts import PROMPTS_HELP, read_prompts
-from morse.settings import REQUIRED, Dtype, option, require, require_least, require_positive
+from morse.settings import (
+    REQUIRED,
+    Dtype,
+    option,
+    require,
+    require_least,
+    require_places,
+    require_positive,
+)
 from morse.training.common import RunConfig, check_frozen_dtype
 
 _LEAST = {"num_images": 1, "validation_images": 1, "target_lsd": 1, "lsd": 1, "validation_steps": 0}
@@ -99,6 +107,7 @@ class TuneDotConfig(RunConfig):
         check_frozen_dtype(self.dtype, self.mixed_precision)
         check_solvers(self.solver)
         require_least(self, _LEAST)
+        require_places(self, kept=["cache_dir"])
         require(bool(self.lsd), "lsd", self.lsd, "1 or more each")
         require_positive(self, ("speed_ratio",))
         for name in ("solver", "lsd", "guidance_scale"):

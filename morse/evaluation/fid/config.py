@@ -114,8 +114,8 @@ class FidConfig:
         """Check ranges, and which options go together."""
         require_least(self, LEAST)
         require_positive(self, ("speed_ratio",))
-        # Not output_dir: its images may all be there, and it is written to before any is sampled.
-        require_places(self, files=("json", "save_stats"))
+        # Images may all be there, and output_dir is written to before any is sampled.
+        require_places(self, files=("json", "save_stats"), kept=("output_dir",))
         read_prompts(self.prompts)  # an error is told before anything is loaded
         if self.fake is not None and self.pipeline is not None:
             raise ValueError("fake and pipeline were both given; give one of the two")
