@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +22,14 @@ def temporary_for(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path, pattern: str = ".*.tmp-*") -> None:
-    """Remove the files in a folder and below that killed processes were writing.
+    """Remove what killed processes were writing in a folder and below.
 
-    By their age: the number of a process says nothing where another machine or container wrote.
+    By its age: the number of a process says nothing where another machine or container wrote.
     """
-    for path in folder.rglob(pattern):
+    for path in list(folder.rglob(pattern)):
         with contextlib.suppress(FileNotFoundError):  # another run was just about to finish it
-            if path.is_file() and time.time() - path.stat().st_mtime > _LEFT_BEHIND:
-                path.unlink()
+            if time.time() - path.stat().st_mtime > _LEFT_BEHIND:
+                path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
@@ -71,8 +72,15 @@ def atomic_save_file(
     from safetensors.torch import save_file
 
     content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(content, temporary, metadata)
+    # A folder, for safetensors fills a file beside the one that it is given, under a name of its
+    # own, which would tell nobody what it is when the process is killed.
+    folder = temporary_for(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(content, folder / path.name, metadata)
+        put_in_place(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, "Tensor"]:

@@ -1,5 +1,6 @@
 import json
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_killed_while_it_removes_checkpoints_a_run_leaves_complete_ones(
         (path / "state.json").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", interrupt)
+    monkeypatch.setattr(checkpoint, "shutil", SimpleNamespace(rmtree=interrupt))
     with pytest.raises(KeyboardInterrupt):
         training.save(tmp_path, step, total_limit=1)
     assert find_checkpoint(tmp_path, "latest").name == f"checkpoint-{step}"
@@ -182,6 +183,17 @@ def test_output_dir_with_results_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match=r"--resume_from_checkpoint latest.*--output_dir"):
         prepare_output_dir(folder, resume=False)
     prepare_output_dir(folder, resume=True)
+
+
+def test_what_safetensors_writes_beside_a_file_does_not_stay(tmp_path, monkeypatch):
+    def stopped(tensors, path, metadata):
+        (path.parent / ".tmpPfLIc0").touch()  # as it names what it then renames
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_save_file({}, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_atomic_save_file_keeps_the_old_file_when_it_fails(tmp_path):

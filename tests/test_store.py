@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -50,8 +51,11 @@ def test_a_store_resumes_only_the_same_run(tmp_path):
         CellStore(tmp_path, {**SETTINGS, "dot": None}, resume=True)
     with pytest.raises(ValueError, match="num_images was 8 and is missing"):
         CellStore(tmp_path, {}, resume=True)
+    left = tmp_path / "cells" / ".a.safetensors.tmp-1"
+    left.mkdir()
+    os.utime(left, (0, 0))
     again = CellStore(tmp_path, SETTINGS, resume=True)
-    assert again.has(cell.method, 5, 0)
+    assert again.has(cell.method, 5, 0) and not left.exists()
     assert not again.has(cell.method, 6, 0) and not again.has(cell.method, 5, 10)
     for content in ("{", "[]"):
         (tmp_path / "settings.json").write_text(content)

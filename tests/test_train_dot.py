@@ -281,7 +281,8 @@ class TestCache:
         old, new, other = (tmp_path / f".{name}.safetensors.tmp-1" for name in
                            ("windows-00003", "windows-00004", "latents-00000"))  # fmt: skip
         for path in (old, new, other):
-            path.touch()
+            path.mkdir()
+            (path / ".tmpPfLIc0").touch()
         for path in (old, other):
             os.utime(path, (0, 0))
         make_one_shard(tmp_path, {})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from morse.evaluation.bench.methods import Method
 from morse.evaluation.scoring import ImageScores
-from morse.files import atomic_save_file, write_json
+from morse.files import atomic_save_file, remove_leftovers, write_json
 from morse.folder_settings import open_run
 
 
@@ -82,6 +82,7 @@ class CellStore:
         """
         self.folder = folder
         open_run(folder, settings, resume)
+        remove_leftovers(folder)
 
     def has(self, method: Method, budget: int, seed: int) -> bool:
         """Tell whether this cell is measured."""
