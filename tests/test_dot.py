@@ -316,6 +316,21 @@ def text_dash():
     ).eval()
 
 
+def test_a_config_that_cannot_be_written_leaves_the_old_one(make_dot, dash, tmp_path, monkeypatch):
+    dot = make_dot(dash)
+    dot.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    dot.register_to_config(speed_ratio=5.0)
+    with pytest.raises(OSError, match="No space left"):
+        dot.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
 def test_a_dash_whose_forward_method_hands_on_what_it_gets(make_dot, build_unet):
     class Own(type(build_unet())):
         def forward(self, sample, timestep, *args, **kwargs):

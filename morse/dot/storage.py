@@ -16,6 +16,7 @@ from torch import nn
 from morse.compression import load_sparse, save_sparse
 from morse.compression.sparse import FORMAT
 from morse.dot.loading import FETCH_OPTIONS
+from morse.files import write_bytes
 
 _PLACE = (*FETCH_OPTIONS, "subfolder")
 _SPARSE_OPTIONS = ("variant", "dtype", "torch_dtype", "use_safetensors")
@@ -61,6 +62,10 @@ class SparselyStored:
             folder.mkdir(parents=True, exist_ok=True)
             save_sparse(self, folder / _add_variant(SAFETENSORS_WEIGHTS_NAME, variant))
             self.save_config(folder)
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Write the config whole or not at all, for it may replace that of the only copy."""
+        write_bytes(Path(json_file_path), self.to_json_string().encode())
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **kwargs: object) -> Self:
