@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -633,7 +634,9 @@ def test_a_pipeline_without_a_dot_gets_schedulers(tiny_folder, tmp_path, monkeyp
         run_plan(PlanConfig(pipeline=str(bare), output_dir=tmp_path, solver=("ddim",), **QUICK))
     with pytest.raises(ValueError, match="mixture_images is 24, but the pipeline has no Dot"):
         run_plan(PlanConfig(pipeline=str(bare), output_dir=tmp_path, mixture_images=24, **QUICK))
-    run_plan(PlanConfig(pipeline=str(bare), output_dir=tmp_path / "found", **QUICK))
+    run_plan(PlanConfig(pipeline=os.path.relpath(bare), output_dir=tmp_path / "found", **QUICK))
+    monkeypatch.chdir(bare.parent)  # from where it has another name
+    check_output(PlanConfig(pipeline=bare.name, output_dir=tmp_path / "found"))
     files = {str(file.relative_to(tmp_path / "found")) for file in tmp_path.rglob("*.json")
              if "found" in file.parts}  # fmt: skip
     assert files == {"leapfrog-3/scheduler_config.json", "plan_search.json"}
@@ -647,7 +650,9 @@ def test_a_pipeline_without_a_dot_gets_schedulers(tiny_folder, tmp_path, monkeyp
     assert pipe.scheduler.timesteps.tolist() == fitted
 
 
-def test_searches_for_two_pipelines_are_not_mixed(tmp_path):
+def test_searches_for_two_pipelines_are_not_mixed(tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path)
     folder, facts = tmp_path / "found", {"settings": {"pipeline": "one"}, "searches": [{"lsd": 3}]}
     write_json(folder / "plan_search.json", facts)
     config = PlanConfig(pipeline=str(Path("one").resolve()), output_dir=folder)
