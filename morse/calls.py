@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from morse.denoisers import Denoiser, find_controlnet, find_denoisers, find_signature
+from morse.denoisers import Denoiser, find_controlnet, find_denoisers
 from morse.dot import MorseDot
 from morse.dot.card import pipeline_card
 from morse.dot.fingerprint import check_fingerprint
@@ -22,6 +22,7 @@ from morse.plan_choice import PlanChoice
 from morse.prepare import DOT_IN_CONFIG, check_dot, prepare_dot, remember, replace_module, switched
 from morse.rates import choose_base_space
 from morse.saved_plans import scheduler_options
+from morse.signatures import find_signature
 from morse.slot import CURRENT_RUN
 from morse.summary import MorseRun, SpeedRatio, quartiles, summarize_run, warn_unless_engaged
 from morse.switch import Dispatcher, Rebinds

@@ -4,16 +4,15 @@ Most pipelines have one, `unet` or `transformer`. Some have two: Wan 2.2's exper
 Ideogram 4 has one without conditions. Each is switched on its own.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from morse.dot.wrapped import unwrap
 from morse.sampling import Dot
+from morse.signatures import find_signature
 
 # What a pipeline has of the first group that it has anything of.
 _GROUPS = (
@@ -23,7 +22,6 @@ _GROUPS = (
     ("decoder",),  # Stable Cascade
 )
 _SAMPLE_NAMES = ("sample", "hidden_states", "latents", "x")
-_OPEN = {inspect.Parameter.VAR_POSITIONAL: "args", inspect.Parameter.VAR_KEYWORD: "kwargs"}
 _TIMESTEP_NAMES = ("timestep", "timesteps", "timestep_ratio", "t")
 
 
@@ -80,47 +78,6 @@ def find_controlnet(pipe: DiffusionPipeline) -> nn.Module | None:
     """Give a pipeline's `controlnet`, one or several in one module, or None."""
     controlnet = getattr(pipe, "controlnet", None)
     return controlnet if isinstance(controlnet, nn.Module) else None
-
-
-def find_signature(kind: type, method: str) -> inspect.Signature:
-    """Give what a class's method takes, `self` first, with what it only hands on by name.
-
-    A subclass that puts something around diffusers' own method may take `*args` and `**kwargs`:
-    what these stand for is in the class that it derives from.
-
-    Args:
-        kind: The class.
-        method: Name of the method.
-
-    Returns:
-        What is handed on by `**kwargs` alone is keyword-only; arguments that no class names are
-        left as "args" and "kwargs".
-    """
-    # An `nn.Module` has a `forward` that raises.
-    owners = [each for each in kind.__mro__ if method in vars(each) and each is not nn.Module]
-    return _join_signatures(*(vars(each)[method] for each in owners))
-
-
-@cache  # by the functions, for a class's method may be put in another's place at any time
-def _join_signatures(*methods: Callable) -> inspect.Signature:
-    named: dict[str, inspect.Parameter] = {}
-    handed_on = set(_OPEN)
-    for method in methods:
-        own = inspect.signature(method).parameters.values()
-        for parameter in own:
-            if parameter.kind in _OPEN or parameter.name in named:
-                continue
-            optional = any(before.default is not before.empty for before in named.values())
-            # Python has no required arguments behind optional ones.
-            misplaced = parameter.default is parameter.empty and optional
-            if misplaced or inspect.Parameter.VAR_POSITIONAL not in handed_on:
-                parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
-            named[parameter.name] = parameter
-        handed_on &= {parameter.kind for parameter in own}
-        if not handed_on:
-            break
-    rest = [inspect.Parameter(_OPEN[each], each) for each in handed_on]
-    return inspect.Signature(sorted([*named.values(), *rest], key=lambda each: each.kind))
 
 
 def take_apart(module: nn.Module, args: tuple, kwargs: dict) -> Call | None:

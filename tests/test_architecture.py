@@ -18,6 +18,7 @@ GROUPS = [
         "spaces",
         "sampling",
         "history",
+        "signatures",
         "modules",
         "distillation",
         "compression",

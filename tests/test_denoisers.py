@@ -10,7 +10,8 @@ from tiny_pipelines import loop_pipeline, picture, stable_diffusion, text_inputs
 from torch import nn
 
 from morse import enable_morse
-from morse.denoisers import _GROUPS, find_denoisers, find_signature, result_of, take_apart
+from morse.denoisers import _GROUPS, find_denoisers, result_of, take_apart
+from morse.signatures import find_signature
 
 
 class TestWhatIsFound:

@@ -110,6 +110,11 @@ class TestStableCascade:
         check(pipe, own_dot, 6, 6, **self.texts(), **options)
 
 
+class OwnUNet(diffusers.UNet2DConditionModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
 class TestKandinsky:
     """The decoder's text is None, which its denoiser's forward method has no default for."""
 
@@ -140,7 +145,9 @@ class TestKandinsky:
         return {"unet": unet, "scheduler": scheduler, "movq": vae}
 
     @pytest.mark.supports("pipeline", "KandinskyV22Pipeline")
-    def test_decoder(self, parts):
+    @pytest.mark.parametrize("kind", [diffusers.UNet2DConditionModel, OwnUNet])
+    def test_decoder(self, parts, kind):
+        parts["unet"].__class__ = kind
         pipe = diffusers.KandinskyV22Pipeline(**parts)
         pipe.set_progress_bar_config(disable=True)
         check(pipe, make_dot(pipe.unet), 6, 6, **self.IMAGE, **self.SIZE)

@@ -1,8 +1,6 @@
 """Runs a tree of shells of Dash on Dot's own features, with Dash's own forward method."""
 
 import inspect
-from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from morse.dot.grid import Grid
 from morse.dot.ports import find_ports, time_embeddings
 from morse.dot.shell import Provide, with_replaced
 from morse.dot.tokens import Tap, pool_conditions, to_tokens, tokens_of_patches
+from morse.signatures import find_signature
 
 
 def embed_times(
@@ -96,18 +95,17 @@ def _forward(
 ) -> Tensor:
     # Dash's hooks (offloading, Morse's own switch) belong to Dash's calls alone.
     body.__dict__.pop("forward", None)
+    conditions = _missing(type(body)) | conditions
     run = type(body).forward
-    conditions = _missing(run) | conditions
     return run(body, sample, timestep=timestep, return_dict=False, **conditions)[0]
 
 
-@cache
-def _missing(forward: Callable[..., object]) -> dict[str, None]:
-    """Give None for each condition that a forward method must be given.
+def _missing(kind: type) -> dict[str, None]:
+    """Give None for each condition that a denoiser's forward method must be given.
 
     Some pipelines have none for it, as Kandinsky's text; conditions that are None are left out.
     """
-    _, _, *parameters = inspect.signature(forward).parameters.values()  # self and the sample
+    _, _, *parameters = find_signature(kind, "forward").parameters.values()  # self and the sample
     open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = [each for each in parameters if each.kind not in open_ended]
     required = [each.name for each in named if each.default is each.empty]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from morse.denoisers import find_denoiser, find_signature
+from morse.denoisers import find_denoiser
+from morse.signatures import find_signature
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
