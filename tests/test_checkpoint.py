@@ -1,14 +1,21 @@
 import json
+import os
 from copy import deepcopy
+from stat import S_ISDIR
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from morse.files import atomic_save_file, read_tensors, write_json
+from morse.files import atomic_save_file, read_tensors, write_bytes, write_json
 from morse.training import checkpoint
-from morse.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from morse.training.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
 from morse.training.output import prepare_output_dir
 
 diffusers_training = pytest.importorskip("diffusers.training_utils")
@@ -138,6 +145,13 @@ def test_having_gone_back_the_run_abandons_later_checkpoints(tmp_path, total_lim
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-5"
 
 
+def test_a_run_at_an_earlier_checkpoint_keeps_it_and_later_ones(tmp_path):
+    for step in (2, 4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    remove_old_checkpoints(tmp_path, 4, 1)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
+
+
 def test_find_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path, "latest") is None
     path = Training(0).save(tmp_path, 3)
@@ -166,6 +180,10 @@ def test_other_damage_is_explained(tmp_path):
         Training(0, width=6).load(path)
     with pytest.raises(ValueError, match=r"saved with ema state.*use_ema"):
         load_checkpoint(path, Training(0).model, Training(0).optimizer)
+    unscaled = Training(0)
+    unscaled.scaler = None
+    with pytest.raises(ValueError, match=r"saved with scaler state.*mixed_precision"):
+        unscaled.load(path)
     (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         Training(0).load(path)
@@ -202,3 +220,32 @@ def test_atomic_save_file_keeps_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(AttributeError):
         atomic_save_file({"a": None}, path)
     assert_same_bits(read_tensors(path, ""), {"a": torch.arange(6).view(2, 3).T.contiguous()})
+
+
+@pytest.mark.parametrize(
+    "write",
+    [write_bytes, lambda path, data: atomic_save_file({"a": torch.tensor([*data])}, path)],
+)
+def test_files_are_put_in_place_once_they_are_on_the_disk_or_not_at_all(
+    tmp_path, monkeypatch, write
+):
+    path, done = tmp_path / "folder" / "x", []
+    fsync, replace = os.fsync, os.replace
+
+    def sync(descriptor):
+        done.append("folder" if S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def move(*paths):
+        done.append("move")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", move)
+    write(path, b"old")
+    assert done == ["file", "move", *(["folder"] if os.name == "posix" else [])]
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(path, b"new")
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
