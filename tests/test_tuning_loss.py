@@ -75,6 +75,17 @@ def test_a_run_is_compared_with_its_own_targets_and_is_no_nearer_than_80_db():
         assert float(found) == pytest.approx(math.log(10 ** (-MAX_PSNR / 10)))
 
 
+def test_each_run_counts_by_the_logarithm_of_its_own_error():
+    errors = torch.tensor([0.1, 0.001]).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+    targets, expected = torch.rand(2, 1, 8, 8), math.log(0.1 * 0.001)
+    batch, generator = (torch.arange(2), targets[:, None]), torch.Generator()
+    found = run_loss([0])(lambda *_: targets + errors, batch, generator)
+    assert float(found) == pytest.approx(expected, rel=1e-3)
+    vectors = FeatureLoss([nn.Flatten()])(targets + errors, targets)
+    shift = math.log(0.0505**2)
+    assert float(vectors) == pytest.approx(0.5 * expected + 0.25 * shift, rel=1e-3)
+
+
 def test_layers_end_in_what_the_features_are_made_of():
     classifier, images = load_features(), torch.rand(2, 1, 32, 32)
     *maps, pooled = classifier.layers(images)
