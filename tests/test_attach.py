@@ -323,9 +323,10 @@ class TestBudgets:
         pipe, steps = text_pipe(), []
         enable_morse(pipe, trained_dot(pipe.unet))
         before = torch.get_rng_state()
-        latents(pipe, lsd=3, callback_on_step_end=lambda *args: steps.append(args[1]) or {})
+        found = latents(pipe, lsd=3, callback_on_step_end=lambda *args: steps.append(args[1]) or {})
         assert pipe.measured is not None and len(steps) == len(pipe.last_run.plan)
         assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(latents(pipe, plan=str(pipe.last_run.plan)), found)
 
     @pytest.mark.parametrize(
         ("dash", "dot", "expected"),
