@@ -208,6 +208,7 @@ def test_what_other_pipelines_leave_out(name, arguments, length):
 def test_an_early_end_takes_the_timestep_that_lies_on_it():
     pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler(), config={})
     assert count_evaluations(pipe, {"denoising_end": 0.7}, 10) == 7  # 900, 800, ..., 300
+    assert pipe.scheduler.num_inference_steps is None  # a copy is asked
 
 
 @pytest.mark.parametrize(
