@@ -5,6 +5,7 @@ import pickle
 import re
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from train_runs import copy_unfinished, dot_arguments, weights
 
 from morse import MorseDot, MorsePipeline, enable_morse
 from morse.cli import parse_config
+from morse.training.batches import StepBatches
 from morse.training.cache import WindowCache, _describe, _join, prepare_cache
 from morse.training.cache_sizes import window_shards
 from morse.training.common import make_accelerator
@@ -197,6 +199,13 @@ class TestCache:
         assert shard["rows"].unique().tolist() == [0, 1, 2]
         assert shard["guidance_scale"].min() >= 2 and shard["guidance_scale"].max() <= 10
 
+    def test_shards_go_on_where_the_one_before_ended(self, source, shards):
+        images, config = source
+        first, second = map(load_file, shards)
+        ((*order,),) = StepBatches(len(images), 40, config.seed, 0, 1)
+        assert torch.equal(torch.cat([first["rows"], second["rows"]]), images.numbers[order])
+        assert not torch.equal(first["guidance_scale"][:8], second["guidance_scale"])
+
     def test_windows_come_with_their_conditions(self, source, shards):
         """Dash's outputs there, evaluated again, are those of the cache."""
         indices, dash = torch.tensor([39, 0, 31, 32, 5]), source[0].pipeline.dash
@@ -219,18 +228,51 @@ class TestCache:
             with pytest.raises(ValueError, match=rf"settings \({name} was [^;]*\); give another"):
                 run(*CACHE, "--cache_dir", str(folder), *options)
 
-    def test_text_encoders_and_scaling_are_noted(self, source):
+    @pytest.mark.parametrize(
+        ("options", "noted"),
+        [
+            ({"dtype": "float16", "mixed_precision": "fp16"}, "dtype"),
+            ({"timestep_sampling": "uniform"}, "timestep_sampling"),
+            ({"seed": 4}, "seed"),
+        ],
+    )
+    def test_settings_are_noted(self, source, options, noted):
+        (images, config), before = source, _describe(*source)
+        now = _describe(images, replace(config, **options))
+        assert {name for name in now if now[name] != before[name]} == {noted}
+
+    @pytest.mark.parametrize(
+        ("part", "attribute", "value", "noted"),
+        [
+            ("", "resolution", 16, "resolution"),
+            ("dash", "prediction_type", "sample", "prediction_type"),
+            ("dash.schedule", "sigmas", torch.ones(3), "schedule"),
+        ],
+    )
+    def test_the_pipeline_is_noted(self, source, monkeypatch, part, attribute, value, noted):
+        before, found = _describe(*source), source[0].pipeline
+        if part:
+            found = attrgetter(part)(found)
+        monkeypatch.setitem(vars(found), attribute, value)  # of frozen dataclasses
+        now = _describe(*source)
+        assert {name for name in now if now[name] != before[name]} == {noted}
+
+    def test_networks_and_scaling_are_noted(self, source):
         before, pipeline = _describe(*source), source[0].pipeline
+        dash = pipeline.dash.model.conv_in.weight
         weight = pipeline.encoder.models[0].get_input_embeddings().weight
         vae, scaling = pipeline.codec.vae, pipeline.codec.vae.config.scaling_factor
         with torch.no_grad():
             weight.neg_()
+            dash.neg_()
         vae.register_to_config(scaling_factor=0.7)
         now = _describe(*source)
         with torch.no_grad():
             weight.neg_()
+            dash.neg_()
         vae.register_to_config(scaling_factor=scaling)
-        assert {name for name in now if now[name] != before[name]} == {"text_encoders", "scaling"}
+        changed = {name for name in now if now[name] != before[name]}
+        assert changed == {"dash", "text_encoders", "scaling"}
         assert json.loads(json.dumps(before)) == before
 
     def test_graphs_get_the_conditions(self, source, shards):
