@@ -15,6 +15,7 @@ from morse.cli import parse_config
 from morse.dot.gate import Gate
 from morse.dot.hub import renew_card
 from morse.sampling import JumpPoint
+from morse.saved_plans import SavedPlan
 from morse.training.frozen import FrozenDash
 from morse.training.gate import calibration_pairs, fit_gate
 from morse.training.guidance import Conditions
@@ -261,12 +262,17 @@ def test_train_dot_fits_a_gate_also_to_a_dot_that_there_is(folders, tmp_path, ca
     plain = train_dot(config_of(folders, tmp_path / "plain", "--max_train_steps", "3"))
     dot = MorseDot.from_pretrained(plain)
     assert dot.gate is None
-    dot.register_to_config(speed_ratio=6.0)
+    records = {
+        "speed_ratio": 6.0,
+        "plan_ratio": {"default": 1.5},
+        "plans": {"DDIMScheduler": [SavedPlan(4, "DooDoo").to_config()]},
+    }
+    dot.register_to_config(**records)
     dot.save_pretrained(plain)
     options = ("--init_from", str(plain), "--max_train_steps", "0", "--fit_gate")
     folder = train_dot(config_of(folders, tmp_path / "gated", *options))
     gated = MorseDot.from_pretrained(folder)
-    assert gated.gate is not None and gated.config.speed_ratio == 6.0
+    assert gated.gate is not None and {name: gated.config[name] for name in records} == records
     assert "gate: " in capsys.readouterr().out
     before, after = weights(plain), weights(folder)
     assert all(torch.equal(value, after[name]) for name, value in before.items())

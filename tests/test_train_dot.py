@@ -313,7 +313,11 @@ def test_what_fails_at_the_end_costs_no_dot(base, data_dir, tmp_path, monkeypatc
     def out_of_memory(dot, step):
         raise MemoryError
 
-    monkeypatch.setattr("morse.training.loop.make_validator", lambda *_: out_of_memory)
+    def validator(source, config):
+        assert len(source) == 6  # held out; there are 10 to train on
+        return out_of_memory
+
+    monkeypatch.setattr("morse.training.loop.make_validator", validator)
     given = arguments(base, data_dir, tmp_path / "run", "--max_train_steps", "1")
     with pytest.raises(MemoryError):
         train_dot(parse_config(TrainDotConfig, given))
