@@ -61,7 +61,9 @@ def test_equal_weights_give_torch_fidelitys_estimates(block, monkeypatch):
     assert set(paired) == {"kernel_to_reference"}
 
 
-def test_a_resample_leaves_out_an_image_with_its_copies():
+@pytest.mark.parametrize("block", [4, 1000])
+def test_a_resample_leaves_out_an_image_with_its_copies(block, monkeypatch):
+    monkeypatch.setattr(kernel, "BLOCK", block)
     features, others = normal(6, 4, 0).double(), normal(6, 4, 1).double()
     counts = torch.tensor([[2.0, 0, 3, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     found = mean_apart(features, Resampled(others, counts.double()))
