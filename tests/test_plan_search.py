@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
 from evaluation_fixtures import QUICK_PLAN, tiny_folder  # noqa: F401
 from tiny_pipelines import loop_pipeline
 
@@ -313,6 +313,13 @@ class TestUse:
         pipe.speed_ratio = 2.0  # now it would cost 4.5
         self.call(pipe, lsd=4)
         assert pipe.last_run.plan == MorsePlan.from_budget(4, 2.0)
+
+    def test_what_is_told_of_a_plan_is_of_its_own_grid(self, pipe):
+        """With Dot DDIM's trailing steps make 40 evaluations, not 42 (`shorten_plan`)."""
+        pipe.scheduler = DDIMScheduler(clip_sample=False)
+        saved = SavedPlan(14, str(MorsePlan.uniform(4, 38)), {"timestep_spacing": "trailing"})
+        pipe.dot.register_to_config(plans={"DDIMScheduler": [saved.to_config()]})
+        assert len(pipe.plan_for(14).plan) == 40
 
     @pytest.mark.parametrize(
         ("lsd", "plan"), [(4.5, "DDoDoo"), (5, "DDoDooD"), (7.5, "DDoDooDDD"), (8, "DDoDooDDDD")]
