@@ -108,6 +108,17 @@ def test_merged_lora_gives_the_same_output(dash, make_dot):
     assert torch.equal(dot.unmerge_lora()(*inputs()), unmerged)
 
 
+def test_changed_lora_is_merged_by_the_next_call(dash, make_dot):
+    dot = make_dot(dash).merge_lora().bind(dash)
+    before = dot(*inputs())
+    with torch.no_grad():
+        for adapter in dot.adapters.values():
+            adapter.lora_B.weight.mul_(3)
+    after = dot.merge_lora().bind(dash)(*inputs())
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert_close(after, dot.unmerge_lora().bind(dash)(*inputs()), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_attention_projects_all_tokens_as_one_matrix(dash, make_dot, merge):
     dot = make_dot(dash)
