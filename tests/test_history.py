@@ -75,6 +75,7 @@ class TestFormula:
         )
         assert line_coefficient(rates(-1), rates(-1), rates(0)) == 0
         assert line_coefficient(rates(1), rates(-1), rates(0)) == 0  # another pass
+        assert line_coefficient(rates(1), rates(-1), rates(-2)) == 0
         assert line_coefficient(rates(-2), rates(0), rates(-1)) == 0  # back to more noise
         noise = (torch.tensor(0.0), torch.tensor(1.0))
         assert line_coefficient(noise, rates(-1), rates(0)) == 0
@@ -104,6 +105,15 @@ class TestFormula:
         with NoDoubles():
             base, trend = extrapolate("x0", *evaluations, (here, rates(3.0)), "epsilon", 2)
         assert base.dtype == trend.dtype == torch.float32
+
+    def test_rates_in_full_precision_leave_half_of_it_as_it_is(self):
+        output, noisy, before, other, here = (each.half() for each in tensors(5))
+        then, earlier, now = (
+            tuple(rate.float().reshape(1, 1, 1, 1) for rate in rates(at)) for at in (0.0, -1.0, 3.0)
+        )
+        evaluations = (output, noisy, then), (before, other, earlier)
+        for each in extrapolate("x0", *evaluations, (here, now), "epsilon", 2):
+            assert each.dtype == torch.float16
 
     @pytest.mark.parametrize("base_space", ["raw", "x0", "v"])
     def test_both_estimates_are_carried_and_without_history_it_is_the_papers_base(self, base_space):
