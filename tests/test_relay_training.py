@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ class TestSequences:
         pairs = sequence_pairs(frozen, window)
         config = {
             "pretrained_model_name_or_path": "-",
-            "output_dir": "-",
+            "output_dir": Path("-"),
             "norm": "dnr",
             "dataset_name": "-",
         }
