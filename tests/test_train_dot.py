@@ -8,6 +8,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import accelerate
 import pytest
@@ -20,6 +21,7 @@ from train_runs import assert_same_run, copy_unfinished, dot_arguments, save_pix
 
 from morse import MorseDot, MorsePipeline
 from morse.cli import parse_config
+from morse.dot.mixture import GaussianMixture
 from morse.settings import as_json
 from morse.training.cache_sizes import MOST_ROWS
 from morse.training.common import make_accelerator
@@ -168,6 +170,7 @@ class TestInitFrom:
     def test_widths_and_options_too(self, dash, tmp_path):
         start = MorseDot.from_dash(dash, 1, (8,), lora_rank=2, conv="odconv",
                                    conv_options={"num_kernels": 2, "reduction": 0.5})  # fmt: skip
+        start.set_mixture(GaussianMixture(2, 1, (1, 16, 16)))
         start.save_pretrained(tmp_path)
         words = ["--pretrained_model_name_or_path", "", "--train_data_dir", "", "--output_dir", "",
                  "--init_from", str(tmp_path), "--num_down_blocks", "1", "--lora_rank", "2",
@@ -176,7 +179,17 @@ class TestInitFrom:
         assert config.block_out_channels == (8,)
         assert config.conv_options == ("num_kernels=2", "reduction=0.5")
         dot = build_dot(dash, config)
-        assert all(torch.equal(v, dot.state_dict()[n]) for n, v in start.state_dict().items())
+        for part, first in ((dot, start), (dot.mixture, start.mixture)):
+            found = part.state_dict()
+            assert all(torch.equal(v, found[n]) for n, v in first.state_dict().items())
+
+    def test_without_a_start_the_seed_decides_and_draws_of_others_stay(self, dash):
+        before, found = torch.get_rng_state(), []
+        for seed in ("3", "3", "4"):
+            words = arguments("", "", "", "--block_out_channels", "8", "--seed", seed)
+            found.append(build_dot(dash, parse_config(TrainDotConfig, words)).conv_in.weight)
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+        assert torch.equal(torch.get_rng_state(), before)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -287,6 +300,16 @@ class TestCache:
             os.utime(path, (0, 0))
         make_one_shard(tmp_path, {})
         assert not old.exists() and new.exists() and other.exists()
+
+    def test_processes_share_the_shards_out_and_wait_for_each_other(self, tmp_path):
+        for index, mine in enumerate(([range(2), range(4, 5)], [range(2, 4)])):
+            done, tensors = Mock(), {"a": torch.ones(1)}
+            done.describe.return_value, done.make.return_value = {}, tensors
+            done.is_main_process, done.process_index, done.num_processes = index == 0, index, 2
+            make_shards(tmp_path, "windows", 5, 2, "", done.describe, done.make, done)
+            # Nobody makes any before the folder is claimed, nor goes on before all are made.
+            waits, claims = [call.wait_for_everyone()], [call.describe()] * (index == 0)
+            assert done.mock_calls == [*claims, *waits, *map(call.make, mine), *waits]
 
     def test_what_nobody_knows_or_lacks_a_setting_is_refused(self, tmp_path):
         make_one_shard(tmp_path, {"seed": 1})
