@@ -220,13 +220,21 @@ def test_time_that_is_up_in_the_first_stage_or_right_after(configure, whole, mon
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
-def test_fewer_steps_of_a_resumed_first_stage(configure, whole):
-    """Those that it has are enough, where fewer are asked for now."""
-    config = configure(*GROWING, "--max_train_steps", "1")
+def test_fewer_steps_of_a_resumed_first_stage(configure, whole, monkeypatch):
+    """Those that it has are enough, where fewer are asked for now; time is that of both stages."""
+    config = configure(*GROWING, "--max_train_steps", "1", "--max_train_seconds", "1000")
+    clock, seconds, train = iter([0.0, 400.0]), [], loop._train_stage
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(
+        loop,
+        "_train_stage",
+        lambda stage, *rest: seconds.append(stage.max_train_seconds) or train(stage, *rest),
+    )
     shutil.copytree(whole / "first_stage", config.output_dir / "first_stage")
     config = replace(config, progressive_steps=2, resume_from_checkpoint="latest")
     assert train_dot(config) == config.output_dir
     assert MorseDot.from_pretrained(config.output_dir).config.num_down_blocks == 2
+    assert seconds == [1000, 600]
 
 
 @pytest.mark.parametrize(
