@@ -21,9 +21,10 @@ from tiny_text import dit_pipeline, grey_vae, sd3_pipeline, text_pipeline, xl_pi
 from tiny_transformers import tiny_flux
 from torch import nn
 from torch.testing import assert_close
-from train_runs import seeded
+from train_runs import dot_arguments, seeded
 
 from morse import enable_morse
+from morse.cli import parse_config
 from morse.plan import MorsePlan
 from morse.spaces import signal_and_noise
 from morse.training.cache import _conditions
@@ -31,12 +32,14 @@ from morse.training.conditions import ConditionEncoder, ConditionTable, _arrange
 from morse.training.frozen import freeze_pipeline
 from morse.training.guidance import Conditions, draw_guidance_scale, guide
 from morse.training.latents import LatentCodec
+from morse.training.loop import TrainDotConfig, window_loss
 from morse.training.pairs import dot_outputs, weighted_loss
 from morse.training.schedule import NoiseSchedule
 from morse.training.validation import sample_rows
 from morse.training.windows import fresh_window, pick_pairs
 
 PROMPTS = ["cat", "dog"]
+TRAINING = dot_arguments("--window_steps 3 --pairs_per_window 4 --no-even_guidance", "", "", "")
 random_dot = partial(make_dot, block_out_channels=(4,))
 
 
@@ -236,6 +239,30 @@ class TestLoss:
                      torch.tensor((3.0**2 + 19.0**2) / 2))  # fmt: skip
         assert_close(weighted_loss(pairs.target + wrong, pairs, "none", even_guidance=True),
                      torch.tensor((3.0**2 / 5 + 19.0**2 / 181) / 2))  # fmt: skip
+
+    def test_settings_of_a_training_reach_it(self, frozen):
+        clean, table = torch.randn(2, 4, 4, 4), ConditionTable(frozen.encoder, PROMPTS)
+        source = SimpleNamespace(
+            pipeline=frozen,
+            clean=lambda batch: clean,
+            conditions=lambda batch, scale: table.look_up(batch, scale),
+        )
+        config, firsts = parse_config(TrainDotConfig, TRAINING), []
+
+        def dash_itself(sample, timestep, jump, **conditions):
+            firsts.append(jump.timestep.reshape(2, -1))  # of the pairs of each window
+            return frozen.dash.model(sample, timestep, **conditions).sample
+
+        def loss(**changed):
+            compute = window_loss(source, replace(config, **changed), None)
+            return float(compute(dash_itself, torch.arange(2), seeded()))
+
+        plain, alone = loss(), loss(independent=True)
+        assert alone < 1e-4 * plain
+        assert len({plain, loss(even_guidance=True), loss(loss_weighting="gap")}) == 3
+        loss(on_policy=True)
+        assert [bool((each == each[:, :1]).all()) for each in firsts[-2:]] == [True, True]
+        assert (firsts[0] != firsts[0][:, :1]).any()
 
     def test_a_learned_variance_is_given_to_dot_and_not_compared(self):
         frozen = freeze_pipeline(dit_pipeline())
