@@ -179,17 +179,18 @@ class Plain(nn.Module):
         raise AssertionError("the test says what it computes")
 
 
-def test_a_second_pass_over_the_timesteps_has_features_of_its_own():
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_second_pass_over_the_timesteps_has_features_of_its_own(branches):
     run, computed, sample = MorseRun(MorsePlan.from_string("Do"), 4.0), [], torch.zeros(1, 1, 2, 2)
     unet, controlnet, scheduler = Plain(), Plain(), diffusers.DDIMScheduler()
     denoisers = [Denoiser("unet", unet, own_dot)]
     dispatcher = Dispatcher(run, denoisers, scheduler, lambda: 1.0, controlnet)
     scheduler.set_timesteps(2)
-    for index in (0, 1, 0, 1):
+    for index in torch.arange(2).repeat_interleave(branches).repeat(2):
         arguments = (sample, scheduler.timesteps[index]), {}
         dispatcher.answer(controlnet, lambda *_: (computed.append(1), sample)[1:], *arguments)
         dispatcher.answer(unet, lambda *_: (sample,), *arguments)
-    assert len(computed) == (run.num_dash) == (run.num_dot) == 2
+    assert len(computed) == run.num_dash == run.num_dot == 2 * branches
 
 
 @pytest.mark.parametrize(
