@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 from diffusers.utils import logging
 from evaluation_fixtures import independent_folder, short_reference, tiny_folder  # noqa: F401
+from safetensors.torch import load_file
 
 from morse.cli import parse_config
 from morse.dot.mixture import GaussianMixture
+from morse.evaluation.bench import sampler
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark
 from morse.evaluation.bench.grid import image_grid
 from morse.evaluation.bench.loading import _quiet_loading
 from morse.evaluation.bench.methods import AS_PLANNED, KINDS, Method
+from morse.evaluation.bench.peers import PEERS, Peer
 from morse.evaluation.bench.sampler import Bench
 from morse.evaluation.bench.tasks import CHOOSABLE
 from morse.evaluation.conditions import UNCONDITIONAL
@@ -153,7 +157,11 @@ def test_baselines_and_morse_are_measured_first():
 
 
 def test_every_control_is_measured(config, tmp_path):
-    result = measure_benchmark(dataclasses.replace(config, output_dir=tmp_path))
+    few = {"output_dir": tmp_path, "num_reference_images": 2}
+    result = measure_benchmark(dataclasses.replace(config, **few))
+    for file in (tmp_path / "cells").glob("*.safetensors"):
+        assert {name: len(value) for name, value in load_file(file).items()} == {
+            "features": 3, "psnr": 2, "ssim": 2}  # fmt: skip
     # Three budgets of each bare solver and of PFDiff with DDIM, two of the five other kinds that
     # this pipeline can run.
     assert len(result["rows"]) == 2 * (3 + 5 * 2) + 3
@@ -202,6 +210,20 @@ def test_deepcache_is_sampled_within_its_budget(config):
         "6 steps, 2 of them full; a cached one costs 0.25 LSD; not engaged: because"
     )
     assert bench.measure_peer(method, UNCONDITIONAL)["cached_lsd"] > 0
+
+
+def test_a_peers_images_alone_are_timed_in_the_precision_asked_for(config, monkeypatch):
+    found = set()
+    monkeypatch.setitem(PEERS, "pab", Peer(lambda *_: nullcontext(), lambda pipe: None))
+    monkeypatch.setattr(sampler, "peer_facts", lambda *given: ({}, f"{len(given[3])} calls"))
+    bench = Bench(dataclasses.replace(config, mixed_precision="bf16", merge_lora=False))
+    bench.pipelines.bare.unet.register_forward_hook(
+        lambda unet, given, output: found.add(output.sample.dtype)
+    )
+    method = Method("ddim", "pab", setting="every 2")
+    samples = bench.sample(method, 3, range(3), 4.0, UNCONDITIONAL, {"step_lsd": 0.5})
+    assert samples.note == "12 calls"  # six steps of two batches, without the warm-up's
+    assert found == {torch.bfloat16} and not bench.pipelines.main.dot.is_merged
 
 
 def test_the_grid_shows_what_engaged(config):

@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from diffusers import DDPMPipeline, EDMEulerScheduler
@@ -14,7 +15,7 @@ from evaluation_fixtures import (  # noqa: F401
 )
 from PIL import Image
 
-from morse.evaluation.bench import pipelines, sampler
+from morse.evaluation.bench import benchmark, measuring, pipelines, sampler
 from morse.evaluation.bench.benchmark import BenchmarkConfig, measure_benchmark, run_benchmark
 from morse.evaluation.bench.loading import load_bare, load_pipelines
 from morse.evaluation.bench.speed import measure_speed_table
@@ -77,6 +78,8 @@ def test_the_benchmark_end_to_end(config, tmp_path, monkeypatch):
         reuse["scores"]["psnr"]["value"], abs=1e-3
     )
     assert morse["plan"] == reuse["plan"] and morse["num_dot"] > 0
+    by_seed = morse["scores"]["psnr"]["by_seed"]
+    assert list(by_seed) == ["0", "10"] and len({*by_seed.values()}) == 2  # other noise
     check_grid(result)
 
     text = (config.output_dir / "benchmark.md").read_text()
@@ -171,6 +174,22 @@ def test_nothing_begins_when_time_is_over(config, tmp_path, monkeypatch):
     assert not result["rows"] and "real_images" not in result
     report = (tmp_path / "benchmark.md").read_text("utf-8")
     assert "Reference:" not in report and "Real images" not in report
+
+
+def test_no_method_begins_when_time_is_over(config, tmp_path, monkeypatch):
+    now, sample = [0], sampler.Bench.sample
+
+    def take_a_minute(*arguments):
+        now[0] += 60
+        return sample(*arguments)
+
+    monkeypatch.setattr(sampler.Bench, "sample", take_a_minute)
+    for module in (benchmark, measuring):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    few = {"seeds": (0,), "kinds": ("baseline",), "independent_dot": None, "lossless_delta": ()}
+    few |= {"output_dir": tmp_path, "max_seconds": 150}
+    result = measure_benchmark(dataclasses.replace(config, **few))
+    assert len(result["rows"]) == 1 and now == [180]  # the reference's first image, its rest, that
 
 
 def test_other_noise_schedules_are_refused(build_unet, tmp_path):
