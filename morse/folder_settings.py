@@ -1,6 +1,7 @@
 """Settings beside the files that were made with them: which folders may be gone on with.
 
-The rule is one for all: every setting must be equal, and none missing or new. What is noted is all
+The rule is one for all: every setting must be equal, and none missing or new. Folders and files are
+noted by their path from the root, for the run may go on from another folder. What is noted is all
 that the files depend on, and each kind of folder has one place that lists it:
 
 - `morse bench`: `BenchmarkConfig.identity`, to which `measure_benchmark` adds what it has loaded
@@ -19,6 +20,20 @@ from pathlib import Path
 from morse.files import write_json
 
 SETTINGS_FILE = "settings.json"
+_PLACES = {
+    "data", "dot", "independent_dot", "pipeline", "pretrained_model_name_or_path", "prompt_embeds",
+    "train_data_dir", "vae",
+}  # fmt: skip
+
+
+def place_of(name: object) -> object:
+    """Give a folder's or file's path from the root; names of the hub, and None, as they are."""
+    return str(Path(name).resolve()) if isinstance(name, str) and Path(name).exists() else name
+
+
+def with_places(settings: Mapping[str, object]) -> dict[str, object]:
+    """Give settings, as JSON has them, with `place_of` those that name a folder or file."""
+    return {k: place_of(value) if k in _PLACES else value for k, value in settings.items()}
 
 
 def open_run(folder: Path, settings: Mapping[str, object], resume: bool) -> None:
@@ -42,7 +57,7 @@ def claim_folder(file: Path, settings: Mapping[str, object], way_out: str) -> No
     if file.exists():
         check_settings(file, settings, way_out)
     else:
-        write_json(file, settings)
+        write_json(file, with_places(settings))
 
 
 def check_settings(file: Path, settings: Mapping[str, object], way_out: str) -> None:
@@ -56,7 +71,7 @@ def check_settings(file: Path, settings: Mapping[str, object], way_out: str) -> 
     Raises:
         ValueError: If a setting is another, missing or new, or the file is damaged.
     """
-    noted = read_settings(file)
+    noted, settings = with_places(read_settings(file)), with_places(settings)
     if told := "; ".join(_differences(noted, settings)):
         raise ValueError(f"{file.parent} holds files of other settings ({told}); {way_out}")
 

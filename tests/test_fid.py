@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +99,9 @@ def test_generation_and_metrics_in_one_go(tiny_folder, tmp_path, capsys):  # noq
     printed = " ".join(capsys.readouterr().out.split())
     assert FRECHET_LABEL in printed and "FID" not in printed
     assert result["extractor"]["sha256"] in printed and "singular" in printed
-    assert run_fid(config)["rows"] == result["rows"]  # from the images that are there
+    # From the images that are there, be it from another working folder.
+    config = replace(config, pipeline=os.path.relpath(tiny_folder))
+    assert run_fid(config)["rows"] == result["rows"]
     # That a folder holds others is told before anything is sampled.
     with pytest.raises(ValueError, match="holds files of other settings"):
         run_fid(replace(config, num_inference_steps=(), reference_steps=7, seed=4))

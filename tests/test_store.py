@@ -65,6 +65,21 @@ def test_a_store_resumes_only_the_same_run(tmp_path):
         again.get(cell.method, 6, 0)
 
 
+def test_a_run_goes_on_from_another_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "P").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = {"pipeline": "P/", "dot": None, "data": "owner/name", "device": "P"}
+    CellStore(tmp_path / "run", names, resume=False)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "settings.json").write_text('{"pipeline": "P"}')
+    CellStore(tmp_path / "old", {"pipeline": "./P"}, resume=True)
+    monkeypatch.chdir(tmp_path / "P")
+    CellStore(tmp_path / "run", {**names, "pipeline": "../P"}, resume=True)
+    for other in ({"pipeline": ".."}, {"device": "../P"}):
+        with pytest.raises(ValueError, match=next(iter(other))):
+            CellStore(tmp_path / "run", {**names, "pipeline": "../P", **other}, resume=True)
+
+
 def test_methods_do_not_share_files(tmp_path):
     store = CellStore(tmp_path, SETTINGS, resume=False)
     methods = [Method("ddim"), Method("ddim", "morse", 2.0), Method("ddim", "morse", 2.5)]

@@ -1,6 +1,8 @@
 import copy
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,7 +86,8 @@ def test_settings_that_a_checkpoint_keeps_are_told(data_file, tmp_path, capsys):
     config = make_config(data_file, tmp_path / "run", *steps)
     train_dash(config)
     changes = {"adam_beta2": 0.99, "adam_weight_decay": 0.1, "ema_max_decay": 0.5, "seed": 4,
-               "learning_rate": 0.02, "logging_steps": 1}  # fmt: skip
+               "learning_rate": 0.02, "logging_steps": 1,
+               "train_data_dir": Path(os.path.relpath(data_file))}  # fmt: skip
     train_dash(replace(config, resume_from_checkpoint="latest", **changes))
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert told == [

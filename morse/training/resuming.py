@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
+from morse.folder_settings import with_places
 from morse.settings import as_json
 from morse.training.common import RunConfig
 
@@ -24,7 +25,7 @@ _WITHOUT_EFFECT = {
 
 def decisive_settings(config: RunConfig) -> dict[str, object]:
     """Give the settings, as JSON has them, that decide what a step of a run in progress does."""
-    return {k: v for k, v in as_json(config).items() if k not in _WITHOUT_EFFECT}
+    return {k: v for k, v in with_places(as_json(config)).items() if k not in _WITHOUT_EFFECT}
 
 
 def changed_settings(
@@ -43,6 +44,7 @@ def changed_settings(
         optimizer: As restored from the checkpoint.
         ema: The same, if there is one.
     """
+    before = with_places(before)
     for name, value in now.items():
         if before.get(name) != value:
             yield (

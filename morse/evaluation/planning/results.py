@@ -11,6 +11,7 @@ from morse.evaluation.environment import command_line, environment
 from morse.evaluation.planning.config import PlanConfig
 from morse.evaluation.planning.search import Candidate, Found
 from morse.files import write_json
+from morse.folder_settings import place_of
 from morse.saved_plans import SavedPlan, with_options
 from morse.settings import as_json
 
@@ -36,7 +37,7 @@ def check_output(config: PlanConfig) -> None:
         )
     before = _read(config).get("settings", {}).get("pipeline", config.pipeline)
     # With a Dot either may be another name of one pipeline: it knows its Dash.
-    if not goes_on and _place(before) != _place(config.pipeline):
+    if not goes_on and place_of(before) != place_of(config.pipeline):
         raise FileExistsError(
             f"output_dir is {folder}, which holds searches for pipeline {before!r}, but pipeline "
             f"is {config.pipeline!r}; name another folder, or delete {folder}"
@@ -46,11 +47,6 @@ def check_output(config: PlanConfig) -> None:
 def earlier_searches(config: PlanConfig) -> list[dict[str, object]]:
     """Read what earlier searches into this folder told."""
     return _read(config).get("searches", [])
-
-
-def _place(pipeline: str) -> str:
-    """Give a folder's path from the root, as a later search may run elsewhere; others' names."""
-    return str(Path(pipeline).resolve()) if Path(pipeline).exists() else pipeline
 
 
 def _read(config: PlanConfig) -> dict[str, object]:
@@ -120,7 +116,7 @@ def write_found(
         "environment": environment(main.device, config.mixed_precision, config.dtype),
         "speed_ratio": speed_ratio,
         "reference": f"{REFERENCE_SOLVER}, {REFERENCE_STEPS} steps",
-        "settings": as_json(config) | {"pipeline": _place(config.pipeline)},
+        "settings": as_json(config) | {"pipeline": place_of(config.pipeline)},
         "searches": report,
     }
     write_json(config.output_dir / "plan_search.json", facts)
