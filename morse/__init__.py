@@ -14,7 +14,9 @@ what in the code, besides the packages `training`, `evaluation` and `tuning` of 
   `guess`, `one_pass` or `controlnet`
 - solvers: `schedulers`; our own are `leapfrog` and `flow_leapfrog`, which share `leapfrog_moves`
 - CUDA graphs: `graphs`, `graphed`, `capture`
-- commands: `cli`, `settings`, `files`; what may be resumed: `folder_settings`
+- commands: `cli` names each one's module; of those in `evaluation` `planning` is `morse plan`, and
+  `report` and `stats` serve `bench`; their options: `settings`; writing: `files`; what may be
+  resumed: `folder_settings`
 """
 
 from importlib import import_module

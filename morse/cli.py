@@ -28,7 +28,7 @@ COMMANDS = {
     "plan": (
         "morse.evaluation.planning.config.PlanConfig",
         "morse.evaluation.planning.command.run_plan",
-        "search which evaluations Dot makes, and save the plans with it",
+        "fit leapfrog's steps, and search which evaluations Dot makes",
     ),
     "eval fid": (
         "morse.evaluation.fid.command.FidConfig",

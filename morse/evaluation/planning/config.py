@@ -21,9 +21,9 @@ from morse.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Search which evaluations Dot makes, by solver and budget, and save the plans with Dot.
+    """Fit leapfrog's steps, and search which evaluations Dot makes, by solver and budget.
 
-    Fitted steps of Dash alone are saved as schedulers, too. Without a Dot they are all there is.
+    Plans are saved with Dot, fitted steps of Dash alone as schedulers: all there is without a Dot.
     """
 
     pipeline: str = option(
@@ -34,8 +34,8 @@ class PlanConfig:
     dot: str | None = option(None, "a Dot's folder or hub id; the pipeline's own, if any")
     output_dir: Path = option(
         REQUIRED,
-        "where the Dot is saved with its plans, with plan_search.json beside it and the best "
-        "scheduler for Dash alone in leapfrog-LSD for each budget with fitted steps",
+        "where plan_search.json, the Dot with its plans and the fitted schedulers for Dash alone "
+        "(leapfrog-8 and so on) are saved",
     )
     solver: tuple[str, ...] = option(
         ("leapfrog",), "names of solvers, as for `morse bench`", alias="solvers"
