@@ -117,7 +117,12 @@ def test_another_path_through_the_options(data_file, tmp_path):
         "--max_train_steps", "2", "--block_out_channels", "8", "--lr_scheduler", "constant",
     )  # fmt: skip
     folder = train_dash(config)
-    assert Image.open(folder / "samples" / "step-0000002.png").size == (32, 32)
+    samples = folder / "samples" / "step-0000002.png"
+    assert Image.open(samples).size == (32, 32)
+    drawn = samples.read_bytes()
+    samples.unlink()  # as if the run had been killed while it drew
+    train_dash(replace(config, resume_from_checkpoint="latest"))
+    assert samples.read_bytes() == drawn
     assert any((folder / "logs").rglob("events.out.tfevents.*"))
     assert not (folder / "checkpoint-2" / "ema.safetensors").exists()
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -402,19 +403,21 @@ def test_without_time_an_update_is_made_and_the_run_goes_on(
     assert_same_run(tmp_path / "run", whole_run, 5)
 
 
-def test_a_validation_that_an_interrupted_run_did_not_come_to_is_made(
-    run, base, data_dir, tmp_path
+@pytest.mark.parametrize("missing", [(".json", ".png"), (".png",)], ids=["all", "picture"])
+def test_a_validation_that_an_interrupted_run_did_not_finish_is_made(
+    run, base, data_dir, tmp_path, missing
 ):
     validating = ("--validation_steps", "2")
     whole = run(*validating)
     given = arguments(base, data_dir, tmp_path / "run", *validating)
     copy_unfinished(whole, tmp_path / "run", 5)
-    files = [tmp_path / f"run/validation/step-000000{step}.json" for step in (2, 4)]
-    for file in files:
-        file.unlink()
+    for step, suffix in product((2, 4), missing):
+        (tmp_path / f"run/validation/step-000000{step}{suffix}").unlink()
     train_dot(parse_config(TrainDotConfig, [*given, "--resume_from_checkpoint", "latest"]))
-    assert [file.exists() for file in files] == [False, True]
-    assert files[1].read_bytes() == (whole / "validation/step-0000004.json").read_bytes()
+    for suffix in missing:
+        second, fourth = (f"validation/step-000000{step}{suffix}" for step in (2, 4))
+        assert not (tmp_path / "run" / second).exists()
+        assert (tmp_path / "run" / fourth).read_bytes() == (whole / fourth).read_bytes()
 
 
 def test_what_a_killed_run_left_is_removed(base, data_dir, tmp_path, whole_run):

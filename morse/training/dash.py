@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from morse.settings import option, require, require_least, require_positive
 from morse.training.common import TrainingConfig, derive_seed
 from morse.training.data import open_training_images, to_model_range
-from morse.training.output import begin_run, save_grid
+from morse.training.output import begin_run, draw_missing, samples_file, save_grid
 from morse.training.run import LossFunction, TrainingRun
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _sample_saver(
         run.copy_weights_to(unet)
         generators = [torch.Generator().manual_seed(derive_seed(config.seed, i)) for i in range(16)]
         images = pipeline(16, generator=generators, num_inference_steps=25).images
-        save_grid(images, 4, config.output_dir / "samples" / f"step-{step:07d}.png")
+        save_grid(images, 4, samples_file(config, step))
 
     return save_samples
 
@@ -137,7 +137,9 @@ def train_dash(config: TrainDashConfig) -> Path:
     run = TrainingRun(
         config, accelerator, build_unet(config), dataset, dash_loss(config, scheduler)
     )
-    run.train(_sample_saver(config, run, scheduler))
+    save_samples = _sample_saver(config, run, scheduler)
+    draw_missing(run, save_samples)
+    run.train(save_samples)
     if accelerator.is_main_process:
         unet = build_unet(config)
         run.copy_weights_to(unet)

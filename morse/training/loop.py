@@ -223,8 +223,10 @@ def _train_stage(
             accelerator.print(f"step {step}: residual ratio {ratios['residual_ratio']:.4f}")
 
     resumed = 0 < run.step < config.max_train_steps
-    if resumed and validate is not None and not validation_file(config, run.step).exists():
-        after_step(run.step)  # which the run that was interrupted did not come to
+    # What a validation writes last is its picture.
+    picture = validation_file(config, run.step).with_suffix(".png")
+    if resumed and validate is not None and not picture.exists():
+        after_step(run.step)  # which the run that was interrupted did not finish
     if config.distill:
         accelerator.print("distill: Dash is evaluated once more for each training pair")
     step = run.train(after_step, make_annealer(dot, config))

@@ -23,7 +23,7 @@ from morse.training.data import (
     to_model_range,
 )
 from morse.training.latents import LatentCodec
-from morse.training.output import claim_output, record_run, save_grid
+from morse.training.output import claim_output, draw_missing, record_run, samples_file, save_grid
 from morse.training.run import LossFunction, TrainingRun
 from morse.training.text_model import (
     TEXT_HEAD_SIZE,
@@ -163,7 +163,7 @@ def _sample_saver(
             guidance_scale=3.0,
             num_inference_steps=25,
         ).images
-        save_grid(images, 8, config.output_dir / "samples" / f"step-{step:07d}.png")
+        save_grid(images, 8, samples_file(config, step))
 
     return save_samples
 
@@ -207,7 +207,9 @@ def train_text_dash(config: TrainTextDashConfig) -> Path:
     )
     trained = trained.to(accelerator.device).eval()
     pipeline = make_pipeline(trained, vae, tokenizer, scheduler)
-    run.train(_sample_saver(config, run, pipeline, prompts))
+    save_samples = _sample_saver(config, run, pipeline, prompts)
+    draw_missing(run, save_samples)
+    run.train(save_samples)
     if accelerator.is_main_process:
         run.copy_weights_to(trained)
         pipeline.save_pretrained(config.output_dir)
