@@ -96,6 +96,24 @@ def make_table(result: Result, names: tuple[str, ...] | None = None) -> str:
     return "\n".join([pipe_table(heads, lines, "|---" * len(heads) + "|"), *notes])
 
 
+def make_axes_table(result: Result, axes: dict[str, tuple[str, int]]) -> str:
+    """Return the scores of every method at every budget, axis by axis, as Markdown.
+
+    Args:
+        result: The benchmark's JSON.
+        axes: Those to show, by name: what the table calls them, and decimals.
+    """
+    rows = {(row["label"], row["budget"]): row for row in engaged_rows(result)}
+    budgets = sorted({budget for _, budget in rows})
+    labels, lines = dict.fromkeys(label for label, _ in rows), []
+    known = {axis.name: axis for axis in read_axes(result)}
+    for (name, (title, decimals)), label in product(axes.items(), labels):
+        scores = [read_score(rows.get((label, budget)), known[name]) for budget in budgets]
+        lines.append((title, label, *(each.text(decimals) if each else "" for each in scores)))
+    header = ("", "at LSD", *map(str, budgets))
+    return pipe_table(header, lines, "|---" * len(header) + "|")
+
+
 def shown_budgets(result: Result) -> list[float]:
     """Return Morse's budgets, of many only `MAX_BUDGETS` spread over them with both ends."""
     budgets = split_budgets(result)[0]
@@ -223,6 +241,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "against_dpm": lambda: make_factors(load_reports(), ("DPM++ 2M",)),
     "seconds": lambda: make_factors(load_reports(), (BEST_TRAINING_FREE,), cost="seconds"),
     "with_dpm": lambda: make_factors(load_reports(), ("DPM++ 2M",), WITH_DPM),
+    "dpm_distances": lambda: make_axes_table(
+        load_result("fashion_mnist/dpmsolver"),
+        {
+            "frechet_to_reference": ("Fréchet distance to the images of 100 steps", 3),
+            "frechet": ("to real images", 2),
+            "psnr": ("PSNR in dB", 1),
+        },
+    ),
     "table": lambda: make_table(load_result("fashion_mnist")),
     "planned": lambda: make_table(load_result("fashion_mnist/planned"), names=PLANNED_ROWS),
     "speeds": lambda: make_speeds(
