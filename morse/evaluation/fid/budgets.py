@@ -16,7 +16,6 @@ from morse.evaluation.fid.generation import Recipe, Request, check_folder, gener
 from morse.evaluation.fid.measuring import check_size
 from morse.evaluation.progress import progress_bar
 from morse.evaluation.prompts import read_prompts
-from morse.folder_settings import place_of
 from morse.plan import MorsePlan
 from morse.rates import adds_noise, own_parameters
 from morse.steps import count_evaluations
@@ -182,7 +181,7 @@ def _settings(
     unspaced = "timestep_spacing" not in own_parameters(pipe.scheduler)
     threads = {"num_threads": [torch.get_num_threads()]} if device.type == "cpu" else {}
     return {
-        "pipeline": place_of(config.pipeline),
+        "pipeline": config.pipeline,
         "denoiser_sha256": state_sha256(denoiser),
         "dot_sha256": None if pipe.dot is None else state_sha256(pipe.dot),
         "dot_config": _beside_weights(pipe.dot),

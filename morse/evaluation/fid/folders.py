@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from morse.files import write_json
-from morse.folder_settings import SETTINGS_FILE, check_settings, read_settings
+from morse.folder_settings import SETTINGS_FILE, check_settings, read_settings, with_places
 
 FALLBACKS = "fallbacks-*.json"  # * is the batch's first image
 _THREADS = "num_threads"
@@ -86,7 +86,7 @@ def record_settings(folder: Path, content: Mapping[str, object], batches: list[r
     threads = list(before.get(_THREADS, ()))
     if any(missing_images(folder, batch) for batch in batches):
         threads += [number for number in content.get(_THREADS, ()) if number not in threads]
-    settings = {**content, _THREADS: threads} if threads else content
+    settings = with_places({**content, _THREADS: threads} if threads else content)
     if settings != before:
         write_json(folder / SETTINGS_FILE, settings)
 
