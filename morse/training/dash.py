@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from morse.settings import option, require, require_least, require_positive
 from morse.training.common import TrainingConfig, derive_seed
 from morse.training.data import open_training_images, to_model_range
-from morse.training.output import begin_run, draw_missing, samples_file, save_grid
+from morse.training.output import begin_run, samples_file, save_grid
 from morse.training.run import LossFunction, TrainingRun
 
 if TYPE_CHECKING:
@@ -137,9 +138,7 @@ def train_dash(config: TrainDashConfig) -> Path:
     run = TrainingRun(
         config, accelerator, build_unet(config), dataset, dash_loss(config, scheduler)
     )
-    save_samples = _sample_saver(config, run, scheduler)
-    draw_missing(run, save_samples)
-    run.train(save_samples)
+    run.train(_sample_saver(config, run, scheduler), outcome=partial(samples_file, config))
     if accelerator.is_main_process:
         unet = build_unet(config)
         run.copy_weights_to(unet)

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,7 +42,7 @@ from morse.training.source import (
     open_source,
 )
 from morse.training.start import DOT_OPTIONS, check_start, inherit, load_start
-from morse.training.validation import make_validator, validation_file
+from morse.training.validation import make_validator, validation_picture
 from morse.training.windows import pick_pairs
 
 if TYPE_CHECKING:
@@ -222,14 +223,9 @@ def _train_stage(
             accelerator.log(ratios, step=step)
             accelerator.print(f"step {step}: residual ratio {ratios['residual_ratio']:.4f}")
 
-    resumed = 0 < run.step < config.max_train_steps
-    # What a validation writes last is its picture.
-    picture = validation_file(config, run.step).with_suffix(".png")
-    if resumed and validate is not None and not picture.exists():
-        after_step(run.step)  # which the run that was interrupted did not finish
     if config.distill:
         accelerator.print("distill: Dash is evaluated once more for each training pair")
-    step = run.train(after_step, make_annealer(dot, config))
+    step = run.train(after_step, make_annealer(dot, config), partial(validation_picture, config))
     warn_unless_annealed(dot, config, step)
     if accelerator.is_main_process:
         finished = result()

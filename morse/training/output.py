@@ -1,6 +1,5 @@
 """The output folder of a run: claimed first, and written to when all that the run needs is open."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,6 @@ from morse.training.common import RunConfig, make_accelerator
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL.Image import Image
-
-    from morse.training.run import TrainingRun
 
 
 def prepare_output_dir(output_dir: Path, resume: bool | None) -> None:
@@ -83,13 +80,6 @@ def save_grid(images: list["Image"], rows: int, path: Path) -> None:
 def samples_file(config: RunConfig, step: int) -> Path:
     """Give where the samples after so many updates are drawn."""
     return config.output_dir / "samples" / f"step-{step:07d}.png"
-
-
-def draw_missing(run: "TrainingRun", save_samples: Callable[[int], None]) -> None:
-    """Draw the samples of the step that is resumed, if the interrupted run did not come to them."""
-    missing = run.step > 0 and not samples_file(run.config, run.step).exists()
-    if missing and run.accelerator.is_main_process:
-        save_samples(run.step)
 
 
 def begin_run(config: RunConfig) -> "Accelerator":

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -163,18 +164,24 @@ class TrainingRun:
         self,
         after_step: Callable[[int], None] | None = None,
         before_step: Callable[[int], None] | None = None,
+        outcome: Callable[[int], Path] | None = None,
     ) -> int:
         """Train up to `max_train_steps` or `max_train_seconds`, and save a checkpoint.
 
         Args:
             after_step: Called in the main process with the number of updates done.
             before_step: Called in every process with the number of updates done.
+            outcome: Gives the file that `after_step` writes last: where a resumed run has none of
+                the step it goes on from, as it was killed before, `after_step` makes it first.
 
         Returns:
             The number of updates done.
         """
         config, accelerator = self.config, self.accelerator
         batches = self._batches()
+        interrupted = outcome is not None and self.step > 0 and not outcome(self.step).exists()
+        if interrupted and accelerator.is_main_process:
+            after_step(self.step)
         with closing(TrainingLog(config, accelerator, self.step)) as log:
             while self.step < config.max_train_steps and not self._out_of_time():
                 set_learning_rate(self.optimizer, learning_rate_at(config, self.step))

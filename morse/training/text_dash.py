@@ -6,6 +6,7 @@ the training images alone; the autoencoder is given and stays as it is.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +24,7 @@ from morse.training.data import (
     to_model_range,
 )
 from morse.training.latents import LatentCodec
-from morse.training.output import claim_output, draw_missing, record_run, samples_file, save_grid
+from morse.training.output import claim_output, record_run, samples_file, save_grid
 from morse.training.run import LossFunction, TrainingRun
 from morse.training.text_model import (
     TEXT_HEAD_SIZE,
@@ -207,9 +208,7 @@ def train_text_dash(config: TrainTextDashConfig) -> Path:
     )
     trained = trained.to(accelerator.device).eval()
     pipeline = make_pipeline(trained, vae, tokenizer, scheduler)
-    save_samples = _sample_saver(config, run, pipeline, prompts)
-    draw_missing(run, save_samples)
-    run.train(save_samples)
+    run.train(_sample_saver(config, run, pipeline, prompts), outcome=partial(samples_file, config))
     if accelerator.is_main_process:
         run.copy_weights_to(trained)
         pipeline.save_pretrained(config.output_dir)

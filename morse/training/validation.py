@@ -175,6 +175,11 @@ def validation_file(config: TrainDotConfig, step: int) -> Path:
     return config.output_dir / "validation" / f"step-{step:07d}.json"
 
 
+def validation_picture(config: TrainDotConfig, step: int) -> Path:
+    """Give where the pictures after so many updates are drawn, which a validation does last."""
+    return validation_file(config, step).with_suffix(".png")
+
+
 def make_validator(
     source: ConditionedImages, config: TrainDotConfig
 ) -> Callable[[nn.Module, int], dict[str, float]]:
@@ -198,7 +203,7 @@ def make_validator(
         write_json(validation_file(config, step), ratios)
         samples = sample_rows(pipeline.dash, dot, shape, conditions, batch_size=at_once)
         images = pipeline.to_images(samples.flatten(0, 1)).unflatten(0, samples.shape[:2])
-        _save_picture(images, validation_file(config, step).with_suffix(".png"))
+        _save_picture(images, validation_picture(config, step))
         return ratios
 
     return validate
